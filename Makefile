@@ -1,0 +1,86 @@
+# Every target works in a fresh clone: what it needs is installed into .venv first.
+#
+#   PYTHON      the interpreter that .venv is made from, and that `make gpu` runs with     (python3)
+#   VENV        where the environment goes                                                 (.venv)
+#   PYTESTARGS  more arguments for pytest, as in  make test PYTESTARGS='-x -k lease'
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTESTARGS ?=
+
+BIN := $(VENV)/bin
+# Named after the contents of what it was installed from, so that switching branches does not reinstall.
+READY := $(VENV)/ready-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+CHECKED := aiotrt tests examples benchmarks conftest.py
+PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check -qq --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check lint types layers docs coverage format gpu gpu-ready gpu-tests gpu-benchmarks clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(READY) ## make the environment, or bring it up to date
+
+# torch first and by exact version: where a CPU build of that version is at hand, pip takes it, and what follows is
+# satisfied by it. rapidocr-onnxruntime without its dependencies, and whatever Python it asks for: the demo reads the
+# ONNX models inside it as files, and OpenCV and the rest of what it would pull in are of no use here.
+$(READY):
+	@echo "installing into $(VENV) (about a minute the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aiotrt needs Python 3.11 or newer: make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/ready-*
+	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(PIP_INSTALL) --no-deps --ignore-requires-python rapidocr-onnxruntime
+	@touch $@
+
+demo: $(READY) ## see it run; no GPU needed
+	@$(BIN)/python examples/demo.py
+
+test: $(READY) ## run every test that needs no GPU
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTESTARGS)
+
+check: lint types layers docs ## lint, types, import layers, documentation
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy --strict $(CHECKED)
+
+layers: $(READY)
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+docs: $(READY) ## build the documentation; warnings are errors
+	$(BIN)/sphinx-build -q -W --keep-going -n -b html docs docs/_build/html
+	@echo "documentation: docs/_build/html/index.html"
+
+coverage: $(READY) ## run the tests and show what they did not reach
+	@$(BIN)/coverage run -m pytest -m "not gpu" $(PYTESTARGS)
+	@$(BIN)/coverage report
+
+format: $(READY) ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: gpu-tests gpu-benchmarks ## on a GPU machine, with its own Python and no .venv: gpu tests, then benchmarks
+
+gpu-ready:
+	@$(PYTHON) -c 'import sys, anyio, cuda.bindings, hypothesis, numpy, pytest, pytest_asyncio, pytest_timeout, torch; \
+	torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU, and torch sees none"); \
+	print("%s, torch %s, CUDA %s, Python %s" % (torch.cuda.get_device_name(), torch.__version__, torch.version.cuda, sys.version.split()[0]))'
+
+gpu-tests: gpu-ready
+	@$(PYTHON) -m pytest -m gpu $(PYTESTARGS)
+
+gpu-benchmarks: gpu-ready
+	@set -e; for file in benchmarks/bench_*.py; do \
+		test -e "$$file" || { echo "no benchmarks/bench_*.py"; break; }; \
+		echo "== $$file"; name=$${file##*/}; $(PYTHON) -m "benchmarks.$${name%.py}"; \
+	done
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) docs/_build build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""aiotrt: ``await model(frame)``. GPU inference that belongs in an asyncio program.
+
+Start reading at `aiotrt.model`, which tells the story; `aiotrt.slots` decides who owns what, `aiotrt.executor` does it,
+and `aiotrt.completion` finds out when it is done.
+"""
+
+from __future__ import annotations
+
+from aiotrt.completion import wait
+from aiotrt.devices import Event, Stream
+from aiotrt.errors import (
+    AiotrtError,
+    DeviceError,
+    DeviceHangError,
+    EngineError,
+    InputError,
+    MissingDependencyError,
+    ModelBrokenError,
+    ModelClosedError,
+    QueueFullError,
+    UsageError,
+)
+from aiotrt.lease import Buffer, Buffers, Lease
+from aiotrt.model import Model, Statistics, load
+from aiotrt.run import run
+from aiotrt.tensors import TensorSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AiotrtError",
+    "Buffer",
+    "Buffers",
+    "DeviceError",
+    "DeviceHangError",
+    "EngineError",
+    "Event",
+    "InputError",
+    "Lease",
+    "MissingDependencyError",
+    "Model",
+    "ModelBrokenError",
+    "ModelClosedError",
+    "QueueFullError",
+    "Statistics",
+    "Stream",
+    "TensorSpec",
+    "UsageError",
+    "load",
+    "run",
+    "wait",
+]

@@ -1,0 +1,363 @@
+"""The hub: device events become awaitables by being looked at when they are about to be true.
+
+Rule 1: one hub per event loop, used only on that loop's thread, so it needs no lock.
+Rule 2: it never blocks. It sleeps on one timer, and when it is awake it makes one query for each line that is due.
+
+Theory of operation. Work on one stream completes in order, so the hub keeps one `Lane` per stream, a first-in-first-out
+line of `_Pending`, and looks only at heads. Each lane has a time at which it is due; the lanes stand in a heap by that
+time, and the timer is set for the first. When to look is decided in `prediction`, which is pure; this file carries it out.
+
+A query has three answers. True: the head is complete, its callback runs, and the next becomes the head. False: not yet,
+or "ask later". An exception: that work failed, and its callback is told why; what follows from a `DeviceError` is the
+callback's business. Callbacks run inside the poll, one after the other, and may submit more work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from aiotrt.devices import event_query
+from aiotrt.errors import DeviceHangError, UsageError
+from aiotrt.prediction import SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
+from aiotrt.timers import Timer, open_timer
+
+__all__ = ["Hub", "Lane", "check_loop", "wait"]
+
+LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one late look after a stall of the loop proves nothing
+
+
+class _Pending:
+    """One event that somebody waits for."""
+
+    __slots__ = ("estimate", "hang_timeout", "looks", "on_done", "query", "submitted")
+
+    def __init__(
+        self,
+        query: Callable[[], bool],
+        on_done: Callable[[BaseException | None], None],
+        submitted: float,
+        estimate: Estimate,
+        hang_timeout: float | None,
+    ) -> None:
+        self.query = query
+        self.on_done = on_done
+        self.submitted = submitted
+        self.estimate = estimate
+        self.hang_timeout = hang_timeout
+        self.looks = 0  # how often it was found not complete as the head
+
+
+class Lane:
+    """The pending events of one stream, in order."""
+
+    __slots__ = ("entry", "last_done", "pending")
+
+    def __init__(self) -> None:
+        self.pending: deque[_Pending] = deque()
+        self.last_done = 0.0
+        self.entry: tuple[float, int, Lane] | None = None  # its live entry in the heap; any other one there is stale
+
+
+class Hub:
+    """Looks at device events on behalf of one event loop.
+
+    Args:
+        loop: the loop; the hub is used on its thread only.
+        progress: how completion is found.
+        clock: seconds, monotonic; replaced in tests.
+        timer: opens the one timer; replaced in tests.
+        spin: for how many seconds past the predicted time to look at every iteration; None for the default, which is
+            none where there are two processors or fewer, since there spinning takes the processor from what it waits for.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        progress: Progress = Progress.PREDICT,
+        clock: Callable[[], float] = time.perf_counter,
+        timer: Callable[[asyncio.AbstractEventLoop, Callable[[], None]], Timer] = open_timer,
+        spin: float | None = None,
+    ) -> None:
+        if spin is None:
+            spin = SPIN_BUDGET if _processors() > 2 else 0.0
+        self.progress = progress
+        self.polls = 0  # queries made
+        self.wakes = 0  # times the timer fired
+        self._loop = loop
+        self._clock = clock
+        self._spin = spin
+        self._timer = timer(loop, self._fire)
+        self._lateness = Lateness()
+        self._heap: list[tuple[float, int, Lane]] = []
+        self._order = itertools.count()  # breaks ties in the heap, first come first served
+        self._armed: float | None = None  # when the timer is set to fire
+        self._slept = 0.0
+        self._soon: asyncio.Handle | None = None
+        self._polling = False
+        self._users = 0
+        self._closed = False
+
+    # Finding the hub of a loop...
+
+    @classmethod
+    def acquire(cls, progress: Progress = Progress.PREDICT) -> Hub:
+        """The running loop's hub for this way of finding completion, opened on first use; give it back with `release`."""
+        loop = asyncio.get_running_loop()
+        _drop_hubs_of_closed_loops()
+        with _hubs_lock:
+            hub = _hubs.get((loop, progress))
+            if hub is None:
+                hub = _hubs[loop, progress] = cls(loop, progress=progress)
+            hub._users += 1
+            return hub
+
+    def release(self) -> None:
+        """One user less; the last one closes it. From any thread once the loop is closed, else on the loop's."""
+        with _hubs_lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            _hubs.pop((self._loop, self.progress), None)
+        self.close()
+
+    def close(self) -> None:
+        """Stop looking. Whatever is still pending is dropped: its owners fail it."""
+        self._closed = True
+        self._timer.close()
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        self._heap.clear()
+
+    # Watching...
+
+    def watch(
+        self,
+        lane: Lane,
+        query: Callable[[], bool],
+        on_done: Callable[[BaseException | None], None],
+        *,
+        estimate: Estimate | None = None,
+        hang_timeout: float | None = None,
+    ) -> None:
+        """Call `on_done` once when `query` answers true, or with the error that it raises.
+
+        Args:
+            lane: the line of the event's stream.
+            query: asks the event; must not block.
+            on_done: called on the loop's thread, from inside the poll.
+            estimate: what is known about the work's duration; learns from it.
+            hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
+        """
+        now = self._clock()
+        pending = _Pending(query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout)
+        lane.pending.append(pending)
+        if len(lane.pending) == 1:
+            self._enlist(lane, self._first_look(now, lane))
+            if not self._polling:
+                self._arm(now)
+
+    def forget(self, lane: Lane) -> None:
+        """Drop everything pending on `lane`; its callbacks never run."""
+        lane.pending.clear()
+        lane.entry = None
+
+    # Looking...
+
+    def _fire(self) -> None:
+        now = self._clock()
+        self.wakes += 1
+        if self._armed is not None:
+            self._lateness.learn(self._slept, now - self._armed)
+            self._armed = None
+        self._poll()
+
+    def _spin_once(self) -> None:
+        self._soon = None
+        self._poll()
+
+    def _poll(self) -> None:
+        if self._closed:
+            return
+        self._polling = True
+        try:
+            now = self._clock()
+            due = []
+            while self._heap and self._heap[0][0] <= now:
+                entry = heapq.heappop(self._heap)
+                if entry[2].entry is entry:
+                    due.append(entry[2])
+            # Collected first and looked at after: a lane that is due again at once goes back into the heap, and must not
+            # be found again in this same poll, or the loop would never get its turn.
+            for lane in due:
+                self._look(lane)
+        finally:
+            self._polling = False
+        self._arm(self._clock())
+
+    def _look(self, lane: Lane) -> None:
+        lane.entry = None
+        pending = lane.pending
+        while pending:
+            head = pending[0]
+            self.polls += 1
+            error: BaseException | None = None
+            try:
+                if not head.query():
+                    now = self._clock()
+                    if self._is_hung(head, lane, now):
+                        error = DeviceHangError(
+                            f"work is overdue: it has run for {now - self._started(head, lane):.1f} s and was expected to "
+                            f"take {head.estimate.seconds:.3g} s (hang_timeout={head.hang_timeout:g} s)"
+                        )
+                    else:
+                        head.looks += 1
+                        self._enlist(lane, self._next_look(now, lane))
+                        return
+            except Exception as failure:
+                error = failure
+            pending.popleft()
+            now = self._clock()
+            if error is None:
+                elapsed = now - self._started(head, lane)
+                if head.looks:
+                    head.estimate.exact(elapsed)
+                else:
+                    head.estimate.at_most(elapsed)
+            lane.last_done = now
+            self._report(head, error)
+        # Empty. Whoever watches next enlists the lane again.
+
+    def _report(self, head: _Pending, error: BaseException | None) -> None:
+        try:
+            head.on_done(error)
+        except Exception as failure:
+            # One bad callback must not take the others' wake-ups with it.
+            self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
+
+    def _started(self, head: _Pending, lane: Lane) -> float:
+        return max(head.submitted, lane.last_done)
+
+    def _is_hung(self, head: _Pending, lane: Lane, now: float) -> bool:
+        return (
+            head.hang_timeout is not None
+            and now - self._started(head, lane) > head.hang_timeout
+            and head.looks >= LOOKS_BEFORE_HANG
+        )
+
+    # When to look...
+
+    def _first_look(self, now: float, lane: Lane) -> float:
+        if self.progress is Progress.PREDICT:
+            head = lane.pending[0]
+            return first_look(now, self._started(head, lane) + head.estimate.seconds, self._lateness)
+        if self.progress is Progress.SPIN:
+            return now
+        return next_look(now, now, now, 0.0)
+
+    def _next_look(self, now: float, lane: Lane) -> float:
+        if self.progress is Progress.SPIN:
+            return now
+        head = lane.pending[0]
+        started = self._started(head, lane)
+        if self.progress is Progress.INTERVAL:
+            return next_look(now, started, started, 0.0)
+        predicted = started + head.estimate.seconds
+        if head.looks == 1 and now < predicted and not self._spin:
+            # The first look came early, and there is no spinning until the time comes: sleep until just then.
+            return max(predicted, next_look(now, now, now, 0.0))
+        return next_look(now, started, predicted, self._spin)
+
+    def _enlist(self, lane: Lane, due: float) -> None:
+        lane.entry = (due, next(self._order), lane)
+        heapq.heappush(self._heap, lane.entry)
+
+    def _arm(self, now: float) -> None:
+        heap = self._heap
+        while heap and heap[0][2].entry is not heap[0]:  # forgotten lanes leave stale entries behind
+            heapq.heappop(heap)
+        if not heap or self._soon is not None:
+            return
+        due = heap[0][0]
+        if due <= now:
+            self._soon = self._loop.call_soon(self._spin_once)
+        elif self._armed is None or due < self._armed:
+            self._armed = due
+            self._slept = due - now
+            self._timer.set(due - now)
+
+
+async def wait(event: object) -> None:
+    """Wait for any device event, whoever recorded it, without blocking the loop.
+
+    Args:
+        event: a `torch.cuda.Event`, an event of cuda.core or CuPy, the event that `Lease.launch` returned, or anything
+            that carries one as `_trt_produce_event`. It must have been recorded: an unrecorded event is complete.
+
+    Returns when the event has completed. Cancellation stops the waiting at once and leaves the event alone. Record it
+    again only after the wait has ended, or the wait is for the new record.
+
+    Raises:
+        UsageError: `event` is none of these.
+        DeviceError: the device broke.
+    """
+    query = event_query(event)
+    if query():
+        return
+    hub = Hub.acquire()
+    lane = Lane()
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    try:
+        hub.watch(lane, query, done)
+        await future
+    finally:
+        hub.forget(lane)
+        hub.release()
+
+
+_hubs: Final[dict[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = {}
+_hubs_lock: Final = threading.Lock()
+
+
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+
+
+def _drop_hubs_of_closed_loops() -> None:
+    """Forget hubs whose loop was closed under them: their owners can no longer be told anything."""
+    with _hubs_lock:
+        for key in [key for key in _hubs if key[0].is_closed()]:
+            _hubs.pop(key).close()
+
+
+def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
+    """Raise unless `loop` is the one running on this thread.
+
+    Raises:
+        UsageError: another loop is, or none.
+    """
+    running = asyncio._get_running_loop()
+    if running is not loop:
+        where = "outside any event loop" if running is None else "from another event loop"
+        raise UsageError(f"{what} was used {where}; use it only in the loop that opened it (load it once per loop)")

@@ -1,0 +1,97 @@
+"""Devices: where work runs. `open_device` finds one by name; `event_query` understands anybody's events."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from aiotrt.devices.base import CaptureError, Device, Event, Graph, Stream
+from aiotrt.devices.host import HostDevice, HostEvent
+from aiotrt.errors import MissingDependencyError, UsageError
+
+__all__ = ["CaptureError", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
+
+_devices: Final[dict[str, Device]] = {}
+_devices_lock: Final = threading.Lock()
+
+
+def open_device(name: str | torch.device = "auto") -> Device:
+    """The device of this name; one object per device in the process, so that all models on it share its faults.
+
+    Args:
+        name: ``"auto"`` (the current CUDA device where there is one, else the host), ``"cuda"``, ``"cuda:1"``, ``"host"``,
+            or a `torch.device`.
+
+    Raises:
+        UsageError: there is no such device.
+        MissingDependencyError: it needs a package that is not installed.
+    """
+    name = str(name)
+    if name in ("host", "cpu") or (name == "auto" and not torch.cuda.is_available()):
+        name = "host"
+    elif name in ("auto", "cuda") or name.startswith("cuda:"):
+        name = _cuda_name(name)
+    else:
+        raise UsageError(f"unknown device {name!r}; expected 'auto', 'host', 'cuda' or 'cuda:<index>'")
+    with _devices_lock:
+        device = _devices.get(name)
+        if device is None:
+            device = _devices[name] = _make(name)
+        return device
+
+
+def event_query(event: object) -> Callable[[], bool]:
+    """A function that asks `event` whether it is complete, and answers as `Device.query` does.
+
+    Raises:
+        UsageError: nothing here knows how to ask it.
+    """
+    event = getattr(event, "_trt_produce_event", event)
+    if isinstance(event, HostEvent):
+        return event.query
+    if (probe := getattr(event, "query", None)) is not None and callable(probe):
+        return _translated(probe)  # torch.cuda.Event, and whatever follows its example
+    if hasattr(type(event), "is_done"):
+        return _translated(lambda: event.is_done)  # type: ignore[attr-defined]  # cuda.core
+    if hasattr(type(event), "done"):
+        return _translated(lambda: event.done)  # type: ignore[attr-defined]  # CuPy
+    raise UsageError(
+        f"cannot wait for a {type(event).__name__}: expected a torch.cuda.Event, an event of cuda.core or CuPy, "
+        "or a tensor that carries _trt_produce_event"
+    )
+
+
+def _translated(probe: Callable[[], bool]) -> Callable[[], bool]:
+    if not torch.cuda.is_available():
+        return probe
+    from aiotrt.devices.cuda import prepare_thread, query
+
+    prepare_thread()
+    return lambda: query(probe)
+
+
+def _cuda_name(name: str) -> str:
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {name!r}: torch {torch.__version__} sees no CUDA device here; use device='host'")
+    if name in ("auto", "cuda"):
+        return f"cuda:{torch.cuda.current_device()}"
+    count = torch.cuda.device_count()
+    index = name.removeprefix("cuda:")
+    if not index.isdigit() or int(index) >= count:
+        raise UsageError(f"there is no device {name!r}; torch sees {count} CUDA device{'s' * (count > 1)}")
+    return f"cuda:{int(index)}"
+
+
+def _make(name: str) -> Device:
+    if name == "host":
+        return HostDevice()
+    try:
+        from aiotrt.devices.cuda import CudaDevice
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"device {name!r} needs cuda.bindings ({error}); pip install 'aiotrt[cuda]', or use device='host'"
+        ) from error
+    return CudaDevice(int(name.removeprefix("cuda:")))

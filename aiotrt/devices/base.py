@@ -1,0 +1,226 @@
+"""What a device is: streams, events, graphs and memory, in CUDA's own terms and with CUDA's semantics.
+
+`cuda` implements these on a GPU and `host` on worker threads; everything above speaks only of what stands here. The
+semantics that an implementation must keep, and that the conformance tests check on each:
+
+- A stream runs its work in order. Different streams are unordered, except through events.
+- `record` marks a point in a stream. `wait` makes everything submitted to a stream *later* wait for the event's *last
+  record made before the call*. An event that was never recorded is complete.
+- A graph reads and writes the memory it was captured with, and one graph never overlaps itself.
+- `Stream.record`, `wait`, `copy` and `Graph.launch` return at once. `Device.capture` and `Device.call` block, and are for
+  worker threads only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from aiotrt.errors import DeviceError
+
+__all__ = ["CaptureError", "Device", "Event", "Faults", "Graph", "Stream", "write_back"]
+
+T = TypeVar("T")
+
+
+class Event(Protocol):
+    """A point in a stream's order."""
+
+    def query(self) -> bool:
+        """Whether everything before the last record has completed. Use `Device.query`, which understands faults."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block until it has: for worker threads, never for the event loop's."""
+        ...
+
+
+class Stream(Protocol):
+    """An in-order queue of work on one device."""
+
+    @property
+    def handle(self) -> int:
+        """The driver's handle (``CUstream``), or an identity where there is no driver."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """Record `event` after all work submitted so far."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Make all work submitted from now on wait for `event`, on the device."""
+        ...
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Submit a copy between tensors of equal shape and dtype; host tensors must be pinned, and both kept alive."""
+        ...
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Submit what `function` does: called at once with this stream current (cuda), or later in order (host).
+
+        What it raises is raised here (cuda) or by `Device.query` of the next event recorded (host).
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Block until all work submitted so far has completed: for worker threads."""
+        ...
+
+    def close(self) -> None:
+        """Let the stream go; work submitted earlier still completes."""
+        ...
+
+
+class Graph(Protocol):
+    """Captured work, bound to the memory it was captured with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that it keeps beside its inputs: outputs and intermediates."""
+        ...
+
+    def launch(self, stream: Stream) -> None:
+        """Submit one replay to `stream`."""
+        ...
+
+    def close(self) -> None:
+        """Free it. The last launch must have completed."""
+        ...
+
+
+class Device(Protocol):
+    """One device, shared by all models on it.
+
+    Attributes:
+        name: what a person would call it, with its index.
+        torch_device: where torch puts tensors that live on it.
+        unified: whether host memory *is* device memory, so that staging and device buffers are one.
+        submits_from_threads: whether running Python on a stream occupies the calling thread (cuda) rather than the
+            stream's own (host), so that work without a graph must be submitted from a worker thread.
+        fault: the fault that broke the device, if one did.
+    """
+
+    name: str
+    torch_device: torch.device
+    unified: bool
+    submits_from_threads: bool
+    fault: DeviceError | None
+
+    def stream(self) -> Stream:
+        """A new stream that never synchronises implicitly with the default stream."""
+        ...
+
+    def event(self) -> Event:
+        """A new event, without timing."""
+        ...
+
+    def current_stream(self) -> Stream:
+        """The calling thread's current stream."""
+        ...
+
+    def adopt_stream(self, stream: object) -> Stream:
+        """Somebody else's stream object (or handle) as a `Stream`.
+
+        Raises:
+            TypeError: it is not a stream of this kind of device.
+        """
+        ...
+
+    def query(self, event: Event) -> bool:
+        """Whether `event` is complete; False also where the driver says "ask later".
+
+        Raises:
+            DeviceError: the device is broken.
+            Exception: whatever the work recorded by `event` raised (host).
+        """
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised device memory, allocated in the current stream's order."""
+        ...
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised page-locked host memory. Blocks."""
+        ...
+
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Graph, list[torch.Tensor]]:
+        """Warm up `body` on `stream`, then capture it there.
+
+        Blocks. One capture at a time in the process, thread-local mode, garbage collection held off.
+
+        Returns:
+            The graph, and the tensors that every launch of it writes.
+
+        Raises:
+            CaptureError: it ran, but cannot be captured; the reason is the message, the stream is usable.
+            Exception: whatever `body` raised when it ran without capture.
+        """
+        ...
+
+    def call(self, stream: Stream, function: Callable[[], T]) -> T:
+        """Call `function` with `stream` current, and return what it returned. Blocks; its device work may go on."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block until all work submitted to the device so far, on any stream, has completed: for worker threads."""
+        ...
+
+    def prepare_thread(self) -> None:
+        """Make the calling thread fit to launch and to poll. Idempotent and cheap after the first call."""
+        ...
+
+    def on_fault(self, callback: Callable[[DeviceError], None]) -> Callable[[], None]:
+        """Call `callback`, on the thread that finds the fault, when the device breaks; returns how to stop that."""
+        ...
+
+    def fail(self, error: DeviceError) -> None:
+        """The device is broken: remember `error` and tell everybody, once."""
+        ...
+
+
+class CaptureError(Exception):
+    """The work runs, but cannot be captured; the message is the reason."""
+
+
+class Faults:
+    """The part of a `Device` that remembers its fault and tells everybody."""
+
+    fault: DeviceError | None = None
+
+    def __init__(self) -> None:
+        self._callbacks: dict[object, Callable[[DeviceError], None]] = {}
+        self._faults_lock = threading.Lock()
+
+    def on_fault(self, callback: Callable[[DeviceError], None]) -> Callable[[], None]:
+        key = object()
+        with self._faults_lock:
+            self._callbacks[key] = callback
+
+        def stop() -> None:
+            with self._faults_lock:
+                self._callbacks.pop(key, None)
+
+        return stop
+
+    def fail(self, error: DeviceError) -> None:
+        with self._faults_lock:
+            if self.fault is not None:
+                return
+            self.fault = error
+            callbacks = list(self._callbacks.values())
+        for callback in callbacks:
+            callback(error)
+
+
+def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+    """Put new results where readers look for them: into the fixed tensors, or in their place if their shape changed."""
+    for i, tensor in enumerate(new):
+        if tensor.shape == outputs[i].shape and tensor.dtype == outputs[i].dtype:
+            outputs[i].copy_(tensor)
+        else:
+            outputs[i] = tensor.clone()

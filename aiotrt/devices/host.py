@@ -1,0 +1,252 @@
+"""The host device: the same program, with no GPU.
+
+Rule 1: the semantics are CUDA's, as `devices.base` states them, so what is correct here is correct there.
+Rule 2: nothing here is faster or slower on purpose; a stream is a thread, and what it runs should release the
+interpreter lock, as torch's and ONNX Runtime's kernels do.
+
+A stream is a worker thread that takes closures from a queue, in order. An event counts its records: recording enqueues
+"mark record n", waiting enqueues "block until mark n". A graph is the closure that was captured, together with the
+tensors it writes. Host memory is device memory here, so `unified` is true and staging buffers are the inputs themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Final, TypeVar
+
+import torch
+
+from aiotrt.errors import UsageError
+from aiotrt.devices.base import Event, Faults, Graph, Stream, write_back
+
+__all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
+
+T = TypeVar("T")
+
+_names: Final = itertools.count()
+
+
+class HostEvent:
+    """An event that completes when its stream reaches it."""
+
+    __slots__ = ("_condition", "_error", "_reached", "_recorded")
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._recorded = 0  # how often record() was called
+        self._reached = 0  # how many of those the streams have passed
+        self._error: BaseException | None = None
+
+    def query(self) -> bool:
+        if self._reached < self._recorded:
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        self._wait_for(self._recorded)
+        if self._error is not None:
+            raise self._error
+
+    def _wait_for(self, record: int) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._reached >= record)
+
+    def _reach(self, error: BaseException | None) -> None:
+        with self._condition:
+            self._error = error
+            self._reached += 1
+            self._condition.notify_all()
+
+
+class HostStream:
+    """A worker thread that runs closures in order.
+
+    When a closure raises, the error is kept and attached to the next event recorded: that is how a failure reaches the
+    one who waits for it. The stream goes on.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or f"aiotrt-stream-{next(_names)}"
+        self._work: queue.SimpleQueue[Callable[[_Failure], None] | None] = queue.SimpleQueue()
+        # Daemonic, and holding only the queue: a stream that nobody closed must not keep the interpreter alive, and must
+        # end when it is garbage.
+        threading.Thread(target=_serve, args=(self._work,), name=self.name, daemon=True).start()
+        self._stop = weakref.finalize(self, self._work.put, None)
+
+    @property
+    def handle(self) -> int:
+        return id(self)
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, HostEvent), event
+        self._check_open()
+        event._recorded += 1
+
+        def mark(failure: _Failure) -> None:
+            event._reach(failure.take())
+
+        self._work.put(mark)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, HostEvent), event
+        record = event._recorded  # the last record made before this call, whatever is recorded later
+
+        def block(failure: _Failure) -> None:
+            event._wait_for(record)
+
+        self._work.put(block)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.run(lambda: destination.copy_(source))
+
+    def run(self, function: Callable[[], object]) -> None:
+        self._check_open()
+
+        def call(failure: _Failure) -> None:
+            try:
+                function()
+            except BaseException as error:  # it belongs to whoever waits for the next event, not to this thread
+                failure.put(error)
+
+        self._work.put(call)
+
+    def synchronize(self) -> None:
+        reached = threading.Event()
+        self._work.put(lambda failure: reached.set())
+        reached.wait()
+
+    def close(self) -> None:
+        self._stop()
+
+    def _check_open(self) -> None:
+        if not self._stop.alive:  # without this, whoever waits for what is submitted now would wait for ever
+            raise UsageError(f"stream {self.name} is closed")
+
+    def __repr__(self) -> str:
+        return f"<HostStream {self.name}>"
+
+
+class _Failure:
+    """The error of a stream's closures since the last record."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+
+    def put(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+
+    def take(self) -> BaseException | None:
+        error, self._error = self._error, None
+        return error
+
+
+def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
+    failure = _Failure()
+    with torch.no_grad():
+        while (item := work.get()) is not None:
+            item(failure)
+            del item  # a finished closure must not keep its tensors alive until the next one comes
+
+
+class HostGraph:
+    """A recorded closure, and the tensors it writes.
+
+    An output whose shape differs from the captured one replaces its tensor in `outputs`: where there is no driver,
+    shapes that depend on the data cost nothing more.
+    """
+
+    def __init__(self, body: Callable[[], Sequence[torch.Tensor]], outputs: list[torch.Tensor]) -> None:
+        self._body = body
+        self._outputs = outputs
+        self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
+
+    def launch(self, stream: Stream) -> None:
+        stream.run(self._replay)
+
+    def close(self) -> None:
+        pass
+
+    def _replay(self) -> None:
+        write_back(self._outputs, self._body())
+
+
+class HostDevice(Faults):
+    """This machine's processors and memory, as a device."""
+
+    name = "host"
+    torch_device = torch.device("cpu")
+    unified = True
+    submits_from_threads = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._local = threading.local()
+        self._streams: weakref.WeakSet[HostStream] = weakref.WeakSet()
+
+    def stream(self) -> HostStream:
+        return self._open(None)
+
+    def event(self) -> HostEvent:
+        return HostEvent()
+
+    def current_stream(self) -> HostStream:
+        # The calling thread itself is not a stream: what stands in for "the caller's current stream" is a stream of its
+        # own, made on first use, on which device-side waits and copies are ordered.
+        stream: HostStream | None = getattr(self._local, "stream", None)
+        if stream is None:
+            stream = self._local.stream = self._open(f"aiotrt-current-{threading.current_thread().name}")
+        return stream
+
+    def _open(self, name: str | None) -> HostStream:
+        stream = HostStream(name)
+        self._streams.add(stream)
+        return stream
+
+    def adopt_stream(self, stream: object) -> HostStream:
+        if not isinstance(stream, HostStream):
+            raise TypeError(f"expected a stream of the host device (Model.stream()), got {type(stream).__name__}")
+        return stream
+
+    def query(self, event: Event) -> bool:
+        return event.query()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    pinned = empty
+
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Graph, list[torch.Tensor]]:
+        outputs = [t.clone(memory_format=torch.contiguous_format) for t in self.call(stream, body)]
+        return HostGraph(body, outputs), outputs
+
+    def call(self, stream: Stream, function: Callable[[], T]) -> T:
+        done: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        stream.run(call)
+        return done.result()
+
+    def synchronize(self) -> None:
+        for stream in list(self._streams):
+            stream.synchronize()
+
+    def prepare_thread(self) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return "<HostDevice>"

@@ -1,0 +1,96 @@
+"""ONNX models on the host device, through ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from aiotrt.devices.base import Device, Stream
+from aiotrt.errors import EngineError, MissingDependencyError
+from aiotrt.tensors import Shapes, TensorSpec, numpy_view
+
+__all__ = ["OnnxEngine"]
+
+_DTYPES: Final = {
+    "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
+    "tensor(int8)": torch.int8, "tensor(int16)": torch.int16, "tensor(int32)": torch.int32, "tensor(int64)": torch.int64,
+    "tensor(uint8)": torch.uint8, "tensor(uint16)": torch.uint16, "tensor(uint32)": torch.uint32,
+    "tensor(uint64)": torch.uint64, "tensor(bool)": torch.bool,
+}  # fmt: skip
+
+
+class OnnxEngine:
+    """One ONNX Runtime session, shared by all slots: `run` is thread-safe and releases the interpreter lock.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: how many threads one run may use; the session's pool is bounded to that.
+
+    Raises:
+        EngineError: the file is empty, truncated, not an ONNX model, or has inputs or outputs that are not tensors.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+
+    parameters: tuple[str, ...] | None = None
+    uncapturable: str | None = None
+
+    def __init__(self, path: Path, threads: int) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{path.name}: running an ONNX file on the host device needs onnxruntime; pip install 'aiotrt[onnx]'"
+            ) from error
+        self.name = path.name
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Idle pool threads would otherwise spin for a while after each run, and take the processor from the event loop.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding raises many unrelated classes for one and the same: a bad file
+            size = path.stat().st_size
+            raise EngineError(f"{path}: ONNX Runtime cannot load this file ({size:,} bytes): {error}") from error
+        self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
+        self._outputs = [_spec(path, node).name for node in self._session.get_outputs()]
+
+    def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> OnnxExecution:
+        return OnnxExecution(self.name, self._session, names, self._outputs)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OnnxExecution:
+    """One caller of the shared session; ONNX Runtime's arena owns the memory."""
+
+    nbytes = 0
+
+    def __init__(self, name: str, session: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self._name = name
+        self._session = session
+        self._inputs = tuple(inputs)
+        self._outputs = list(outputs)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        feed = {name: numpy_view(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
+        try:
+            results = self._session.run(self._outputs, feed)
+        except Exception as error:
+            raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
+        return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _spec(path: Path, node: Any) -> TensorSpec:
+    dtype = _DTYPES.get(node.type)
+    if dtype is None:
+        raise EngineError(f"{path}: {node.name!r} has type {node.type}, which a tensor cannot hold")
+    shape = tuple(extent if isinstance(extent, int) else None for extent in node.shape or ())
+    return TensorSpec(node.name, shape, dtype)

@@ -1,0 +1,834 @@
+"""Carries out what the slot machine decides: stages inputs, launches, watches, copies out, and hands over results.
+
+Rule 1: everything here runs on the event loop's thread, synchronously, except the few functions that say they are a
+worker thread's; so no state is shared between threads, and there is no `await` between two halves of a change.
+Rule 2: a slot's memory is touched only by its owner, which is what its state says (`slots.TABLE`).
+
+The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built
+in a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker
+thread if they are large. Then one uninterrupted sequence goes to the slot's stream: wait for the consumers of what the slot
+held before; wait for the producers of device inputs; copy in; replay; copy out; record the produce event (IN_FLIGHT). The
+hub calls back when the event is complete; host results are copied into memory of the caller's own; the slot goes to the
+next in line; the request's future is resolved.
+
+A request that is abandoned (its await was cancelled) leaves the line at once, or leaves its slot DRAINING until the
+device is done with it: the request, and through it the caller's inputs, stay referenced by the slot until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from aiotrt.completion import Hub, Lane, check_loop
+from aiotrt.devices import Device, Event, Stream
+from aiotrt.errors import (
+    AiotrtError,
+    DeviceError,
+    DeviceHangError,
+    EngineError,
+    ModelBrokenError,
+    ModelClosedError,
+    QueueFullError,
+    UsageError,
+)
+from aiotrt.graphs import Program, ProgramCache, Recipe
+from aiotrt.slots import Event as Move
+from aiotrt.slots import Grant, Slots, State
+from aiotrt.tensors import Argument, InputSpecs, Kind, Shapes, own
+
+__all__ = ["Counters", "Executor", "Request", "Slot"]
+
+#: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
+#: as much, so below it the hop would cost the caller more than the copy costs the loop.
+COPY_ON_LOOP_BYTES: Final = 1 << 20
+
+_log: Final = logging.getLogger("aiotrt")
+_keep: Final[list[object]] = []  # what a broken device may still be writing to: a leak is better than a dangling pointer
+_forks = 0
+
+
+@dataclass
+class Counters:
+    """What happened so far, in numbers."""
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    replays: int = 0  # launches of programs that are one graph
+    fallback_runs: int = 0  # launches of programs that are not
+    captures: int = 0  # programs built
+    evictions: int = 0
+
+
+class Request:
+    """One caller's wish: to run these arguments, or to lease a slot that is prepared for these shapes.
+
+    Attributes:
+        future: resolved with the packed results, or for a lease with None when the slot is claimed and prepared.
+        slot: the slot that it was granted, until it is done with it.
+    """
+
+    __slots__ = ("arguments", "future", "is_lease", "is_queued", "kind", "origin", "ready", "results", "shapes", "slot")
+
+    def __init__(
+        self, future: asyncio.Future[Any], arguments: Sequence[Argument], shapes: Shapes, kind: Kind, *, is_lease: bool
+    ) -> None:
+        self.future = future
+        self.arguments = arguments
+        self.shapes = shapes
+        self.kind = kind
+        self.is_lease = is_lease
+        self.is_queued = False
+        self.slot: Slot | None = None
+        self.origin: Stream | None = None  # the caller's current stream, when inputs or results are on the device
+        self.ready: list[Event] = []  # what the inputs say that they depend on
+        self.results: list[torch.Tensor] = []  # device results of the caller's own
+
+
+class Slot:
+    """What one slot consists of; its state is in the machine."""
+
+    __slots__ = ("event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "program", "request", "stream")
+
+    def __init__(self, index: int, device: Device) -> None:
+        self.index = index
+        self.stream = device.stream()
+        self.event = device.event()  # recorded for requests only, one at a time, and never before its last wait ended
+        self.mark = device.event()  # recorded on a caller's stream and waited for at once
+        self.lane = Lane()
+        self.gates: list[Event] = []  # consumer-done events that the next launch waits for, on the device
+        self.request: Request | None = None
+        self.program: Program | None = None
+        self.launches = 0  # of the present lease: tells its last launch from earlier ones
+        self.is_forgotten = False  # the present lease was garbage collected without having been left
+
+
+class Executor:
+    """All slots of one open model.
+
+    Args:
+        recipe: builds programs.
+        specs: checks inputs.
+        hub: finds completion; acquired, and released at close.
+        slots: how many.
+        max_queue: how many callers may wait; None for no bound.
+        cache: bounds on programs.
+        outputs: the kind of results, or None for the kind of the inputs.
+        hang_timeout: in seconds, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        specs: InputSpecs,
+        hub: Hub,
+        *,
+        slots: int,
+        max_queue: int | None,
+        cache: ProgramCache,
+        outputs: Kind | None,
+        hang_timeout: float | None,
+    ) -> None:
+        self.recipe = recipe
+        self.device = recipe.device
+        self.specs = specs
+        self.first_shapes: Shapes | None = None
+        self.cache = cache
+        self.outputs = outputs
+        self.counters = Counters()
+        self.hub = hub
+        self.loop = asyncio.get_running_loop()
+        self.machine: Slots[Request] = Slots(slots, max_queue)
+        self.slots = [Slot(i, self.device) for i in range(slots)]
+        self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
+        self.broken: DeviceError | None = None
+        self.closing = False
+        self._hang_timeout = hang_timeout
+        self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
+        self._idle: asyncio.Future[None] | None = None
+        self._granted: deque[Grant[Request]] = deque()
+        self._serving = False
+        self._forks = _forks
+        self._workers = ThreadPoolExecutor(slots + 1, thread_name_prefix="aiotrt-worker")
+        self._stop_listening = self.device.on_fault(self._device_failed)
+        self.device.prepare_thread()
+        if self.device.fault is not None:
+            self._break(self.device.fault)
+
+    # Coming in...
+
+    def submit(self, values: Sequence[object], named: Mapping[str, object], *, bounded: bool = True) -> Request:
+        """Check inputs and start, or stand in line.
+
+        Raises:
+            InputError: the inputs do not fit. Nothing was submitted; so too for all below.
+            QueueFullError: `bounded`, and the line is at its bound.
+            ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
+        """
+        self.check_usable()
+        arguments, kind = self.specs.parse(values, named)
+        request = Request(
+            self.loop.create_future(),
+            arguments,
+            tuple([argument.shape for argument in arguments]),
+            self.outputs or kind,
+            is_lease=False,
+        )
+        if kind is Kind.DEVICE or request.kind is Kind.DEVICE:
+            request.origin = self.device.current_stream()
+            request.ready = _ready_events(arguments)
+        self._enter(request, bounded)
+        return request
+
+    def lease(self, shapes: Shapes, kind: Kind, *, bounded: bool = True) -> Request:
+        """Ask for a slot to hold, prepared for these shapes. Raises as `submit` does."""
+        self.check_usable()
+        request = Request(self.loop.create_future(), (), shapes, kind, is_lease=True)
+        self._enter(request, bounded)
+        return request
+
+    def check_usable(self) -> None:
+        """Raise unless requests may come in now, here.
+
+        Raises:
+            UsageError: on another loop or thread, or after a fork.
+            ModelClosedError: it is closed or closing.
+            ModelBrokenError: something broke it, see its `__cause__`.
+        """
+        check_loop(self.loop, self.recipe.engine.name)
+        if self._forks != _forks:
+            raise UsageError(
+                f"{self.recipe.engine.name} was loaded before a fork; neither CUDA nor threads survive one: "
+                "load the model in the child process, or start it with the 'spawn' method"
+            )
+        if self.closing:
+            raise ModelClosedError(f"{self.recipe.engine.name} is closed")
+        if self.broken is not None:
+            raise ModelBrokenError(f"{self.recipe.engine.name} is broken: {self.broken}") from self.broken
+
+    def abandon(self, request: Request) -> None:
+        """The caller no longer waits. What is queued is withdrawn; what is on the device drains."""
+        slot = request.slot
+        if request.is_queued:
+            request.is_queued = False
+            self.machine.withdraw(request)
+            self.counters.cancelled += 1
+            self._check_idle()
+        elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
+            self.counters.cancelled += 1
+            self._move(slot, Move.RELEASE)
+
+    def _enter(self, request: Request, bounded: bool) -> None:
+        if self.first_shapes is None:
+            self.first_shapes = request.shapes
+        try:
+            grant = self.machine.request(request, prefer=self.cache.holders(request.shapes), bounded=bounded)
+        except OverflowError:
+            self.counters.rejected += 1
+            raise QueueFullError(
+                f"{self.recipe.engine.name}: all {len(self.slots)} slots are busy and {self.machine.waiting} callers wait "
+                f"already (max_queue={self.machine.max_waiting}); call again later"
+            ) from None
+        self.counters.submitted += 1
+        if grant is None:
+            request.is_queued = True
+        else:
+            self._serve(grant)
+
+    # Being served...
+
+    def _serve(self, grant: Grant[Request]) -> None:
+        # A loop, not a recursion: a request that fails at once frees its slot at once, and the line may be long.
+        self._granted.append(grant)
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            while self._granted:
+                index, request = self._granted.popleft()
+                slot = self.slots[index]
+                slot.request = request
+                request.slot = slot
+                request.is_queued = False
+                self._begin(slot, request)
+        finally:
+            self._serving = False
+
+    def _begin(self, slot: Slot, request: Request) -> None:
+        if request.future.done():  # cancelled while it stood in line, and its task has not run yet
+            self._move(slot, Move.RELEASE)
+            self.counters.cancelled += 1
+            return
+        program = self.cache.get(slot.index, request.shapes)
+        if program is not None and program.is_staged(self._host_inputs(request), outputs=request.kind is not Kind.DEVICE):
+            self._prepared(slot, request, program)
+        else:
+            self._move(slot, Move.PREPARE)
+            self._work(slot, lambda: self._build(slot, request, program), self._built)
+
+    def _build(self, slot: Slot, request: Request, program: Program | None) -> Program:
+        """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
+        self.device.prepare_thread()
+        if program is None:
+            assert self.specs.specs is not None
+            program = self.recipe.build(slot.index, slot.stream, self.specs.specs, request.shapes)
+        program.stage(self._host_inputs(request), outputs=request.kind is not Kind.DEVICE)
+        return program
+
+    def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
+        if program is not None and program not in self.cache.holders(program.shapes).values():
+            self.cache.add(program)
+            self.counters.captures += 1
+            self.fallbacks.update(dict.fromkeys(program.fallbacks))
+            self._evict(program)
+        request = self._resume(slot, error, "while it was prepared")
+        if request is not None:
+            assert program is not None
+            self._prepared(slot, request, program)
+
+    def _host_inputs(self, request: Request) -> list[int]:
+        if request.is_lease:
+            return list(range(len(request.shapes)))
+        return [i for i, argument in enumerate(request.arguments) if argument.host is not None]
+
+    def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
+        slot.program = program
+        if request.is_lease and self._may_write(slot):
+            slot.launches = 0
+            request.future.set_result(None)
+            return
+        host = [argument.host for argument in request.arguments if argument.host is not None]
+        if program.blocking:
+            self._move(slot, Move.PREPARE)
+            self._work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
+        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES or not self._may_write(slot):
+            self._move(slot, Move.PREPARE)
+            self._work(slot, lambda: self._stage(slot, request, program), self._staged)
+        else:
+            self._copy_in(request, program)
+            self._launch(slot, request, program)
+
+    def _may_write(self, slot: Slot) -> bool:
+        # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
+        return not self.device.unified or all(map(self._passed, slot.gates))
+
+    def _passed(self, gate: Event) -> bool:
+        try:
+            return self.device.query(gate)
+        except DeviceError:
+            raise
+        except Exception:  # the consumer's own failure, which is its own business; it reads no more
+            return True
+
+    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
+        """On a worker thread: the copy into staging memory."""
+        if self.device.unified:
+            _await_gates(slot.gates)
+        self._copy_in(request, program)
+
+    @staticmethod
+    def _copy_in(request: Request, program: Program) -> None:
+        for i, argument in enumerate(request.arguments):
+            if argument.host is not None:
+                view = program.input_views[i]
+                assert view is not None
+                np.copyto(view, argument.host)
+
+    def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        request = self._resume(slot, error, "while its inputs were copied")
+        if request is None:
+            return
+        assert slot.program is not None
+        if request.is_lease:
+            self._prepared(slot, request, slot.program)
+        else:
+            self._launch(slot, request, slot.program)
+
+    def _resume(self, slot: Slot, error: BaseException | None, when: str) -> Request | None:
+        """A worker thread is done with this slot. Returns the request, if it is still there and all went well."""
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return None
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+            return None
+        if state is State.DRAINING:
+            self._move(slot, Move.COMPLETE)
+            return None
+        self._move(slot, Move.PREPARED)
+        if error is not None:
+            self._move(slot, Move.RELEASE, then=lambda: self._reject(request, self.explain(error, when)))
+            return None
+        return request
+
+    # On the device...
+
+    def _launch(self, slot: Slot, request: Request, program: Program) -> None:
+        try:
+            self._submit(slot, request, program)
+        except DeviceError as error:
+            self.device.fail(error)
+        except Exception as error:
+            self._launch_failed(slot, error)
+        else:
+            self._move(slot, Move.LAUNCH)
+            self._watch(slot, program)
+
+    def _submit(self, slot: Slot, request: Request, program: Program) -> None:
+        """Everything that one request puts on its slot's stream, in order."""
+        stream = slot.stream
+        self.open_gates(slot)
+        if request.origin is not None:
+            if request.kind is Kind.DEVICE:
+                request.results = self._results(request.origin, program)
+            # Recorded after the results were allocated, so that it covers both what the inputs depend on and what may
+            # still use the memory that the results got. Later work of the caller's on that stream delays this; no matter.
+            request.origin.record(slot.mark)
+            stream.wait(slot.mark)
+            for event in request.ready:
+                stream.wait(event)
+        for i, argument in enumerate(request.arguments):
+            if argument.tensor is not None:
+                stream.copy(program.inputs[i], argument.tensor)
+            elif not self.device.unified:
+                staged = program.staged_inputs[i]
+                assert staged is not None
+                stream.copy(program.inputs[i], staged)
+        self.run(program)
+        if request.kind is Kind.DEVICE:
+            for result, output in zip(request.results, program.outputs, strict=True):
+                stream.copy(result, output)
+        elif not self.device.unified:
+            if not program.captured:
+                program.stage((), outputs=True)  # on a worker thread, then; a launch may have changed a shape
+            for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
+                assert staged is not None
+                stream.copy(staged, output)
+        stream.record(slot.event)
+
+    def _results(self, origin: Stream, program: Program) -> list[torch.Tensor]:
+        """Device memory for results, allocated in the order of the caller's stream.
+
+        The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be
+        the caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's
+        last kernels read it.
+        """
+
+        def allocate() -> list[torch.Tensor]:
+            return [self.device.empty(output.shape, output.dtype) for output in program.outputs]
+
+        if origin.handle == self.device.current_stream().handle:
+            return allocate()
+        return self.device.call(origin, allocate)
+
+    def open_gates(self, slot: Slot) -> None:
+        """Make the slot's stream wait for every consumer of what the slot held before."""
+        # Taken first: while a worker thread does this for a lease, the lease may end and add gates.
+        gates, slot.gates = slot.gates, []
+        for gate in gates:
+            slot.stream.wait(gate)
+
+    def run(self, program: Program) -> None:
+        """Launch it, and count it."""
+        if program.captured:
+            self.counters.replays += 1
+        else:
+            self.counters.fallback_runs += 1
+        program.launch()
+
+    def _watch(self, slot: Slot, program: Program) -> None:
+        event = slot.event
+        query = self.device.query
+        self.hub.watch(
+            slot.lane,
+            lambda: query(event),
+            lambda error: self._completed(slot, error),
+            estimate=program.estimate,
+            hang_timeout=self._hang_timeout,
+        )
+
+    def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
+        """On a worker thread: all of it, for a program whose launch occupies the thread."""
+        self.device.prepare_thread()
+        self._copy_in(request, program)
+        self._submit(slot, request, program)
+
+    def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        assert slot.program is not None
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+        elif error is not None:
+            self._launch_failed(slot, error)
+        else:
+            if state is State.PREPARING:
+                self._move(slot, Move.LAUNCH)
+            self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
+
+    def _launch_failed(self, slot: Slot, error: BaseException) -> None:
+        """Part of the work may be on the stream already: the slot is not free before that has passed."""
+        request = slot.request
+        assert request is not None
+        self._reject(request, self.explain(error, "while it was launched"))
+        if self.machine.states[slot.index] is not State.DRAINING:
+            if self.machine.states[slot.index] is State.CLAIMED:
+                self._move(slot, Move.LAUNCH)
+            self._move(slot, Move.RELEASE)
+        assert slot.program is not None
+        try:
+            slot.stream.record(slot.event)
+        except DeviceError as fault:
+            self.device.fail(fault)
+        else:
+            self._watch(slot, slot.program)
+
+    # Coming out...
+
+    def _completed(self, slot: Slot, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if isinstance(error, DeviceError):
+            if not isinstance(error, DeviceHangError):
+                self.device.fail(error)
+            else:
+                self._break(error)
+        elif state is State.DRAINING:
+            self._move(slot, Move.COMPLETE)
+        elif error is not None:
+            explained = self.explain(error, "while it ran")
+            self._move(slot, Move.COPIED, then=lambda: self._reject(request, explained))
+        else:
+            self._hand_out(slot, request)
+
+    def _hand_out(self, slot: Slot, request: Request) -> None:
+        program = slot.program
+        assert program is not None
+        if request.kind is Kind.DEVICE:
+            self._finish(slot, request, request.results)
+            return
+        views = [program.output_view(i) for i in range(len(program.outputs))]
+        dtypes = [output.dtype for output in program.outputs]
+        kind = request.kind
+        if sum(view.nbytes for view in views) <= COPY_ON_LOOP_BYTES:
+            self._finish(slot, request, [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)])
+            return
+        # The slot stays IN_FLIGHT, and its memory the worker's, until the copy is done.
+        self._work(
+            slot,
+            lambda: [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)],
+            self._copied,
+        )
+
+    def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if state is State.DRAINING:
+            self._move(slot, Move.COMPLETE)
+        elif error is not None:
+            explained = self.explain(error, "while its results were copied")
+            self._move(slot, Move.COPIED, then=lambda: self._reject(request, explained))
+        else:
+            assert results is not None
+            self._finish(slot, request, results)
+
+    def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
+        assert slot.program is not None
+        packed = slot.program.names.pack(results)
+
+        def resolve() -> None:
+            self.counters.completed += 1
+            if not request.future.done():
+                request.future.set_result(packed)
+
+        self._move(slot, Move.COPIED, then=resolve)
+
+    def _reject(self, request: Request, error: BaseException) -> None:
+        self.counters.failed += 1
+        if not request.future.done():
+            request.future.set_exception(error)
+
+    def explain(self, error: BaseException, when: str) -> AiotrtError:
+        if isinstance(error, AiotrtError):
+            return error
+        explained = EngineError(f"{self.recipe.engine.name} raised {type(error).__name__} {when}: {error}")
+        explained.__cause__ = error
+        return explained
+
+    # Leases...
+
+    def launched(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None]) -> None:
+        """A lease submitted work and recorded `event` after it: the slot is in flight until that completes."""
+        program, request = slot.program, slot.request
+        assert program is not None
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if state is not State.DRAINING:  # it is, when the lease ended while a worker thread submitted for it
+            self._move(slot, Move.LAUNCH)
+        slot.launches += 1
+        launch = slot.launches
+        query = self.device.query
+
+        def done(error: BaseException | None) -> None:
+            try:
+                if slot.request is request:
+                    self._lease_completed(slot, launch, error)
+            finally:
+                on_done(error)
+
+        self.hub.watch(
+            slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self._hang_timeout
+        )
+
+    def submit_in_worker(
+        self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]
+    ) -> None:
+        """A lease's launch that occupies its thread."""
+        self._move(slot, Move.PREPARE)
+        self._work(slot, job, lambda slot, _, error: then(error))
+
+    def end_lease(self, slot: Slot) -> None:
+        """The holder lets go of its slot. Its consumer-done events are among the slot's gates already."""
+        self._move(slot, Move.RELEASE)
+
+    def reclaim(self, slot: Slot) -> None:
+        """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
+        state = self.machine.states[slot.index]
+        if state in (State.IN_FLIGHT, State.PREPARING):
+            slot.is_forgotten = True
+            self._move(slot, Move.RELEASE)
+        elif state in (State.CLAIMED, State.READABLE):
+            self._move(slot, Move.PREPARE)
+            self._move(slot, Move.RELEASE)
+            self._drain(slot)
+
+    def _lease_completed(self, slot: Slot, launch: int, error: BaseException | None) -> None:
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if isinstance(error, DeviceHangError):
+            self._break(error)
+        elif isinstance(error, DeviceError):
+            self.device.fail(error)
+        elif launch != slot.launches:
+            return  # an earlier launch of several; the last one's completion is the slot's
+        elif state is not State.DRAINING:
+            self._move(slot, Move.COMPLETE)
+        elif slot.is_forgotten:
+            self._drain(slot)
+        else:
+            self._move(slot, Move.COMPLETE)
+
+    def _drain(self, slot: Slot) -> None:
+        def drained(slot: Slot, _: None, error: BaseException | None) -> None:
+            slot.is_forgotten = False
+            self._resume(slot, error, "while a forgotten lease was reclaimed")
+
+        self._work(slot, self.device.synchronize, drained)
+
+    # Moving slots...
+
+    def _move(self, slot: Slot, move: Move, *, then: Callable[[], None] | None = None) -> None:
+        """Apply a move; if that frees the slot, forget its request, do `then`, and serve the next in line.
+
+        The next request is launched before this one's future is resolved, so that the device has work while the caller's
+        coroutine runs.
+        """
+        grant = self.machine.move(slot.index, move)
+        if self.machine.states[slot.index] is State.FREE or grant is not None:
+            request, slot.request, slot.program = slot.request, None, None
+            if request is not None:
+                request.slot = None
+        if grant is not None:
+            self._serve(grant)
+        if then is not None:
+            then()
+        self._check_idle()
+
+    def _work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
+        """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job."""
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = job()
+            except BaseException as failure:
+                error = failure
+            try:
+                self.loop.call_soon_threadsafe(then, slot, result, error)
+            except RuntimeError:  # the loop was closed under pending work: nobody is left to tell, so keep what may be in use
+                _keep.append((self, result))
+
+        self._workers.submit(run)
+
+    def _evict(self, newest: Program) -> None:
+        # A free slot's launches are complete, so whoever may still read its outputs is among its gates. The newest
+        # program's slot has launched nothing since it was granted, so that holds for its other programs too.
+        busy = [
+            slot.index
+            for slot in self.slots
+            if slot.index != newest.slot and self.machine.states[slot.index] is not State.FREE
+        ]
+        for program in self.cache.evict(busy, newest):
+            self.counters.evictions += 1
+            self._workers.submit(_retire, program, list(self.slots[program.slot].gates))
+
+    # Breaking and closing...
+
+    def _device_failed(self, error: DeviceError) -> None:
+        """On whichever thread found the fault."""
+        if asyncio._get_running_loop() is self.loop:
+            self._break(error)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+                self.loop.call_soon_threadsafe(self._break, error)
+
+    def _break(self, error: DeviceError) -> None:
+        """Every slot is lost; everybody who waits is told."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        _keep.append(self)  # the device may still write to any of this
+        waiting = [grant.ticket for grant in self._granted] + self.machine.withdraw_all()
+        self._granted.clear()
+        for slot in self.slots:
+            if self.machine.states[slot.index] is not State.BROKEN:
+                self.machine.move(slot.index, Move.FAULT)
+            if slot.request is not None and not slot.request.future.done():
+                self._reject(slot.request, error)
+        for request in waiting:
+            request.is_queued = False
+            self._reject(request, error)
+        self._fail_replays(error)
+        self._check_idle()
+
+    def _fail_replays(self, error: AiotrtError) -> None:
+        for future in self.replays:
+            if not future.done():
+                future.set_exception(error)
+
+    def refuse(self) -> None:
+        """No more requests."""
+        self.closing = True
+
+    def drop(self) -> None:
+        """Fail everybody who waits; what is on the device drains."""
+        error = ModelClosedError(f"{self.recipe.engine.name} was closed while this call waited")
+        for waiting in self.machine.withdraw_all():
+            waiting.is_queued = False
+            self._reject(waiting, error)
+        for slot in self.slots:
+            request = slot.request
+            if request is None or self.machine.states[slot.index] in (State.BROKEN, State.DRAINING):
+                continue
+            self._move(slot, Move.RELEASE)
+            if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
+                self._reject(request, error)
+        self._fail_replays(error)
+        self._check_idle()
+
+    async def idle(self) -> None:
+        """Return when nobody waits and every slot is free (or broken)."""
+        if self._is_idle():
+            return
+        if self._idle is None:
+            self._idle = self.loop.create_future()
+        # Shielded: one closer's cancellation must not take the wake-up from another.
+        await asyncio.shield(self._idle)
+
+    def _is_idle(self) -> bool:
+        return self.machine.waiting == 0 and all(state in (State.FREE, State.BROKEN) for state in self.machine.states)
+
+    def _check_idle(self) -> None:
+        if self._idle is not None and not self._idle.done() and self._is_idle():
+            self._idle.set_result(None)
+            self._idle = None
+
+    def detach(self) -> None:
+        """Leave the loop and the device: the first half of closing, on the loop's thread."""
+        self._stop_listening()
+        for slot in self.slots:
+            self.hub.forget(slot.lane)
+        self.hub.release()
+
+    def discard(self) -> None:
+        """The model was garbage collected without having been closed. On any thread, so it only lets go."""
+        self._stop_listening()
+        self._workers.shutdown(wait=False)
+        if not self._is_idle():
+            _keep.append(self)  # the device may still be using its memory
+        if self.loop.is_closed():
+            self.hub.release()
+        else:
+            self.loop.call_soon_threadsafe(self.hub.release)
+
+    def free(self) -> None:
+        """Free everything: the second half, on a worker thread. A broken executor keeps its memory instead."""
+        if self.broken is not None:
+            self._workers.shutdown(wait=False)  # one of them may be waiting for a device that never answers
+            return
+        self._workers.shutdown(wait=True)
+        for program in self.cache.clear():
+            _retire(program, self.slots[program.slot].gates)
+        for slot in self.slots:
+            slot.stream.close()
+        self.recipe.engine.close()
+
+
+def _retire(program: Program, gates: Sequence[Event]) -> None:
+    """On a worker thread: free a program once its last readers are done."""
+    _await_gates(gates)
+    program.close()
+
+
+def _await_gates(gates: Sequence[Event]) -> None:
+    """On a worker thread: the consumers are done reading."""
+    for gate in gates:
+        try:
+            gate.synchronize()
+        except DeviceError:
+            raise
+        except Exception as error:  # the consumer's own failure, which is its own business; it reads no more
+            _log.debug("a consumer failed: %r", error)
+
+
+def _ready_events(arguments: Sequence[Argument]) -> list[Event]:
+    """The events that device inputs carry, in the way of Roboflow's handshake."""
+    events = []
+    for argument in arguments:
+        if isinstance(argument.owner, tuple):
+            event = getattr(argument.owner[0], "_trt_ready_event", None)
+            if event is not None:
+                events.append(event)
+    return events
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)

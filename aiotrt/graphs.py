@@ -1,0 +1,394 @@
+"""Programs: what one slot replays for one set of shapes, and how many of them may be kept.
+
+A program is fixed input buffers, what runs, and fixed output buffers. What runs is one graph, where everything can be
+captured; else a sequence of steps, each a graph or plain calls, with the reason why. Copies between the caller and the
+buffers are not captured: they are submitted before and after, so that one capture serves host and device callers alike.
+
+The cache is pure bookkeeping: it says what to evict, and the executor, who knows when the device is done, evicts.
+Its key is (slot, shapes). The engine is the model's own; dtypes and ranks are fixed for the life of a model; inputs are
+always copied into contiguous buffers at addresses that the slot owns, so strides and bound addresses are fixed too.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiotrt.devices import CaptureError, Device, Graph, Stream
+from aiotrt.devices.base import write_back
+from aiotrt.engines import Engine, Execution
+from aiotrt.errors import EngineError
+from aiotrt.prediction import Estimate
+from aiotrt.tensors import OutputNames, Shapes, TensorSpec, flatten, numpy_view
+
+__all__ = ["Program", "ProgramCache", "Recipe"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a model's programs: everything but the slot and the shapes.
+
+    Attributes:
+        device: where they run.
+        engine: what they run.
+        preprocess: from the model's inputs to the engine's.
+        postprocess: from the engine's outputs to the model's.
+        graphs: whether to capture at all.
+    """
+
+    device: Device
+    engine: Engine
+    preprocess: Callable[..., object] | None
+    postprocess: Callable[..., object] | None
+    graphs: bool
+
+    def build(self, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes) -> Program:
+        """Allocate, warm up and capture. Blocks: for worker threads.
+
+        Raises:
+            EngineError: it cannot run at all, with or without a graph.
+            InputError: the engine does not allow these shapes.
+            DeviceError: the device broke.
+        """
+        return _Builder(self, slot, stream, specs, shapes).build()
+
+
+class Program:
+    """Buffers, and what runs between them.
+
+    Attributes:
+        slot: whose it is.
+        shapes: of the inputs.
+        inputs: the device buffers that it reads.
+        outputs: the device tensors that it writes; without a graph, a launch may replace them.
+        names: of the outputs.
+        fallbacks: why parts of it are not in a graph; empty when all of it is.
+        captured: whether all of it is one graph.
+        blocking: whether a launch occupies the calling thread, and so belongs in a worker.
+        estimate: what was learned about its duration.
+        nbytes: bytes of device memory that it keeps, buffers included.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        slot: int,
+        shapes: Shapes,
+        inputs: Tensors,
+        outputs: Tensors,
+        names: OutputNames,
+        steps: Sequence[Callable[[], None]],
+        closers: Sequence[Callable[[], None]],
+        fallbacks: Sequence[str],
+        nbytes: int,
+    ) -> None:
+        self.slot = slot
+        self.shapes = shapes
+        self.inputs = inputs
+        self.outputs = outputs
+        self.names = names
+        self.fallbacks = tuple(fallbacks)
+        self.captured = not fallbacks
+        self.blocking = bool(fallbacks) and device.submits_from_threads
+        self.estimate = Estimate()
+        self.nbytes = nbytes
+        self.staged_inputs: list[torch.Tensor | None] = [None] * len(inputs)  # pinned; the buffers themselves if unified
+        self.staged_outputs: list[torch.Tensor | None] = [None] * len(outputs)
+        self.input_views: list[Array | None] = [None] * len(inputs)  # numpy views of the above
+        self.output_views: list[Array | None] = [None] * len(outputs)
+        self._device = device
+        self._steps = tuple(steps)
+        self._closers = tuple(closers)
+
+    def launch(self) -> None:
+        """Submit it once; its stream's order does the rest."""
+        for step in self._steps:
+            step()
+
+    def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
+        """Whether pinned memory is there for these inputs, and for the outputs."""
+        return all(self.staged_inputs[i] is not None for i in inputs) and (
+            not outputs or all(view is not None for view in self.output_views)
+        )
+
+    def stage(self, inputs: Collection[int], *, outputs: bool) -> None:
+        """Make sure it is. Blocks: allocating pinned memory takes milliseconds."""
+        for i in inputs:
+            if self.staged_inputs[i] is None:
+                self.staged_inputs[i] = staged = self._staging(self.inputs[i])
+                self.input_views[i] = numpy_view(staged)
+        if outputs:
+            for i, output in enumerate(self.outputs):
+                staged_output = self.staged_outputs[i]
+                if staged_output is None or staged_output.shape != output.shape or staged_output.dtype != output.dtype:
+                    self.staged_outputs[i] = staged = self._staging(output)
+                    self.output_views[i] = numpy_view(staged)
+
+    def output_view(self, i: int) -> Array:
+        """A host view of output `i`, once it is complete."""
+        if self._device.unified:
+            return numpy_view(self.outputs[i])  # a launch may have replaced the tensor
+        view = self.output_views[i]
+        assert view is not None
+        return view
+
+    def close(self) -> None:
+        """Free it. Everything that it launched, and everybody who reads its buffers, is done. Blocks."""
+        for closer in self._closers:
+            closer()
+        self._steps = ()
+        self._closers = ()
+
+    def _staging(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._device.unified else self._device.pinned(tensor.shape, tensor.dtype)
+
+
+class ProgramCache:
+    """Programs by slot and shapes, least recently used first, bounded in number and bytes.
+
+    Args:
+        max_entries: over all slots.
+        max_bytes: over all slots.
+    """
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._programs: OrderedDict[tuple[int, Shapes], Program] = OrderedDict()
+        self._holders: dict[Shapes, dict[int, Program]] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(self, slot: int, shapes: Shapes) -> Program | None:
+        """The program, now the most recently used one."""
+        program = self._programs.get((slot, shapes))
+        if program is not None:
+            self._programs.move_to_end((slot, shapes))
+        return program
+
+    def holders(self, shapes: Shapes) -> Mapping[int, Program]:
+        """The slots that have a program for these shapes."""
+        return self._holders.get(shapes, {})
+
+    def add(self, program: Program) -> None:
+        """Keep a new program."""
+        self._programs[program.slot, program.shapes] = program
+        self._holders.setdefault(program.shapes, {})[program.slot] = program
+        self.nbytes += program.nbytes
+
+    def evict(self, busy: Collection[int], keep: Program) -> list[Program]:
+        """Take out what is over the bounds, least recently used first, and return it.
+
+        Args:
+            busy: slots whose programs may be in flight, leased or in the making: theirs stay, even if that means staying
+                over a bound for a while.
+            keep: stays too.
+        """
+        evicted: list[Program] = []
+        for program in list(self._programs.values()):
+            if len(self._programs) <= self.max_entries and self.nbytes <= self.max_bytes:
+                break
+            if program is not keep and program.slot not in busy:
+                self._remove(program)
+                evicted.append(program)
+        return evicted
+
+    def clear(self) -> list[Program]:
+        """Take out everything, and return it."""
+        programs = list(self._programs.values())
+        for program in programs:
+            self._remove(program)
+        return programs
+
+    def _remove(self, program: Program) -> None:
+        del self._programs[program.slot, program.shapes]
+        holders = self._holders[program.shapes]
+        del holders[program.slot]
+        if not holders:
+            del self._holders[program.shapes]
+        self.nbytes -= program.nbytes
+
+
+class _Builder:
+    """One build: the state that its steps share."""
+
+    def __init__(
+        self, recipe: Recipe, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes
+    ) -> None:
+        self._recipe = recipe
+        self._slot = slot
+        self._stream = stream
+        self._specs = specs
+        self._shapes = shapes
+        self._names: tuple[str, ...] = ()
+        self._closers: list[Callable[[], None]] = []
+        self._graph_bytes = 0
+
+    def build(self) -> Program:
+        try:
+            return self._build()
+        except BaseException as error:
+            for closer in self._closers:
+                closer()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise EngineError(
+                    f"{self._recipe.engine.name}: out of memory on {self._recipe.device.name} for inputs of shapes "
+                    f"{self._shapes}; use fewer slots, smaller shapes or a smaller graph cache"
+                ) from error
+            raise
+
+    def _build(self) -> Program:
+        recipe, device = self._recipe, self._recipe.device
+        inputs = device.call(self._stream, self._allocate)
+        execution, engine_inputs = self._execution(inputs)
+        self._closers.append(execution.close)
+
+        def engine(values: Tensors) -> Tensors:
+            return self._flatten(recipe.engine.name, execution(values))
+
+        def whole(values: Tensors) -> Tensors:
+            return self._post(engine(self._pre(values)))
+
+        reason = None if recipe.graphs else "graphs=False"
+        reason = reason or recipe.engine.uncapturable
+        fallbacks: list[str] = []
+        if reason is None:
+            try:
+                steps, outputs = self._captured(whole, inputs)
+            except CaptureError as error:
+                reason = f"{recipe.engine.name} could not be captured: {error}"
+                if recipe.preprocess is not None or recipe.postprocess is not None:
+                    # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
+                    steps, outputs, fallbacks = self._piecewise(engine, inputs)
+                    reason = None
+        if reason is not None:
+            steps, outputs = self._eager(whole, inputs)
+            fallbacks = [reason]
+        buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
+        return Program(
+            device, self._slot, self._shapes, inputs, outputs, OutputNames(self._names), steps, self._closers, fallbacks,
+            nbytes=buffers + self._graph_bytes + execution.nbytes,
+        )  # fmt: skip
+
+    def _allocate(self) -> Tensors:
+        device = self._recipe.device
+        # Zeros: the warm-up runs on them, and whatever the memory held before could be an index out of range.
+        return [
+            device.empty(shape, spec.dtype).zero_() for spec, shape in zip(self._specs, self._shapes, strict=True)
+        ]
+
+    def _execution(self, inputs: Tensors) -> tuple[Execution, Tensors]:
+        """The engine's context, made for what `preprocess` really gives it."""
+        recipe = self._recipe
+        values = inputs
+        specs = self._specs
+        if recipe.preprocess is not None:
+            values = recipe.device.call(self._stream, lambda: self._pre(inputs))
+            if recipe.engine.inputs is not None:
+                specs = recipe.engine.inputs
+                self._check_preprocessed(specs, values)
+        names = [spec.name for spec in specs]
+        if recipe.preprocess is not None and recipe.engine.inputs is None:
+            names = list(recipe.engine.parameters or ())[: len(values)] or [f"input_{i}" for i in range(len(values))]
+        shapes = tuple(tuple(value.shape) for value in values)
+        return recipe.engine.execution(recipe.device, self._stream, names, shapes), values
+
+    def _check_preprocessed(self, specs: Sequence[TensorSpec], values: Tensors) -> None:
+        if len(values) != len(specs):
+            wanted = ", ".join(map(str, specs))
+            raise EngineError(f"preprocess returned {len(values)} tensors; the engine takes {len(specs)} ({wanted})")
+        for spec, value in zip(specs, values, strict=True):
+            if value.dtype is not spec.dtype or not spec.fits(value.shape):
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise EngineError(f"preprocess returned {dtype} {tuple(value.shape)}; the engine takes {spec}")
+
+    # What runs...
+
+    def _pre(self, values: Tensors) -> Tensors:
+        function = self._recipe.preprocess
+        if function is None:
+            return values
+        result = function(*values)
+        engine = self._recipe.engine
+        if isinstance(result, Mapping) and engine.inputs is not None:
+            missing = [spec.name for spec in engine.inputs if spec.name not in result]
+            if missing:
+                raise EngineError(f"preprocess returned no {missing[0]!r}; the engine takes {[s.name for s in engine.inputs]}")
+            result = {spec.name: result[spec.name] for spec in engine.inputs}
+        return flatten("preprocess", result)[1]
+
+    def _post(self, values: Tensors) -> Tensors:
+        function = self._recipe.postprocess
+        return values if function is None else self._flatten("postprocess", function(*values))
+
+    def _flatten(self, source: str, result: object) -> Tensors:
+        self._names, tensors = flatten(source, result)
+        return tensors
+
+    # How it runs...
+
+    def _captured(
+        self, function: Callable[[Tensors], Tensors], inputs: Tensors
+    ) -> tuple[list[Callable[[], None]], Tensors]:
+        stream = self._stream
+        graph: Graph
+        graph, outputs = self._recipe.device.capture(stream, lambda: settled(function(inputs), inputs))
+        self._closers.append(graph.close)
+        self._graph_bytes += graph.nbytes
+        return [lambda: graph.launch(stream)], outputs
+
+    def _eager(
+        self, function: Callable[[Tensors], Tensors], inputs: Tensors
+    ) -> tuple[list[Callable[[], None]], Tensors]:
+        stream = self._stream
+        outputs = self._recipe.device.call(stream, lambda: [t.clone() for t in settled(function(inputs), inputs)])
+        self._graph_bytes += sum(t.nbytes for t in outputs)
+
+        def run() -> None:
+            write_back(outputs, settled(function(inputs), inputs))
+
+        return [lambda: stream.run(run)], outputs
+
+    def _piecewise(
+        self, engine: Callable[[Tensors], Tensors], inputs: Tensors
+    ) -> tuple[list[Callable[[], None]], Tensors, list[str]]:
+        recipe = self._recipe
+        pieces: list[tuple[str, Callable[[Tensors], Tensors]]] = [("engine " + recipe.engine.name, engine)]
+        if recipe.preprocess is not None:
+            pieces.insert(0, ("preprocess", self._pre))
+        if recipe.postprocess is not None:
+            pieces.append(("postprocess", self._post))
+        steps: list[Callable[[], None]] = []
+        fallbacks = []
+        values = inputs
+        for name, function in pieces:
+            try:
+                more, values = self._captured(function, values)
+            except CaptureError as error:
+                more, values = self._eager(function, values)
+                fallbacks.append(f"{name} could not be captured: {error}")
+            steps += more
+        # Nothing failed by itself, yet the whole could not be captured: still not one graph, and the reader is told so.
+        return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
+
+
+
+def settled(outputs: Tensors, inputs: Tensors) -> Tensors:
+    """Outputs in plain row-major order, in memory of their own: a result that is a view of an input would change with it."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return [
+        tensor.clone(memory_format=torch.contiguous_format)
+        if tensor.untyped_storage().data_ptr() in taken
+        else tensor.contiguous()
+        for tensor in outputs
+    ]

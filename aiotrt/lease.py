@@ -1,0 +1,570 @@
+"""A slot of one's own for a while: write into the graph's input buffers, replay, read its output buffers. No copies.
+
+The order of things is the device's: a launch waits for what the caller's current stream did before, that stream waits
+for the launch, and leaving records consumer-done events that gate the slot's next launch, whoever makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiotrt.completion import check_loop
+from aiotrt.devices import Event, Stream
+from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.executor import Executor, Request, Slot
+from aiotrt.graphs import Program
+from aiotrt.slots import State
+from aiotrt.tensors import Kind, OutputNames, Shapes
+
+__all__ = ["Buffer", "Buffers", "Lease"]
+
+
+class Buffer:
+    """One input or output buffer of a leased slot.
+
+    Attributes:
+        name: the engine's name for it.
+    """
+
+    def __init__(self, hold: _Hold, index: int, name: str, *, is_input: bool) -> None:
+        self.name = name
+        self._hold = hold
+        self._index = index
+        self._is_input = is_input
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+        return tuple(self._tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its torch dtype."""
+        return self._tensor.dtype
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The device tensor itself, without a copy.
+
+        An output may be read here in the order of the current stream once it was launched; on the host device, which has
+        no stream that plain Python runs on, once its produce event is complete. An input may be written here.
+
+        Raises:
+            UsageError: the lease has ended; for an output, nothing was launched yet, or (host) it is not complete.
+        """
+        hold = self._hold
+        hold.check(anywhere=True)  # a function that runs on a stream of the host device asks from that stream's thread
+        if self._is_input:
+            hold.wrote(self._index, host=False)
+        else:
+            hold.check_launched()
+        if hold.unified:
+            hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
+        return self._tensor
+
+    @property
+    def host(self) -> torch.Tensor:
+        """Its page-locked staging memory as a host tensor, without a copy (`numpy()` makes it an array).
+
+        An input written here is copied to the device by the next launch. An output is here once the launch is complete,
+        if the lease was taken with ``outputs="torch"`` or ``"numpy"``.
+
+        Raises:
+            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host.
+        """
+        hold = self._hold
+        hold.check()
+        if not self._is_input:
+            hold.check_launched()
+        hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
+        if self._is_input:
+            hold.wrote(self._index, host=True)
+            staged = hold.program.staged_inputs[self._index]
+            assert staged is not None
+            return staged
+        if hold.unified:
+            return self._tensor
+        staged = hold.program.staged_outputs[self._index]
+        if staged is None or hold.kind is Kind.DEVICE:
+            raise UsageError(f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host")
+        return staged
+
+    def __setitem__(self, index: Any, value: object) -> None:
+        """Write an input, or part of it.
+
+        Args:
+            index: as for numpy; ``...`` for all of it.
+            value: a number; a host array or tensor, copied to staging memory here and now; a device tensor, copied in the
+                order of the current stream; or another lease's output buffer, copied on the device once it is produced.
+
+        Raises:
+            InputError: wrong dtype, shape or device.
+            UsageError: the lease has ended; it is an output; a host value while a launch is not complete; values from the
+                host and from the device mixed in one input.
+        """
+        hold = self._hold
+        hold.check()
+        if not self._is_input:
+            raise UsageError(f"output {self.name!r} is written by the model; only inputs can be assigned to")
+        if isinstance(value, Buffer):
+            value._hold.check()
+            value._hold.check_launched()
+            if value.dtype is not self.dtype:
+                raise InputError(f"input {self.name!r}: expected {self.dtype}, got {value!r}")
+            self._write_device(index, value._tensor)
+            # What is copied must not be overwritten before the copy, which the current stream makes.
+            value._hold.consumed(None)
+            return
+        if isinstance(value, (bool, int, float, complex, np.generic)):
+            self._write_host(index, value)
+            return
+        argument = hold.executor.specs.check(self.name, value)
+        if argument.tensor is not None:
+            self._write_device(index, argument.tensor)
+        else:
+            self._write_host(index, argument.host)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and name != "name":
+            raise AttributeError(f"write to a buffer with buffer[...] = value, not to its attribute {name!r}")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<Buffer {self.name}: {str(self.dtype).removeprefix('torch.')} {self.shape}>"
+
+    @property
+    def _tensor(self) -> torch.Tensor:
+        program = self._hold.program
+        return program.inputs[self._index] if self._is_input else program.outputs[self._index]
+
+    def _write_host(self, index: Any, value: Any) -> None:
+        hold = self._hold
+        hold.check_settled(f"input {self.name!r}")
+        hold.wrote(self._index, host=True)
+        view = hold.program.input_views[self._index]
+        assert view is not None
+        if isinstance(value, np.ndarray):
+            self._check_broadcast(view[index].shape, value.shape)
+        if hold.unified and not hold.is_current_idle():
+            # Copies made on the device side stand in line there; this one must come after them.
+            value = np.array(value)
+            hold.on_current(lambda: view.__setitem__(index, value))
+        else:
+            view[index] = value
+
+    def _write_device(self, index: Any, source: torch.Tensor) -> None:
+        hold = self._hold
+        destination = self._tensor
+        self._check_broadcast(tuple(destination[index].shape), tuple(source.shape))
+        hold.wrote(self._index, host=False)
+
+        def write() -> None:
+            with torch.no_grad():
+                destination[index] = source
+
+        if hold.unified:
+            hold.on_current(write)
+        else:
+            write()  # torch submits it to the current stream
+
+    def _check_broadcast(self, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        try:
+            fits = torch.broadcast_shapes(place, shape) == torch.Size(place)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {shape}")
+
+
+class Buffers(Sequence[Buffer]):
+    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes."""
+
+    def __init__(self, what: str, buffers: Sequence[Buffer]) -> None:
+        self._what = what
+        self._buffers = tuple(buffers)
+        self._by_name = {buffer.name: buffer for buffer in buffers}
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return iter(self._buffers)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self._buffers[key]
+        try:
+            return self._by_name[key]
+        except KeyError:
+            raise KeyError(f"there is no {self._what} {key!r}; there are {', '.join(self._by_name)}") from None
+
+    def __getattr__(self, name: str) -> Buffer:
+        try:
+            return self.__dict__["_by_name"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"there is no {self.__dict__['_what']} {name!r}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f"write to a buffer with {self._what}s.{name}[...] = value")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<{self._what}s {list(self._buffers)}>"
+
+
+class Lease:
+    """One slot, held from entering to leaving the block.
+
+    Made by `Model.lease`. Entering waits for a free slot and, for new shapes, for its graph; cancelling that gives up the
+    place in line. Leaving is immediate: whatever is still on the device goes on, and the slot is free after it.
+    """
+
+    def __init__(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
+        self._executor = executor
+        self._shapes = shapes
+        self._kind = kind
+        self._hold: _Hold | None = None
+        self._inputs: Buffers | None = None
+        self._outputs: Buffers | None = None
+
+    async def __aenter__(self) -> Lease:
+        if self._hold is not None:
+            raise UsageError("a lease can be entered once; ask the model for another one")
+        request = self._executor.lease(self._shapes, self._kind)
+        try:
+            await request.future
+        except BaseException:
+            # Also where the slot was granted in the same turn of the loop as the cancellation: without this it would
+            # belong to nobody for ever.
+            self._executor.abandon(request)
+            raise
+        slot = request.slot
+        assert slot is not None
+        program = slot.program
+        assert program is not None
+        hold = self._hold = _Hold(self._executor, slot, request, program)
+        specs = self._executor.specs.specs
+        assert specs is not None
+        self._inputs = Buffers("input", [Buffer(hold, i, s.name, is_input=True) for i, s in enumerate(specs)])
+        self._outputs = Buffers(
+            "output", [Buffer(hold, i, name, is_input=False) for i, name in enumerate(program.names.names)]
+        )
+        hold.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._hold is not None:
+            self._hold.leave()
+
+    @property
+    def inputs(self) -> Buffers:
+        """The input buffers, to write to."""
+        return self._entered(self._inputs)
+
+    @property
+    def outputs(self) -> Buffers:
+        """The output buffers, to read from after a launch."""
+        return self._entered(self._outputs)
+
+    def launch(self) -> Event:
+        """Replay the graph on what the inputs hold now.
+
+        Returns at once, with the produce event (a `torch.cuda.Event` on CUDA): new for each launch and never recorded
+        again. From now on the caller's current stream waits for it, on the device, so work submitted there later reads
+        the outputs in order. An input that was not written since the last launch keeps its value. A model that runs
+        without a graph is launched op by op, on this thread: prefer `replay` then, which uses a worker.
+
+        Raises:
+            UsageError: the lease has ended, or an input was never written.
+            ModelBrokenError, ModelClosedError: the model is; the lease has ended with it.
+            EngineError: without a graph, the model raised.
+            DeviceError: the device broke.
+        """
+        return self._held().launch(None)
+
+    async def replay(self) -> Any:
+        """Launch, and wait for the results.
+
+        Returns:
+            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease: one bare,
+            several as a named tuple; device tensors, or host tensors or arrays if the lease asked for them.
+
+        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does; after an
+        EngineError the lease is usable.
+        """
+        hold = self._held()
+        future: asyncio.Future[None] = hold.executor.loop.create_future()
+        if hold.program.blocking:
+            hold.launch_in_worker(future)
+        else:
+            hold.launch(future)
+        hold.executor.replays.add(future)
+        try:
+            await future
+        finally:
+            hold.executor.replays.discard(future)
+        hold.check()
+        return hold.results()
+
+    def consumed(self, stream: object = None) -> None:
+        """Name a stream that reads this slot's buffers, so that the slot's next launch waits for it too.
+
+        Args:
+            stream: a stream of `Model.stream`, a `torch.cuda.Stream`, anything with ``__cuda_stream__``, or a handle;
+                None for the current stream, which is always among them.
+
+        What was submitted there up to the end of the lease (or the next launch) is waited for.
+
+        Raises:
+            UsageError: the lease has ended, or this is not a stream of the model's device.
+        """
+        self._held().consumed(stream)
+
+    def __repr__(self) -> str:
+        if self._hold is None:
+            return "<Lease not entered>"
+        return f"<Lease of slot {self._hold.slot.index}, {self._hold.describe()}>"
+
+    def __del__(self) -> None:
+        hold = self._hold
+        if hold is not None and hold.forget() and not sys.is_finalizing():
+            warnings.warn(f"a lease of slot {hold.slot.index} was never left: use 'async with'", ResourceWarning, source=self)
+
+    def _entered(self, buffers: Buffers | None) -> Buffers:
+        if buffers is None:
+            raise UsageError("this lease has not been entered: use 'async with model.lease() as slot'")
+        return buffers
+
+    def _held(self) -> _Hold:
+        if self._hold is None:
+            raise UsageError("this lease has not been entered: use 'async with model.lease() as slot'")
+        self._hold.check()
+        return self._hold
+
+
+class _Hold:
+    """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
+
+    def __init__(self, executor: Executor, slot: Slot, request: Request, program: Program) -> None:
+        self.executor = executor
+        self.slot = slot
+        self.program = program
+        self.kind = request.kind
+        self.unified = executor.device.unified
+        self.consumers: dict[int, Stream] = {}  # streams that read the buffers, by handle
+        self._request = request
+        self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
+        self._ever_written: set[int] = set()
+        self._event: Event | None = None  # the last launch's
+        self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._left = False
+
+    def open(self) -> None:
+        """Order the caller's stream after the previous consumers: it may write into buffers that they still read."""
+        if self.slot.gates and not self.unified:
+            current = self.executor.device.current_stream()
+            for gate in self.slot.gates:
+                current.wait(gate)
+
+    @property
+    def is_held(self) -> bool:
+        return not self._left and self.slot.request is self._request
+
+    def check(self, *, anywhere: bool = False) -> None:
+        executor = self.executor
+        if not anywhere:
+            check_loop(executor.loop, "a lease")
+        if self._left:
+            raise UsageError("this lease has ended: its buffers belong to somebody else now")
+        if executor.broken is not None:
+            raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
+        if self.slot.request is not self._request:
+            raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
+
+    def check_launched(self) -> None:
+        if self._event is None:
+            raise UsageError("nothing was launched in this lease yet: call launch() or await replay() first")
+
+    def check_settled(self, what: str) -> None:
+        if self._event is not None and not self._is_complete(self._event):
+            raise UsageError(f"{what}: the last launch is not complete, and the host must not touch this before it is: await it")
+
+    def _is_complete(self, event: Event) -> bool:
+        try:
+            return self.executor.device.query(event)
+        except DeviceError:
+            raise
+        except Exception:  # the work itself failed, as whoever awaits it is told; it no longer runs
+            return True
+
+    def wrote(self, index: int, *, host: bool) -> None:
+        if not self.unified and self._sources.setdefault(index, host) is not host:
+            assert self.executor.specs.specs is not None
+            name = self.executor.specs.specs[index].name
+            raise UsageError(f"input {name!r} was written from the host and from the device; write all of it from one side")
+        self._ever_written.add(index)
+
+    # The current stream of the host device, where copies between buffers are ordered...
+
+    def on_current(self, function: Callable[[], None]) -> None:
+        stream = self.executor.device.current_stream()
+        stream.run(function)
+        self._current_mark = self.executor.device.event()
+        stream.record(self._current_mark)
+
+    def is_current_idle(self) -> bool:
+        return self._current_mark is None or self._is_complete(self._current_mark)
+
+    # Launching...
+
+    def launch(self, future: asyncio.Future[None] | None) -> Event:
+        executor, slot = self.executor, self.slot
+        self._check_written()
+        event = executor.device.event()
+        current = executor.device.current_stream()
+        try:
+            self._submit(event, current)
+        except Exception as error:
+            raise self._failed(event, error) from error
+        self._launched(event, future)
+        current.wait(event)
+        return event
+
+    def launch_in_worker(self, future: asyncio.Future[None]) -> None:
+        executor, slot = self.executor, self.slot
+        self._check_written()
+        if executor.machine.states[slot.index] is State.IN_FLIGHT:
+            raise UsageError("the last launch is not complete: await it before the next")
+        event = executor.device.event()
+        current = executor.device.current_stream()
+
+        def submit() -> None:
+            executor.device.prepare_thread()
+            self._submit(event, current)
+            current.wait(event)
+
+        def submitted(error: BaseException | None) -> None:
+            if error is None:
+                self._launched(event, future)
+            else:
+                error = self._failed(event, error)
+                if not future.done():
+                    future.set_exception(error)
+
+        executor.submit_in_worker(slot, submit, submitted)
+
+    def _failed(self, event: Event, error: BaseException) -> BaseException:
+        """Part of the work may be on the stream: the slot is in flight until that has passed."""
+        executor = self.executor
+        try:
+            if isinstance(error, DeviceError):
+                raise error
+            self.slot.stream.record(event)
+            self._launched(event, None)
+        except DeviceError as fault:
+            executor.device.fail(fault)
+        return executor.explain(error, "while it was launched")
+
+    def _submit(self, event: Event, current: Stream) -> None:
+        executor, slot, program = self.executor, self.slot, self.program
+        for stream in self._consumer_streams(current):
+            stream.record(slot.mark)
+            slot.stream.wait(slot.mark)
+        self.consumers.clear()
+        executor.open_gates(slot)
+        if not self.unified:
+            for i, from_host in self._sources.items():
+                staged = program.staged_inputs[i]
+                if from_host and staged is not None:
+                    slot.stream.copy(program.inputs[i], staged)
+        self._sources.clear()
+        executor.run(program)
+        if self.kind is not Kind.DEVICE and not self.unified:
+            if not program.captured:
+                program.stage((), outputs=True)
+            for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
+                assert staged is not None
+                slot.stream.copy(staged, output)
+        slot.stream.record(event)
+
+    def _launched(self, event: Event, future: asyncio.Future[None] | None) -> None:
+        self._event = event
+
+        def done(error: BaseException | None) -> None:
+            if future is None or future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(self.executor.explain(error, "while it ran"))
+
+        self.executor.launched(self.slot, event, done)
+
+    def _check_written(self) -> None:
+        specs = self.executor.specs.specs
+        assert specs is not None
+        for i, spec in enumerate(specs):
+            if i not in self._ever_written:
+                raise UsageError(f"input {spec.name!r} was never written in this lease: write it before the first launch")
+
+    def results(self) -> Any:
+        names: OutputNames = self.program.names
+        if self.kind is Kind.DEVICE:
+            return names.pack(list(self.program.outputs))
+        if self.kind is Kind.NUMPY:
+            return names.pack([self.program.output_view(i) for i in range(len(self.program.outputs))])
+        if self.unified:
+            return names.pack(list(self.program.outputs))
+        return names.pack(list(self.program.staged_outputs))
+
+    # Leaving...
+
+    def consumed(self, stream: object) -> None:
+        device = self.executor.device
+        try:
+            adopted = device.current_stream() if stream is None else device.adopt_stream(stream)
+        except TypeError as error:
+            raise UsageError(str(error)) from error
+        self.consumers[adopted.handle] = adopted
+
+    def _consumer_streams(self, current: Stream) -> list[Stream]:
+        return list({current.handle: current, **self.consumers}.values())
+
+    def leave(self) -> None:
+        if not self._left and self.is_held and self.executor.broken is None:
+            device = self.executor.device
+            try:
+                for stream in self._consumer_streams(device.current_stream()):
+                    gate = device.event()
+                    stream.record(gate)
+                    self.slot.gates.append(gate)
+            except DeviceError as error:
+                device.fail(error)
+            else:
+                # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
+                self.executor.end_lease(self.slot)
+        self._left = True
+
+    def forget(self) -> bool:
+        """The lease is garbage. Returns whether it still held its slot. Called on any thread, so it only passes on."""
+        if not self.is_held or self.executor.broken is not None:
+            return False
+        self._left = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
+            self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
+        return True
+
+    def describe(self) -> str:
+        return "ended" if not self.is_held else self.executor.machine.states[self.slot.index].value

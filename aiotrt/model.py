@@ -1,0 +1,654 @@
+"""`load` and `Model`: the story that the README tells. How it is done stands in `executor`, `graphs` and `completion`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+import torch
+
+from aiotrt.completion import Hub, check_loop
+from aiotrt.devices import Device, Stream, open_device
+from aiotrt.engines import Engine, is_file, open_engine
+from aiotrt.errors import InputError, ModelBrokenError, ModelClosedError
+from aiotrt.executor import Executor, Request
+from aiotrt.graphs import ProgramCache, Recipe
+from aiotrt.lease import Lease
+from aiotrt.prediction import Progress
+from aiotrt.slots import State
+from aiotrt.tensors import InputSpecs, Kind, Shapes, TensorSpec, examples, parameter_names
+
+__all__ = ["Model", "Statistics", "load"]
+
+
+def load(
+    source: object,
+    *,
+    device: str | torch.device = "auto",
+    slots: int = 2,
+    max_queue: int | None = 1024,
+    graphs: bool = True,
+    warmup: object = (),
+    preprocess: Callable[..., object] | None = None,
+    postprocess: Callable[..., object] | None = None,
+    outputs: Literal["numpy", "torch", "device"] | None = None,
+    graph_cache_entries: int = 64,
+    graph_cache_bytes: int = 8 << 30,
+    hang_timeout: float | None = 60.0,
+    progress: Literal["predict", "spin", "interval"] = "predict",
+    threads: int = 1,
+) -> Model:
+    """Load an engine: ``async with aiotrt.load(...) as model``, or ``model = await aiotrt.load(...)``.
+
+    Nothing happens before the model is awaited or entered. Then reading, deserialising, warming up and capturing happen in
+    worker threads, and the loop goes on. It returns when everything in `warmup` is captured on every slot. Cancellation
+    stops the waiting at once; a step that cannot be interrupted ends in its thread, which frees what it made.
+
+    Args:
+        source: a path to an ``.onnx`` file (on the host device, through ONNX Runtime), a `torch.nn.Module` on the model's
+            device, a `torch.export.ExportedProgram`, or a function over device tensors.
+        device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
+            the host for an ``.onnx`` file and where there is none.
+        slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
+        max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
+        graphs: whether to capture at all.
+        warmup: example inputs, to capture ahead of the first call: a list with one entry per shape, each a tensor or array,
+            or a tuple or dict of them. Where the engine does not declare its inputs, the first example (or else the first
+            call) fixes their number, names, dtypes and ranks; extents may differ from call to call.
+        preprocess: from the model's inputs to the engine's: a function over device tensors that returns a tensor, or a
+            tuple or dict of them. Captured into the graph.
+        postprocess: from the engine's outputs to the model's; likewise.
+        outputs: the kind of results, instead of the kind that went in: "numpy" arrays, host "torch" tensors, or "device"
+            tensors.
+        graph_cache_entries: how many graphs are kept, over all slots and shapes; at least one per slot.
+        graph_cache_bytes: how many bytes of device memory they may keep; a graph in use is never evicted.
+        hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit.
+        progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
+            iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
+        threads: how many threads one run of a host engine may use.
+
+    Raises:
+        InputError: an option is out of range; at once. The following when awaited or entered; no model exists then.
+        EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
+        MissingDependencyError: a package is missing that this engine or device needs.
+        UsageError: there is no such device.
+    """
+    for name, value, least in (
+        ("slots", slots, 1), ("threads", threads, 1), ("max_queue", max_queue, 0),
+        ("graph_cache_entries", graph_cache_entries, 1), ("graph_cache_bytes", graph_cache_bytes, 0),
+    ):  # fmt: skip
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if hang_timeout is not None and not hang_timeout > 0:
+        raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
+    if outputs is not None and outputs not in {kind.value for kind in Kind}:
+        raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
+    if progress not in {mode.value for mode in Progress}:
+        raise InputError(f"progress must be 'predict', 'spin' or 'interval', got {progress!r}")
+    for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
+        if function is not None and not callable(function):
+            raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
+    options = _Options(
+        source, device, slots, max_queue, graphs, warmup, preprocess, postprocess,
+        None if outputs is None else Kind(outputs),
+        max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress), threads,
+    )  # fmt: skip
+    return Model(options)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A model at one moment. Counts are since it was opened.
+
+    Attributes:
+        engine: its name.
+        device: its device's name.
+        free: slots nobody uses.
+        claimed: slots whose caller writes inputs.
+        preparing: slots that a worker thread captures for, or copies into.
+        in_flight: slots on the device.
+        readable: slots whose lease holder reads outputs.
+        draining: slots on the device that nobody waits for.
+        broken: slots lost to a fault.
+        waiting: callers in line for a slot.
+        submitted: calls and leases accepted.
+        completed: calls that returned results.
+        failed: calls that raised.
+        cancelled: calls whose caller stopped waiting.
+        rejected: calls refused because the queue was full.
+        replays: launches of captured graphs.
+        fallback_runs: launches that were not one graph.
+        captures: graphs (or what stands in for one) built.
+        graphs: how many are kept now.
+        graph_bytes: bytes of device memory that they keep.
+        evictions: how many were given up for others.
+        fallbacks: why something runs without a graph, each reason once.
+        polls: event queries made by this loop's hub, for all its models.
+        wakes: times that hub's timer fired.
+    """
+
+    engine: str
+    device: str
+    free: int
+    claimed: int
+    preparing: int
+    in_flight: int
+    readable: int
+    draining: int
+    broken: int
+    waiting: int
+    submitted: int
+    completed: int
+    failed: int
+    cancelled: int
+    rejected: int
+    replays: int
+    fallback_runs: int
+    captures: int
+    graphs: int
+    graph_bytes: int
+    evictions: int
+    fallbacks: tuple[str, ...]
+    polls: int
+    wakes: int
+
+
+class Model:
+    """An engine with slots, on one device, for one event loop. Made by `load`.
+
+    Await it, or enter it with ``async with``, before use. It belongs to the loop that opened it: load once per loop. All
+    methods are for that loop's thread.
+    """
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._executor: Executor | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._awaiting = 0
+        self._is_closed = False
+        self._close_lock = anyio.Lock()
+        self._warmup_lock = anyio.Lock()
+        self._usual_shapes: Shapes | None = None
+
+    def __await__(self) -> Generator[Any, None, Model]:
+        return self._opened().__await__()
+
+    async def __aenter__(self) -> Model:
+        return await self._opened()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose(drain=kind is None)
+
+    async def __call__(self, *inputs: object, **named: object) -> Any:
+        """Run once.
+
+        Args:
+            *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
+                with DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and extents as `inputs` says. A
+                host input must not change before the call returns.
+            **named: inputs by name.
+
+        Returns:
+            The results, when they are complete: one bare, several as a named tuple. They belong to the caller, for ever.
+            Of the kind that went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless
+            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32.
+
+        Raises:
+            InputError: an input does not fit. Nothing was submitted.
+            QueueFullError: all slots are busy and `max_queue` calls wait. Nothing was submitted.
+            EngineError: the engine raised. This call failed; the model is usable.
+            DeviceError: the device broke; so did the model.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+
+        Cancellation returns at once. A call in line leaves it; work on the device goes on, and its slot, inputs and
+        outputs are kept until it has ended. Whether the work was done is unknown then.
+        """
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        request = executor.submit(inputs, named)
+        try:
+            return await request.future
+        except (asyncio.CancelledError, GeneratorExit):
+            executor.abandon(request)
+            raise
+
+    def lease(
+        self, shapes: object = None, *, outputs: Literal["numpy", "torch", "device"] | None = None
+    ) -> Lease:
+        """Hold a slot: ``async with model.lease() as slot``. Zero copy, both ways.
+
+        Args:
+            shapes: of the inputs: a sequence of shapes, a mapping from input names, or for a single input its shape. None
+                for the declared shapes if they are all fixed, else those of the first warm-up or call.
+            outputs: where results should be after a launch: "device" (the default), or also on the host.
+
+        Raises:
+            InputError: the shapes are missing or do not fit.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+        """
+        executor = self._usable()
+        kind = Kind.DEVICE if outputs is None else Kind(outputs)
+        return Lease(executor, self._lease_shapes(executor, shapes), kind)
+
+    async def map(
+        self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
+    ) -> AsyncIterator[Any]:
+        """Run for each of `frames`, several at a time, results in order: ``async for result in model.map(frames)``.
+
+        Args:
+            frames: any iterable, or asynchronous iterable, of inputs; a tuple is several inputs, a dict named ones.
+            in_flight: how many calls may be under way or waiting to be fetched; None for two per slot. They do not count
+                against `max_queue`, since this bounds them.
+
+        Raises what a call raises, and what `frames` raises, in its place in the order: earlier results come first. Leaving
+        the loop, or cancelling, abandons what is under way, as for a call.
+        """
+        executor = self._usable()
+        limit = 2 * len(executor.slots) if in_flight is None else in_flight
+        if limit < 1:
+            raise InputError(f"in_flight must be at least 1, got {in_flight}")
+        source = _Source(frames)
+        pending: deque[Request] = deque()
+        failure: BaseException | None = None
+        try:
+            while True:
+                while not source.is_exhausted and failure is None and len(pending) < limit:
+                    try:
+                        if not await source.ready(pending[0].future if pending else None):
+                            break  # the oldest result came first
+                        pending.append(_submit_item(executor, source.take()))
+                    except StopIteration:
+                        break
+                    except Exception as error:
+                        failure = error
+                if pending:
+                    result = await pending[0].future
+                    pending.popleft()
+                    yield result
+                elif failure is not None:
+                    raise failure
+                elif source.is_exhausted:
+                    return
+        finally:
+            for request in pending:
+                request.future.cancel()
+                executor.abandon(request)
+            await source.aclose()
+
+    async def warmup(self, entries: object) -> None:
+        """Capture ahead of the first call, on every slot.
+
+        Args:
+            entries: as for `load`; where the inputs are known, shapes will do: for a single input one shape or a list of
+                shapes (tuples of integers), else a dict from names to shapes.
+
+        Waits until each slot was free once. Cancellation leaves what was captured so far.
+
+        Raises:
+            InputError: an entry does not fit.
+            EngineError: the engine raised.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+        """
+        executor = self._usable()
+        specs = executor.specs
+        for values, named in examples(entries):
+            shapes = _as_shapes(specs, values, named)
+            if shapes is None:
+                specs.fix(values, named)
+                arguments, kind = specs.parse(values, named)
+                shapes = tuple(argument.shape for argument in arguments)
+            else:
+                kind = Kind.NUMPY
+            await self._warm(executor, shapes, executor.outputs or kind)
+
+    def statistics(self) -> Statistics:
+        """How things are now; see `Statistics`."""
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        counts = {state.value: executor.machine.count(state) for state in State}
+        return Statistics(
+            engine=executor.recipe.engine.name,
+            device=executor.device.name,
+            **counts,
+            waiting=executor.machine.waiting,
+            **vars(executor.counters),
+            graphs=len(executor.cache),
+            graph_bytes=executor.cache.nbytes,
+            fallbacks=tuple(executor.fallbacks),
+            polls=executor.hub.polls,
+            wakes=executor.hub.wakes,
+        )
+
+    def stream(self) -> Stream:
+        """A new stream on the model's device, for consumers: ``wait`` for an event, ``run`` a function, ``close``."""
+        return self._usable().device.stream()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...] | None:
+        """What the model takes; None until the first example or call has fixed it."""
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        return executor.specs.specs
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a call now could succeed: open, warmed up, not broken, not closing."""
+        executor = self._executor
+        return (
+            executor is not None
+            and self._opening is not None
+            and self._opening.done()
+            and executor.broken is None
+            and not executor.closing
+        )
+
+    async def aclose(self, *, drain: bool = True) -> None:
+        """Close. Idempotent. New calls raise `ModelClosedError` from now on.
+
+        Args:
+            drain: let calls that wait or run finish, and leases be left. Without it they raise `ModelClosedError` now; what
+                is on the device still ends there first, since memory that it uses cannot be freed.
+
+        Returns when the device is done with the model and everything is freed. Cancellation stops the waiting, not the
+        closing: call it again to wait on. A broken model's memory is kept, because the device may still use it.
+        """
+        if self._opening is not None and not self._opening.done() and asyncio.current_task() is not self._opening:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        executor = self._executor
+        if executor is None or self._is_closed:
+            self._is_closed = True
+            return
+        check_loop(executor.loop, executor.recipe.engine.name)
+        executor.refuse()
+        if not drain:
+            executor.drop()
+        async with self._close_lock:
+            if self._is_closed:
+                return
+            await executor.idle()
+            self._is_closed = True
+            executor.detach()
+            with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
+                await anyio.to_thread.run_sync(executor.free, limiter=anyio.CapacityLimiter(1))
+
+    def __repr__(self) -> str:
+        executor = self._executor
+        name = _name(self._options.source)
+        if executor is None:
+            return f"<aiotrt.Model {name}: {'closed' if self._is_closed else 'not open'}>"
+        if self._is_closed:
+            return f"<aiotrt.Model {name} on {executor.device.name}: closed>"
+        counts = ", ".join(f"{n} {state.value}" for state in State if (n := executor.machine.count(state)))
+        return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {executor.machine.waiting} waiting>"
+
+    def __del__(self) -> None:
+        executor = getattr(self, "_executor", None)
+        if executor is not None and not self._is_closed and not sys.is_finalizing():
+            executor.discard()
+            warnings.warn(f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, source=self)
+
+    # Opening...
+
+    async def _opened(self) -> Model:
+        if self._is_closed:
+            raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+        task = self._opening
+        self._awaiting += 1
+        try:
+            # Shielded: of several tasks that await one model, each can be cancelled by itself.
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._awaiting == 1 and not task.done():
+                task.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([task])
+            if task.done() and not task.cancelled():
+                task.exception()  # seen; the cancellation is what the caller asked for
+            raise
+        finally:
+            self._awaiting -= 1
+        return self
+
+    async def _open(self) -> None:
+        options = self._options
+        loading = _Loading(options)
+        try:
+            device, engine = await anyio.to_thread.run_sync(
+                loading.run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+            )
+        except BaseException:
+            self._is_closed = True
+            loading.abandon()
+            raise
+        parameters = engine.parameters
+        declared = engine.inputs
+        if options.preprocess is not None:  # then the model's inputs are that function's
+            declared, parameters = None, parameter_names(options.preprocess)
+        self._executor = Executor(
+            Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
+            InputSpecs(declared, parameters, device.torch_device),
+            Hub.acquire(options.progress),
+            slots=options.slots,
+            max_queue=options.max_queue,
+            cache=ProgramCache(options.graph_cache_entries, options.graph_cache_bytes),
+            # Where host memory is device memory, results on the device are results on the host.
+            outputs=Kind.TORCH if device.unified and options.outputs is Kind.DEVICE else options.outputs,
+            hang_timeout=options.hang_timeout,
+        )
+        try:
+            if self._executor.broken is not None:
+                raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
+            if not _is_empty(options.warmup):
+                await self.warmup(options.warmup)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.aclose(drain=False)
+            raise
+
+    async def _warm(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
+        if self._usual_shapes is None:
+            self._usual_shapes = shapes
+        # One at a time: two that each held some of the slots would wait for each other for ever.
+        async with self._warmup_lock:
+            requests = [executor.lease(shapes, kind, bounded=False) for _ in executor.slots]
+            try:
+                for request in requests:
+                    await request.future
+            finally:
+                # All are held until all were granted, so that each slot had its turn.
+                for request in requests:
+                    request.future.cancel()
+                    executor.abandon(request)
+                    if request.future.done() and not request.future.cancelled():
+                        request.future.exception()  # seen: the first one's is raised
+
+    # Helpers...
+
+    def _usable(self) -> Executor:
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        executor.check_usable()
+        return executor
+
+    def _not_open(self) -> ModelClosedError:
+        name = _name(self._options.source)
+        if self._is_closed:
+            return ModelClosedError(f"{name} is closed")
+        return ModelClosedError(f"{name} is not open: use 'async with aiotrt.load(...) as model' or 'await aiotrt.load(...)'")
+
+    def _lease_shapes(self, executor: Executor, shapes: object) -> Shapes:
+        specs = executor.specs
+        if shapes is None:
+            if specs.specs is not None and all(None not in spec.shape for spec in specs.specs):
+                return tuple(tuple(extent or 0 for extent in spec.shape) for spec in specs.specs)
+            usual = self._usual_shapes or executor.first_shapes
+            if usual is None:
+                raise InputError("the inputs' shapes are not known yet: pass shapes=, or load with warmup=")
+            return usual
+        named = {str(k): v for k, v in shapes.items()} if isinstance(shapes, Mapping) else {}
+        values: tuple[object, ...] = ()
+        if not named:
+            assert isinstance(shapes, Sequence), shapes
+            values = (tuple(shapes),) if _is_shape(shapes) else tuple(shapes)
+        found = _as_shapes(specs, values, named)
+        if found is None:
+            raise InputError(f"shapes must be tuples of integers, one for each of the inputs, got {shapes!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class _Options:
+    source: object
+    device: str | torch.device
+    slots: int
+    max_queue: int | None
+    graphs: bool
+    warmup: object
+    preprocess: Callable[..., object] | None
+    postprocess: Callable[..., object] | None
+    outputs: Kind | None
+    graph_cache_entries: int
+    graph_cache_bytes: int
+    hang_timeout: float | None
+    progress: Progress
+    threads: int
+
+
+class _Loading:
+    """The part of opening that runs in a worker thread, and that nobody may be left to receive."""
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._is_abandoned = False
+        self._engine: Engine | None = None
+
+    def run(self) -> tuple[Device, Engine]:
+        options = self._options
+        name = options.device
+        if name == "auto" and is_file(options.source) and str(options.source).lower().endswith(".onnx"):
+            name = "host"
+        device = open_device(name)
+        engine = open_engine(options.source, device, threads=options.threads)
+        with self._lock:
+            self._engine = engine
+            if self._is_abandoned:
+                engine.close()
+        return device, engine
+
+    def abandon(self) -> None:
+        """Nobody will take the engine: whoever of the two threads comes second closes it."""
+        with self._lock:
+            self._is_abandoned = True
+            if self._engine is not None:
+                self._engine.close()
+
+
+class _Source:
+    """The items of an iterable or asynchronous iterable, taken one at a time."""
+
+    def __init__(self, frames: Iterable[object] | AsyncIterable[object]) -> None:
+        self.is_exhausted = False
+        self._next: asyncio.Future[object] | None = None
+        self._async: AsyncIterator[object] | None = None
+        if isinstance(frames, AsyncIterable):
+            self._async = aiter(frames)
+        else:
+            self._sync = iter(frames)
+
+    async def ready(self, other: asyncio.Future[Any] | None) -> bool:
+        """Wait for the next item, or for `other` if that comes first; false then."""
+        if self._async is None:
+            return True
+        if self._next is None:
+            self._next = asyncio.ensure_future(_anext(self._async))
+        futures = {self._next} if other is None else {self._next, other}
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        return self._next.done()
+
+    def take(self) -> object:
+        """The next item, which is ready.
+
+        Raises:
+            StopIteration: there is none; `is_exhausted` from now on.
+        """
+        try:
+            if self._async is None:
+                return next(self._sync)
+            assert self._next is not None
+            future, self._next = self._next, None
+            item = future.result()
+            if item is _END:
+                raise StopIteration
+            return item
+        except StopIteration:
+            self.is_exhausted = True
+            raise
+
+    async def aclose(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.wait([self._next])
+            if not self._next.cancelled():
+                self._next.exception()  # seen; nobody takes this item any more
+
+
+_END = object()
+
+
+async def _anext(source: AsyncIterator[object]) -> object:
+    return await anext(source, _END)
+
+
+def _submit_item(executor: Executor, item: object) -> Request:
+    if isinstance(item, Mapping):
+        return executor.submit((), item, bounded=False)
+    return executor.submit(item if isinstance(item, tuple) else (item,), {}, bounded=False)
+
+
+def _is_shape(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(extent, int) and not isinstance(extent, bool) for extent in value)
+    )
+
+
+def _as_shapes(specs: InputSpecs, values: Sequence[object], named: Mapping[str, object]) -> Shapes | None:
+    """Shapes that were given as such, checked; None if these are not shapes."""
+    if len(values) > 1 and _is_shape(values):
+        values = (tuple(values),)
+    if not all(_is_shape(value) for value in (*values, *named.values())):
+        return None
+    return specs.shapes(values, named)
+
+
+def _is_empty(warmup: object) -> bool:
+    return warmup is None or (isinstance(warmup, (tuple, list, dict)) and not warmup)
+
+
+def _name(source: object) -> str:
+    if is_file(source):
+        return str(source)
+    if isinstance(source, functools.partial):
+        return repr(source)
+    return str(getattr(source, "__name__", type(source).__name__))

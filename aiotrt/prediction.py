@@ -1,0 +1,113 @@
+"""When to look: the pure decisions behind polling an event just as it becomes true.
+
+Rule 1: nothing here reads a clock, arms a timer or queries an event; times come in as arguments, in seconds.
+Rule 2: a wrong prediction must cost little, so every overdue interval is bounded by a fraction of the time already waited.
+
+The model. Work on one stream runs in order, so the head of a stream's line started when it was submitted or when its
+predecessor completed, whichever came later; its duration is a property of what runs, not of the queue. `Estimate` learns
+that duration. What it sees is censored: a completion found at the first look says only "no later than now", one found by
+looking often says when. Both teach it, differently: without that, each late look would make the next one later.
+`Lateness` learns how long after its time a timer really wakes the loop, which depends on how long it slept, since idle
+processors wake slowly. The first look is aimed ahead of the prediction by that much.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+__all__ = ["Estimate", "Lateness", "Progress", "first_look", "next_look"]
+
+MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
+SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
+OVERDUE_SHARE: Final = 0.03  # of the time already waited: how long to sleep between overdue looks
+SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
+LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
+
+
+class Progress(enum.Enum):
+    """How completion is found."""
+
+    PREDICT = "predict"  # sleep until just before the predicted time, spin briefly, then look ever less often
+    SPIN = "spin"  # look at every loop iteration: the lowest latency, a whole core
+    INTERVAL = "interval"  # look at growing intervals from the start: no prediction, no spinning
+
+
+class Estimate:
+    """How long one kind of work takes on the device, in seconds; 0.0 until something was learned."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def exact(self, seconds: float) -> None:
+        """The work was seen to take this long.
+
+        The weights differ so that the estimate settles below the middle: arriving early costs a few looks, arriving late
+        is seen by the caller.
+        """
+        if self.seconds == 0.0:
+            self.seconds = seconds
+        else:
+            self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
+
+    def at_most(self, seconds: float) -> None:
+        """The work was complete at the first look, this long after it started."""
+        if self.seconds == 0.0:
+            self.seconds = seconds
+        elif seconds < self.seconds:
+            self.seconds += 0.3 * (seconds - self.seconds)
+        else:
+            self.seconds *= 0.99  # look a little earlier next time, until a look comes too early and says when
+
+
+class Lateness:
+    """How late timers wake the loop, learned separately for short, medium and long sleeps (each bucket four times longer)."""
+
+    __slots__ = ("_deviation", "_mean")
+
+    def __init__(self, initial: float = 50e-6) -> None:
+        self._mean = [initial] * 8
+        self._deviation = [initial / 2] * 8
+
+    @staticmethod
+    def _bucket(sleep: float) -> int:
+        bucket = 0
+        limit = 100e-6
+        while bucket < 7 and sleep > limit:
+            bucket += 1
+            limit *= 4
+        return bucket
+
+    def learn(self, sleep: float, late: float) -> None:
+        """A timer set to sleep this long woke this late."""
+        bucket = self._bucket(sleep)
+        late = min(late, 10e-3)  # a stall of the whole loop says nothing about timers
+        error = late - self._mean[bucket]
+        self._mean[bucket] += 0.05 * error
+        self._deviation[bucket] += 0.05 * (abs(error) - self._deviation[bucket])
+
+    def allowance(self, sleep: float) -> float:
+        """How much earlier to set a timer that sleeps this long."""
+        bucket = self._bucket(sleep)
+        return self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
+
+
+def first_look(now: float, predicted: float, lateness: Lateness) -> float:
+    """When to look first at work predicted to complete at `predicted`; `now` means at the next loop iteration."""
+    return max(now, predicted - lateness.allowance(predicted - now))
+
+
+def next_look(now: float, started: float, predicted: float, spin: float) -> float:
+    """When to look again at work that was not complete at `now`.
+
+    Args:
+        now: the time of the look.
+        started: when the work became the head of its stream.
+        predicted: when it was predicted to complete.
+        spin: for how long after `predicted` to look at every iteration; 0.0 never to.
+    """
+    if now < predicted + spin and spin > 0.0:
+        return now
+    return now + min(max(SHORTEST_SLEEP, OVERDUE_SHARE * (now - started)), LONGEST_SLEEP)

@@ -1,0 +1,232 @@
+"""The slot machine: which slot may do what, and who gets the next one.
+
+Rule 1: every decision about who owns a slot is made in this file.
+Rule 2: this file touches no device, no tensor and no event loop, so that all of it can be tested by enumeration.
+
+Theory of operation. A model has N slots. Each is always in one state of `State`, each state has one owner, and `TABLE` is
+the whole list of legal moves: a pair that is not in it is a bug in aiotrt, and raises. Callers who find no free slot stand
+in one line, first come first served. Every method is synchronous and leaves the machine consistent, and what must be done
+as a consequence comes back as `Grant` values for the caller to act upon, so there is no moment, at a cancellation or
+anywhere else, at which a slot has two owners or none.
+
+The shape is that of a connection pool that decides without doing input or output.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Container, Mapping
+from typing import Final, Generic, NamedTuple, TypeVar
+
+__all__ = ["TABLE", "Event", "Grant", "IllegalTransitionError", "Line", "Slots", "State"]
+
+Ticket = TypeVar("Ticket")
+
+
+class State(enum.Enum):
+    """Where a slot is; the comment says who owns it there."""
+
+    FREE = "free"  # the pool; consumer-done events may still gate its next launch, on the device
+    CLAIMED = "claimed"  # one caller, who writes inputs
+    PREPARING = "preparing"  # a worker thread, on behalf of one caller: capturing a graph, or copying something large
+    IN_FLIGHT = "in_flight"  # the device; one caller waits
+    READABLE = "readable"  # the holder of a lease, who reads outputs
+    DRAINING = "draining"  # the device or a worker thread; nobody waits
+    BROKEN = "broken"  # nobody, for ever
+
+
+class Event(enum.Enum):
+    """What can happen to a slot."""
+
+    GRANT = "grant"  # the pool hands it to a caller
+    PREPARE = "prepare"  # a worker thread takes over
+    PREPARED = "prepared"  # the worker thread is done
+    LAUNCH = "launch"  # work was submitted and its produce event recorded
+    COPIED = "copied"  # the produce event passed and the results were copied out
+    COMPLETE = "complete"  # the produce event passed (or the abandoned worker thread ended); results are still in the slot
+    RELEASE = "release"  # the caller lets go: the lease ends, or the wait is abandoned
+    FAULT = "fault"  # the device failed
+
+
+TABLE: Final[Mapping[State, Mapping[Event, State]]] = {
+    State.FREE: {
+        Event.GRANT: State.CLAIMED,
+        Event.FAULT: State.BROKEN,
+    },
+    State.CLAIMED: {
+        Event.PREPARE: State.PREPARING,
+        Event.LAUNCH: State.IN_FLIGHT,
+        Event.RELEASE: State.FREE,
+        Event.FAULT: State.BROKEN,
+    },
+    State.PREPARING: {
+        Event.PREPARED: State.CLAIMED,
+        Event.LAUNCH: State.IN_FLIGHT,  # the worker thread itself submitted the work
+        Event.RELEASE: State.DRAINING,
+        Event.FAULT: State.BROKEN,
+    },
+    State.IN_FLIGHT: {
+        Event.LAUNCH: State.IN_FLIGHT,  # a lease may queue several launches; the last one's event counts
+        Event.COPIED: State.FREE,
+        Event.COMPLETE: State.READABLE,
+        Event.RELEASE: State.DRAINING,
+        Event.FAULT: State.BROKEN,
+    },
+    State.READABLE: {
+        Event.PREPARE: State.PREPARING,
+        Event.LAUNCH: State.IN_FLIGHT,
+        Event.RELEASE: State.FREE,
+        Event.FAULT: State.BROKEN,
+    },
+    State.DRAINING: {
+        Event.COMPLETE: State.FREE,
+        Event.FAULT: State.BROKEN,
+    },
+    State.BROKEN: {},
+}
+
+
+class IllegalTransitionError(AssertionError):
+    """A move that `TABLE` does not have: a bug in aiotrt, please report it."""
+
+
+class Grant(NamedTuple, Generic[Ticket]):
+    """The action "give slot `slot` to `ticket`": the slot is CLAIMED already."""
+
+    slot: int
+    ticket: Ticket
+
+
+class Line(Generic[Ticket]):
+    """A first-come-first-served line whose members can leave from anywhere in constant time.
+
+    Leaving marks the ticket; marked tickets are dropped when they reach the front, or when they outnumber the others, so
+    memory stays proportional to the callers that really wait.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: deque[Ticket] = deque()
+        self._gone: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._tickets) - len(self._gone)
+
+    def join(self, ticket: Ticket) -> None:
+        """Stand at the end."""
+        self._tickets.append(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Leave from wherever `ticket` stands; it must be in the line."""
+        self._gone.add(id(ticket))
+        if len(self._gone) * 2 > len(self._tickets):
+            self._tickets = deque(t for t in self._tickets if id(t) not in self._gone)
+            self._gone.clear()
+
+    def next(self) -> Ticket | None:
+        """Take the first ticket; None when nobody waits."""
+        while self._tickets:
+            ticket = self._tickets.popleft()
+            if id(ticket) not in self._gone:
+                return ticket
+            self._gone.discard(id(ticket))
+        return None
+
+
+class Slots(Generic[Ticket]):
+    """N slots and the line of callers who wait for one.
+
+    Args:
+        count: how many slots; at least 1.
+        max_waiting: the longest the line may grow; None for no bound.
+    """
+
+    def __init__(self, count: int, max_waiting: int | None = None) -> None:
+        self.states: list[State] = [State.FREE] * count
+        self.max_waiting = max_waiting
+        self._line: Line[Ticket] = Line()
+        self._free: list[int] = list(range(count - 1, -1, -1))
+
+    @property
+    def waiting(self) -> int:
+        """How many callers stand in line."""
+        return len(self._line)
+
+    def count(self, state: State) -> int:
+        """How many slots are in `state`."""
+        return self.states.count(state)
+
+    def request(
+        self, ticket: Ticket, *, prefer: Container[int] = (), bounded: bool = True
+    ) -> Grant[Ticket] | None:
+        """Ask for a slot.
+
+        Args:
+            ticket: who asks; compared by identity.
+            prefer: slots that suit the ticket better than others, if one of them is free.
+            bounded: whether `max_waiting` applies.
+
+        Returns:
+            A grant, when a slot is free (then nobody waits: see `_serve`); None when the ticket now stands in line.
+
+        Raises:
+            OverflowError: the line is at its bound. Nothing changed.
+        """
+        if self._free:
+            at = len(self._free) - 1
+            if at > 0:
+                at = next((i for i in range(at, -1, -1) if self._free[i] in prefer), at)
+            return self._grant(self._free.pop(at), ticket)
+        if bounded and self.max_waiting is not None and len(self._line) >= self.max_waiting:
+            raise OverflowError
+        self._line.join(ticket)
+        return None
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """`ticket` leaves the line, in which it must stand."""
+        self._line.leave(ticket)
+
+    def withdraw_all(self) -> list[Ticket]:
+        """Everybody leaves the line; returned in order."""
+        left = []
+        while (ticket := self._line.next()) is not None:
+            left.append(ticket)
+        return left
+
+    def move(self, slot: int, event: Event) -> Grant[Ticket] | None:
+        """Apply `event` to `slot`.
+
+        Returns:
+            The grant that follows, when the move freed the slot and somebody waits.
+
+        Raises:
+            IllegalTransitionError: `TABLE` has no such move. Nothing changed.
+        """
+        before = self.states[slot]
+        try:
+            after = TABLE[before][event]
+        except KeyError:
+            raise IllegalTransitionError(f"slot {slot} is {before.name} and cannot {event.name}") from None
+        self.states[slot] = after
+        if before is State.FREE:  # only FAULT gets here: GRANT goes through _grant
+            self._free.remove(slot)
+        if after is not State.FREE:
+            return None
+        return self._serve(slot)
+
+    def _serve(self, slot: int) -> Grant[Ticket] | None:
+        # A freed slot goes to the line before it goes to the pool. Without this, a slot could be free while somebody
+        # waits, and the wake-up would be lost.
+        ticket = self._line.next()
+        if ticket is None:
+            self._free.append(slot)
+            return None
+        return self._grant(slot, ticket)
+
+    def _grant(self, slot: int, ticket: Ticket) -> Grant[Ticket]:
+        self.states[slot] = TABLE[State.FREE][Event.GRANT]
+        return Grant(slot, ticket)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} {s.value}" for s in State if (n := self.states.count(s)))
+        return f"<Slots {counts}, {self.waiting} waiting>"

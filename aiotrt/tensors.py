@@ -1,0 +1,436 @@
+"""Tensors at the border: what a model takes, whether a value is that, and how it crosses.
+
+Everything a caller passes becomes an `Argument` here or an `InputError` that names the input, what was expected and what
+came. Everything a caller gets is made here too, in the kind that went in. Host copies are numpy's, which use one thread
+and release the interpreter lock; torch's own host copy would wake every OpenMP thread.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+
+from aiotrt.errors import EngineError, InputError
+
+__all__ = ["Argument", "InputSpecs", "Kind", "OutputNames", "Shapes", "TensorSpec", "examples", "flatten", "numpy_view", "own", "parameter_names"]
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+_TORCH_DTYPES: Final[dict[np.dtype[Any], torch.dtype]] = {
+    np.dtype(name): getattr(torch, name)
+    for name in (
+        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
+        "float16", "float32", "float64", "complex64", "complex128",
+    )
+}  # fmt: skip
+_NUMPY_DTYPES: Final = {torch_dtype: numpy_dtype for numpy_dtype, torch_dtype in _TORCH_DTYPES.items()}
+_SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Kind(enum.Enum):
+    """What a result is handed out as."""
+
+    NUMPY = "numpy"
+    TORCH = "torch"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: its name, extents and dtype.
+
+    Attributes:
+        name: the engine's own name for it.
+        shape: one entry per dimension; None where the extent may differ from call to call.
+        dtype: the torch dtype.
+        minimum: the smallest allowed extents, where the engine declares them.
+        maximum: the largest allowed extents, where the engine declares them.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    minimum: tuple[int, ...] | None = None
+    maximum: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        extents = ", ".join("*" if extent is None else str(extent) for extent in self.shape)
+        return f"{self.name}: {_dtype_name(self.dtype)} ({extents})"
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape is within the spec."""
+        return (
+            len(shape) == len(self.shape)
+            and all(want is None or want == got for want, got in zip(self.shape, shape, strict=True))
+            and (self.minimum is None or all(low <= got for low, got in zip(self.minimum, shape, strict=True)))
+            and (self.maximum is None or all(got <= high for high, got in zip(self.maximum, shape, strict=True)))
+        )
+
+
+class Argument:
+    """One checked input of one call.
+
+    Attributes:
+        shape: its extents.
+        host: a numpy view of the caller's memory, when it is on the host (dtypes that numpy lacks are viewed as integers).
+        tensor: the caller's tensor, when it is on the device.
+        owner: the caller's object, kept alive for as long as the device may read it.
+    """
+
+    __slots__ = ("host", "owner", "shape", "tensor")
+
+    def __init__(
+        self, shape: tuple[int, ...], owner: object, host: Array | None = None, tensor: torch.Tensor | None = None
+    ) -> None:
+        self.shape = shape
+        self.owner = owner
+        self.host = host
+        self.tensor = tensor
+
+
+class InputSpecs:
+    """The inputs of one model: declared by its engine, or fixed by the first example.
+
+    Args:
+        specs: the engine's declaration, if it makes one.
+        parameters: the names a first example is matched against, where the engine declares nothing; None for any.
+        device: where device tensors must live.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec] | None, parameters: Sequence[str] | None, device: torch.device
+    ) -> None:
+        self.specs: tuple[TensorSpec, ...] | None = None if specs is None else tuple(specs)
+        self._parameters = None if parameters is None else tuple(parameters)
+        self._device = device
+        self._index: dict[str, int] = {}
+        if self.specs is not None:
+            self._number()
+
+    def fix(self, values: Sequence[object], named: Mapping[str, object]) -> None:
+        """Let this first example say how many inputs there are, and their names, dtypes and ranks.
+
+        Raises:
+            InputError: the example itself is not usable. Nothing is fixed.
+        """
+        if self.specs is not None:
+            return
+        names = [*(self._name(i) for i in range(len(values))), *named]
+        if not names:
+            raise InputError("the model takes at least one input, got none")
+        if self._parameters is not None:
+            for name in named:
+                if name not in self._parameters:
+                    raise InputError(f"there is no input {name!r}; the inputs are {', '.join(self._parameters)}")
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"input {name!r} was given twice, by position and by name")
+        specs = []
+        for name, value in zip(names, [*values, *named.values()], strict=True):
+            shape, dtype = _shape_and_dtype(name, value)
+            specs.append(TensorSpec(name, (None,) * len(shape), dtype))
+        for spec, value in zip(specs, [*values, *named.values()], strict=True):
+            self._check(spec, value)
+        self.specs = tuple(specs)
+        self._number()
+
+    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Kind]:
+        """Check one call's inputs.
+
+        Returns:
+            The arguments in the engine's order, and the kind its outputs should have.
+
+        Raises:
+            InputError: the first thing that does not fit.
+        """
+        specs = self.specs
+        if specs is None:
+            self.fix(values, named)
+            specs = self.specs
+            assert specs is not None
+        if named:
+            values = self._place(values, named)
+        elif len(values) != len(specs):
+            self._count(values, named)
+        kind = Kind.NUMPY
+        arguments = []
+        for spec, value in zip(specs, values, strict=True):
+            argument = self._check(spec, value)
+            if argument.tensor is not None:
+                kind = Kind.DEVICE
+            elif kind is Kind.NUMPY and not isinstance(value, np.ndarray):
+                kind = Kind.TORCH
+            arguments.append(argument)
+        return arguments, kind
+
+    def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
+        """Check shapes, given like inputs.
+
+        Raises:
+            InputError: the inputs are not fixed yet, or a shape does not fit.
+        """
+        if self.specs is None:
+            raise InputError("the inputs' dtypes are not known yet: pass an example input instead of its shape")
+        if named or len(values) != len(self.specs):
+            values = self._place(values, named)
+        shapes = []
+        for spec, value in zip(self.specs, values, strict=True):
+            shape = tuple(value)  # type: ignore[call-overload]
+            if not spec.fits(shape):
+                self._refuse_shape(spec, shape)
+            if min(shape, default=1) < 1:
+                _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
+            shapes.append(shape)
+        return tuple(shapes)
+
+    def check(self, name: str, value: object) -> Argument:
+        """Check a value for the input `name`, extents aside: that is for assignments to part of an input."""
+        assert self.specs is not None
+        spec = self.specs[self._index[name]]
+        shape, dtype = _shape_and_dtype(name, value)
+        if dtype != spec.dtype:
+            _refuse(spec, f"dtype {_dtype_name(dtype)}", _conversion(value, spec.dtype))
+        return self._check(TensorSpec(name, (None,) * len(shape), dtype), value)
+
+    def _name(self, i: int) -> str:
+        if self._parameters is None:
+            return f"input_{i}"
+        if i >= len(self._parameters):
+            raise InputError(f"the model takes {len(self._parameters)} inputs ({', '.join(self._parameters)}), got more")
+        return self._parameters[i]
+
+    def _number(self) -> None:
+        assert self.specs is not None
+        self._index = {spec.name: i for i, spec in enumerate(self.specs)}
+
+    def _place(self, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
+        assert self.specs is not None
+        missing = object()
+        placed: list[object] = [*values, *[missing] * (len(self.specs) - len(values))]
+        if len(values) > len(self.specs):
+            self._count(values, named)
+        for name, value in named.items():
+            i = self._index.get(name)
+            if i is None:
+                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(self._index)}")
+            if placed[i] is not missing:
+                raise InputError(f"input {name!r} was given twice, by position and by name")
+            placed[i] = value
+        lacking = [spec.name for spec, value in zip(self.specs, placed, strict=True) if value is missing]
+        if lacking:
+            raise InputError(f"missing input{'s' * (len(lacking) > 1)} {', '.join(map(repr, lacking))}")
+        return placed
+
+    def _count(self, values: Sequence[object], named: Mapping[str, object]) -> NoReturn:
+        assert self.specs is not None
+        listing = ", ".join(map(str, self.specs))
+        raise InputError(f"expected {len(self.specs)} inputs ({listing}), got {len(values) + len(named)}")
+
+    def _check(self, spec: TensorSpec, value: object) -> Argument:
+        if isinstance(value, np.ndarray):
+            if (dtype := _TORCH_DTYPES.get(value.dtype)) is not spec.dtype:
+                got = str(value.dtype) if dtype is None else _dtype_name(dtype)
+                _refuse(spec, f"dtype {got}", _conversion(value, spec.dtype))
+            shape = value.shape
+            argument = Argument(shape, value, host=value)
+        else:
+            tensor = _as_tensor(spec.name, value)
+            if tensor.dtype is not spec.dtype:
+                _refuse(spec, f"dtype {_dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
+            shape = tuple(tensor.shape)
+            where = tensor.device
+            if where.type == "cpu":
+                argument = Argument(shape, value, host=numpy_view(tensor))
+            elif where == self._device:
+                argument = Argument(shape, (value, tensor), tensor=tensor)
+            else:
+                _refuse(spec, f"a tensor on {where}", f"the model is on {self._device}: move it with .to({str(self._device)!r})")
+        if not spec.fits(shape):
+            self._refuse_shape(spec, shape)
+        if 0 in shape:
+            _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
+        return argument
+
+    @staticmethod
+    def _refuse_shape(spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
+        if len(shape) != len(spec.shape):
+            hint = ""
+            if len(shape) == len(spec.shape) - 1:
+                hint = "for one item of a batch add a dimension with x[None]"
+            _refuse(spec, f"rank {len(shape)}, shape {shape}", hint)
+        limits = ""
+        if spec.minimum is not None and spec.maximum is not None:
+            limits = f"the engine allows {spec.minimum} to {spec.maximum}"
+        _refuse(spec, f"shape {shape}", limits)
+
+
+class OutputNames:
+    """The names of a model's outputs, and the container they come in: bare when there is one, else a named tuple."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        # rename: engine tensor names need not be Python identifiers; those that are not stay reachable by position.
+        self._container: Any = namedtuple("Outputs", self.names, rename=True)  # type: ignore[misc]  # noqa: PYI024
+
+    def pack(self, values: Sequence[object]) -> Any:
+        """The results as the caller sees them."""
+        return values[0] if len(values) == 1 else self._container._make(values)
+
+
+def flatten(source: str, value: object) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+    """Take apart what a module or function returned.
+
+    Args:
+        source: who returned it, for messages.
+        value: a tensor, a flat tuple, list, named tuple or mapping of tensors.
+
+    Raises:
+        EngineError: it is anything else; the message says where and what.
+    """
+    if isinstance(value, torch.Tensor):
+        return ("output",), [_strided(source, "output", value)]
+    if isinstance(value, Mapping):
+        names: tuple[str, ...] = tuple(str(name) for name in value)
+        items: list[object] = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        items = list(value)
+        names = getattr(value, "_fields", None) or tuple(f"output_{i}" for i in range(len(items)))
+    else:
+        got = "nothing (None)" if value is None else f"{type(value).__name__}"
+        raise EngineError(f"{source} returned {got}; it must return a tensor, or a flat tuple or dict of tensors")
+    if not items:
+        raise EngineError(f"{source} returned an empty {type(value).__name__}; it must return at least one tensor")
+    tensors = []
+    for name, item in zip(names, items, strict=True):
+        if not isinstance(item, torch.Tensor):
+            raise EngineError(
+                f"{source} returned {type(item).__name__} as {name!r}; every output must be a tensor "
+                "(flatten nested results in postprocess=)"
+            )
+        tensors.append(_strided(source, name, item))
+    return names, tensors
+
+
+def numpy_view(tensor: torch.Tensor) -> Array:
+    """The memory of a host tensor as a numpy array; dtypes that numpy lacks are viewed as integers of their size."""
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():  # a lazy flag, which numpy cannot see: without this the signs would be wrong
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.dtype not in _NUMPY_DTYPES:
+        tensor = tensor.view(_SAME_SIZE[tensor.element_size()])
+    view: Array = tensor.numpy()
+    return view
+
+
+def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
+    """A copy of staged results that belongs to the caller.
+
+    Args:
+        view: `numpy_view` of the staging buffer.
+        dtype: the tensor's dtype.
+        kind: NUMPY or TORCH. numpy has no bfloat16 or float8: those become float32, which holds each of their values.
+    """
+    copy = view.copy()
+    if kind is Kind.NUMPY:
+        if dtype in _NUMPY_DTYPES:
+            return copy
+        widened: Array = torch.from_numpy(copy).view(dtype).float().numpy()
+        return widened
+    tensor = torch.from_numpy(copy)
+    return tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype)
+
+
+def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, object]]]:
+    """The entries of ``warmup=``, each as positional and named inputs.
+
+    A list holds one entry per shape; an entry is one tensor or array, or a tuple or dict of them. Anything else than a
+    list is one entry.
+    """
+    for entry in warmup if isinstance(warmup, list) else [warmup]:
+        if isinstance(entry, Mapping):
+            yield (), {str(name): value for name, value in entry.items()}
+        elif isinstance(entry, tuple):
+            yield entry, {}
+        else:
+            yield (entry,), {}
+
+
+def parameter_names(function: Callable[..., object]) -> tuple[str, ...] | None:
+    """The names of a function's parameters; None when it takes any number, or will not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    return tuple(p.name for p in parameters)
+
+
+def _shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.dtype]:
+    if isinstance(value, np.ndarray):
+        dtype = _TORCH_DTYPES.get(value.dtype)
+        if dtype is None:
+            raise InputError(f"input {name!r}: dtype {value.dtype} cannot be held by a tensor")
+        return value.shape, dtype
+    tensor = _as_tensor(name, value)
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _as_tensor(name: str, value: object) -> torch.Tensor:
+    """A strided, detached, real tensor over the caller's memory; no copy."""
+    if isinstance(value, torch.Tensor):
+        tensor = value
+    elif hasattr(value, "__dlpack__"):
+        try:
+            tensor = torch.from_dlpack(value)
+        except Exception as error:
+            raise InputError(f"input {name!r}: {type(value).__name__} could not be read through DLPack: {error}") from error
+    elif hasattr(value, "__cuda_array_interface__"):
+        try:
+            tensor = torch.as_tensor(value, device="cuda")
+        except Exception as error:
+            raise InputError(
+                f"input {name!r}: {type(value).__name__} could not be read through __cuda_array_interface__: {error}"
+            ) from error
+    else:
+        raise InputError(
+            f"input {name!r}: expected a numpy array, a torch tensor, or an object with DLPack or "
+            f"__cuda_array_interface__, got {type(value).__name__}"
+        )
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise InputError(f"input {name!r}: expected a strided tensor, got a {layout} one; convert it with .to_dense()")
+    if tensor.device.type == "meta":
+        raise InputError(f"input {name!r}: a meta tensor has no data; pass a real one")
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _strided(source: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise EngineError(f"{source} returned {name!r} as a {tensor.layout} tensor; return a strided one")
+    return tensor.detach()
+
+
+def _refuse(spec: TensorSpec, got: str, hint: str = "") -> NoReturn:
+    raise InputError(f"input {spec.name!r}: expected {spec}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def _conversion(value: object, dtype: torch.dtype) -> str:
+    if isinstance(value, np.ndarray):
+        numpy_dtype = _NUMPY_DTYPES.get(dtype)
+        if numpy_dtype is None or value.dtype == object:
+            return ""
+        return f"convert it with .astype(np.{numpy_dtype})"
+    return f"convert it with .to({dtype})"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
