@@ -14,7 +14,7 @@
     │                               DeviceError on CUDA do so in a new process
     ├── DeviceError                 the device answered with a fault; every pending await on that device gets it and the
     │   │                           models there are broken; `.code` and `.name` are the driver's own
-    │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is kept, never freed,
+    │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is kept for ever,
     │                               because the device may still be using it
     └── MissingDependencyError (ImportError)   a package is not installed; the message says which and how
 

@@ -6,10 +6,9 @@ Rule 2: a slot's memory is touched only by its owner, which is what its state sa
 
 The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built
 in a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker
-thread if they are large. Then one uninterrupted sequence goes to the slot's stream: wait for the consumers of what the slot
-held before; wait for the producers of device inputs; copy in; replay; copy out; record the produce event (IN_FLIGHT). The
-hub calls back when the event is complete; host results are copied into memory of the caller's own; the slot goes to the
-next in line; the request's future is resolved.
+thread if they are large. Then one uninterrupted sequence goes to the slot's stream (`submission`), and the slot is
+IN_FLIGHT. The hub calls back when the produce event is complete; host results are copied into memory of the caller's own;
+the slot goes to the next in line; the request's future is resolved.
 
 A request that is abandoned (its await was cancelled) leaves the line at once, or leaves its slot DRAINING until the
 device is done with it: the request, and through it the caller's inputs, stay referenced by the slot until then.
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-import torch
-
-from aiotrt.completion import Hub, Lane, check_loop
-from aiotrt.devices import Device, Event, Stream
+from aiotrt.completion import Hub, check_loop
+from aiotrt.devices import Event
 from aiotrt.errors import (
     AiotrtError,
     DeviceError,
@@ -45,15 +40,15 @@ from aiotrt.errors import (
 from aiotrt.graphs import Program, ProgramCache, Recipe
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
-from aiotrt.tensors import Argument, InputSpecs, Kind, Shapes, own
+from aiotrt.submission import Request, Slot, await_gates, copy_in, has_passed, ready_events, submit_request
+from aiotrt.tensors import InputSpecs, Kind, Shapes, own
 
-__all__ = ["Counters", "Executor", "Request", "Slot"]
+__all__ = ["Counters", "Executor"]
 
 #: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
 
-_log: Final = logging.getLogger("aiotrt")
 _keep: Final[list[object]] = []  # what a broken device may still be writing to: a leak is better than a dangling pointer
 _forks = 0
 
@@ -71,49 +66,6 @@ class Counters:
     fallback_runs: int = 0  # launches of programs that are not
     captures: int = 0  # programs built
     evictions: int = 0
-
-
-class Request:
-    """One caller's wish: to run these arguments, or to lease a slot that is prepared for these shapes.
-
-    Attributes:
-        future: resolved with the packed results, or for a lease with None when the slot is claimed and prepared.
-        slot: the slot that it was granted, until it is done with it.
-    """
-
-    __slots__ = ("arguments", "future", "is_lease", "is_queued", "kind", "origin", "ready", "results", "shapes", "slot")
-
-    def __init__(
-        self, future: asyncio.Future[Any], arguments: Sequence[Argument], shapes: Shapes, kind: Kind, *, is_lease: bool
-    ) -> None:
-        self.future = future
-        self.arguments = arguments
-        self.shapes = shapes
-        self.kind = kind
-        self.is_lease = is_lease
-        self.is_queued = False
-        self.slot: Slot | None = None
-        self.origin: Stream | None = None  # the caller's current stream, when inputs or results are on the device
-        self.ready: list[Event] = []  # what the inputs say that they depend on
-        self.results: list[torch.Tensor] = []  # device results of the caller's own
-
-
-class Slot:
-    """What one slot consists of; its state is in the machine."""
-
-    __slots__ = ("event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "program", "request", "stream")
-
-    def __init__(self, index: int, device: Device) -> None:
-        self.index = index
-        self.stream = device.stream()
-        self.event = device.event()  # recorded for requests only, one at a time, and never before its last wait ended
-        self.mark = device.event()  # recorded on a caller's stream and waited for at once
-        self.lane = Lane()
-        self.gates: list[Event] = []  # consumer-done events that the next launch waits for, on the device
-        self.request: Request | None = None
-        self.program: Program | None = None
-        self.launches = 0  # of the present lease: tells its last launch from earlier ones
-        self.is_forgotten = False  # the present lease was garbage collected without having been left
 
 
 class Executor:
@@ -189,7 +141,7 @@ class Executor:
         )
         if kind is Kind.DEVICE or request.kind is Kind.DEVICE:
             request.origin = self.device.current_stream()
-            request.ready = _ready_events(arguments)
+            request.ready = ready_events(arguments)
         self._enter(request, bounded)
         return request
 
@@ -232,8 +184,6 @@ class Executor:
             self._move(slot, Move.RELEASE)
 
     def _enter(self, request: Request, bounded: bool) -> None:
-        if self.first_shapes is None:
-            self.first_shapes = request.shapes
         try:
             grant = self.machine.request(request, prefer=self.cache.holders(request.shapes), bounded=bounded)
         except OverflowError:
@@ -273,7 +223,7 @@ class Executor:
             self.counters.cancelled += 1
             return
         program = self.cache.get(slot.index, request.shapes)
-        if program is not None and program.is_staged(self._host_inputs(request), outputs=request.kind is not Kind.DEVICE):
+        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
             self._prepared(slot, request, program)
         else:
             self._move(slot, Move.PREPARE)
@@ -285,12 +235,13 @@ class Executor:
         if program is None:
             assert self.specs.specs is not None
             program = self.recipe.build(slot.index, slot.stream, self.specs.specs, request.shapes)
-        program.stage(self._host_inputs(request), outputs=request.kind is not Kind.DEVICE)
+        program.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
         return program
 
     def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
         if program is not None and program not in self.cache.holders(program.shapes).values():
             self.cache.add(program)
+            self.first_shapes = self.first_shapes or program.shapes
             self.counters.captures += 1
             self.fallbacks.update(dict.fromkeys(program.fallbacks))
             self._evict(program)
@@ -298,11 +249,6 @@ class Executor:
         if request is not None:
             assert program is not None
             self._prepared(slot, request, program)
-
-    def _host_inputs(self, request: Request) -> list[int]:
-        if request.is_lease:
-            return list(range(len(request.shapes)))
-        return [i for i, argument in enumerate(request.arguments) if argument.host is not None]
 
     def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
         slot.program = program
@@ -318,34 +264,18 @@ class Executor:
             self._move(slot, Move.PREPARE)
             self._work(slot, lambda: self._stage(slot, request, program), self._staged)
         else:
-            self._copy_in(request, program)
+            copy_in(request, program)
             self._launch(slot, request, program)
 
     def _may_write(self, slot: Slot) -> bool:
         # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
-        return not self.device.unified or all(map(self._passed, slot.gates))
-
-    def _passed(self, gate: Event) -> bool:
-        try:
-            return self.device.query(gate)
-        except DeviceError:
-            raise
-        except Exception:  # the consumer's own failure, which is its own business; it reads no more
-            return True
+        return not self.device.unified or all(has_passed(self.device, gate) for gate in slot.gates)
 
     def _stage(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: the copy into staging memory."""
         if self.device.unified:
-            _await_gates(slot.gates)
-        self._copy_in(request, program)
-
-    @staticmethod
-    def _copy_in(request: Request, program: Program) -> None:
-        for i, argument in enumerate(request.arguments):
-            if argument.host is not None:
-                view = program.input_views[i]
-                assert view is not None
-                np.copyto(view, argument.host)
+            await_gates(slot.gates)
+        copy_in(request, program)
 
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
         request = self._resume(slot, error, "while its inputs were copied")
@@ -380,76 +310,21 @@ class Executor:
 
     def _launch(self, slot: Slot, request: Request, program: Program) -> None:
         try:
-            self._submit(slot, request, program)
+            submit_request(self.device, slot, request, program)
         except DeviceError as error:
             self.device.fail(error)
         except Exception as error:
             self._launch_failed(slot, error)
         else:
             self._move(slot, Move.LAUNCH)
+            self._count(program)
             self._watch(slot, program)
 
-    def _submit(self, slot: Slot, request: Request, program: Program) -> None:
-        """Everything that one request puts on its slot's stream, in order."""
-        stream = slot.stream
-        self.open_gates(slot)
-        if request.origin is not None:
-            if request.kind is Kind.DEVICE:
-                request.results = self._results(request.origin, program)
-            # Recorded after the results were allocated, so that it covers both what the inputs depend on and what may
-            # still use the memory that the results got. Later work of the caller's on that stream delays this; no matter.
-            request.origin.record(slot.mark)
-            stream.wait(slot.mark)
-            for event in request.ready:
-                stream.wait(event)
-        for i, argument in enumerate(request.arguments):
-            if argument.tensor is not None:
-                stream.copy(program.inputs[i], argument.tensor)
-            elif not self.device.unified:
-                staged = program.staged_inputs[i]
-                assert staged is not None
-                stream.copy(program.inputs[i], staged)
-        self.run(program)
-        if request.kind is Kind.DEVICE:
-            for result, output in zip(request.results, program.outputs, strict=True):
-                stream.copy(result, output)
-        elif not self.device.unified:
-            if not program.captured:
-                program.stage((), outputs=True)  # on a worker thread, then; a launch may have changed a shape
-            for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
-                assert staged is not None
-                stream.copy(staged, output)
-        stream.record(slot.event)
-
-    def _results(self, origin: Stream, program: Program) -> list[torch.Tensor]:
-        """Device memory for results, allocated in the order of the caller's stream.
-
-        The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be
-        the caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's
-        last kernels read it.
-        """
-
-        def allocate() -> list[torch.Tensor]:
-            return [self.device.empty(output.shape, output.dtype) for output in program.outputs]
-
-        if origin.handle == self.device.current_stream().handle:
-            return allocate()
-        return self.device.call(origin, allocate)
-
-    def open_gates(self, slot: Slot) -> None:
-        """Make the slot's stream wait for every consumer of what the slot held before."""
-        # Taken first: while a worker thread does this for a lease, the lease may end and add gates.
-        gates, slot.gates = slot.gates, []
-        for gate in gates:
-            slot.stream.wait(gate)
-
-    def run(self, program: Program) -> None:
-        """Launch it, and count it."""
+    def _count(self, program: Program) -> None:
         if program.captured:
             self.counters.replays += 1
         else:
             self.counters.fallback_runs += 1
-        program.launch()
 
     def _watch(self, slot: Slot, program: Program) -> None:
         event = slot.event
@@ -465,8 +340,8 @@ class Executor:
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""
         self.device.prepare_thread()
-        self._copy_in(request, program)
-        self._submit(slot, request, program)
+        copy_in(request, program)
+        submit_request(self.device, slot, request, program)
 
     def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
         state = self.machine.states[slot.index]
@@ -480,6 +355,7 @@ class Executor:
         else:
             if state is State.PREPARING:
                 self._move(slot, Move.LAUNCH)
+            self._count(slot.program)
             self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
 
     def _launch_failed(self, slot: Slot, error: BaseException) -> None:
@@ -588,6 +464,7 @@ class Executor:
             return
         if state is not State.DRAINING:  # it is, when the lease ended while a worker thread submitted for it
             self._move(slot, Move.LAUNCH)
+        self._count(program)
         slot.launches += 1
         launch = slot.launches
         query = self.device.query
@@ -599,13 +476,9 @@ class Executor:
             finally:
                 on_done(error)
 
-        self.hub.watch(
-            slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self._hang_timeout
-        )
+        self.hub.watch(slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self._hang_timeout)
 
-    def submit_in_worker(
-        self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]
-    ) -> None:
+    def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
         self._move(slot, Move.PREPARE)
         self._work(slot, job, lambda slot, _, error: then(error))
@@ -679,7 +552,9 @@ class Executor:
                 error = failure
             try:
                 self.loop.call_soon_threadsafe(then, slot, result, error)
-            except RuntimeError:  # the loop was closed under pending work: nobody is left to tell, so keep what may be in use
+            except (
+                RuntimeError
+            ):  # the loop was closed under pending work: nobody is left to tell, so keep what may be in use
                 _keep.append((self, result))
 
         self._workers.submit(run)
@@ -800,30 +675,8 @@ class Executor:
 
 def _retire(program: Program, gates: Sequence[Event]) -> None:
     """On a worker thread: free a program once its last readers are done."""
-    _await_gates(gates)
+    await_gates(gates)
     program.close()
-
-
-def _await_gates(gates: Sequence[Event]) -> None:
-    """On a worker thread: the consumers are done reading."""
-    for gate in gates:
-        try:
-            gate.synchronize()
-        except DeviceError:
-            raise
-        except Exception as error:  # the consumer's own failure, which is its own business; it reads no more
-            _log.debug("a consumer failed: %r", error)
-
-
-def _ready_events(arguments: Sequence[Argument]) -> list[Event]:
-    """The events that device inputs carry, in the way of Roboflow's handshake."""
-    events = []
-    for argument in arguments:
-        if isinstance(argument.owner, tuple):
-            event = getattr(argument.owner[0], "_trt_ready_event", None)
-            if event is not None:
-                events.append(event)
-    return events
 
 
 def _count_fork() -> None:

@@ -132,6 +132,12 @@ class Program:
                     self.staged_outputs[i] = staged = self._staging(output)
                     self.output_views[i] = numpy_view(staged)
 
+    def staged_input(self, i: int) -> torch.Tensor:
+        """The pinned memory of input `i`, which `stage` has made."""
+        staged = self.staged_inputs[i]
+        assert staged is not None
+        return staged
+
     def output_view(self, i: int) -> Array:
         """A host view of output `i`, once it is complete."""
         if self._device.unified:
@@ -222,9 +228,7 @@ class ProgramCache:
 class _Builder:
     """One build: the state that its steps share."""
 
-    def __init__(
-        self, recipe: Recipe, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes
-    ) -> None:
+    def __init__(self, recipe: Recipe, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes) -> None:
         self._recipe = recipe
         self._slot = slot
         self._stream = stream
@@ -259,21 +263,7 @@ class _Builder:
         def whole(values: Tensors) -> Tensors:
             return self._post(engine(self._pre(values)))
 
-        reason = None if recipe.graphs else "graphs=False"
-        reason = reason or recipe.engine.uncapturable
-        fallbacks: list[str] = []
-        if reason is None:
-            try:
-                steps, outputs = self._captured(whole, inputs)
-            except CaptureError as error:
-                reason = f"{recipe.engine.name} could not be captured: {error}"
-                if recipe.preprocess is not None or recipe.postprocess is not None:
-                    # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
-                    steps, outputs, fallbacks = self._piecewise(engine, inputs)
-                    reason = None
-        if reason is not None:
-            steps, outputs = self._eager(whole, inputs)
-            fallbacks = [reason]
+        steps, outputs, fallbacks = self._steps(whole, engine, inputs)
         buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
         return Program(
             device, self._slot, self._shapes, inputs, outputs, OutputNames(self._names), steps, self._closers, fallbacks,
@@ -283,9 +273,7 @@ class _Builder:
     def _allocate(self) -> Tensors:
         device = self._recipe.device
         # Zeros: the warm-up runs on them, and whatever the memory held before could be an index out of range.
-        return [
-            device.empty(shape, spec.dtype).zero_() for spec, shape in zip(self._specs, self._shapes, strict=True)
-        ]
+        return [device.empty(shape, spec.dtype).zero_() for spec, shape in zip(self._specs, self._shapes, strict=True)]
 
     def _execution(self, inputs: Tensors) -> tuple[Execution, Tensors]:
         """The engine's context, made for what `preprocess` really gives it."""
@@ -323,7 +311,9 @@ class _Builder:
         if isinstance(result, Mapping) and engine.inputs is not None:
             missing = [spec.name for spec in engine.inputs if spec.name not in result]
             if missing:
-                raise EngineError(f"preprocess returned no {missing[0]!r}; the engine takes {[s.name for s in engine.inputs]}")
+                raise EngineError(
+                    f"preprocess returned no {missing[0]!r}; the engine takes {[s.name for s in engine.inputs]}"
+                )
             result = {spec.name: result[spec.name] for spec in engine.inputs}
         return flatten("preprocess", result)[1]
 
@@ -337,9 +327,23 @@ class _Builder:
 
     # How it runs...
 
-    def _captured(
-        self, function: Callable[[Tensors], Tensors], inputs: Tensors
-    ) -> tuple[list[Callable[[], None]], Tensors]:
+    def _steps(
+        self, whole: Callable[[Tensors], Tensors], engine: Callable[[Tensors], Tensors], inputs: Tensors
+    ) -> tuple[list[Callable[[], None]], Tensors, list[str]]:
+        """As one graph if that can be; what runs, what it writes, and why it is not one graph."""
+        recipe = self._recipe
+        reason = recipe.engine.uncapturable if recipe.graphs else "graphs=False"
+        if reason is None:
+            try:
+                return *self._captured(whole, inputs), []
+            except CaptureError as error:
+                reason = f"{recipe.engine.name} could not be captured: {error}"
+            if recipe.preprocess is not None or recipe.postprocess is not None:
+                # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
+                return self._piecewise(engine, inputs)
+        return *self._eager(whole, inputs), [reason]
+
+    def _captured(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Callable[[], None]], Tensors]:
         stream = self._stream
         graph: Graph
         graph, outputs = self._recipe.device.capture(stream, lambda: settled(function(inputs), inputs))
@@ -347,9 +351,7 @@ class _Builder:
         self._graph_bytes += graph.nbytes
         return [lambda: graph.launch(stream)], outputs
 
-    def _eager(
-        self, function: Callable[[Tensors], Tensors], inputs: Tensors
-    ) -> tuple[list[Callable[[], None]], Tensors]:
+    def _eager(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Callable[[], None]], Tensors]:
         stream = self._stream
         outputs = self._recipe.device.call(stream, lambda: [t.clone() for t in settled(function(inputs), inputs)])
         self._graph_bytes += sum(t.nbytes for t in outputs)
@@ -380,7 +382,6 @@ class _Builder:
             steps += more
         # Nothing failed by itself, yet the whole could not be captured: still not one graph, and the reader is told so.
         return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
-
 
 
 def settled(outputs: Tensors, inputs: Tensors) -> Tensors:

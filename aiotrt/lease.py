@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ import torch
 from aiotrt.completion import check_loop
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
-from aiotrt.executor import Executor, Request, Slot
+from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from aiotrt.slots import State
+from aiotrt.submission import Request, Slot, submit_lease
 from aiotrt.tensors import Kind, OutputNames, Shapes
 
 __all__ = ["Buffer", "Buffers", "Lease"]
@@ -88,14 +89,14 @@ class Buffer:
         hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
         if self._is_input:
             hold.wrote(self._index, host=True)
-            staged = hold.program.staged_inputs[self._index]
-            assert staged is not None
-            return staged
+            return hold.program.staged_input(self._index)
         if hold.unified:
             return self._tensor
         staged = hold.program.staged_outputs[self._index]
         if staged is None or hold.kind is Kind.DEVICE:
-            raise UsageError(f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host")
+            raise UsageError(
+                f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host"
+            )
         return staged
 
     def __setitem__(self, index: Any, value: object) -> None:
@@ -237,7 +238,7 @@ class Lease:
         self._inputs: Buffers | None = None
         self._outputs: Buffers | None = None
 
-    async def __aenter__(self) -> Lease:
+    async def __aenter__(self) -> Self:
         if self._hold is not None:
             raise UsageError("a lease can be entered once; ask the model for another one")
         request = self._executor.lease(self._shapes, self._kind)
@@ -340,7 +341,9 @@ class Lease:
     def __del__(self) -> None:
         hold = self._hold
         if hold is not None and hold.forget() and not sys.is_finalizing():
-            warnings.warn(f"a lease of slot {hold.slot.index} was never left: use 'async with'", ResourceWarning, source=self)
+            warnings.warn(
+                f"a lease of slot {hold.slot.index} was never left: use 'async with'", ResourceWarning, source=self
+            )
 
     def _entered(self, buffers: Buffers | None) -> Buffers:
         if buffers is None:
@@ -399,7 +402,9 @@ class _Hold:
 
     def check_settled(self, what: str) -> None:
         if self._event is not None and not self._is_complete(self._event):
-            raise UsageError(f"{what}: the last launch is not complete, and the host must not touch this before it is: await it")
+            raise UsageError(
+                f"{what}: the last launch is not complete, and the host must not touch this before it is: await it"
+            )
 
     def _is_complete(self, event: Event) -> bool:
         try:
@@ -430,7 +435,7 @@ class _Hold:
     # Launching...
 
     def launch(self, future: asyncio.Future[None] | None) -> Event:
-        executor, slot = self.executor, self.slot
+        executor = self.executor
         self._check_written()
         event = executor.device.event()
         current = executor.device.current_stream()
@@ -478,26 +483,11 @@ class _Hold:
         return executor.explain(error, "while it was launched")
 
     def _submit(self, event: Event, current: Stream) -> None:
-        executor, slot, program = self.executor, self.slot, self.program
-        for stream in self._consumer_streams(current):
-            stream.record(slot.mark)
-            slot.stream.wait(slot.mark)
-        self.consumers.clear()
-        executor.open_gates(slot)
-        if not self.unified:
-            for i, from_host in self._sources.items():
-                staged = program.staged_inputs[i]
-                if from_host and staged is not None:
-                    slot.stream.copy(program.inputs[i], staged)
+        from_host = [i for i, written_by_host in self._sources.items() if written_by_host]
+        consumers = self._consumer_streams(current)
         self._sources.clear()
-        executor.run(program)
-        if self.kind is not Kind.DEVICE and not self.unified:
-            if not program.captured:
-                program.stage((), outputs=True)
-            for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
-                assert staged is not None
-                slot.stream.copy(staged, output)
-        slot.stream.record(event)
+        self.consumers.clear()
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
     def _launched(self, event: Event, future: asyncio.Future[None] | None) -> None:
         self._event = event

@@ -7,11 +7,10 @@ import functools
 import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -21,9 +20,10 @@ from aiotrt.completion import Hub, check_loop
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, is_file, open_engine
 from aiotrt.errors import InputError, ModelBrokenError, ModelClosedError
-from aiotrt.executor import Executor, Request
+from aiotrt.executor import Executor
 from aiotrt.graphs import ProgramCache, Recipe
 from aiotrt.lease import Lease
+from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Shapes, TensorSpec, examples, parameter_names
@@ -83,10 +83,11 @@ def load(
         MissingDependencyError: a package is missing that this engine or device needs.
         UsageError: there is no such device.
     """
-    for name, value, least in (
+    bounds: tuple[tuple[str, object, int], ...] = (
         ("slots", slots, 1), ("threads", threads, 1), ("max_queue", max_queue, 0),
         ("graph_cache_entries", graph_cache_entries, 1), ("graph_cache_bytes", graph_cache_bytes, 0),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for name, value, least in bounds:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
     if hang_timeout is not None and not hang_timeout > 0:
@@ -178,13 +179,14 @@ class Model:
         self._is_closed = False
         self._close_lock = anyio.Lock()
         self._warmup_lock = anyio.Lock()
-        self._usual_shapes: Shapes | None = None
 
     def __await__(self) -> Generator[Any, None, Model]:
         return self._opened().__await__()
 
-    async def __aenter__(self) -> Model:
-        return await self._opened()
+    async def __aenter__(self) -> Self:
+        model = await self._opened()
+        assert model is self
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -225,9 +227,7 @@ class Model:
             executor.abandon(request)
             raise
 
-    def lease(
-        self, shapes: object = None, *, outputs: Literal["numpy", "torch", "device"] | None = None
-    ) -> Lease:
+    def lease(self, shapes: object = None, *, outputs: Literal["numpy", "torch", "device"] | None = None) -> Lease:
         """Hold a slot: ``async with model.lease() as slot``. Zero copy, both ways.
 
         Args:
@@ -245,7 +245,7 @@ class Model:
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Run for each of `frames`, several at a time, results in order: ``async for result in model.map(frames)``.
 
         Args:
@@ -256,37 +256,12 @@ class Model:
         Raises what a call raises, and what `frames` raises, in its place in the order: earlier results come first. Leaving
         the loop, or cancelling, abandons what is under way, as for a call.
         """
-        executor = self._usable()
-        limit = 2 * len(executor.slots) if in_flight is None else in_flight
-        if limit < 1:
-            raise InputError(f"in_flight must be at least 1, got {in_flight}")
-        source = _Source(frames)
-        pending: deque[Request] = deque()
-        failure: BaseException | None = None
+        results = map_in_order(self._usable(), frames, in_flight)
         try:
-            while True:
-                while not source.is_exhausted and failure is None and len(pending) < limit:
-                    try:
-                        if not await source.ready(pending[0].future if pending else None):
-                            break  # the oldest result came first
-                        pending.append(_submit_item(executor, source.take()))
-                    except StopIteration:
-                        break
-                    except Exception as error:
-                        failure = error
-                if pending:
-                    result = await pending[0].future
-                    pending.popleft()
-                    yield result
-                elif failure is not None:
-                    raise failure
-                elif source.is_exhausted:
-                    return
+            async for result in results:
+                yield result
         finally:
-            for request in pending:
-                request.future.cancel()
-                executor.abandon(request)
-            await source.aclose()
+            await results.aclose()
 
     async def warmup(self, entries: object) -> None:
         """Capture ahead of the first call, on every slot.
@@ -379,13 +354,14 @@ class Model:
         if not drain:
             executor.drop()
         async with self._close_lock:
-            if self._is_closed:
-                return
+            if self._executor is None:
+                return  # another closer was first
             await executor.idle()
             self._is_closed = True
             executor.detach()
             with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
                 await anyio.to_thread.run_sync(executor.free, limiter=anyio.CapacityLimiter(1))
+            self._executor = None
 
     def __repr__(self) -> str:
         executor = self._executor
@@ -401,7 +377,9 @@ class Model:
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not sys.is_finalizing():
             executor.discard()
-            warnings.warn(f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, source=self)
+            warnings.warn(
+                f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, stacklevel=1, source=self
+            )
 
     # Opening...
 
@@ -464,8 +442,6 @@ class Model:
             raise
 
     async def _warm(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
-        if self._usual_shapes is None:
-            self._usual_shapes = shapes
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
             requests = [executor.lease(shapes, kind, bounded=False) for _ in executor.slots]
@@ -493,14 +469,16 @@ class Model:
         name = _name(self._options.source)
         if self._is_closed:
             return ModelClosedError(f"{name} is closed")
-        return ModelClosedError(f"{name} is not open: use 'async with aiotrt.load(...) as model' or 'await aiotrt.load(...)'")
+        return ModelClosedError(
+            f"{name} is not open: use 'async with aiotrt.load(...) as model' or 'await aiotrt.load(...)'"
+        )
 
     def _lease_shapes(self, executor: Executor, shapes: object) -> Shapes:
         specs = executor.specs
         if shapes is None:
             if specs.specs is not None and all(None not in spec.shape for spec in specs.specs):
                 return tuple(tuple(extent or 0 for extent in spec.shape) for spec in specs.specs)
-            usual = self._usual_shapes or executor.first_shapes
+            usual = executor.first_shapes
             if usual is None:
                 raise InputError("the inputs' shapes are not known yet: pass shapes=, or load with warmup=")
             return usual
@@ -561,68 +539,6 @@ class _Loading:
             self._is_abandoned = True
             if self._engine is not None:
                 self._engine.close()
-
-
-class _Source:
-    """The items of an iterable or asynchronous iterable, taken one at a time."""
-
-    def __init__(self, frames: Iterable[object] | AsyncIterable[object]) -> None:
-        self.is_exhausted = False
-        self._next: asyncio.Future[object] | None = None
-        self._async: AsyncIterator[object] | None = None
-        if isinstance(frames, AsyncIterable):
-            self._async = aiter(frames)
-        else:
-            self._sync = iter(frames)
-
-    async def ready(self, other: asyncio.Future[Any] | None) -> bool:
-        """Wait for the next item, or for `other` if that comes first; false then."""
-        if self._async is None:
-            return True
-        if self._next is None:
-            self._next = asyncio.ensure_future(_anext(self._async))
-        futures = {self._next} if other is None else {self._next, other}
-        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-        return self._next.done()
-
-    def take(self) -> object:
-        """The next item, which is ready.
-
-        Raises:
-            StopIteration: there is none; `is_exhausted` from now on.
-        """
-        try:
-            if self._async is None:
-                return next(self._sync)
-            assert self._next is not None
-            future, self._next = self._next, None
-            item = future.result()
-            if item is _END:
-                raise StopIteration
-            return item
-        except StopIteration:
-            self.is_exhausted = True
-            raise
-
-    async def aclose(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-            await asyncio.wait([self._next])
-            if not self._next.cancelled():
-                self._next.exception()  # seen; nobody takes this item any more
-
-
-_END = object()
-
-
-async def _anext(source: AsyncIterator[object]) -> object:
-    return await anext(source, _END)
-
-
-def _submit_item(executor: Executor, item: object) -> Request:
-    if isinstance(item, Mapping):
-        return executor.submit((), item, bounded=False)
-    return executor.submit(item if isinstance(item, tuple) else (item,), {}, bounded=False)
 
 
 def _is_shape(value: object) -> bool:

@@ -63,7 +63,7 @@ class Estimate:
 
 
 class Lateness:
-    """How late timers wake the loop, learned separately for short, medium and long sleeps (each bucket four times longer)."""
+    """How late timers wake the loop, learned separately for sleeps of each length (buckets, each four times longer)."""
 
     __slots__ = ("_deviation", "_mean")
 

@@ -19,7 +19,19 @@ import torch
 
 from aiotrt.errors import EngineError, InputError
 
-__all__ = ["Argument", "InputSpecs", "Kind", "OutputNames", "Shapes", "TensorSpec", "examples", "flatten", "numpy_view", "own", "parameter_names"]
+__all__ = [
+    "Argument",
+    "InputSpecs",
+    "Kind",
+    "OutputNames",
+    "Shapes",
+    "TensorSpec",
+    "examples",
+    "flatten",
+    "numpy_view",
+    "own",
+    "parameter_names",
+]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -105,9 +117,7 @@ class InputSpecs:
         device: where device tensors must live.
     """
 
-    def __init__(
-        self, specs: Sequence[TensorSpec] | None, parameters: Sequence[str] | None, device: torch.device
-    ) -> None:
+    def __init__(self, specs: Sequence[TensorSpec] | None, parameters: Sequence[str] | None, device: torch.device) -> None:
         self.specs: tuple[TensorSpec, ...] | None = None if specs is None else tuple(specs)
         self._parameters = None if parameters is None else tuple(parameters)
         self._device = device
@@ -183,7 +193,8 @@ class InputSpecs:
             values = self._place(values, named)
         shapes = []
         for spec, value in zip(self.specs, values, strict=True):
-            shape = tuple(value)  # type: ignore[call-overload]
+            assert isinstance(value, Sequence)
+            shape = tuple(value)
             if not spec.fits(shape):
                 self._refuse_shape(spec, shape)
             if min(shape, default=1) < 1:
@@ -252,7 +263,11 @@ class InputSpecs:
             elif where == self._device:
                 argument = Argument(shape, (value, tensor), tensor=tensor)
             else:
-                _refuse(spec, f"a tensor on {where}", f"the model is on {self._device}: move it with .to({str(self._device)!r})")
+                _refuse(
+                    spec,
+                    f"a tensor on {where}",
+                    f"the model is on {self._device}: move it with .to({str(self._device)!r})",
+                )
         if not spec.fits(shape):
             self._refuse_shape(spec, shape)
         if 0 in shape:
@@ -386,11 +401,12 @@ def _shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.d
 
 def _as_tensor(name: str, value: object) -> torch.Tensor:
     """A strided, detached, real tensor over the caller's memory; no copy."""
+    tensor: torch.Tensor
     if isinstance(value, torch.Tensor):
         tensor = value
     elif hasattr(value, "__dlpack__"):
         try:
-            tensor = torch.from_dlpack(value)
+            tensor = torch.utils.dlpack.from_dlpack(value)
         except Exception as error:
             raise InputError(f"input {name!r}: {type(value).__name__} could not be read through DLPack: {error}") from error
     elif hasattr(value, "__cuda_array_interface__"):

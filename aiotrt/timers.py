@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import sys
 import threading
 import time
 import weakref
@@ -117,7 +116,7 @@ class ThreadTimer:
 
 def open_timer(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> Timer:
     """The best timer that this system and this loop offer."""
-    if sys.platform == "linux":
+    if hasattr(_libc, "timerfd_create"):
         return TimerFd(loop, callback)
     return ThreadTimer(loop, callback)
 

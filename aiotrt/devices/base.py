@@ -146,9 +146,7 @@ class Device(Protocol):
         """Uninitialised page-locked host memory. Blocks."""
         ...
 
-    def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]
-    ) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
         """Warm up `body` on `stream`, then capture it there.
 
         Blocks. One capture at a time in the process, thread-local mode, garbage collection held off.

@@ -175,9 +175,7 @@ class CudaDevice(Faults):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
-    def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]
-    ) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
         assert isinstance(stream, CudaStream), stream
         generator = torch.cuda.default_generators[self.index]
         with _capture_lock, torch.cuda.device(self.index), torch.cuda.stream(stream.torch), torch.no_grad():

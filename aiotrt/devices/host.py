@@ -21,8 +21,8 @@ from typing import Final, TypeVar
 
 import torch
 
-from aiotrt.errors import UsageError
 from aiotrt.devices.base import Event, Faults, Graph, Stream, write_back
+from aiotrt.errors import UsageError
 
 __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
 
@@ -223,9 +223,7 @@ class HostDevice(Faults):
 
     pinned = empty
 
-    def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]
-    ) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
         outputs = [t.clone(memory_format=torch.contiguous_format) for t in self.call(stream, body)]
         return HostGraph(body, outputs), outputs
 

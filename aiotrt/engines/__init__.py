@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeGuard
 
 from aiotrt.devices.base import Device
 from aiotrt.engines.base import Engine, Execution
@@ -13,7 +14,7 @@ from aiotrt.errors import EngineError, MissingDependencyError
 __all__ = ["Engine", "Execution", "is_file", "open_engine"]
 
 
-def is_file(source: object) -> bool:
+def is_file(source: object) -> TypeGuard[str | os.PathLike[str]]:
     """Whether `source` names a file."""
     return isinstance(source, (str, os.PathLike))
 
@@ -32,7 +33,7 @@ def open_engine(source: object, device: Device, *, threads: int) -> Engine:
     """
     if not is_file(source):
         return ModuleEngine(source, device)
-    path = Path(os.fspath(source))  # type: ignore[arg-type]
+    path = Path(source)
     if not path.exists():
         raise EngineError(f"{path}: there is no such file")
     if path.is_dir():

@@ -45,7 +45,9 @@ class ModuleEngine:
             self.name = getattr(source, "__name__", type(source).__name__)
             function = source
         else:
-            raise EngineError(f"expected a file, a torch module, an ExportedProgram or a function, got {type(source).__name__}")
+            raise EngineError(
+                f"expected a file, a torch module, an ExportedProgram or a function, got {type(source).__name__}"
+            )
         self._function: Callable[..., object] = function
         described = source.forward if isinstance(source, torch.nn.Module) else function
         self.parameters = None if self.inputs is not None else parameter_names(described)
@@ -84,11 +86,13 @@ class ModuleExecution:
 def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     specs = []
-    for name in program.graph_signature.user_inputs:
+    names: list[object] = list(program.graph_signature.user_inputs)  # constants too, whatever the annotation says
+    for name in names:
         value = values.get(str(name))
         if not isinstance(value, torch.Tensor):
             raise EngineError(f"ExportedProgram: input {name!r} is not a tensor; only tensor inputs can be captured")
-        extents = tuple(extent if isinstance(extent, int) else None for extent in value.shape)
+        sizes: list[object] = list(value.shape)  # symbolic ones among them
+        extents = tuple(size if isinstance(size, int) else None for size in sizes)
         specs.append(TensorSpec(str(name), extents, value.dtype))
     return tuple(specs)
 

@@ -1,0 +1,112 @@
+"""Many inputs, one after the other: bounded, in order, and without a task per item."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
+from typing import Any
+
+from aiotrt.errors import InputError
+from aiotrt.executor import Executor
+from aiotrt.submission import Request
+
+__all__ = ["map_in_order"]
+
+
+async def map_in_order(
+    executor: Executor, frames: Iterable[object] | AsyncIterable[object], in_flight: int | None
+) -> AsyncGenerator[Any, None]:
+    """What `Model.map` promises."""
+    limit = 2 * len(executor.slots) if in_flight is None else in_flight
+    if limit < 1:
+        raise InputError(f"in_flight must be at least 1, got {in_flight}")
+    source = _Source(frames)
+    pending: deque[Request] = deque()
+    failure: BaseException | None = None
+    try:
+        while True:
+            while not source.is_exhausted and failure is None and len(pending) < limit:
+                try:
+                    if not await source.ready(pending[0].future if pending else None):
+                        break  # the oldest result came first
+                    pending.append(_submit_item(executor, source.take()))
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error
+            if pending:
+                result = await pending[0].future
+                pending.popleft()
+                yield result
+            elif failure is not None:
+                raise failure
+            elif source.is_exhausted:
+                return
+    finally:
+        for request in pending:
+            request.future.cancel()
+            executor.abandon(request)
+        await source.aclose()
+
+
+class _Source:
+    """The items of an iterable or asynchronous iterable, taken one at a time."""
+
+    def __init__(self, frames: Iterable[object] | AsyncIterable[object]) -> None:
+        self.is_exhausted = False
+        self._next: asyncio.Future[object] | None = None
+        self._async: AsyncIterator[object] | None = None
+        if isinstance(frames, AsyncIterable):
+            self._async = aiter(frames)
+        else:
+            self._sync = iter(frames)
+
+    async def ready(self, other: asyncio.Future[Any] | None) -> bool:
+        """Wait for the next item, or for `other` if that comes first; false then."""
+        if self._async is None:
+            return True
+        if self._next is None:
+            self._next = asyncio.ensure_future(_anext(self._async))
+        futures = {self._next} if other is None else {self._next, other}
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        return self._next.done()
+
+    def take(self) -> object:
+        """The next item, which is ready.
+
+        Raises:
+            StopIteration: there is none; `is_exhausted` from now on.
+        """
+        try:
+            if self._async is None:
+                return next(self._sync)
+            assert self._next is not None
+            future, self._next = self._next, None
+            item = future.result()
+            if item is _END:
+                raise StopIteration
+            return item
+        except StopIteration:
+            self.is_exhausted = True
+            raise
+
+    async def aclose(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.wait([self._next])
+            if not self._next.cancelled():
+                self._next.exception()  # seen; nobody takes this item any more
+
+
+_END = object()
+
+
+async def _anext(source: AsyncIterator[object]) -> object:
+    return await anext(source, _END)
+
+
+def _submit_item(executor: Executor, item: object) -> Request:
+    if isinstance(item, Mapping):
+        return executor.submit((), item, bounded=False)
+    return executor.submit(item if isinstance(item, tuple) else (item,), {}, bounded=False)

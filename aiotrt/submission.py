@@ -1,0 +1,246 @@
+"""What goes on a slot's stream, and in which order: the device calls of a request and of a lease.
+
+Rule 1: nothing here decides or waits. The executor and the lease say when, and own the slot while this runs, on the loop's
+thread or, for programs without a graph, on a worker's.
+Rule 2: the order is always the same. Wait for the consumers of what the slot held before; wait for the caller's stream;
+copy in; launch; copy out; and last of all record the produce event, so that it covers everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from aiotrt.completion import Lane
+from aiotrt.devices import Device, Event, Stream
+from aiotrt.errors import DeviceError
+from aiotrt.graphs import Program
+from aiotrt.tensors import Argument, Kind, Shapes
+
+__all__ = ["Request", "Slot", "await_gates", "copy_in", "has_passed", "ready_events", "submit_lease", "submit_request"]
+
+_log: Final = logging.getLogger("aiotrt")
+
+
+class Request:
+    """One caller's wish: to run these arguments, or to lease a slot that is prepared for these shapes.
+
+    Attributes:
+        future: resolved with the packed results, or for a lease with None when the slot is claimed and prepared.
+        arguments: the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
+        shapes: of the inputs.
+        kind: what the results should be.
+        is_lease: whether the caller wants the slot itself.
+        is_queued: whether it stands in line.
+        slot: the slot that it was granted, until the slot is free again.
+        origin: the caller's current stream, when inputs or results are on the device.
+        ready: events that the inputs carry.
+        results: device results of the caller's own.
+    """
+
+    __slots__ = ("arguments", "future", "is_lease", "is_queued", "kind", "origin", "ready", "results", "shapes", "slot")
+
+    def __init__(
+        self, future: asyncio.Future[Any], arguments: Sequence[Argument], shapes: Shapes, kind: Kind, *, is_lease: bool
+    ) -> None:
+        self.future = future
+        self.arguments = arguments
+        self.shapes = shapes
+        self.kind = kind
+        self.is_lease = is_lease
+        self.is_queued = False
+        self.slot: Slot | None = None
+        self.origin: Stream | None = None
+        self.ready: list[Event] = []
+        self.results: list[torch.Tensor] = []
+
+    def host_inputs(self) -> Sequence[int]:
+        """The inputs that need staging memory; for a lease any may."""
+        if self.is_lease:
+            return range(len(self.shapes))
+        return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
+
+
+class Slot:
+    """What one slot consists of; its state is in the machine.
+
+    Attributes:
+        index: its number.
+        stream: its own, on which all its work runs in order.
+        event: the produce event of requests: one request at a time, and never recorded before its last wait ended. Leases
+            hand their events out, so each of their launches has a new one.
+        mark: recorded on a caller's stream and waited for at once.
+        lane: its stream's line at the hub.
+        gates: consumer-done events that the next launch waits for, on the device.
+        request: who has it now.
+        program: what it runs for that request.
+        launches: of the present lease; tells its last launch from earlier ones.
+        is_forgotten: the present lease was garbage collected without having been left.
+    """
+
+    __slots__ = ("event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "program", "request", "stream")
+
+    def __init__(self, index: int, device: Device) -> None:
+        self.index = index
+        self.stream = device.stream()
+        self.event = device.event()
+        self.mark = device.event()
+        self.lane = Lane()
+        self.gates: list[Event] = []
+        self.request: Request | None = None
+        self.program: Program | None = None
+        self.launches = 0
+        self.is_forgotten = False
+
+
+def copy_in(request: Request, program: Program) -> None:
+    """Copy host inputs into staging memory: a plain copy, by this thread."""
+    for i, argument in enumerate(request.arguments):
+        if argument.host is not None:
+            view = program.input_views[i]
+            assert view is not None
+            np.copyto(view, argument.host)
+
+
+def submit_request(device: Device, slot: Slot, request: Request, program: Program) -> None:
+    """Everything that one request puts on its slot's stream; its host inputs are staged.
+
+    Raises:
+        DeviceError: the device broke.
+        Exception: the program runs without a graph, and raised. Part of the work may be on the stream.
+    """
+    stream = slot.stream
+    _open_gates(slot)
+    if request.origin is not None:
+        if request.kind is Kind.DEVICE:
+            request.results = _results(device, request.origin, program)
+        # Recorded after the results were allocated, so that it covers both what the inputs depend on and whatever used
+        # the results' memory before. Later work of the caller's on that stream delays this; no matter.
+        request.origin.record(slot.mark)
+        stream.wait(slot.mark)
+        for event in request.ready:
+            stream.wait(event)
+    for i, argument in enumerate(request.arguments):
+        if argument.tensor is not None:
+            stream.copy(program.inputs[i], argument.tensor)
+        elif not device.unified:
+            stream.copy(program.inputs[i], program.staged_input(i))
+    program.launch()
+    if request.kind is Kind.DEVICE:
+        for result, output in zip(request.results, program.outputs, strict=True):
+            stream.copy(result, output)
+    elif not device.unified:
+        _copy_out(stream, program)
+    stream.record(slot.event)
+
+
+def submit_lease(
+    device: Device,
+    slot: Slot,
+    program: Program,
+    event: Event,
+    consumers: Iterable[Stream],
+    from_host: Iterable[int],
+    kind: Kind,
+) -> None:
+    """Everything that one launch of a lease puts on its slot's stream.
+
+    Args:
+        device: the model's.
+        slot: the leased slot.
+        program: what it runs.
+        event: recorded last.
+        consumers: streams that wrote the inputs or read the outputs; the launch waits for them.
+        from_host: inputs that were written to staging memory.
+        kind: whether results go to staging memory too.
+
+    Raises: as `submit_request`.
+    """
+    for stream in consumers:
+        stream.record(slot.mark)
+        slot.stream.wait(slot.mark)
+    _open_gates(slot)
+    if not device.unified:
+        for i in from_host:
+            slot.stream.copy(program.inputs[i], program.staged_input(i))
+    program.launch()
+    if kind is not Kind.DEVICE and not device.unified:
+        _copy_out(slot.stream, program)
+    slot.stream.record(event)
+
+
+def ready_events(arguments: Sequence[Argument]) -> list[Event]:
+    """The events that device inputs carry, in the way of Roboflow's handshake."""
+    owners = [argument.owner[0] for argument in arguments if isinstance(argument.owner, tuple)]
+    return [event for owner in owners if (event := getattr(owner, "_trt_ready_event", None)) is not None]
+
+
+def has_passed(device: Device, gate: Event) -> bool:
+    """Whether a consumer is done reading.
+
+    Raises:
+        DeviceError: the device broke.
+    """
+    try:
+        return device.query(gate)
+    except DeviceError:
+        raise
+    except Exception as error:
+        _ignore(error)
+        return True
+
+
+def await_gates(gates: Sequence[Event]) -> None:
+    """Block until the consumers are done reading: for worker threads.
+
+    Raises:
+        DeviceError: the device broke.
+    """
+    for gate in gates:
+        try:
+            gate.synchronize()
+        except DeviceError:
+            raise
+        except Exception as error:
+            _ignore(error)
+
+
+def _ignore(error: Exception) -> None:
+    # The consumer's own failure, which is its own business: it reads no more, and that is all a gate is about.
+    _log.debug("a consumer failed: %r", error)
+
+
+def _open_gates(slot: Slot) -> None:
+    # Taken first: while a worker thread does this for a lease, the lease may end and add gates.
+    gates, slot.gates = slot.gates, []
+    for gate in gates:
+        slot.stream.wait(gate)
+
+
+def _copy_out(stream: Stream, program: Program) -> None:
+    if not program.captured:
+        program.stage((), outputs=True)  # on a worker thread, then; a launch without a graph may have changed a shape
+    for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
+        assert staged is not None
+        stream.copy(staged, output)
+
+
+def _results(device: Device, origin: Stream, program: Program) -> list[torch.Tensor]:
+    """Device memory for results, allocated in the order of the caller's stream.
+
+    The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be the
+    caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's last
+    kernels read it.
+    """
+
+    def allocate() -> list[torch.Tensor]:
+        return [device.empty(output.shape, output.dtype) for output in program.outputs]
+
+    if origin.handle == device.current_stream().handle:
+        return allocate()
+    return device.call(origin, allocate)
