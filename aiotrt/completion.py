@@ -37,7 +37,7 @@ LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one late look after a stal
 class _Pending:
     """One event that somebody waits for."""
 
-    __slots__ = ("estimate", "hang_timeout", "looks", "on_done", "query", "submitted")
+    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "query", "submitted")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class _Pending:
         self.estimate = estimate
         self.hang_timeout = hang_timeout
         self.looks = 0  # how often it was found not complete as the head
+        self.looked = 0.0  # when it was last
 
 
 class Lane:
@@ -221,6 +222,7 @@ class Hub:
                         )
                     else:
                         head.looks += 1
+                        head.looked = now
                         self._enlist(lane, self._next_look(now, lane))
                         return
             except Exception as failure:
@@ -228,11 +230,11 @@ class Hub:
             pending.popleft()
             now = self._clock()
             if error is None:
-                elapsed = now - self._started(head, lane)
+                started = self._started(head, lane)
                 if head.looks:
-                    head.estimate.exact(elapsed)
+                    head.estimate.between(head.looked - started, now - started)
                 else:
-                    head.estimate.at_most(elapsed)
+                    head.estimate.at_most(now - started)
             lane.last_done = now
             self._report(head, error)
         # Empty. Whoever watches next enlists the lane again.

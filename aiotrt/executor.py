@@ -447,6 +447,7 @@ class Executor:
             request.future.set_exception(error)
 
     def explain(self, error: BaseException, when: str) -> AiotrtError:
+        """The error that a caller gets for whatever went wrong."""
         if isinstance(error, AiotrtError):
             return error
         explained = EngineError(f"{self.recipe.engine.name} raised {type(error).__name__} {when}: {error}")
@@ -680,7 +681,7 @@ def _retire(program: Program, gates: Sequence[Event]) -> None:
 
 
 def _count_fork() -> None:
-    global _forks
+    global _forks  # noqa: PLW0603  # a process has one fork count
     _forks += 1
 
 

@@ -341,9 +341,8 @@ class Lease:
     def __del__(self) -> None:
         hold = self._hold
         if hold is not None and hold.forget() and not sys.is_finalizing():
-            warnings.warn(
-                f"a lease of slot {hold.slot.index} was never left: use 'async with'", ResourceWarning, source=self
-            )
+            message = f"a lease of slot {hold.slot.index} was never left: use 'async with'"
+            warnings.warn(message, ResourceWarning, stacklevel=1, source=self)
 
     def _entered(self, buffers: Buffers | None) -> Buffers:
         if buffers is None:

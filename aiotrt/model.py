@@ -34,7 +34,7 @@ __all__ = ["Model", "Statistics", "load"]
 def load(
     source: object,
     *,
-    device: str | torch.device = "auto",
+    device: str | torch.device | Device = "auto",
     slots: int = 2,
     max_queue: int | None = 1024,
     graphs: bool = True,
@@ -496,7 +496,7 @@ class Model:
 @dataclass(frozen=True)
 class _Options:
     source: object
-    device: str | torch.device
+    device: str | torch.device | Device
     slots: int
     max_queue: int | None
     graphs: bool

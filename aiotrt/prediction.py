@@ -6,7 +6,8 @@ Rule 2: a wrong prediction must cost little, so every overdue interval is bounde
 The model. Work on one stream runs in order, so the head of a stream's line started when it was submitted or when its
 predecessor completed, whichever came later; its duration is a property of what runs, not of the queue. `Estimate` learns
 that duration. What it sees is censored: a completion found at the first look says only "no later than now", one found by
-looking often says when. Both teach it, differently: without that, each late look would make the next one later.
+a later look says "since the look before". Both teach it, differently: without that, each late look would make the next
+one later.
 `Lateness` learns how long after its time a timer really wakes the loop, which depends on how long it slept, since idle
 processors wake slowly. The first look is aimed ahead of the prediction by that much.
 """
@@ -41,12 +42,13 @@ class Estimate:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def exact(self, seconds: float) -> None:
-        """The work was seen to take this long.
+    def between(self, low: float, high: float) -> None:
+        """The work was seen not complete this long after it started, and then complete this long after.
 
         The weights differ so that the estimate settles below the middle: arriving early costs a few looks, arriving late
         is seen by the caller.
         """
+        seconds = (low + high) / 2
         if self.seconds == 0.0:
             self.seconds = seconds
         else:

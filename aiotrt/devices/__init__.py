@@ -18,17 +18,19 @@ _devices: Final[dict[str, Device]] = {}
 _devices_lock: Final = threading.Lock()
 
 
-def open_device(name: str | torch.device = "auto") -> Device:
+def open_device(name: str | torch.device | Device = "auto") -> Device:
     """The device of this name; one object per device in the process, so that all models on it share its faults.
 
     Args:
         name: ``"auto"`` (the current CUDA device where there is one, else the host), ``"cuda"``, ``"cuda:1"``, ``"host"``,
-            or a `torch.device`.
+            or a `torch.device`; a `Device` is itself.
 
     Raises:
         UsageError: there is no such device.
         MissingDependencyError: it needs a package that is not installed.
     """
+    if not isinstance(name, (str, torch.device)):
+        return name
     name = str(name)
     if name in ("host", "cpu") or (name == "auto" and not torch.cuda.is_available()):
         name = "host"

@@ -1,0 +1,154 @@
+"""An event loop in virtual time: nothing sleeps, and every run with one schedule is the same.
+
+Time passes a little with each iteration of the loop, since a program that polls must see it pass. When the loop has
+nothing to do, time jumps to whatever happens first: a timer of the loop, or something on the device or in a worker thread.
+When nothing can happen any more, that is a deadlock, and an error instead of a hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import selectors
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from aiotrt import completion
+from aiotrt.prediction import SPIN_BUDGET, Progress
+from aiotrt.testing.virtual import DeadlockError, VirtualTime, Workers
+
+if TYPE_CHECKING:
+    from aiotrt.testing.simulator import SimulatedDevice
+
+__all__ = ["VirtualLoop", "run"]
+
+T = TypeVar("T")
+
+#: Seconds of virtual time that one iteration of the loop takes.
+ITERATION: Final = 2e-6
+#: Real seconds to wait for a real thread or socket, when nothing can happen in virtual time.
+PATIENCE: Final = 1.0
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop, on a virtual clock. Made by `run`; needed directly only with a test framework's loop factory.
+
+    Args:
+        time: the clock, which a device has as its `time`.
+    """
+
+    def __init__(self, time: VirtualTime, workers: concurrent.futures.Executor | None = None) -> None:
+        self.virtual_time = time
+        self._workers = Workers(time, 8) if workers is None else workers
+        super().__init__(_Selector(self))
+        # The hub of this loop must use its clock and its timers: real ones would sleep.
+        for progress in Progress:
+            hub = completion.Hub(self, progress=progress, clock=self.time, timer=_LoopTimer, spin=SPIN_BUDGET)
+            hub._users = 1
+            completion._hubs[self, progress] = hub
+
+    def time(self) -> float:
+        """Seconds of virtual time."""
+        return self.virtual_time.now
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Run `func` in a worker thread in virtual time, whatever `executor` is, unless it is one of those itself."""
+        workers = executor if isinstance(executor, Workers) else self._workers
+        return asyncio.wrap_future(workers.submit(func, *args), loop=self)
+
+    def close(self) -> None:
+        """Close the loop and its hubs."""
+        super().close()
+        completion._drop_hubs_of_closed_loops()
+
+
+class _LoopTimer:
+    """The hub's timer: the loop's own timers are exact here."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, delay: float) -> None:
+        self.close()
+        self._handle = self._loop.call_later(delay, self._callback)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
+class _Selector(selectors.BaseSelector):
+    """Waits in virtual time; real files are looked at, and waited for only when nothing else can happen."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+        self._real = selectors.DefaultSelector()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """One iteration's wait; `timeout` in seconds of virtual time, None for no timer."""
+        time = self._loop.virtual_time
+        time.advance(ITERATION)
+        found = self._real.select(0)
+        if found or (timeout is not None and timeout <= 0):
+            return found
+        limit = float("inf") if timeout is None else time.now - ITERATION + timeout
+        while not found and time.step(limit):
+            found = self._real.select(0)  # how a worker thread wakes the loop
+        if found:
+            return found
+        if timeout is not None:
+            time.now = max(time.now, limit)
+            return []
+        found = self._real.select(PATIENCE)
+        if not found:
+            tasks = "\n".join(f"  {task!r}" for task in asyncio.all_tasks(self._loop))
+            raise DeadlockError(f"nothing is left that could happen; {time.describe()}; these tasks wait:\n{tasks}")
+        return found
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._real.get_map()
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.get_key(fileobj)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def run(main: Coroutine[Any, Any, T], device: SimulatedDevice, *, debug: bool | None = None) -> T:
+    """Run a coroutine to its end in virtual time, on a loop that knows `device`.
+
+    Args:
+        main: the coroutine; ``aiotrt.load(..., device=device)`` in it opens a model there.
+        device: the simulated device.
+        debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
+
+    Returns what `main` returns.
+
+    Raises:
+        DeadlockError: `main` waits for what can no longer happen.
+        HazardError: the program has a race, though its result may have been right this time.
+        BaseException: whatever `main` raises.
+    """
+    try:
+        with (
+            device.intercepting(),
+            asyncio.Runner(debug=debug, loop_factory=lambda: VirtualLoop(device.time, device.workers(8))) as runner,
+        ):
+            result = runner.run(main)
+    finally:
+        device.time.end()
+    device.check()
+    return result

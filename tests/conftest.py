@@ -1,0 +1,54 @@
+"""The loops and devices that tests run on, and the leaks that fail them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import uvloop
+
+import aiotrt.completion
+
+
+def _debug() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 60.0  # the machine's speed is not what is tested
+    return loop
+
+
+def _eager() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]
+    return loop
+
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "debug": _debug,
+    "uvloop": uvloop.new_event_loop,
+}
+if sys.version_info >= (3, 12):
+    LOOPS["eager"] = _eager
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return LOOPS
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The name of a device, for bodies that run on all of them."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    yield
+    gc.collect()  # what is leaked warns here, in the test that leaked it
+    leaked = [hub for (loop, _), hub in aiotrt.completion._hubs.items() if hub._users]
+    assert not leaked, f"hubs with users after the test: {leaked}"

@@ -1,0 +1,359 @@
+"""The hub in virtual time: a clock that a test turns, a timer that fires when the clock passes it, events that it completes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import aiotrt
+from aiotrt.completion import Hub, Lane, wait
+from aiotrt.errors import DeviceError, DeviceHangError
+from aiotrt.prediction import Estimate, Progress
+
+pytestmark = pytest.mark.asyncio
+
+
+class World:
+    """Virtual time: `advance` turns the clock, fires the timer, and gives the loop its turns."""
+
+    def __init__(self, progress: Progress = Progress.PREDICT, spin: float = 0.0, late: float = 0.0) -> None:
+        self.now = 100.0
+        self.due: float | None = None
+        self.fired = 0
+        self._late = late
+        self.hub = Hub(
+            asyncio.get_running_loop(), progress=progress, clock=lambda: self.now, timer=lambda _, fire: Timer(self, fire), spin=spin
+        )
+
+    async def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            if self.hub._soon is not None:  # it wants the loop's next turn; a turn takes a few microseconds
+                self.now += 3e-6
+                await asyncio.sleep(0)
+            elif self.due is not None and self.due + self._late <= end:
+                self.now, self.due = self.due + self._late, None
+                self.fired += 1
+                self.fire()
+            else:
+                self.now = end
+
+    fire: Callable[[], None]
+
+
+class Timer:
+    def __init__(self, world: World, fire: Callable[[], None]) -> None:
+        self._world = world
+        world.fire = fire
+
+    def set(self, delay: float) -> None:
+        self._world.due = self._world.now + delay
+
+    def close(self) -> None:
+        self._world.due = None
+
+
+class Work:
+    """An event that completes at a time, and what became of it."""
+
+    def __init__(self, world: World, duration: float | None, error: BaseException | None = None) -> None:
+        self._world = world
+        self._until = None if duration is None else world.now + duration
+        self._error = error
+        self.outcomes: list[BaseException | None] = []
+        self.seen_at = 0.0
+        self.queries = 0
+
+    def query(self) -> bool:
+        self.queries += 1
+        if self._until is None or self._world.now < self._until:
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def done(self, error: BaseException | None) -> None:
+        self.outcomes.append(error)
+        self.seen_at = self._world.now
+
+    def watch(self, lane: Lane, **options: Any) -> Work:
+        self._world.hub.watch(lane, self.query, self.done, **options)
+        return self
+
+
+async def test_completion_is_found_and_reported_once() -> None:
+    world = World()
+    work = Work(world, 0.001).watch(Lane())
+    await world.advance(0.0009)
+    assert work.outcomes == []
+    await world.advance(0.0011)
+    assert work.outcomes == [None]
+    await world.advance(1.0)
+    assert work.outcomes == [None]
+
+
+async def test_once_learned_it_is_looked_for_just_before_its_time() -> None:
+    world = World()
+    lane, estimate = Lane(), Estimate()
+    for _ in range(100):
+        work = Work(world, 0.010).watch(lane, estimate=estimate)
+        await world.advance(0.012)
+        assert work.outcomes == [None]
+    assert estimate.seconds == pytest.approx(0.010, rel=0.05)
+    assert work.queries <= 8
+    assert work.seen_at - (world.now - 0.002) < 0.0005
+
+
+async def test_work_that_takes_longer_than_ever_is_found_within_a_share_of_the_wait() -> None:
+    world = World()
+    lane, estimate = Lane(), Estimate()
+    estimate.between(0.001, 0.001)
+    start = world.now
+    work = Work(world, 0.100).watch(lane, estimate=estimate)
+    await world.advance(0.2)
+    assert work.outcomes == [None]
+    assert work.seen_at - start - 0.100 < 0.004
+    assert work.queries < 200
+
+
+async def test_only_the_head_of_a_lane_is_asked() -> None:
+    world = World()
+    lane = Lane()
+    first, second = Work(world, 0.010).watch(lane), Work(world, 0.005).watch(lane)
+    await world.advance(0.009)
+    assert first.queries > 0
+    assert second.queries == 0
+    await world.advance(0.003)
+    assert first.outcomes == second.outcomes == [None]
+
+
+async def test_lanes_do_not_wait_for_each_other() -> None:
+    world = World()
+    slow, fast = Work(world, None).watch(Lane()), Work(world, 0.001).watch(Lane())
+    await world.advance(0.1)
+    assert fast.outcomes == [None]
+    assert slow.outcomes == []
+
+
+async def test_queueing_behind_others_does_not_teach_a_longer_duration() -> None:
+    world = World()
+    lane, estimate = Lane(), Estimate()
+    for _ in range(50):
+        start = world.now
+        works = [Work(world, 0.001 * (i + 1)).watch(lane, estimate=estimate) for i in range(8)]
+        await world.advance(start + 0.010 - world.now)
+        assert all(work.outcomes == [None] for work in works)
+    assert estimate.seconds < 0.0012
+
+
+async def test_a_late_timer_is_learned_and_allowed_for() -> None:
+    world = World(late=100e-6)
+    lane, estimate = Lane(), Estimate()
+    for _ in range(200):
+        start = world.now
+        work = Work(world, 0.005).watch(lane, estimate=estimate)
+        await world.advance(0.008)
+    assert work.seen_at - start - 0.005 < 250e-6
+
+
+async def test_work_that_failed_tells_its_own_callback_and_nobody_else() -> None:
+    world = World()
+    lane = Lane()
+    error = ValueError("no")
+    failed, fine = Work(world, 0.001, error).watch(lane), Work(world, 0.002).watch(lane)
+    await world.advance(0.1)
+    assert failed.outcomes == [error]
+    assert fine.outcomes == [None]
+
+
+async def test_a_device_error_reaches_the_callback() -> None:
+    world = World()
+    error = DeviceError("fault", code=700, name="cudaErrorIllegalAddress")
+    work = Work(world, 0.001, error).watch(Lane())
+    await world.advance(0.1)
+    assert work.outcomes == [error]
+
+
+async def test_overdue_work_is_a_hang() -> None:
+    world = World()
+    lane = Lane()
+    work = Work(world, None).watch(lane, hang_timeout=5.0)
+    await world.advance(4.9)
+    assert work.outcomes == []
+    await world.advance(0.2)
+    (error,) = work.outcomes
+    assert isinstance(error, DeviceHangError)
+    assert "hang_timeout=5 s" in str(error)
+
+
+async def test_one_late_look_after_a_stall_of_the_loop_is_not_a_hang() -> None:
+    world = World()
+    work = Work(world, None).watch(Lane(), hang_timeout=5.0)
+    await asyncio.sleep(0)
+    world.now += 3600.0  # the loop, or the machine, stood still: nothing was looked at
+    assert world.due is not None
+    world.due = None
+    world.fire()
+    assert work.outcomes == []
+    await world.advance(0.1)
+    assert len(work.outcomes) == 1
+
+
+async def test_waiting_in_line_does_not_count_towards_a_hang() -> None:
+    world = World()
+    lane = Lane()
+    works = [Work(world, 3.0 * (i + 1)).watch(lane, hang_timeout=5.0) for i in range(4)]
+    await world.advance(13.0)
+    assert [work.outcomes for work in works] == [[None]] * 4
+
+
+async def test_what_is_forgotten_is_never_reported_and_costs_nothing_more() -> None:
+    world = World()
+    lane = Lane()
+    work = Work(world, 0.001).watch(lane)
+    world.hub.forget(lane)
+    await world.advance(1.0)
+    assert work.outcomes == []
+    assert world.due is None
+    assert not world.hub._heap
+
+
+async def test_a_callback_may_watch_more() -> None:
+    world = World()
+    lane = Lane()
+    chain: list[Work] = []
+
+    def again(error: BaseException | None) -> None:
+        if len(chain) < 5:
+            work = Work(world, 0.001)
+            chain.append(work)
+            world.hub.watch(lane, work.query, again)
+
+    again(None)
+    await world.advance(0.1)
+    assert len(chain) == 5
+    assert world.due is None
+
+
+async def test_a_callback_that_raises_takes_nobody_with_it() -> None:
+    world = World()
+    contexts: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
+    lane = Lane()
+
+    def bad(error: BaseException | None) -> None:
+        raise RuntimeError("bad callback")
+
+    world.hub.watch(lane, Work(world, 0.001).query, bad)
+    fine = Work(world, 0.001).watch(lane)
+    await world.advance(0.1)
+    assert fine.outcomes == [None]
+    assert "bad callback" in str(contexts[0]["exception"])
+
+
+async def test_spinning_looks_at_every_turn_and_lets_others_run() -> None:
+    world = World(Progress.SPIN)
+    work = Work(world, 0.001).watch(Lane())
+    turns = 0
+    for _ in range(10):
+        await asyncio.sleep(0)
+        turns += 1
+    assert work.queries >= 5
+    assert turns == 10
+    assert world.fired == 0
+    await world.advance(0.002)
+    await asyncio.sleep(0)
+    assert work.outcomes == [None]
+    world.hub.close()
+
+
+async def test_interval_needs_no_estimate() -> None:
+    world = World(Progress.INTERVAL)
+    start = world.now
+    work = Work(world, 0.010).watch(Lane())
+    await world.advance(0.02)
+    assert work.outcomes == [None]
+    assert work.seen_at - start - 0.010 < 0.001
+    assert work.queries < 150
+
+
+async def test_many_lanes_cost_one_query_each_when_due() -> None:
+    world = World()
+    works = []
+    for _ in range(500):
+        estimate = Estimate()
+        estimate.between(0.010, 0.010)
+        works.append(Work(world, 0.010).watch(Lane(), estimate=estimate))
+    await world.advance(0.020)
+    assert all(work.outcomes == [None] for work in works)
+    assert world.hub.polls <= 500 * 6
+
+
+async def test_the_hub_of_a_loop_is_shared_and_closes_with_its_last_user() -> None:
+    first, second = Hub.acquire(), Hub.acquire()
+    assert first is second
+    first.release()
+    assert not first._closed
+    second.release()
+    assert first._closed
+    third = Hub.acquire()
+    assert third is not first
+    third.release()
+
+
+async def test_wait_returns_at_once_for_a_complete_event() -> None:
+    class Complete:
+        def query(self) -> bool:
+            return True
+
+    await wait(Complete())
+
+
+async def test_wait_waits_and_can_be_cancelled() -> None:
+    class Pending:
+        complete = False
+
+        def query(self) -> bool:
+            return self.complete
+
+    event = Pending()
+    first, second = asyncio.ensure_future(wait(event)), asyncio.ensure_future(wait(event))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    event.complete = True
+    await second
+
+
+async def test_wait_finds_the_produce_event_that_something_carries() -> None:
+    class Complete:
+        def query(self) -> bool:
+            return True
+
+    class Tensor:
+        _trt_produce_event = Complete()
+
+    await wait(Tensor())
+
+
+async def test_wait_raises_what_the_event_raises() -> None:
+    class Bad:
+        asked = 0
+
+        def query(self) -> bool:
+            self.asked += 1
+            if self.asked > 3:
+                raise DeviceError("fault", code=719, name="cudaErrorLaunchFailure")
+            return False
+
+    with pytest.raises(DeviceError, match="cudaErrorLaunchFailure"):
+        await wait(Bad())
+
+
+async def test_wait_refuses_what_is_no_event() -> None:
+    with pytest.raises(aiotrt.UsageError, match="cannot wait for a int"):
+        await wait(3)

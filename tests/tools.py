@@ -1,0 +1,97 @@
+"""What tests enter states with: latches that hold a device, and networks whose results tell who they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+import aiotrt
+from aiotrt.devices import Stream, open_device
+from aiotrt.executor import Executor
+from aiotrt.slots import State
+
+
+class Latch:
+    """Holds streams where they are until it is opened: "the device is still busy" as a state to enter, not a time to hope for."""
+
+    def __init__(self, device: str) -> None:
+        self._device = open_device(device)
+        self._opened = threading.Event()
+        self._value = self._device.pinned((1,), torch.int32).zero_()
+
+    def hold(self, stream: Stream) -> None:
+        """What is submitted to `stream` from now on waits for the latch."""
+        if self._device.name == "host":
+            stream.run(self._opened.wait)
+            return
+        from cuda.bindings import driver
+
+        (status,) = driver.cuStreamWaitValue32(
+            stream.handle, self._value.data_ptr(), 1, driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        )
+        assert status == driver.CUresult.CUDA_SUCCESS, status
+
+    def open(self) -> None:
+        """Let them go."""
+        self._value.fill_(1)
+        self._opened.set()
+
+
+@contextlib.contextmanager
+def held(model: aiotrt.Model) -> Iterator[Latch]:
+    """Every slot's stream is held; opened at the end at the latest."""
+    executor = executor_of(model)
+    latch = Latch(executor.device.name)
+    for slot in executor.slots:
+        latch.hold(slot.stream)
+    try:
+        yield latch
+    finally:
+        latch.open()
+
+
+def executor_of(model: aiotrt.Model) -> Executor:
+    """The model's executor."""
+    assert model._executor is not None
+    return model._executor
+
+
+def count(model: aiotrt.Model, state: State) -> int:
+    """How many slots are in this state."""
+    return executor_of(model).machine.count(state)
+
+
+class Affine(torch.nn.Module):
+    """3 x + 1 in float32: exact for small integers, so that equality means equality."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3 + 1
+
+
+class TwoOutputs(torch.nn.Module):
+    """Two inputs, two named outputs."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"total": x + y, "product": x * y}
+
+
+def frame(value: float, shape: tuple[int, ...] = (2, 3)) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """A float32 array full of one number, which tells whose it is."""
+    return np.full(shape, value, np.float32)
+
+
+async def until(predicate: Callable[[], bool]) -> None:
+    """Give the loop its turns until `predicate` holds; the test's timeout is the bound."""
+    while not predicate():
+        await asyncio.sleep(0)
+
+
+async def turns(n: int = 5) -> None:
+    """Give everybody else on the loop a few turns."""
+    for _ in range(n):
+        await asyncio.sleep(0)
