@@ -145,11 +145,12 @@ class Executor:
         self._enter(request, bounded)
         return request
 
-    def lease(self, shapes: Shapes, kind: Kind, *, bounded: bool = True) -> Request:
-        """Ask for a slot to hold, prepared for these shapes. Raises as `submit` does."""
+    def lease(self, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
+        """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does."""
         self.check_usable()
         request = Request(self.loop.create_future(), (), shapes, kind, is_lease=True)
-        self._enter(request, bounded)
+        request.is_warmup = is_warmup
+        self._enter(request, bounded=not is_warmup)
         return request
 
     def check_usable(self) -> None:
@@ -160,12 +161,12 @@ class Executor:
             ModelClosedError: it is closed or closing.
             ModelBrokenError: something broke it, see its `__cause__`.
         """
-        check_loop(self.loop, self.recipe.engine.name)
-        if self._forks != _forks:
+        if self._forks != _forks:  # first: after a fork no loop is running here, as asyncio sees it
             raise UsageError(
                 f"{self.recipe.engine.name} was loaded before a fork; neither CUDA nor threads survive one: "
                 "load the model in the child process, or start it with the 'spawn' method"
             )
+        check_loop(self.loop, self.recipe.engine.name)
         if self.closing:
             raise ModelClosedError(f"{self.recipe.engine.name} is closed")
         if self.broken is not None:
@@ -177,10 +178,10 @@ class Executor:
         if request.is_queued:
             request.is_queued = False
             self.machine.withdraw(request)
-            self.counters.cancelled += 1
+            self.counters.cancelled += not request.is_warmup
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
-            self.counters.cancelled += 1
+            self.counters.cancelled += not request.is_warmup
             self._move(slot, Move.RELEASE)
 
     def _enter(self, request: Request, bounded: bool) -> None:
@@ -192,7 +193,7 @@ class Executor:
                 f"{self.recipe.engine.name}: all {len(self.slots)} slots are busy and {self.machine.waiting} callers wait "
                 f"already (max_queue={self.machine.max_waiting}); call again later"
             ) from None
-        self.counters.submitted += 1
+        self.counters.submitted += not request.is_warmup
         if grant is None:
             request.is_queued = True
         else:

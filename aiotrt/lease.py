@@ -56,14 +56,18 @@ class Buffer:
     def tensor(self) -> torch.Tensor:
         """The device tensor itself, without a copy.
 
-        An output may be read here in the order of the current stream once it was launched; on the host device, which has
-        no stream that plain Python runs on, once its produce event is complete. An input may be written here.
+        An output may be read here in the order of the current stream once it was launched. On the host device plain Python
+        runs on no stream: there it may be read once its produce event is complete, or by a function that `Stream.run`
+        runs, in that stream's order. An input may be written here.
 
         Raises:
             UsageError: the lease has ended; for an output, nothing was launched yet, or (host) it is not complete.
         """
         hold = self._hold
-        hold.check(anywhere=True)  # a function that runs on a stream of the host device asks from that stream's thread
+        if hold.executor.device.is_on_stream():
+            # Its turn may come after the lease has ended: what `consumed` promised keeps the slot's contents for it.
+            return self._tensor
+        hold.check()
         if self._is_input:
             hold.wrote(self._index, host=False)
         else:
@@ -384,10 +388,9 @@ class _Hold:
     def is_held(self) -> bool:
         return not self._left and self.slot.request is self._request
 
-    def check(self, *, anywhere: bool = False) -> None:
+    def check(self) -> None:
         executor = self.executor
-        if not anywhere:
-            check_loop(executor.loop, "a lease")
+        check_loop(executor.loop, "a lease")
         if self._left:
             raise UsageError("this lease has ended: its buffers belong to somebody else now")
         if executor.broken is not None:

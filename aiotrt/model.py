@@ -444,7 +444,7 @@ class Model:
     async def _warm(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
-            requests = [executor.lease(shapes, kind, bounded=False) for _ in executor.slots]
+            requests = [executor.lease(shapes, kind, is_warmup=True) for _ in executor.slots]
             try:
                 for request in requests:
                     await request.future

@@ -37,13 +37,16 @@ class Request:
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
         is_queued: whether it stands in line.
+        is_warmup: whether it only prepares slots.
         slot: the slot that it was granted, until the slot is free again.
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
         results: device results of the caller's own.
     """
 
-    __slots__ = ("arguments", "future", "is_lease", "is_queued", "kind", "origin", "ready", "results", "shapes", "slot")
+    __slots__ = (
+        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot",
+    )  # fmt: skip
 
     def __init__(
         self, future: asyncio.Future[Any], arguments: Sequence[Argument], shapes: Shapes, kind: Kind, *, is_lease: bool
@@ -54,6 +57,7 @@ class Request:
         self.kind = kind
         self.is_lease = is_lease
         self.is_queued = False
+        self.is_warmup = False
         self.slot: Slot | None = None
         self.origin: Stream | None = None
         self.ready: list[Event] = []

@@ -168,6 +168,10 @@ class Device(Protocol):
         """Block until all work submitted to the device so far, on any stream, has completed: for worker threads."""
         ...
 
+    def is_on_stream(self) -> bool:
+        """Whether the calling code is itself work on a stream (host: a function given to `Stream.run`)."""
+        ...
+
     def prepare_thread(self) -> None:
         """Make the calling thread fit to launch and to poll. Idempotent and cheap after the first call."""
         ...

@@ -203,6 +203,9 @@ class CudaDevice(Faults):
         with _faults("synchronising"):
             torch.cuda.synchronize(self.torch_device)
 
+    def is_on_stream(self) -> bool:
+        return False  # plain Python never is; what it submits is ordered by the current stream
+
     def prepare_thread(self) -> None:
         prepare_thread(self.index)
 

@@ -29,6 +29,7 @@ __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
 T = TypeVar("T")
 
 _names: Final = itertools.count()
+_thread: Final = threading.local()
 
 
 class HostEvent:
@@ -150,6 +151,7 @@ class _Failure:
 
 def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
     failure = _Failure()
+    _thread.is_stream = True
     with torch.no_grad():
         while (item := work.get()) is not None:
             item(failure)
@@ -242,6 +244,9 @@ class HostDevice(Faults):
     def synchronize(self) -> None:
         for stream in list(self._streams):
             stream.synchronize()
+
+    def is_on_stream(self) -> bool:
+        return getattr(_thread, "is_stream", False)
 
     def prepare_thread(self) -> None:
         pass

@@ -90,11 +90,12 @@ class _Selector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """One iteration's wait; `timeout` in seconds of virtual time, None for no timer."""
         time = self._loop.virtual_time
+        start = time.now
         time.advance(ITERATION)
         found = self._real.select(0)
         if found or (timeout is not None and timeout <= 0):
             return found
-        limit = float("inf") if timeout is None else time.now - ITERATION + timeout
+        limit = float("inf") if timeout is None else start + timeout
         while not found and time.step(limit):
             found = self._real.select(0)  # how a worker thread wakes the loop
         if found:

@@ -149,6 +149,7 @@ class VirtualTime:
         self._order = itertools.count()
         self._actions: list[_Action] = []
         self._blocked: list[tuple[Callable[[], bool], _Worker, str]] = []
+        self._workers: set[_Worker] = set()
         self._thread = threading.local()
         self._is_over = False
 
@@ -208,7 +209,9 @@ class VirtualTime:
     def checkpoint(self, what: str) -> None:
         """A worker thread may lose the processor here; any other thread goes on."""
         worker: _Worker | None = getattr(self._thread, "worker", None)
-        if worker is not None and self.schedule.choose(["go on", f"preempted before {what}"]):
+        if worker is None or self._is_over:
+            return
+        if self.schedule.choose(["go on", f"preempted before {what}"]):
             self.enable(f"resume {worker.name}", worker.resume)
             worker.park()
 
@@ -218,11 +221,12 @@ class VirtualTime:
         return blocked or "no worker is blocked"
 
     def end(self) -> None:
-        """Nothing happens any more: parked worker threads end where they stand, by an exception."""
+        """Nothing happens any more: worker threads end where they stand, by an exception."""
         self._is_over = True
         self._actions.clear()
-        while self._blocked:
-            self._blocked.pop()[1].resume()
+        self._blocked.clear()
+        while self._workers:
+            next(iter(self._workers)).resume()
 
     def _unblock(self) -> None:
         for entry in [entry for entry in self._blocked if entry[0]()]:
@@ -244,6 +248,7 @@ class _Worker:
         self._job = job
         self._go = threading.Semaphore(0)
         self._parked = threading.Semaphore(0)
+        time._workers.add(self)
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def resume(self) -> None:
@@ -253,8 +258,9 @@ class _Worker:
 
     def park(self) -> None:
         """On its own thread: let the scheduler go on, until it resumes this."""
-        self._parked.release()
-        self._go.acquire()
+        if not self._time._is_over:
+            self._parked.release()
+            self._go.acquire()
         if self._time._is_over:
             raise _Abandoned
 
@@ -262,8 +268,10 @@ class _Worker:
         self._go.acquire()
         self._time._thread.worker = self
         try:
-            self._job()
+            if not self._time._is_over:
+                self._job()
         finally:
+            self._time._workers.discard(self)
             self._parked.release()
 
 

@@ -1,0 +1,264 @@
+"""Hazards: accesses to one piece of memory that nothing orders, found whether or not they went wrong this time.
+
+Rule 1: what counts is the order that the program asked for, not the order in which things happened: a race that was won
+is reported too.
+Rule 2: this file knows no torch and no time, only who accesses which bytes and what each of them has heard of.
+
+Theory of operation. Each stream, and the host, is an actor with a vector clock: for every actor, how many of its accesses
+are known to have happened. An operation knows all that came before it on its stream, and all that the host knew when it
+submitted it. A record is a copy of its stream's clock; a stream that waits for it knows that too, and so does the host
+once it saw the event complete. Two accesses that overlap, one of them a write, are a hazard unless the later submitted one
+knows the earlier one.
+
+Limits. All host threads count as one actor, so races between them are not found. A tensor that is not contiguous counts
+with all bytes from its first element to its last.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from aiotrt.testing.memory import Block, Span
+
+__all__ = ["HOST", "Access", "Clock", "Detector", "HazardError"]
+
+Clock: TypeAlias = dict[int, int]
+#: Where somebody stood: files, lines and functions, innermost first.
+Stack: TypeAlias = tuple[tuple[str, int, str], ...]
+
+HOST: Final = 0
+_DEPTH: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Somebody reads or writes some bytes.
+
+    Attributes:
+        actor: who; `HOST` or a stream.
+        name: the actor's name.
+        what: what is being done, in words.
+        writes: whether it may change them.
+        span: the bytes.
+        epoch: the how manieth access of this actor.
+        stack: where it was asked for.
+    """
+
+    actor: int
+    name: str
+    what: str
+    writes: bool
+    span: Span
+    epoch: int
+    stack: Stack = field(repr=False)
+
+    def __str__(self) -> str:
+        verb = "writes" if self.writes else "reads"
+        return f"{self.name}: {self.what} {verb} {self.span}\n{describe(self.stack)}"
+
+
+class HazardError(AssertionError):
+    """Two accesses that nothing orders, or one that should not be.
+
+    Attributes:
+        kind: "read before write", "write before read", "write before write", "use after free", "read of garbage",
+            "host write during a copy" or "record while waited for".
+        first: the access that was submitted first, where there is one.
+        second: the other one, where there is one.
+    """
+
+    def __init__(self, kind: str, message: str, first: Access | None = None, second: Access | None = None) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.first = first
+        self.second = second
+
+
+class Detector:
+    """Watches the accesses of one device.
+
+    Attributes:
+        found: the hazards so far; of those that look the same, the first.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[HazardError] = []
+        self._names: dict[int, str] = {HOST: "host"}
+        self._clocks: dict[int, Clock] = {HOST: {}}
+        self._history: dict[Block, list[Access]] = {}
+        self._written: dict[Block, list[tuple[int, int]]] = {}  # since its allocation, merged and in order
+        self._seen: set[object] = set()
+
+    def actor(self, name: str) -> int:
+        """A new actor: a stream."""
+        actor = len(self._names)
+        self._names[actor] = name
+        self._clocks[actor] = {}
+        return actor
+
+    # What orders things...
+
+    def mark(self, actor: int) -> Clock:
+        """What everybody knows who has seen an event recorded on this stream now."""
+        self._join(actor, self._clocks[HOST])
+        return dict(self._clocks[actor])
+
+    def wait(self, actor: int, clock: Clock) -> None:
+        """From now on this stream comes after what `clock` knows."""
+        self._join(actor, clock)
+
+    def observe(self, clock: Clock) -> None:
+        """The host saw an event complete."""
+        self._join(HOST, clock)
+
+    # What happens...
+
+    def allocated(self, block: Block) -> None:
+        """It has a new owner, and holds garbage."""
+        self._written[block] = []
+
+    def freed(self, span: Span, actor: int) -> None:
+        """It has no owner any more, and may be handed out again in the order of `actor`."""
+        self.access(actor, "free", (), (span,))
+
+    def access(self, actor: int, what: str, reads: Iterable[Span], writes: Iterable[Span]) -> None:
+        """One operation is submitted, or made by the host."""
+        clock = self._clocks[actor]
+        self._join(actor, self._clocks[HOST])
+        epoch = clock[actor] = clock.get(actor, 0) + 1
+        stack = where()
+        name = self._names[actor]
+        writes = tuple(writes)
+        for span in writes:
+            self._check(Access(actor, name, what, True, span, epoch, stack), clock)
+            if what != "free":
+                self._cover(span)
+        for span in reads:
+            access = Access(actor, name, what, False, span, epoch, stack)
+            self._check(access, clock)
+            if span.block.generation == span.generation and not span.block.pinned and not self._is_covered(span):
+                self._report("read of garbage", f"nobody wrote this since it was allocated\n{access}", None, access)
+
+    def found_rerecord(self, name: str, polled: Stack) -> None:
+        """An event is recorded again while the host still waits for its last record."""
+        self._report(
+            "record while waited for",
+            f"{name} is recorded again although the host found it not complete and may still be waiting for that: it would "
+            f"wait for something else now\npolled\n{describe(polled)}\nrecorded again\n{describe(where())}",
+            None,
+            None,
+        )
+
+    def found_host_write(self, what: str, span: Span, stack: Stack) -> None:
+        """The host changed pinned memory between the submission and the execution of an operation that reads it."""
+        self._report(
+            "host write during a copy",
+            f"{span} was changed by the host after {what} was submitted and before it was done; missing: the host must wait "
+            f"for an event recorded after it\n{describe(stack)}",
+            None,
+            None,
+        )
+
+    def found_early_close(self) -> None:
+        """A graph is freed although the host has not seen its last launch complete."""
+        message = f"a graph is freed and the host has not seen its last launch complete\n{describe(where())}"
+        self._report("use after free", message, None, None)
+
+    def knows(self, clock: Clock) -> bool:
+        """Whether the host has heard of all that `clock` knows."""
+        mine = self._clocks[HOST]
+        return all(mine.get(actor, 0) >= epoch for actor, epoch in clock.items())
+
+    def check(self) -> None:
+        """Raise the first hazard found, if any.
+
+        Raises:
+            HazardError: it.
+        """
+        if self.found:
+            raise self.found[0]
+
+    def _join(self, actor: int, clock: Clock) -> None:
+        mine = self._clocks[actor]
+        if mine is not clock:
+            for other, epoch in clock.items():
+                if mine.get(other, 0) < epoch:
+                    mine[other] = epoch
+
+    def _check(self, new: Access, clock: Clock) -> None:
+        block = new.span.block
+        if new.span.generation != block.generation or (block.is_free and new.what != "free"):
+            self._report("use after free", f"the memory was given back before this was submitted\n{new}", None, new)
+            return
+        history = self._history.get(block, [])
+        kept = []
+        for old in history:
+            if old.span.end <= new.span.begin or new.span.end <= old.span.begin:
+                kept.append(old)
+                continue
+            ordered = clock.get(old.actor, 0) >= old.epoch
+            if not ordered and (old.writes or new.writes):
+                self._conflict(old, new)
+            inside = new.span.begin <= old.span.begin and old.span.end <= new.span.end
+            # Whoever comes after the new access comes after this one too, so it need not be remembered.
+            if not (inside and ordered and (new.writes or not old.writes)):
+                kept.append(old)
+        kept.append(new)
+        self._history[block] = kept
+
+    def _conflict(self, old: Access, new: Access) -> None:
+        if "free" in (old.what, new.what):
+            kind = "use after free"
+        elif new.writes:
+            kind = "write before write" if old.writes else "write before read"
+        else:
+            kind = "read before write"
+        if new.actor == HOST:
+            edge = f"the host must see an event complete that was recorded on {old.name} after {old.what!r}"
+        else:
+            edge = f"{new.name} must wait for an event recorded on {old.name} after {old.what!r}"
+        message = f"{new.what!r} may come before {old.what!r} is done; missing: {edge}\nfirst   {old}\nsecond  {new}"
+        self._report(kind, message, old, new)
+
+    def _report(self, kind: str, message: str, first: Access | None, second: Access | None) -> None:
+        places = [(a.actor, a.what, a.stack) for a in (first, second) if a is not None] or [message]
+        key = (kind, *places)
+        if key not in self._seen:
+            self._seen.add(key)
+            self.found.append(HazardError(kind, message, first, second))
+
+    def _cover(self, span: Span) -> None:
+        begin, end = span.begin, span.end
+        merged = []
+        for low, high in self._written.setdefault(span.block, []):
+            if high < begin or end < low:
+                merged.append((low, high))
+            else:
+                begin, end = min(begin, low), max(end, high)
+        self._written[span.block] = sorted([*merged, (begin, end)])
+
+    def _is_covered(self, span: Span) -> bool:
+        return any(low <= span.begin and span.end <= high for low, high in self._written.get(span.block, ()))
+
+
+def where() -> Stack:
+    """Where the calling program stands, without this package and torch."""
+    stack = []
+    frame = sys._getframe(1)
+    while frame is not None and len(stack) < _DEPTH:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("aiotrt.testing", "torch", "asyncio")):
+            stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(stack)
+
+
+def describe(stack: Stack) -> str:
+    """A stack in words."""
+    lines = [f"    {file}:{line} in {name}: {linecache.getline(file, line).strip()}" for file, line, name in stack]
+    return "\n".join(lines)

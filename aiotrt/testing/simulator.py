@@ -1,0 +1,650 @@
+"""A GPU in virtual time, behind the same Protocols as the real one.
+
+Rule 1: the semantics are CUDA's, as `devices.base` states them, and torch's allocator's; `tests/test_conformance.py` checks
+this model against the other devices.
+Rule 2: nothing happens before it must: work is done at a time that the schedule chooses, and until then memory holds what it
+held before. Whoever reads too early really gets the wrong data.
+
+A device tensor is a CPU tensor over memory of the device (`Memory`); torch operations on it are intercepted and submitted to
+the current stream (`Interceptor`), inside `use`, `run`, `call` and `capture`, and everywhere in a program run by `testing.run`.
+A stream is a queue of operations, records and waits. Only operations take time; what stands at the head of a stream is
+enabled in `VirtualTime`, which lets one of those happen at a time. A graph is the list of operations that was captured; it
+runs as one, without the Python that made it. `Detector` is told of every access.
+
+What differs from a GPU: an operation is atomic, so tearing is not seen (the detector reports the race); a sticky fault comes
+only from an operation that raises, or from a `FaultInjector`; all host threads are one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from aiotrt.devices.base import CaptureError, Event, Faults, Graph, Stream
+from aiotrt.errors import DeviceError, UsageError
+from aiotrt.testing.hazards import HOST, Clock, Detector, Stack, where
+from aiotrt.testing.intercept import Interceptor, Work
+from aiotrt.testing.memory import Memory, Span
+from aiotrt.testing.virtual import Schedule, VirtualTime, Workers
+
+__all__ = ["SimulatedDevice", "SimulatedEvent", "SimulatedGraph", "SimulatedStream"]
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Record:
+    """One use of `record`."""
+
+    clock: Clock = field(repr=False)
+    is_done: bool = False
+
+
+class SimulatedEvent:
+    """An event; its last record is what counts."""
+
+    def __init__(self, device: SimulatedDevice, name: str) -> None:
+        self.name = name
+        self._device = device
+        self._record: _Record | None = None
+        self._polled: Stack | None = None  # where the host found it not complete, and has not seen it complete since
+
+    def query(self) -> bool:
+        """Whether its last record is complete.
+
+        Raises:
+            DeviceError: the device is broken.
+        """
+        device = self._device
+        device.verb("query")
+        if self._record is None:
+            return True
+        if not self._record.is_done:
+            self._polled = where()
+            return False
+        self._polled = None
+        device.detector.observe(self._record.clock)
+        return True
+
+    def synchronize(self) -> None:
+        """Block until it is; not for the event loop's thread."""
+        self._device.block(lambda: self._record is None or self._record.is_done, f"{self.name}.synchronize()")
+        self.query()
+
+    def forget(self) -> None:
+        """The host no longer waits for what it asked this event: it may be recorded again."""
+        self._polled = None
+
+    def __repr__(self) -> str:
+        state = "unrecorded" if self._record is None else "complete" if self._record.is_done else "pending"
+        return f"<{self.name}, {state}>"
+
+
+class SimulatedStream:
+    """An in-order queue of work."""
+
+    def __init__(self, device: SimulatedDevice, name: str) -> None:
+        self.name = name
+        self.device = device
+        self.actor = device.detector.actor(name)
+        self._queue: deque[_Record | _Wait | _Instant | Work] = deque()
+        self._is_running = False
+        self._is_closed = False
+
+    @property
+    def handle(self) -> int:
+        """An identity."""
+        return self.actor
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything submitted so far has completed."""
+        return not self._queue
+
+    def record(self, event: Event) -> None:
+        """Record `event` after all work submitted so far."""
+        assert isinstance(event, SimulatedEvent), event
+        self.device.verb("record")
+        if event._polled is not None:
+            self.device.detector.found_rerecord(event.name, event._polled)
+            event._polled = None
+        event._record = self.mark()
+
+    def wait(self, event: Event) -> None:
+        """Make all work submitted from now on wait for the last record of `event` made before this."""
+        assert isinstance(event, SimulatedEvent), event
+        self.device.verb("wait")
+        if event._record is not None:
+            self.follow(event._record)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Submit a copy between tensors of the device, or pinned ones, of equal shape and dtype.
+
+        Raises:
+            ValueError: one is in pageable memory, or they differ.
+        """
+        device = self.device
+        device.verb("copy")
+        if destination.shape != source.shape or destination.dtype is not source.dtype:
+            raise ValueError(f"cannot copy {source.dtype} {source.shape} to {destination.dtype} {destination.shape}")
+        with device.raw():
+            memory = device.memory
+            to, of = memory.span(destination), memory.span(source)
+            if to is None or of is None:
+                raise ValueError("a copy needs device or pinned memory at both ends")
+            aliases = memory.alias(destination), memory.alias(source)
+        what = f"copy of {of.block!r} to {to.block!r}"
+        check = self._host_write_check(what, of)
+
+        def run() -> None:
+            check()
+            aliases[0].copy_(aliases[1])
+
+        self.put(Work(what, run, (of,), (to,)))
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Call `function` now with this stream current: the torch operations in it are submitted."""
+        self.device.call(self, function)
+
+    def synchronize(self) -> None:
+        """Block until it is idle; not for the event loop's thread."""
+        self.device.block(lambda: not self._queue, f"{self.name}.synchronize()")
+        self.device.detector.observe(self.device.detector.mark(self.actor))
+
+    def close(self) -> None:
+        """Let it go; work submitted earlier still completes."""
+        self._is_closed = True
+
+    # Used by the device...
+
+    def mark(self) -> _Record:
+        """A record of everything submitted so far."""
+        record = _Record(self.device.detector.mark(self.actor))
+        self._append(record)
+        return record
+
+    def follow(self, record: _Record) -> None:
+        """Wait for it."""
+        self.device.detector.wait(self.actor, record.clock)
+        if not record.is_done:
+            self._append(_Wait(record))
+
+    def put(self, work: Work) -> None:
+        """Submit one operation."""
+        for span in work.writes:
+            if span.block.pinned:
+                done, pending = self.device.pinned_writes.get(span.block.number, (0, 0))
+                self.device.pinned_writes[span.block.number] = done, pending + 1
+        self.device.detector.access(self.actor, work.what, work.reads, work.writes)
+        self._append(work)
+
+    def put_instant(self, run: Callable[[], None]) -> None:
+        """Submit something that takes no time."""
+        self._append(_Instant(run))
+
+    def pump(self) -> bool:
+        """Pass everything at the head that takes no time, and start the operation behind it; whether anything moved."""
+        moved = False
+        while self._queue and not self._is_running:
+            head = self._queue[0]
+            if isinstance(head, Work):
+                self._is_running = moved = True
+                self.device.time.enable(f"{self.name}: {head.what}", self._finish)
+                break
+            if isinstance(head, _Wait):
+                if not head.record.is_done:
+                    break
+            elif isinstance(head, _Instant):
+                head.run()
+            else:
+                head.is_done = True
+            self._queue.popleft()
+            moved = True
+        return moved
+
+    def _append(self, item: _Record | _Wait | _Instant | Work) -> None:
+        if self._is_closed:
+            raise UsageError(f"{self.name} is closed")
+        self._queue.append(item)
+        self.device.pump(self)
+
+    def _finish(self) -> None:
+        work = self._queue[0]
+        assert isinstance(work, Work)
+        self.device.execute(work)
+        if self.device.broken is None:
+            self._queue.popleft()
+            self._is_running = False
+            self.device.pump(self)
+
+    def _host_write_check(self, what: str, source: Span) -> Callable[[], None]:
+        """The host writes pinned memory unseen, through numpy; what it wrote too early shows in the bytes."""
+        block = source.block
+        if not block.pinned:
+            return lambda: None
+        writes = self.device.pinned_writes
+        before = block.memory[source.begin : source.end].copy()
+        version, pending = writes.get(block.number, (0, 0))
+        stack = where()
+
+        def check() -> None:
+            if pending or writes.get(block.number, (0, 0)) != (version, 0):
+                return  # the device wrote there too
+            if not np.array_equal(before, block.memory[source.begin : source.end]):
+                self.device.detector.found_host_write(what, source, stack)
+
+        return check
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, {len(self._queue)} pending>"
+
+
+@dataclass(eq=False)
+class _Wait:
+    record: _Record
+
+
+@dataclass(eq=False)
+class _Instant:
+    run: Callable[[], None]
+
+
+class SimulatedGraph:
+    """The operations of one capture, and the memory that they were given."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.nbytes = 0
+        self.works: list[Work] = []
+        self.owned: list[torch.Tensor] = []
+        self._device = device
+        self._last: _Record | None = None
+        self._is_closed = False
+
+    def launch(self, stream: Stream) -> None:
+        """Submit one replay: one operation, after the last one of this graph."""
+        assert isinstance(stream, SimulatedStream), stream
+        self._device.verb("launch")
+        if self._is_closed:
+            raise UsageError("this graph is closed")
+        if self._last is not None:
+            stream.follow(self._last)  # a graph never overlaps itself
+        reads = {span: None for work in self.works for span in work.reads}
+        writes = {span: None for work in self.works for span in work.writes}
+        works = self.works
+
+        def run() -> None:
+            for work in works:
+                work.run()
+
+        stream.put(Work("a graph", run, tuple(reads), tuple(writes)))
+        self._last = stream.mark()
+
+    def close(self) -> None:
+        """Free it; its last launch must have completed, and the host must have seen that."""
+        if self._last is not None and not self._device.detector.knows(self._last.clock):
+            self._device.detector.found_early_close()
+        self._is_closed = True
+        self.owned.clear()
+
+
+@dataclass(eq=False)
+class _Scope:
+    """What torch operations on a thread belong to."""
+
+    stream: SimulatedStream
+    explicit: bool  # operations on no tensor of the device are the device's too
+    graph: SimulatedGraph | None = None
+
+
+class SimulatedDevice(Faults):
+    """A GPU that exists only in virtual time.
+
+    Use it from one thread, and from `workers`. Time passes in `advance`, `run_until_idle` and calls that block, or on a
+    loop made by `testing.run`.
+
+    Args:
+        schedule: what happens when, or a seed for it.
+        name: what messages call it.
+        time: to share it with another device; then `schedule` is not used.
+
+    Attributes:
+        time: the clock.
+        detector: the hazards found so far.
+        memory: all memory.
+        broken: the sticky fault, once there was one.
+    """
+
+    unified = False
+    submits_from_threads = True
+    torch_device = torch.device("cpu")
+
+    def __init__(
+        self, schedule: Schedule | int = 0, *, name: str = "simulated:0", time: VirtualTime | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.time = VirtualTime(schedule) if time is None else time
+        self.detector = Detector()
+        self.memory = Memory()
+        self.broken: DeviceError | None = None
+        self.pinned_writes: dict[int, tuple[int, int]] = {}  # by pinned block: writes executed, writes pending
+        self._events = 0
+        self._streams: dict[int, SimulatedStream] = {}
+        self._busy: dict[SimulatedStream, None] = {}
+        self._local = threading.local()
+        self._raw = 0
+        self._is_capturing = False
+        self._default = self.stream()
+
+    # The Device protocol...
+
+    def stream(self) -> SimulatedStream:
+        """A new stream."""
+        self.verb("stream")
+        stream = SimulatedStream(self, f"stream {len(self._streams)}")
+        self._streams[stream.handle] = stream
+        return stream
+
+    def event(self) -> SimulatedEvent:
+        """A new event."""
+        self.verb("event")
+        self._events += 1
+        return SimulatedEvent(self, f"event {self._events}")
+
+    def current_stream(self) -> SimulatedStream:
+        """The calling thread's current stream: that of the innermost `use`, `run` or `call`, else the default stream."""
+        return self._scope.stream
+
+    def adopt_stream(self, stream: object) -> SimulatedStream:
+        """`stream` itself.
+
+        Raises:
+            TypeError: it is not one of this device's.
+        """
+        if isinstance(stream, SimulatedStream) and stream.device is self:
+            return stream
+        raise TypeError(f"expected a stream of {self.name}, got {type(stream).__name__}")
+
+    def query(self, event: Event) -> bool:
+        """Whether `event` is complete."""
+        return event.query()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Device memory full of garbage, in the current stream's order."""
+        self.verb("empty")
+        return self._allocate(shape, None, dtype)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Pinned memory full of garbage. Blocks."""
+        self.block(lambda: True, "allocating pinned memory")
+        with self.raw():
+            tensor = self.memory.allocate(shape, None, dtype, None)
+            span = self.memory.span(tensor)
+        if span is not None:
+            self.detector.allocated(span.block)
+        return tensor
+
+    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+        """Run `body` once to warm up, then once to see what it submits. Blocks.
+
+        Raises:
+            CaptureError: it cannot be captured.
+            Exception: whatever `body` raised when it was warmed up.
+        """
+        assert isinstance(stream, SimulatedStream), stream
+        self.block(lambda: not self._is_capturing, "a capture")
+        self._is_capturing = True
+        try:
+            self.call(stream, body)
+            stream.synchronize()
+            graph = SimulatedGraph(self)
+            try:
+                with self._entered(_Scope(stream, explicit=True, graph=graph)), torch.no_grad():
+                    return graph, list(body())
+            except DeviceError:
+                raise
+            except Exception as error:
+                graph.close()
+                raise CaptureError(str(error) or type(error).__name__) from error
+        finally:
+            self._is_capturing = False
+
+    def call(self, stream: Stream, function: Callable[[], T]) -> T:
+        """Call `function` with `stream` current; what it submits happens later."""
+        assert isinstance(stream, SimulatedStream), stream
+        self.verb("call")
+        with self._entered(_Scope(stream, explicit=True)), torch.no_grad():
+            return function()
+
+    def synchronize(self) -> None:
+        """Block until every stream is idle; not for the event loop's thread."""
+        self.block(lambda: not self._busy, f"{self.name}.synchronize()")
+        for stream in self._streams.values():
+            self.detector.observe(self.detector.mark(stream.actor))
+
+    def prepare_thread(self) -> None:
+        """Nothing to do: `workers` are prepared."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is in device memory."""
+        block = self.memory.block(tensor)
+        return block is not None and not block.pinned
+
+    def workers(self, count: int) -> Workers:
+        """A pool of worker threads in virtual time."""
+
+        def prepare(job: Callable[[], None]) -> None:
+            with self.intercepting():
+                job()
+
+        return Workers(self.time, count, prepare)
+
+    # For tests and users...
+
+    def tensor(self, values: object, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A device tensor that will hold `values`, written in the order of the current stream."""
+        with self.raw():
+            host = torch.as_tensor(values, dtype=dtype)
+        tensor = self.empty(host.shape, host.dtype)
+        with self.intercepting():
+            tensor.copy_(host)
+        return tensor
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What `tensor` holds now, as the host sees it, in memory of the caller's own. Must be ordered by an event."""
+        self.host_read(tensor)
+        with self.raw():
+            return tensor.detach().clone()
+
+    def host_read(self, memory: torch.Tensor | np.ndarray[Any, Any], what: str = "a host read") -> None:
+        """Tell the detector that the host reads this memory now."""
+        if (span := self._span(memory)) is not None:
+            self.touched(what, (span,), ())
+
+    def host_write(self, memory: torch.Tensor | np.ndarray[Any, Any], what: str = "a host write") -> None:
+        """Tell the detector that the host writes this memory now."""
+        if (span := self._span(memory)) is not None:
+            self.touched(what, (), (span,))
+
+    @contextlib.contextmanager
+    def use(self, stream: SimulatedStream | None = None) -> Iterator[None]:
+        """Make `stream` current on this thread: torch operations on device tensors are submitted to it."""
+        with self._entered(_Scope(stream or self.current_stream(), explicit=False)):
+            yield
+
+    @contextlib.contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """Submit torch operations on device tensors to the current stream, on this thread."""
+        if getattr(self._local, "intercepting", False):
+            yield
+            return
+        self._local.intercepting = True
+        try:
+            with Interceptor(self, lambda: self._raw > 0):
+                yield
+        finally:
+            self._local.intercepting = False
+
+    def advance(self, seconds: float) -> None:
+        """Let virtual time pass."""
+        self.time.advance(seconds)
+
+    def run_until_idle(self) -> None:
+        """Let everything happen that can."""
+        self.time.run_until_idle()
+
+    def check(self) -> None:
+        """Raise the first hazard found, if any.
+
+        Raises:
+            HazardError: it.
+        """
+        self._collect()
+        self.detector.check()
+
+    # For streams, graphs and the interceptor...
+
+    def verb(self, what: str) -> None:
+        """Some call on the device begins.
+
+        Raises:
+            DeviceError: it is broken.
+        """
+        self.time.checkpoint(what)
+        self._collect()
+        if self.broken is not None:
+            raise self.broken
+
+    def block(self, condition: Callable[[], bool], what: str) -> None:
+        """Block the thread in virtual time, or until the device breaks.
+
+        Raises:
+            DeviceError: the device is broken.
+            LoopBlockedError: this is the event loop's thread.
+        """
+        if self._scope.graph is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        self.verb(what)
+        self.time.block_until(lambda: self.broken is not None or condition(), what)
+        if self.broken is not None:
+            raise self.broken
+
+    @contextlib.contextmanager
+    def raw(self) -> Iterator[None]:
+        """torch operations on this thread are the device's own doing."""
+        self._raw += 1
+        try:
+            yield
+        finally:
+            self._raw -= 1
+
+    def pump(self, stream: SimulatedStream) -> None:
+        """Something was submitted to, or completed on, `stream`: start whatever can start."""
+        if self.broken is not None:
+            return
+        self._busy[stream] = None
+        while any([busy.pump() for busy in list(self._busy)]):
+            pass
+        for busy in list(self._busy):
+            if busy.is_idle:
+                del self._busy[busy]
+
+    def execute(self, work: Work) -> None:
+        """Do it, unless the device is broken; what it raises breaks the device, as a failed assertion in a kernel does."""
+        if self.broken is not None:
+            return
+        try:
+            with self.raw(), torch.no_grad():
+                work.run()
+        except Exception as error:
+            self.broken = DeviceError(f"{work.what} failed: {error}", code=710, name="cudaErrorAssert")
+            self.broken.__cause__ = error
+        for span in work.writes:
+            if span.block.pinned:
+                done, pending = self.pinned_writes[span.block.number]
+                self.pinned_writes[span.block.number] = done + 1, pending - 1
+
+    def is_mine(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a torch operation on these is the device's."""
+        return self._scope.explicit or any(map(self.holds, tensors))
+
+    def new(self, like: torch.Tensor) -> torch.Tensor:
+        """Memory for a result."""
+        return self._allocate(like.size(), like.stride(), like.dtype)
+
+    def submit(self, work: Work) -> None:
+        """Put it on the current stream, or into the graph that is being captured."""
+        scope = self._scope
+        if scope.graph is not None:
+            scope.graph.works.append(work)
+            return
+        self.verb(work.what)
+        scope.stream.put(work)
+
+    def drain(self, what: str) -> None:
+        """Block until the current stream is idle."""
+        stream = self.current_stream()
+        self.block(lambda: stream.is_idle, what)
+        self.detector.observe(self.detector.mark(stream.actor))
+
+    def touched(self, what: str, reads: Sequence[Span], writes: Sequence[Span]) -> None:
+        """The host accessed memory of the device."""
+        self.detector.access(HOST, what, reads, writes)
+
+    @property
+    def _scope(self) -> _Scope:
+        scopes: list[_Scope] = self._local.__dict__.setdefault("scopes", [])
+        return scopes[-1] if scopes else _Scope(self._default, explicit=False)
+
+    @contextlib.contextmanager
+    def _entered(self, scope: _Scope) -> Iterator[None]:
+        scopes: list[_Scope] = self._local.__dict__.setdefault("scopes", [])
+        scopes.append(scope)
+        try:
+            with self.intercepting():
+                yield
+        finally:
+            scopes.pop()
+
+    def _allocate(self, size: Sequence[int], stride: Sequence[int] | None, dtype: torch.dtype) -> torch.Tensor:
+        self._collect()
+        scope = self._scope
+        with self.raw():
+            tensor = self.memory.allocate(size, stride, dtype, scope.stream.handle)
+            span = self.memory.span(tensor)
+        if span is not None:
+            self.detector.allocated(span.block)
+        if scope.graph is not None:
+            scope.graph.owned.append(tensor)
+            scope.graph.nbytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _collect(self) -> None:
+        """Take back the memory whose owners went: in the order of its stream, as torch's allocator does."""
+        for block in self.memory.dropped():
+            span = Span(block, block.generation, 0, block.memory.nbytes)
+            stream = None if block.stream is None else self._streams[block.stream]
+            self.detector.freed(span, HOST if stream is None else stream.actor)
+            if stream is None:
+                block.poison()
+            elif stream._is_closed or self.broken is not None:
+                continue  # nobody can allocate it again
+            else:
+                stream.put_instant(block.poison)
+            self.memory.give_back(block)
+
+    def _span(self, memory: torch.Tensor | np.ndarray[Any, Any]) -> Span | None:
+        if isinstance(memory, np.ndarray):
+            return self.memory.array_span(memory)
+        with self.raw():
+            return self.memory.span(memory)
+
+    def __repr__(self) -> str:
+        return f"<SimulatedDevice {self.name}: {len(self._busy)} of {len(self._streams)} streams busy>"
