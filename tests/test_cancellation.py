@@ -56,7 +56,7 @@ async def test_on_the_device_it_returns_at_once_and_the_slot_drains(device: str)
 
 
 async def test_inputs_stay_alive_until_the_device_is_done(device: str) -> None:
-    class Owned(np.ndarray):  # type: ignore[type-arg]  # plain arrays cannot be referred to weakly
+    class Owned(np.ndarray):  # plain arrays cannot be referred to weakly
         pass
 
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
@@ -125,7 +125,7 @@ async def test_completed_and_cancelled_in_the_same_turn(device: str) -> None:
                 finish(*arguments)
                 call.cancel()
 
-            executor._finish = finish_and_cancel  # type: ignore[method-assign]
+            executor._finish = finish_and_cancel  # type: ignore[method-assign, assignment]
             latch.open()
             with pytest.raises(asyncio.CancelledError):
                 await call

@@ -1,4 +1,4 @@
-"""The hub in virtual time: a clock that a test turns, a timer that fires when the clock passes it, events that it completes."""
+"""The hub in virtual time: a clock that a test turns, a timer that fires when the clock passes it, and events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ class World:
         self.fired = 0
         self._late = late
         self.hub = Hub(
-            asyncio.get_running_loop(), progress=progress, clock=lambda: self.now, timer=lambda _, fire: Timer(self, fire), spin=spin
+            asyncio.get_running_loop(),
+            progress=progress,
+            clock=lambda: self.now,
+            timer=lambda _, fire: Timer(self, fire),
+            spin=spin,
         )
 
     async def advance(self, seconds: float) -> None:
@@ -98,6 +102,7 @@ async def test_completion_is_found_and_reported_once() -> None:
 async def test_once_learned_it_is_looked_for_just_before_its_time() -> None:
     world = World()
     lane, estimate = Lane(), Estimate()
+    work = Work(world, 0.0)
     for _ in range(100):
         work = Work(world, 0.010).watch(lane, estimate=estimate)
         await world.advance(0.012)
@@ -152,6 +157,7 @@ async def test_queueing_behind_others_does_not_teach_a_longer_duration() -> None
 async def test_a_late_timer_is_learned_and_allowed_for() -> None:
     world = World(late=100e-6)
     lane, estimate = Lane(), Estimate()
+    start, work = world.now, Work(world, 0.0)
     for _ in range(200):
         start = world.now
         work = Work(world, 0.005).watch(lane, estimate=estimate)
@@ -295,10 +301,14 @@ async def test_many_lanes_cost_one_query_each_when_due() -> None:
 async def test_the_hub_of_a_loop_is_shared_and_closes_with_its_last_user() -> None:
     first, second = Hub.acquire(), Hub.acquire()
     assert first is second
+
+    def is_closed() -> bool:
+        return first._closed
+
     first.release()
-    assert not first._closed
+    assert not is_closed()
     second.release()
-    assert first._closed
+    assert is_closed()
     third = Hub.acquire()
     assert third is not first
     third.release()

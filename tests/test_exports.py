@@ -32,7 +32,11 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [info.name for info in pkgutil.walk_packages(aiotrt.__path__, "aiotrt.") if info.name not in ("aiotrt.__main__", "aiotrt.devices.cuda")],
+    [
+        info.name
+        for info in pkgutil.walk_packages(aiotrt.__path__, "aiotrt.")
+        if info.name not in ("aiotrt.__main__", "aiotrt.devices.cuda")
+    ],
 )
 def test_every_module_says_what_it_is_and_exports_what_it_has(name: str) -> None:
     module = importlib.import_module(name)

@@ -11,6 +11,7 @@ import torch
 
 import aiotrt
 from aiotrt.slots import State
+from aiotrt.tensors import numpy_view
 from tests.tools import Affine, count
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,20 +23,30 @@ def place(device: str) -> torch.device:
     return torch.device("cpu" if device == "host" else device)
 
 
+def as_kind(kind: str, array: Array, device: str) -> Array | torch.Tensor:
+    if kind == "array":
+        return array
+    if kind == "strided array":
+        return array[::-1, ::2]
+    tensor: torch.Tensor = torch.from_numpy(array)
+    return tensor.to(place(device)) if kind == "device tensor" else tensor
+
+
 def identity(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def assert_bit_equal(got: Array | torch.Tensor, expected: Array | torch.Tensor) -> None:
-    assert type(got) is type(expected)
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    if isinstance(got, torch.Tensor):
-        got, expected = (
-            got.cpu().contiguous().view(torch.uint8).numpy(),
-            expected.cpu().contiguous().view(torch.uint8).numpy(),
-        )  # type: ignore[union-attr]
-    assert got.tobytes() == expected.tobytes()  # type: ignore[union-attr]
+def raw(value: Array | torch.Tensor) -> bytes:
+    if isinstance(value, torch.Tensor):
+        value = numpy_view(value.cpu().contiguous())
+    return value.tobytes()
+
+
+def assert_bit_equal(got: Array | torch.Tensor, expected: Array | torch.Tensor, case: str = "") -> None:
+    assert type(got) is type(expected), case
+    assert got.shape == expected.shape, case
+    assert got.dtype == expected.dtype, case
+    assert raw(got) == raw(expected), case
 
 
 BASE = np.arange(96, dtype=np.float32).reshape(4, 6, 4)
@@ -68,30 +79,30 @@ TENSORS: dict[str, Callable[[torch.device], torch.Tensor]] = {
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("case", ARRAYS)
-async def test_arrays_of_any_layout(device: str, case: str) -> None:
-    x = ARRAYS[case]()
-    async with aiotrt.load(Affine(), device=device) as model:
-        for _ in range(2):
-            result = await model(x)
-            assert_bit_equal(result, np.ascontiguousarray(x).view(np.ndarray) * 3 + 1)
-            assert result.flags.c_contiguous
-        assert count(model, State.FREE) == 2
+async def test_arrays_of_any_layout(device: str) -> None:
+    for case, make in ARRAYS.items():
+        x = make()
+        async with aiotrt.load(Affine(), device=device) as model:
+            for _ in range(2):
+                result = await model(x)
+                assert_bit_equal(result, np.ascontiguousarray(x).view(np.ndarray) * 3 + 1, case)
+                assert result.flags.c_contiguous, case
+            assert count(model, State.FREE) == 2
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("case", TENSORS)
 @pytest.mark.parametrize("where", ["same", "host"])
-async def test_tensors_of_any_layout(device: str, case: str, where: str) -> None:
-    x = TENSORS[case](place(device) if where == "same" else torch.device("cpu"))
-    async with aiotrt.load(Affine(), device=device) as model:
-        for _ in range(2):
-            result = await model(x)
-            assert result.device == x.device
-            assert_bit_equal(result, (x.detach() * 3 + 1).contiguous())
-            assert result.is_contiguous()
-            assert not result.requires_grad
-        assert count(model, State.FREE) == 2
+async def test_tensors_of_any_layout(device: str, where: str) -> None:
+    for case, make in TENSORS.items():
+        x = make(place(device) if where == "same" else torch.device("cpu"))
+        async with aiotrt.load(Affine(), device=device) as model:
+            for _ in range(2):
+                result = await model(x)
+                assert result.device == x.device, case
+                assert_bit_equal(result, (x.detach() * 3 + 1).contiguous(), case)
+                assert result.is_contiguous(), case
+                assert not result.requires_grad, case
+            assert count(model, State.FREE) == 2
 
 
 @pytest.mark.asyncio
@@ -144,15 +155,15 @@ DTYPES = [
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-async def test_every_dtype_passes_bit_equal(device: str, dtype: torch.dtype) -> None:
-    raw = torch.zeros(2, 4) if dtype is torch.bool else torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
-    x = raw.to(dtype)
-    async with aiotrt.load(identity, device=device) as model:
-        assert_bit_equal(await model(x), x)
-        assert_bit_equal(await model(x.to(place(device))), x.to(place(device)))
-        if dtype not in (torch.bfloat16, torch.float8_e4m3fn):
-            assert_bit_equal(await model(x.numpy()), x.numpy())
+async def test_every_dtype_passes_bit_equal(device: str) -> None:
+    for dtype in DTYPES:
+        start = torch.zeros(2, 4) if dtype is torch.bool else torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+        x = start.to(dtype)
+        async with aiotrt.load(identity, device=device) as model:
+            assert_bit_equal(await model(x), x, str(dtype))
+            assert_bit_equal(await model(x.to(place(device))), x.to(place(device)), str(dtype))
+            if dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+                assert_bit_equal(await model(x.numpy()), x.numpy(), str(dtype))
 
 
 @pytest.mark.asyncio
@@ -160,11 +171,7 @@ async def test_every_dtype_passes_bit_equal(device: str, dtype: torch.dtype) -> 
 async def test_nan_inf_and_signed_zero_pass_bit_equal(device: str, kind: str) -> None:
     bits = [0x7FC00001, 0xFFC12345, 0x7F800000, 0xFF800000, 0x80000000, 0x00000001, 0x00000000, 0x7F7FFFFF]
     array = np.array(bits, np.uint32).view(np.float32).reshape(2, 4)
-    x = {
-        "array": lambda: array,
-        "tensor": lambda: torch.from_numpy(array),
-        "device tensor": lambda: torch.from_numpy(array).to(place(device)),
-    }[kind]()
+    x = as_kind(kind, array, device)
     async with aiotrt.load(identity, device=device) as model:
         assert_bit_equal(await model(x), x)
 
@@ -174,12 +181,7 @@ async def test_nan_inf_and_signed_zero_pass_bit_equal(device: str, kind: str) ->
 async def test_inputs_too_large_for_the_loop_pass_bit_equal(device: str, kind: str) -> None:
     array = np.random.default_rng(0).integers(0, 1 << 32, (1024, 1024), np.uint32).view(np.float32)  # NaNs among them
     assert array.nbytes > 2 * MEBIBYTE
-    x = {
-        "array": lambda: array,
-        "strided array": lambda: array[::-1, ::2],
-        "tensor": lambda: torch.from_numpy(array),
-        "device tensor": lambda: torch.from_numpy(array).to(place(device)),
-    }[kind]()
+    x = as_kind(kind, array, device)
     async with aiotrt.load(identity, device=device, slots=1) as model:
         for _ in range(2):
             assert_bit_equal(await model(x), np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)

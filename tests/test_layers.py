@@ -1,4 +1,4 @@
-"""Dependencies point down, and the heavy ones stay in their rooms: walked from the source, so that nothing need be installed."""
+"""Dependencies point down, and the heavy ones stay in their rooms: read from the source, so nothing need be installed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layer(name: str) -> int:
     for i, members in enumerate(LAYERS):
         if name in members:
             return i
-    if name.split(".")[0] in UPPER or name in UPPER:
+    if name.split(".", maxsplit=1)[0] in UPPER or name in UPPER:
         return len(LAYERS)
     raise AssertionError(f"{name} has no layer: give it one in tests/test_layers.py")
 
@@ -86,7 +86,7 @@ def test_imports_point_down(name: str, tree: ast.Module) -> None:
                 assert layer(other) <= layer(name), f"{name} imports {other}, which is above it"
             continue
         top = imported.split(".")[0]
-        if top in RESERVED and name.split(".")[0] not in UPPER:
+        if top in RESERVED and name.split(".", maxsplit=1)[0] not in UPPER:
             assert name in RESERVED[top], f"{name} imports {top}; only {RESERVED[top]} may"
         if name in PURE and top not in ("__future__", "aiotrt"):
             assert top in PURE[name] or imported == "collections.abc", f"{name} is pure and imports {imported}"

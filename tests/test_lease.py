@@ -220,7 +220,7 @@ async def test_misuse_is_told_and_harms_nothing(device: str) -> None:
                 latch.open()
             np.testing.assert_array_equal(await host(await slot.replay()), frame(4))
             buffer = slot.inputs[0]
-        for use in (lambda: slot.launch(), lambda: buffer.tensor, lambda: slot.consumed()):
+        for use in (slot.launch, lambda: buffer.tensor, slot.consumed):
             with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
                 use()
         with pytest.raises(aiotrt.UsageError, match="entered once"):

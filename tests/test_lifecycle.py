@@ -33,7 +33,7 @@ async def test_before_open_and_after_close(device: str) -> None:
     with pytest.raises(aiotrt.ModelClosedError, match="Affine is closed"):
         await model(frame(1))
     with pytest.raises(aiotrt.ModelClosedError, match="is closed: load it again"):
-        await model
+        _ = await model
     await model.aclose()
 
 
@@ -42,7 +42,7 @@ async def test_closing_a_model_that_was_never_opened(device: str) -> None:
     model = aiotrt.load(Affine(), device=device)
     await model.aclose()
     with pytest.raises(aiotrt.ModelClosedError):
-        await model
+        _ = await model
 
 
 @asyncio_test
@@ -154,7 +154,7 @@ async def test_cancelling_a_load_leaves_nothing(device: str) -> None:
     model = aiotrt.load(Slow(), device=device, warmup=frame(0))
 
     async def use() -> None:
-        await model
+        _ = await model
 
     task = asyncio.ensure_future(use())
     await entered.wait()
@@ -289,7 +289,12 @@ async def test_after_a_fork() -> None:
         asyncio.run(main())
     """
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False
+        subprocess.run,
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "Identity was loaded before a fork" in done.stdout

@@ -72,7 +72,7 @@ async def test_awaiting_a_model_opens_it_and_aclose_closes_it(device: str) -> No
     assert model.is_ready
     np.testing.assert_array_equal(await model(frame(1)), frame(4))
     await model.aclose()
-    assert not model.is_ready
+    assert not getattr(model, "is_ready")  # noqa: B009  # it changes, and mypy takes a property for a constant
     await model.aclose()
 
 
@@ -219,7 +219,9 @@ async def test_a_full_queue_refuses_and_says_so(device: str) -> None:
         with held(model) as latch:
             first, second = asyncio.ensure_future(model(frame(1))), asyncio.ensure_future(model(frame(2)))
             await turns()
-            with pytest.raises(aiotrt.QueueFullError, match=r"all 1 slots are busy and 1 callers wait already \(max_queue=1\)"):
+            with pytest.raises(
+                aiotrt.QueueFullError, match=r"all 1 slots are busy and 1 callers wait already \(max_queue=1\)"
+            ):
                 await model(frame(3))
             latch.open()
             assert (await first)[0, 0] == 4

@@ -17,7 +17,7 @@ from aiotrt.slots import State
 
 
 class Latch:
-    """Holds streams where they are until it is opened: "the device is still busy" as a state to enter, not a time to hope for."""
+    """Holds streams until it is opened: "the device is still busy" as a state to enter, not a time to hope for."""
 
     def __init__(self, device: str) -> None:
         self._device = open_device(device)

@@ -1,0 +1,223 @@
+"""Engines that cannot be loaded: the error says which file or module and why, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper
+import pytest
+import torch
+
+import aiotrt
+from tests.tools import Affine, frame
+
+FLOAT, STRING = onnx.TensorProto.FLOAT, onnx.TensorProto.STRING
+
+
+@contextlib.asynccontextmanager
+async def nothing_left() -> AsyncIterator[None]:
+    """No thread of aiotrt's that was not there before, and nothing that was never closed."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect()  # a ResourceWarning is an error
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("aiotrt"):
+            thread.join(10)  # the bound; not a wait for something that should have been waited for
+            assert not thread.is_alive(), f"{thread.name} is left"
+
+
+async def cannot_load(source: object, error: type[Exception], *says: str, device: str = "host", warmup: object = ()) -> None:
+    """Loading raises this, in both ways, and says all of this."""
+    async with nothing_left():
+        with pytest.raises(error) as awaited:
+            await aiotrt.load(source, device=device, warmup=warmup)
+        with pytest.raises(error) as entered:
+            async with aiotrt.load(source, device=device, warmup=warmup):
+                raise AssertionError("this model must not exist")
+        for message in (str(awaited.value), str(entered.value)):
+            for part in says:
+                assert part in message, f"{part!r} is not in {message!r}"
+
+
+def detector() -> Path:
+    """The PP-OCR detector inside the wheel of rapidocr-onnxruntime, whose code is never imported."""
+    model = "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"
+    return Path(str(importlib.metadata.distribution("rapidocr-onnxruntime").locate_file(model)))
+
+
+def save(path: Path, operator: str, inputs: dict[str, int], outputs: dict[str, int]) -> Path:
+    """An ONNX model of one node."""
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node(operator, list(inputs), list(outputs))],
+        "graph",
+        [helper.make_tensor_value_info(name, kind, ["n", 4]) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, ["n", 4]) for name, kind in outputs.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
+# Files...
+
+
+@pytest.mark.asyncio
+async def test_files_that_are_no_engines(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.onnx"
+    empty.touch()
+    await cannot_load(empty, aiotrt.EngineError, str(empty), "empty")
+    await cannot_load(tmp_path / "gone.onnx", aiotrt.EngineError, str(tmp_path / "gone.onnx"), "no such file")
+    await cannot_load(str(tmp_path / "gone.engine"), aiotrt.EngineError, str(tmp_path / "gone.engine"), "no such file")
+    folder = tmp_path / "folder.onnx"
+    folder.mkdir()
+    await cannot_load(folder, aiotrt.EngineError, str(folder), "is a directory")
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"x")
+    await cannot_load(weights, aiotrt.EngineError, str(weights), "'.safetensors'", ".onnx, .engine or .plan")
+    bare = tmp_path / "model"
+    bare.write_bytes(b"x")
+    await cannot_load(bare, aiotrt.EngineError, str(bare), "unknown kind of file")
+
+
+@pytest.mark.asyncio
+async def test_damaged_files(tmp_path: Path) -> None:
+    garbage, text = tmp_path / "garbage.onnx", tmp_path / "text.onnx"
+    garbage.write_bytes(np.random.default_rng(0).bytes(5000))
+    text.write_text("version https://git-lfs.github.com/spec/v1\n")
+    await cannot_load(garbage, aiotrt.EngineError, str(garbage), "5,000 bytes")
+    await cannot_load(text, aiotrt.EngineError, str(text))
+    whole = detector().read_bytes()
+    for size in (1, 1000, len(whole) // 2, len(whole) - 1):
+        cut = tmp_path / f"cut{size}.onnx"
+        cut.write_bytes(whole[:size])
+        await cannot_load(cut, aiotrt.EngineError, str(cut), f"{size:,} bytes")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("suffix", [".engine", ".plan", ".ENGINE"])
+async def test_tensorrt_engines_say_what_to_do_instead(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"ftrt")
+    await cannot_load(path, aiotrt.MissingDependencyError, path.name, "TensorRT", ".onnx", "device='host'")
+
+
+@pytest.mark.asyncio
+async def test_onnx_models_with_other_things_than_tensors(tmp_path: Path) -> None:
+    text = save(tmp_path / "text.onnx", "Identity", {"words": STRING}, {"same": STRING})
+    await cannot_load(text, aiotrt.EngineError, str(text), "'words'", "tensor(string)")
+    unknown = save(tmp_path / "unknown.onnx", "NoSuchOperator", {"x": FLOAT}, {"y": FLOAT})
+    await cannot_load(unknown, aiotrt.EngineError, str(unknown), "NoSuchOperator")
+
+
+@pytest.mark.asyncio
+async def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    await cannot_load(
+        detector(), aiotrt.MissingDependencyError, detector().name, "onnxruntime", "pip install 'aiotrt[onnx]'"
+    )
+    with pytest.raises(ImportError):  # so that `except ImportError` works too
+        await aiotrt.load(detector(), device="host")
+
+
+@pytest.mark.asyncio
+@pytest.mark.gpu
+async def test_onnx_on_cuda_says_what_to_do_instead() -> None:
+    await cannot_load(detector(), aiotrt.MissingDependencyError, detector().name, "device='host'", device="cuda")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", [str, Path])
+async def test_the_detector_runs(kind: type[str | Path]) -> None:
+    import onnxruntime
+
+    images = np.random.default_rng(0).random((2, 1, 3, 32, 64), np.float32)
+    session = onnxruntime.InferenceSession(str(detector()), providers=["CPUExecutionProvider"])
+    async with aiotrt.load(kind(detector())) as model:
+        assert model.inputs is not None
+        assert [str(spec) for spec in model.inputs] == ["x: float32 (*, 3, *, *)"]
+        for image in images:
+            np.testing.assert_allclose(await model(x=image), session.run(None, {"x": image})[0], atol=1e-5)
+
+
+@pytest.mark.asyncio
+async def test_an_onnx_model_that_fails_for_one_input_fails_that_call_alone(tmp_path: Path) -> None:
+    # Its symbolic extents are independent to a reader of the specs; the operator wants them to be equal.
+    path = save(tmp_path / "sum.onnx", "Add", {"a": FLOAT, "b": FLOAT}, {"c": FLOAT})
+    async with aiotrt.load(path, slots=1) as model:
+        with pytest.raises(aiotrt.EngineError, match=r"sum\.onnx: ONNX Runtime failed"):
+            await model(frame(1, (2, 4)), frame(1, (3, 4)))
+        np.testing.assert_array_equal(await model(frame(1, (2, 4)), b=frame(2, (2, 4))), frame(3, (2, 4)))
+        assert model.statistics().free == 1
+
+
+# Modules...
+
+
+class RaisesAtOnce(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"no good with {tuple(x.shape)}")
+
+
+@pytest.mark.asyncio
+async def test_a_module_on_another_device_is_refused(device: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2, device="meta"))
+    torch_device = "cpu" if device == "host" else "cuda:0"
+    says = ("Sequential", "0.weight is on meta", f".to('{torch_device}')")
+    await cannot_load(module, aiotrt.EngineError, *says, device=device)
+
+
+@pytest.mark.asyncio
+async def test_a_buffer_on_another_device_is_refused(device: str) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.ones(3, device="meta"))
+    await cannot_load(module, aiotrt.EngineError, "table is on meta", device=device)
+
+
+@pytest.mark.asyncio
+async def test_a_module_that_raises_in_its_warm_up(device: str) -> None:
+    says = ("RaisesAtOnce raised ValueError", "no good with (2, 3)")
+    await cannot_load(RaisesAtOnce(), aiotrt.EngineError, *says, device=device, warmup=[frame(1)])
+
+
+@pytest.mark.asyncio
+async def test_a_second_warm_up_that_raises(device: str) -> None:
+    """The first shape was captured already: that must go too."""
+    module = torch.nn.Linear(3, 2).to("cpu" if device == "host" else device)
+    warmup = [frame(1, (2, 3)), frame(1, (2, 4))]
+    await cannot_load(module, aiotrt.EngineError, "Linear raised RuntimeError", device=device, warmup=warmup)
+
+
+@pytest.mark.asyncio
+async def test_a_warm_up_that_is_no_input(device: str) -> None:
+    await cannot_load(Affine(), aiotrt.InputError, "input 'x'", "got str", device=device, warmup=["frame"])
+    await cannot_load(Affine(), aiotrt.InputError, "no input 'z'", device=device, warmup=[{"z": frame(1)}])
+    warmup = [frame(1), np.ones((2, 3))]
+    await cannot_load(Affine(), aiotrt.InputError, "input 'x'", "float64", device=device, warmup=warmup)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("source", [None, 42, b"model.onnx", {"x": 1}], ids=["None", "int", "bytes", "dict"])
+async def test_things_that_are_no_engines(device: str, source: object) -> None:
+    says = ("a file, a torch module, an ExportedProgram or a function", type(source).__name__)
+    await cannot_load(source, aiotrt.EngineError, *says, device=device)
+
+
+@pytest.mark.asyncio
+async def test_a_failed_model_says_so_from_then_on(tmp_path: Path) -> None:
+    model = aiotrt.load(tmp_path / "gone.onnx")
+    with pytest.raises(aiotrt.EngineError):
+        await model
+    for _ in range(2):
+        with pytest.raises(aiotrt.ModelClosedError, match=r"gone\.onnx is closed"):
+            await model
+    with pytest.raises(aiotrt.ModelClosedError, match=r"gone\.onnx is closed"):
+        await model(frame(1))
+    await model.aclose()
