@@ -34,6 +34,8 @@ ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; 
 PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
 _capture_lock: Final = threading.Lock()
+#: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
+_failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
 _thread: Final = threading.local()
 
 
@@ -49,6 +51,7 @@ class CudaStream:
     def __init__(self, device: CudaDevice, stream: torch.cuda.Stream, *, owned: bool = False) -> None:
         self.torch = stream
         self.handle: int = stream.cuda_stream
+        self.driver = driver.CUstream(self.handle)  # made once: the driver calls would make it from the handle each time
         self._device = device
         self._owned = owned
         self._pool: Any = None
@@ -59,6 +62,12 @@ class CudaStream:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+    def abandon_pool(self) -> None:
+        """After a failed capture torch still counts the pool as recording, and would refuse the next capture into it."""
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        self._pool = None
 
     def record(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), event
@@ -74,7 +83,7 @@ class CudaStream:
         if destination.is_contiguous() and source.is_contiguous() and destination.dtype is source.dtype:
             _check(
                 "copying a tensor",
-                driver.cuMemcpyAsync(destination.data_ptr(), source.data_ptr(), destination.nbytes, self.handle),
+                driver.cuMemcpyAsync(destination.data_ptr(), source.data_ptr(), destination.nbytes, self.driver),
             )
             return
         with _faults("copying a tensor"), torch.cuda.stream(self.torch), torch.no_grad():
@@ -91,7 +100,7 @@ class CudaStream:
     def close(self) -> None:
         if self._owned:
             self._owned = False
-            driver.cuStreamDestroy(self.handle)  # work submitted earlier completes; a fault here was reported before
+            driver.cuStreamDestroy(self.driver)  # work submitted earlier completes; a fault here was reported before
 
     def __repr__(self) -> str:
         return f"<CudaStream {self.handle:#x} on {self._device.name}>"
@@ -110,11 +119,12 @@ class CudaGraph:
         self.nbytes = nbytes
         self._graph = graph
         raw = getattr(graph, "raw_cuda_graph_exec", None)  # absent from older torch
-        self._exec: int | None = None if random or raw is None else int(raw())
+        self._exec: Any = None if random or raw is None else driver.CUgraphExec(int(raw()))
 
     def launch(self, stream: Stream) -> None:
+        assert isinstance(stream, CudaStream), stream
         if self._exec is not None:
-            _check("launching a graph", driver.cuGraphLaunch(self._exec, stream.handle))
+            _check("launching a graph", driver.cuGraphLaunch(self._exec, stream.driver))
         else:
             stream.run(self._graph.replay)
 
@@ -135,6 +145,7 @@ class CudaDevice(Faults):
 
     def __init__(self, index: int) -> None:
         super().__init__()
+        torch.cuda.init()
         self.index = index
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
@@ -263,6 +274,8 @@ def _record(
         # The driver keeps reporting a failed capture from later, innocent calls, until it is asked twice.
         runtime.cudaGetLastError()
         runtime.cudaGetLastError()
+        stream.abandon_pool()
+        _failed_captures.append(graph)
         code, name = _code(error)
         if code != -1 and code not in PASSING:
             raise DeviceError("the device failed during a capture", code=code, name=name) from error
@@ -318,7 +331,7 @@ def _code(error: BaseException) -> tuple[int, str]:
     if match is not None:
         for enumeration in (driver.CUresult, runtime.cudaError_t):
             if match[1] in enumeration.__members__:
-                return int(enumeration[match[1]]), match[1]
+                return int(enumeration.__members__[match[1]]), match[1]
     return -1, type(error).__name__
 
 
