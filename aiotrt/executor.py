@@ -32,6 +32,7 @@ from aiotrt.errors import (
     DeviceError,
     DeviceHangError,
     EngineError,
+    InputError,
     ModelBrokenError,
     ModelClosedError,
     QueueFullError,
@@ -41,7 +42,7 @@ from aiotrt.graphs import Program, ProgramCache, Recipe
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
 from aiotrt.submission import Request, Slot, await_gates, copy_in, has_passed, ready_events, submit_request
-from aiotrt.tensors import InputSpecs, Kind, Shapes, own
+from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, own
 
 __all__ = ["Counters", "Executor"]
 
@@ -131,10 +132,11 @@ class Executor:
             ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
         """
         self.check_usable()
-        arguments, kind = self.specs.parse(values, named)
+        arguments, kind, specs = self.specs.parse(values, named)
         request = Request(
             self.loop.create_future(),
             arguments,
+            specs,
             tuple([argument.shape for argument in arguments]),
             self.outputs or kind,
             is_lease=False,
@@ -145,10 +147,10 @@ class Executor:
         self._enter(request, bounded)
         return request
 
-    def lease(self, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
+    def lease(self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
         """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does."""
         self.check_usable()
-        request = Request(self.loop.create_future(), (), shapes, kind, is_lease=True)
+        request = Request(self.loop.create_future(), (), specs, shapes, kind, is_lease=True)
         request.is_warmup = is_warmup
         self._enter(request, bounded=not is_warmup)
         return request
@@ -223,6 +225,13 @@ class Executor:
             self._move(slot, Move.RELEASE)
             self.counters.cancelled += 1
             return
+        if self.specs.specs is not None:
+            try:
+                self.specs.settle(request.specs)  # while this one waited, another may have fixed what the inputs are
+            except InputError as error:
+                refusal = error
+                self._move(slot, Move.RELEASE, then=lambda: self._reject(request, refusal))
+                return
         program = self.cache.get(slot.index, request.shapes)
         if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
             self._prepared(slot, request, program)
@@ -234,20 +243,26 @@ class Executor:
         """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
         self.device.prepare_thread()
         if program is None:
-            assert self.specs.specs is not None
-            program = self.recipe.build(slot.index, slot.stream, self.specs.specs, request.shapes)
+            program = self.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
         program.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
         return program
 
     def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        if program is not None:
+            try:
+                self.specs.settle(request.specs)  # the engine has accepted these inputs
+            except InputError as refusal:
+                self._workers.submit(_retire, program, ())
+                program, error = None, refusal
         if program is not None and program not in self.cache.holders(program.shapes).values():
             self.cache.add(program)
             self.first_shapes = self.first_shapes or program.shapes
             self.counters.captures += 1
             self.fallbacks.update(dict.fromkeys(program.fallbacks))
             self._evict(program)
-        request = self._resume(slot, error, "while it was prepared")
-        if request is not None:
+        if self._resume(slot, error, "while it was prepared") is not None:
             assert program is not None
             self._prepared(slot, request, program)
 

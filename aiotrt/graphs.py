@@ -235,6 +235,7 @@ class _Builder:
         self._specs = specs
         self._shapes = shapes
         self._names: tuple[str, ...] = ()
+        self._expected: dict[str, tuple[str, ...]] = {}  # the names of each function's outputs
         self._closers: list[Callable[[], None]] = []
         self._graph_bytes = 0
 
@@ -287,7 +288,7 @@ class _Builder:
                 self._check_preprocessed(specs, values)
         names = [spec.name for spec in specs]
         if recipe.preprocess is not None and recipe.engine.inputs is None:
-            names = list(recipe.engine.parameters or ())[: len(values)] or [f"input_{i}" for i in range(len(values))]
+            names = list(recipe.engine.parameters or {})[: len(values)] or [f"input_{i}" for i in range(len(values))]
         shapes = tuple(tuple(value.shape) for value in values)
         return recipe.engine.execution(recipe.device, self._stream, names, shapes), values
 
@@ -322,7 +323,17 @@ class _Builder:
         return values if function is None else self._flatten("postprocess", function(*values))
 
     def _flatten(self, source: str, result: object) -> Tensors:
-        self._names, tensors = flatten(source, result)
+        names, tensors = flatten(source, result)
+        expected = self._expected.setdefault(source, names)
+        if names != expected:
+            if sorted(names) != sorted(expected):
+                plural = "s" * (len(names) != 1)
+                raise EngineError(
+                    f"{source} returned {len(names)} output{plural} ({', '.join(names)}), "
+                    f"and {len(expected)} ({', '.join(expected)}) when it was warmed up"
+                )
+            tensors = [tensors[names.index(name)] for name in expected]  # a mapping in another order
+        self._names = expected
         return tensors
 
     # How it runs...

@@ -24,7 +24,7 @@ from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, submit_lease
-from aiotrt.tensors import Kind, OutputNames, Shapes
+from aiotrt.tensors import Kind, OutputNames, Shapes, Specs
 
 __all__ = ["Buffer", "Buffers", "Lease"]
 
@@ -234,8 +234,9 @@ class Lease:
     place in line. Leaving is immediate: whatever is still on the device goes on, and the slot is free after it.
     """
 
-    def __init__(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
+    def __init__(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
         self._executor = executor
+        self._specs = specs
         self._shapes = shapes
         self._kind = kind
         self._hold: _Hold | None = None
@@ -245,7 +246,7 @@ class Lease:
     async def __aenter__(self) -> Self:
         if self._hold is not None:
             raise UsageError("a lease can be entered once; ask the model for another one")
-        request = self._executor.lease(self._shapes, self._kind)
+        request = self._executor.lease(self._specs, self._shapes, self._kind)
         try:
             await request.future
         except BaseException:
@@ -258,9 +259,7 @@ class Lease:
         program = slot.program
         assert program is not None
         hold = self._hold = _Hold(self._executor, slot, request, program)
-        specs = self._executor.specs.specs
-        assert specs is not None
-        self._inputs = Buffers("input", [Buffer(hold, i, s.name, is_input=True) for i, s in enumerate(specs)])
+        self._inputs = Buffers("input", [Buffer(hold, i, s.name, is_input=True) for i, s in enumerate(self._specs)])
         self._outputs = Buffers(
             "output", [Buffer(hold, i, name, is_input=False) for i, name in enumerate(program.names.names)]
         )

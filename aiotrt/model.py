@@ -26,7 +26,7 @@ from aiotrt.lease import Lease
 from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
-from aiotrt.tensors import InputSpecs, Kind, Shapes, TensorSpec, examples, parameter_names
+from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec, examples, parameters_of
 
 __all__ = ["Model", "Statistics", "load"]
 
@@ -241,7 +241,8 @@ class Model:
         """
         executor = self._usable()
         kind = Kind.DEVICE if outputs is None else Kind(outputs)
-        return Lease(executor, self._lease_shapes(executor, shapes), kind)
+        shapes = self._lease_shapes(executor, shapes)
+        return Lease(executor, executor.specs.known(), shapes, kind)
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
@@ -282,12 +283,11 @@ class Model:
         for values, named in examples(entries):
             shapes = _as_shapes(specs, values, named)
             if shapes is None:
-                specs.fix(values, named)
-                arguments, kind = specs.parse(values, named)
+                arguments, kind, fixed = specs.parse(values, named)
                 shapes = tuple(argument.shape for argument in arguments)
             else:
-                kind = Kind.NUMPY
-            await self._warm(executor, shapes, executor.outputs or kind)
+                kind, fixed = Kind.NUMPY, specs.known()
+            await self._warm(executor, fixed, shapes, executor.outputs or kind)
 
     def statistics(self) -> Statistics:
         """How things are now; see `Statistics`."""
@@ -419,7 +419,7 @@ class Model:
         parameters = engine.parameters
         declared = engine.inputs
         if options.preprocess is not None:  # then the model's inputs are that function's
-            declared, parameters = None, parameter_names(options.preprocess)
+            declared, parameters = None, parameters_of(options.preprocess)
         self._executor = Executor(
             Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
             InputSpecs(declared, parameters, device.torch_device),
@@ -441,10 +441,10 @@ class Model:
                 await self.aclose(drain=False)
             raise
 
-    async def _warm(self, executor: Executor, shapes: Shapes, kind: Kind) -> None:
+    async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
-            requests = [executor.lease(shapes, kind, is_warmup=True) for _ in executor.slots]
+            requests = [executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots]
             try:
                 for request in requests:
                     await request.future

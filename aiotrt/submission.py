@@ -20,7 +20,7 @@ from aiotrt.completion import Lane
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.graphs import Program
-from aiotrt.tensors import Argument, Kind, Shapes
+from aiotrt.tensors import Argument, Kind, Shapes, Specs
 
 __all__ = ["Request", "Slot", "await_gates", "copy_in", "has_passed", "ready_events", "submit_lease", "submit_request"]
 
@@ -33,6 +33,7 @@ class Request:
     Attributes:
         future: resolved with the packed results, or for a lease with None when the slot is claimed and prepared.
         arguments: the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
+        specs: what the inputs were checked against.
         shapes: of the inputs.
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
@@ -45,13 +46,21 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot",
+        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot", "specs",
     )  # fmt: skip
 
     def __init__(
-        self, future: asyncio.Future[Any], arguments: Sequence[Argument], shapes: Shapes, kind: Kind, *, is_lease: bool
+        self,
+        future: asyncio.Future[Any],
+        arguments: Sequence[Argument],
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        *,
+        is_lease: bool,
     ) -> None:
         self.future = future
+        self.specs = specs
         self.arguments = arguments
         self.shapes = shapes
         self.kind = kind

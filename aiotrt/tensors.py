@@ -25,15 +25,17 @@ __all__ = [
     "Kind",
     "OutputNames",
     "Shapes",
+    "Specs",
     "TensorSpec",
     "examples",
     "flatten",
     "numpy_view",
     "own",
-    "parameter_names",
+    "parameters_of",
 ]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+Specs: TypeAlias = tuple["TensorSpec", ...]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _TORCH_DTYPES: Final[dict[np.dtype[Any], torch.dtype]] = {
@@ -109,7 +111,7 @@ class Argument:
 
 
 class InputSpecs:
-    """The inputs of one model: declared by its engine, or fixed by the first example.
+    """The inputs of one model: declared by its engine, or fixed by the first example that the engine accepts.
 
     Args:
         specs: the engine's declaration, if it makes one.
@@ -117,59 +119,52 @@ class InputSpecs:
         device: where device tensors must live.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec] | None, parameters: Sequence[str] | None, device: torch.device) -> None:
-        self.specs: tuple[TensorSpec, ...] | None = None if specs is None else tuple(specs)
-        self._parameters = None if parameters is None else tuple(parameters)
+    def __init__(
+        self, specs: Sequence[TensorSpec] | None, parameters: Mapping[str, bool] | None, device: torch.device
+    ) -> None:
+        self.specs: Specs | None = None if specs is None else tuple(specs)
+        self._parameters = parameters
         self._device = device
-        self._index: dict[str, int] = {}
-        if self.specs is not None:
-            self._number()
 
-    def fix(self, values: Sequence[object], named: Mapping[str, object]) -> None:
-        """Let this first example say how many inputs there are, and their names, dtypes and ranks.
+    def known(self) -> Specs:
+        """The inputs, which must be known.
 
         Raises:
-            InputError: the example itself is not usable. Nothing is fixed.
+            InputError: they are not yet.
         """
-        if self.specs is not None:
-            return
-        names = [*(self._name(i) for i in range(len(values))), *named]
-        if not names:
-            raise InputError("the model takes at least one input, got none")
-        if self._parameters is not None:
-            for name in named:
-                if name not in self._parameters:
-                    raise InputError(f"there is no input {name!r}; the inputs are {', '.join(self._parameters)}")
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(f"input {name!r} was given twice, by position and by name")
-        specs = []
-        for name, value in zip(names, [*values, *named.values()], strict=True):
-            shape, dtype = _shape_and_dtype(name, value)
-            specs.append(TensorSpec(name, (None,) * len(shape), dtype))
-        for spec, value in zip(specs, [*values, *named.values()], strict=True):
-            self._check(spec, value)
-        self.specs = tuple(specs)
-        self._number()
+        if self.specs is None:
+            raise InputError("the inputs' dtypes are not known yet: pass an example input instead of its shape")
+        return self.specs
 
-    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Kind]:
+    def settle(self, specs: Specs) -> None:
+        """The engine has accepted inputs of these specs.
+
+        Raises:
+            InputError: others were accepted meanwhile.
+        """
+        if self.specs is None:
+            self.specs = specs
+        elif specs is not self.specs and specs != self.specs:
+            earlier, later = (", ".join(map(str, some)) for some in (self.specs, specs))
+            raise InputError(f"the inputs were fixed as {earlier} by an earlier call, got {later}")
+
+    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Kind, Specs]:
         """Check one call's inputs.
 
         Returns:
-            The arguments in the engine's order, and the kind its outputs should have.
+            The arguments in the engine's order, the kind its outputs should have, and the specs that they were checked
+            against: provisional ones, that `settle` fixes, while the engine has accepted nothing yet.
 
         Raises:
             InputError: the first thing that does not fit.
         """
         specs = self.specs
         if specs is None:
-            self.fix(values, named)
-            specs = self.specs
-            assert specs is not None
+            specs = self._infer(values, named)
         if named:
-            values = self._place(values, named)
+            values = self._place(specs, values, named)
         elif len(values) != len(specs):
-            self._count(values, named)
+            self._count(specs, values, named)
         kind = Kind.NUMPY
         arguments = []
         for spec, value in zip(specs, values, strict=True):
@@ -179,7 +174,7 @@ class InputSpecs:
             elif kind is Kind.NUMPY and not isinstance(value, np.ndarray):
                 kind = Kind.TORCH
             arguments.append(argument)
-        return arguments, kind
+        return arguments, kind, specs
 
     def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
         """Check shapes, given like inputs.
@@ -187,12 +182,11 @@ class InputSpecs:
         Raises:
             InputError: the inputs are not fixed yet, or a shape does not fit.
         """
-        if self.specs is None:
-            raise InputError("the inputs' dtypes are not known yet: pass an example input instead of its shape")
-        if named or len(values) != len(self.specs):
-            values = self._place(values, named)
+        specs = self.known()
+        if named or len(values) != len(specs):
+            values = self._place(specs, values, named)
         shapes = []
-        for spec, value in zip(self.specs, values, strict=True):
+        for spec, value in zip(specs, values, strict=True):
             assert isinstance(value, Sequence)
             shape = tuple(value)
             if not spec.fits(shape):
@@ -204,46 +198,63 @@ class InputSpecs:
 
     def check(self, name: str, value: object) -> Argument:
         """Check a value for the input `name`, extents aside: that is for assignments to part of an input."""
-        assert self.specs is not None
-        spec = self.specs[self._index[name]]
+        spec = next(spec for spec in self.known() if spec.name == name)
         shape, dtype = _shape_and_dtype(name, value)
         if dtype != spec.dtype:
             _refuse(spec, f"dtype {_dtype_name(dtype)}", _conversion(value, spec.dtype))
         return self._check(TensorSpec(name, (None,) * len(shape), dtype), value)
 
+    def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
+        """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
+        names = [*(self._name(i) for i in range(len(values))), *named]
+        parameters = self._parameters
+        if not names:
+            raise InputError("the model takes at least one input, got none")
+        for name in names:
+            if parameters is not None and name not in parameters:
+                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(parameters)}")
+            if names.count(name) > 1:
+                raise InputError(f"input {name!r} was given twice, by position and by name")
+        for name, must_be_given in (parameters or {}).items():
+            if must_be_given and name not in names:
+                raise InputError(f"missing input {name!r}")
+        specs = []
+        for name, value in zip(names, [*values, *named.values()], strict=True):
+            shape, dtype = _shape_and_dtype(name, value)
+            specs.append(TensorSpec(name, (None,) * len(shape), dtype))
+        return tuple(specs)
+
     def _name(self, i: int) -> str:
-        if self._parameters is None:
+        parameters = self._parameters
+        if parameters is None:
             return f"input_{i}"
-        if i >= len(self._parameters):
-            raise InputError(f"the model takes {len(self._parameters)} inputs ({', '.join(self._parameters)}), got more")
-        return self._parameters[i]
+        if i >= len(parameters):
+            raise InputError(f"the model takes {len(parameters)} inputs ({', '.join(parameters)}), got more")
+        return list(parameters)[i]
 
-    def _number(self) -> None:
-        assert self.specs is not None
-        self._index = {spec.name: i for i, spec in enumerate(self.specs)}
-
-    def _place(self, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
-        assert self.specs is not None
+    def _place(self, specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
+        if len(values) > len(specs):
+            self._count(specs, values, named)
         missing = object()
-        placed: list[object] = [*values, *[missing] * (len(self.specs) - len(values))]
-        if len(values) > len(self.specs):
-            self._count(values, named)
+        placed: list[object] = [*values, *[missing] * (len(specs) - len(values))]
+        index = {spec.name: i for i, spec in enumerate(specs)}
         for name, value in named.items():
-            i = self._index.get(name)
+            i = index.get(name)
             if i is None:
-                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(self._index)}")
+                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(index)}")
             if placed[i] is not missing:
                 raise InputError(f"input {name!r} was given twice, by position and by name")
             placed[i] = value
-        lacking = [spec.name for spec, value in zip(self.specs, placed, strict=True) if value is missing]
+        lacking = [spec.name for spec, value in zip(specs, placed, strict=True) if value is missing]
         if lacking:
             raise InputError(f"missing input{'s' * (len(lacking) > 1)} {', '.join(map(repr, lacking))}")
         return placed
 
-    def _count(self, values: Sequence[object], named: Mapping[str, object]) -> NoReturn:
-        assert self.specs is not None
-        listing = ", ".join(map(str, self.specs))
-        raise InputError(f"expected {len(self.specs)} inputs ({listing}), got {len(values) + len(named)}")
+    @staticmethod
+    def _count(specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> NoReturn:
+        plural = "s" * (len(specs) != 1)
+        listing = ", ".join(map(str, specs))
+        raise InputError(f"expected {len(specs)} input{plural} ({listing}), got {len(values) + len(named)}")
 
     def _check(self, spec: TensorSpec, value: object) -> Argument:
         if isinstance(value, np.ndarray):
@@ -378,15 +389,15 @@ def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, obj
             yield (entry,), {}
 
 
-def parameter_names(function: Callable[..., object]) -> tuple[str, ...] | None:
-    """The names of a function's parameters; None when it takes any number, or will not say."""
+def parameters_of(function: Callable[..., object]) -> dict[str, bool] | None:
+    """The names of a function's parameters, and whether each must be given; None if it takes any number, or will not say."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return None
-    return tuple(p.name for p in parameters)
+    return {p.name: p.default is p.empty for p in parameters}
 
 
 def _shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.dtype]:

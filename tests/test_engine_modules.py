@@ -57,8 +57,8 @@ async def test_wrong_results_are_named(device: str) -> None:
                 with pytest.raises(aiotrt.EngineError, match=message) as caught:
                     await model(frame(1))
                 assert "<lambda>" in str(caught.value) or "empty_sparse" in str(caught.value)
-                statistics = model.statistics()
-                assert (statistics.free, statistics.waiting) == (1, 0)
+            statistics = model.statistics()
+            assert (statistics.free, statistics.waiting) == (1, 0)
             assert (statistics.failed, statistics.completed) == (2, 0)
 
 
@@ -164,7 +164,7 @@ async def test_an_input_that_it_raises_for_fails_that_call_alone(device: str) ->
                 assert "negative" in str(result)
                 assert isinstance(result.__cause__, ValueError)
             else:
-                np.testing.assert_array_equal(result, frame(i + 1))  # type: ignore[arg-type]
+                np.testing.assert_array_equal(result, frame(i + 1))
         statistics = model.statistics()
         assert (statistics.free, statistics.failed, statistics.completed) == (2, 7, 13)
 

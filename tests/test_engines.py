@@ -38,7 +38,7 @@ async def cannot_load(source: object, error: type[Exception], *says: str, device
     """Loading raises this, in both ways, and says all of this."""
     async with nothing_left():
         with pytest.raises(error) as awaited:
-            await aiotrt.load(source, device=device, warmup=warmup)
+            _ = await aiotrt.load(source, device=device, warmup=warmup)
         with pytest.raises(error) as entered:
             async with aiotrt.load(source, device=device, warmup=warmup):
                 raise AssertionError("this model must not exist")
@@ -124,7 +124,7 @@ async def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         detector(), aiotrt.MissingDependencyError, detector().name, "onnxruntime", "pip install 'aiotrt[onnx]'"
     )
     with pytest.raises(ImportError):  # so that `except ImportError` works too
-        await aiotrt.load(detector(), device="host")
+        _ = await aiotrt.load(detector(), device="host")
 
 
 @pytest.mark.asyncio
@@ -214,10 +214,10 @@ async def test_things_that_are_no_engines(device: str, source: object) -> None:
 async def test_a_failed_model_says_so_from_then_on(tmp_path: Path) -> None:
     model = aiotrt.load(tmp_path / "gone.onnx")
     with pytest.raises(aiotrt.EngineError):
-        await model
+        _ = await model
     for _ in range(2):
         with pytest.raises(aiotrt.ModelClosedError, match=r"gone\.onnx is closed"):
-            await model
+            _ = await model
     with pytest.raises(aiotrt.ModelClosedError, match=r"gone\.onnx is closed"):
         await model(frame(1))
     await model.aclose()

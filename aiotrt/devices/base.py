@@ -221,8 +221,6 @@ class Faults:
 
 def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
     """Put new results where readers look for them: into the fixed tensors, or in their place if their shape changed."""
-    if len(new) != len(outputs):
-        raise ValueError(f"it returned {len(new)} outputs, and {len(outputs)} when it was warmed up")
     for i, tensor in enumerate(new):
         if tensor.shape == outputs[i].shape and tensor.dtype == outputs[i].dtype:
             outputs[i].copy_(tensor)

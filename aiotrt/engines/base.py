@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -39,13 +39,14 @@ class Engine(Protocol):
     Attributes:
         name: what messages call it, a file name or a class name.
         inputs: what it takes, or None when the first example decides.
-        parameters: names for the inputs where it declares none; None for any number of nameless ones.
+        parameters: where it declares no inputs, the names that they may have, and whether each must be given; None for any
+            number of nameless ones.
         uncapturable: why it cannot be captured in a graph, when that is known beforehand.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...] | None
-    parameters: tuple[str, ...] | None
+    parameters: Mapping[str, bool] | None
     uncapturable: str | None
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> Execution:

@@ -10,7 +10,7 @@ import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError
-from aiotrt.tensors import Shapes, TensorSpec, parameter_names
+from aiotrt.tensors import Shapes, TensorSpec, parameters_of
 
 __all__ = ["ModuleEngine"]
 
@@ -50,7 +50,7 @@ class ModuleEngine:
             )
         self._function: Callable[..., object] = function
         described = source.forward if isinstance(source, torch.nn.Module) else function
-        self.parameters = None if self.inputs is not None else parameter_names(described)
+        self.parameters = None if self.inputs is not None else parameters_of(described)
         # By name where the names are known, so that optional parameters can be skipped.
         self._by_name = self.parameters is not None and all(
             p.kind is not p.POSITIONAL_ONLY for p in inspect.signature(described).parameters.values()

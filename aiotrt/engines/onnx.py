@@ -34,7 +34,7 @@ class OnnxEngine:
         MissingDependencyError: ONNX Runtime is not installed.
     """
 
-    parameters: tuple[str, ...] | None = None
+    parameters: Mapping[str, bool] | None = None
     uncapturable: str | None = None
 
     def __init__(self, path: Path, threads: int) -> None:
