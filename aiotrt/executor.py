@@ -25,7 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiotrt.completion import Hub, check_loop
+import torch
+
+from aiotrt.completion import Hub, Lane, check_loop
 from aiotrt.devices import Event
 from aiotrt.errors import (
     AiotrtError,
@@ -163,7 +165,7 @@ class Executor:
             ModelClosedError: it is closed or closing.
             ModelBrokenError: something broke it, see its `__cause__`.
         """
-        if self._forks != _forks:  # first: after a fork no loop is running here, as asyncio sees it
+        if self.is_forked:  # first: after a fork no loop is running here, as asyncio sees it
             raise UsageError(
                 f"{self.recipe.engine.name} was loaded before a fork; neither CUDA nor threads survive one: "
                 "load the model in the child process, or start it with the 'spawn' method"
@@ -237,19 +239,34 @@ class Executor:
             self._prepared(slot, request, program)
         else:
             self._move(slot, Move.PREPARE)
-            self._work(slot, lambda: self._build(slot, request, program), self._built)
+            self._work(slot, lambda: self._build(slot, request, program, ()), self._built)
 
-    def _build(self, slot: Slot, request: Request, program: Program | None) -> Program:
+    def _build(self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[Program]) -> Program:
         """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
         self.device.prepare_thread()
-        if program is None:
-            program = self.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
-        program.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
-        return program
+        for old in evicted:
+            _retire(old, self.slots[old.slot].gates)
+        built = program or self.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
+        try:
+            built.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
+        except BaseException:
+            if program is None:
+                built.close()
+            raise
+        return built
 
     def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
         request = slot.request
         assert request is not None
+        if self.machine.states[slot.index] is State.BROKEN:
+            _keep.append(program)
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            evicted = self.cache.evict(self._busy(slot), None)
+            self.counters.evictions += len(evicted)
+            if evicted:  # with the memory of programs that nobody uses now, it may do
+                self._work(slot, lambda: self._build(slot, request, None, evicted), self._built)
+                return
         if program is not None:
             try:
                 self.specs.settle(request.specs)  # the engine has accepted these inputs
@@ -268,39 +285,42 @@ class Executor:
 
     def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
         slot.program = program
-        if request.is_lease and self._may_write(slot):
+        if self.device.unified and slot.gates:
+            # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
+            self._move(slot, Move.PREPARE)
+            self.when_passed(slot.gates, lambda error: self._gates_passed(slot, error))
+        else:
+            self._stage(slot, request, program)
+
+    def _gates_passed(self, slot: Slot, error: BaseException | None) -> None:
+        slot.gates.clear()
+        if isinstance(error, DeviceHangError):
+            self._break(error)
+            return
+        request = self._resume(slot, error, "while its slot's last consumer was waited for")
+        if request is not None:
+            assert slot.program is not None
+            self._stage(slot, request, slot.program)
+
+    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
+        host = [argument.host for argument in request.arguments if argument.host is not None]
+        if request.is_lease:
             slot.launches = 0
             request.future.set_result(None)
-            return
-        host = [argument.host for argument in request.arguments if argument.host is not None]
-        if program.blocking:
+        elif program.blocking:
             self._move(slot, Move.PREPARE)
             self._work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
-        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES or not self._may_write(slot):
+        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES:
             self._move(slot, Move.PREPARE)
-            self._work(slot, lambda: self._stage(slot, request, program), self._staged)
+            self._work(slot, lambda: copy_in(request, program), self._staged)
         else:
             copy_in(request, program)
             self._launch(slot, request, program)
 
-    def _may_write(self, slot: Slot) -> bool:
-        # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
-        return not self.device.unified or all(has_passed(self.device, gate) for gate in slot.gates)
-
-    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
-        """On a worker thread: the copy into staging memory."""
-        if self.device.unified:
-            await_gates(slot.gates)
-        copy_in(request, program)
-
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
         request = self._resume(slot, error, "while its inputs were copied")
-        if request is None:
-            return
-        assert slot.program is not None
-        if request.is_lease:
-            self._prepared(slot, request, slot.program)
-        else:
+        if request is not None:
+            assert slot.program is not None
             self._launch(slot, request, slot.program)
 
     def _resume(self, slot: Slot, error: BaseException | None, when: str) -> Request | None:
@@ -421,15 +441,19 @@ class Executor:
         views = [program.output_view(i) for i in range(len(program.outputs))]
         dtypes = [output.dtype for output in program.outputs]
         kind = request.kind
-        if sum(view.nbytes for view in views) <= COPY_ON_LOOP_BYTES:
-            self._finish(slot, request, [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)])
+
+        def copy() -> list[Any]:
+            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
+
+        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
+            self._work(slot, copy, self._copied)  # the slot stays IN_FLIGHT, and its memory the worker's, until that is done
             return
-        # The slot stays IN_FLIGHT, and its memory the worker's, until the copy is done.
-        self._work(
-            slot,
-            lambda: [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)],
-            self._copied,
-        )
+        try:
+            results = copy()
+        except Exception as error:  # out of memory: without this the slot would be in flight for ever
+            self._copied(slot, None, error)
+        else:
+            self._finish(slot, request, results)
 
     def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
         request = slot.request
@@ -466,6 +490,8 @@ class Executor:
         """The error that a caller gets for whatever went wrong."""
         if isinstance(error, AiotrtError):
             return error
+        if isinstance(error, torch.OutOfMemoryError):
+            when += "; use fewer slots, smaller shapes or a smaller graph cache"
         explained = EngineError(f"{self.recipe.engine.name} raised {type(error).__name__} {when}: {error}")
         explained.__cause__ = error
         return explained
@@ -569,9 +595,8 @@ class Executor:
                 error = failure
             try:
                 self.loop.call_soon_threadsafe(then, slot, result, error)
-            except (
-                RuntimeError
-            ):  # the loop was closed under pending work: nobody is left to tell, so keep what may be in use
+            except RuntimeError:
+                # The loop was closed under pending work. Nobody is left to tell, so keep what may still be in use.
                 _keep.append((self, result))
 
         self._workers.submit(run)
@@ -579,14 +604,12 @@ class Executor:
     def _evict(self, newest: Program) -> None:
         # A free slot's launches are complete, so whoever may still read its outputs is among its gates. The newest
         # program's slot has launched nothing since it was granted, so that holds for its other programs too.
-        busy = [
-            slot.index
-            for slot in self.slots
-            if slot.index != newest.slot and self.machine.states[slot.index] is not State.FREE
-        ]
-        for program in self.cache.evict(busy, newest):
+        for program in self.cache.evict(self._busy(self.slots[newest.slot]), newest):
             self.counters.evictions += 1
             self._workers.submit(_retire, program, list(self.slots[program.slot].gates))
+
+    def _busy(self, besides: Slot) -> list[int]:
+        return [s.index for s in self.slots if s is not besides and self.machine.states[s.index] is not State.FREE]
 
     # Breaking and closing...
 
@@ -651,6 +674,40 @@ class Executor:
         # Shielded: one closer's cancellation must not take the wake-up from another.
         await asyncio.shield(self._idle)
 
+    async def consumed(self) -> None:
+        """Return when the last consumers of all slots are done, or the device counts as hung; then it is broken."""
+        gates = [gate for slot in self.slots for gate in slot.gates]
+        if self.broken is not None or not gates:
+            return
+        passed: asyncio.Future[None] = self.loop.create_future()
+
+        def done(error: BaseException | None) -> None:
+            if isinstance(error, DeviceError):
+                self._break(error)
+            if not passed.done():
+                passed.set_result(None)
+
+        self.when_passed(gates, done)
+        await passed
+
+    def when_passed(self, gates: Sequence[Event], then: Callable[[BaseException | None], None]) -> None:
+        """Call `then` once all consumers are done, or with the error that the device answered."""
+        lane = Lane()
+        left = len(gates)
+
+        def passed(error: BaseException | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                self.hub.forget(lane)
+            if error is not None or left == 0:
+                then(error)
+
+        for gate in gates:
+            self.hub.watch(
+                lane, lambda gate=gate: has_passed(self.device, gate), passed, hang_timeout=self._hang_timeout  # type: ignore[misc]
+            )  # fmt: skip
+
     def _is_idle(self) -> bool:
         return self.machine.waiting == 0 and all(state in (State.FREE, State.BROKEN) for state in self.machine.states)
 
@@ -666,6 +723,11 @@ class Executor:
             self.hub.forget(slot.lane)
         self.hub.release()
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child process, and the model its parent's."""
+        return self._forks != _forks
+
     def discard(self) -> None:
         """The model was garbage collected without having been closed. On any thread, so it only lets go."""
         self._stop_listening()
@@ -679,6 +741,7 @@ class Executor:
 
     def free(self) -> None:
         """Free everything: the second half, on a worker thread. A broken executor keeps its memory instead."""
+        self.device.prepare_thread()
         if self.broken is not None:
             self._workers.shutdown(wait=False)  # one of them may be waiting for a device that never answers
             return

@@ -192,17 +192,17 @@ class ProgramCache:
         self._holders.setdefault(program.shapes, {})[program.slot] = program
         self.nbytes += program.nbytes
 
-    def evict(self, busy: Collection[int], keep: Program) -> list[Program]:
+    def evict(self, busy: Collection[int], keep: Program | None) -> list[Program]:
         """Take out what is over the bounds, least recently used first, and return it.
 
         Args:
             busy: slots whose programs may be in flight, leased or in the making: theirs stay, even if that means staying
                 over a bound for a while.
-            keep: stays too.
+            keep: stays too; None to take out all that may be taken, whatever the bounds.
         """
         evicted: list[Program] = []
         for program in list(self._programs.values()):
-            if len(self._programs) <= self.max_entries and self.nbytes <= self.max_bytes:
+            if keep is not None and len(self._programs) <= self.max_entries and self.nbytes <= self.max_bytes:
                 break
             if program is not keep and program.slot not in busy:
                 self._remove(program)
@@ -242,14 +242,9 @@ class _Builder:
     def build(self) -> Program:
         try:
             return self._build()
-        except BaseException as error:
+        except BaseException:
             for closer in self._closers:
                 closer()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise EngineError(
-                    f"{self._recipe.engine.name}: out of memory on {self._recipe.device.name} for inputs of shapes "
-                    f"{self._shapes}; use fewer slots, smaller shapes or a smaller graph cache"
-                ) from error
             raise
 
     def _build(self) -> Program:

@@ -357,6 +357,7 @@ class Model:
             if self._executor is None:
                 return  # another closer was first
             await executor.idle()
+            await executor.consumed()
             self._is_closed = True
             executor.detach()
             with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
@@ -375,7 +376,7 @@ class Model:
 
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)
-        if executor is not None and not self._is_closed and not sys.is_finalizing():
+        if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
             executor.discard()
             warnings.warn(
                 f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, stacklevel=1, source=self
@@ -416,21 +417,12 @@ class Model:
             self._is_closed = True
             loading.abandon()
             raise
-        parameters = engine.parameters
-        declared = engine.inputs
-        if options.preprocess is not None:  # then the model's inputs are that function's
-            declared, parameters = None, parameters_of(options.preprocess)
-        self._executor = Executor(
-            Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
-            InputSpecs(declared, parameters, device.torch_device),
-            Hub.acquire(options.progress),
-            slots=options.slots,
-            max_queue=options.max_queue,
-            cache=ProgramCache(options.graph_cache_entries, options.graph_cache_bytes),
-            # Where host memory is device memory, results on the device are results on the host.
-            outputs=Kind.TORCH if device.unified and options.outputs is Kind.DEVICE else options.outputs,
-            hang_timeout=options.hang_timeout,
-        )
+        try:
+            self._executor = self._make_executor(device, engine)
+        except BaseException:
+            self._is_closed = True
+            await anyio.to_thread.run_sync(engine.close)
+            raise
         try:
             if self._executor.broken is not None:
                 raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
@@ -439,6 +431,28 @@ class Model:
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.aclose(drain=False)
+            raise
+
+    def _make_executor(self, device: Device, engine: Engine) -> Executor:
+        options = self._options
+        declared, parameters = engine.inputs, engine.parameters
+        if options.preprocess is not None:  # then the model's inputs are that function's
+            declared, parameters = None, parameters_of(options.preprocess)
+        hub = Hub.acquire(options.progress)
+        try:
+            return Executor(
+                Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
+                InputSpecs(declared, parameters, device.torch_device),
+                hub,
+                slots=options.slots,
+                max_queue=options.max_queue,
+                cache=ProgramCache(options.graph_cache_entries, options.graph_cache_bytes),
+                # Where host memory is device memory, results on the device are results on the host.
+                outputs=Kind.TORCH if device.unified and options.outputs is Kind.DEVICE else options.outputs,
+                hang_timeout=options.hang_timeout,
+            )
+        except BaseException:
+            hub.release()
             raise
 
     async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:

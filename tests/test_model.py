@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
@@ -294,20 +295,25 @@ async def test_two_models_share_a_loop(device: str) -> None:
         assert [result.total[0, 0] for result in twos] == [i + 1 for i in range(30)]
 
 
-async def test_the_loop_runs_on_while_a_model_loads_and_captures(device: str) -> None:
-    beats = 0
+async def test_the_loop_runs_on_while_a_model_captures(device: str) -> None:
+    """A capture that ends only after the loop has had a hundred turns: it would wait for ever, if it held the loop."""
+    turned = threading.Event()
 
-    async def beat() -> None:
-        nonlocal beats
+    class Patient(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert turned.wait(30)
+            return x * 3 + 1
+
+    async def turn() -> None:
         while True:
-            beats += 1
-            await asyncio.sleep(0)
+            turned.clear()
+            await turns(100)
+            turned.set()
+            await turns(100)
 
-    task = asyncio.ensure_future(beat())
-    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
-        before = beats
-        await model(frame(1, (9, 9)))
-        assert beats > before + 3
+    task = asyncio.ensure_future(turn())
+    async with aiotrt.load(Patient(), device=device, slots=1, warmup=frame(0)) as model:
+        assert (await model(frame(1, (9, 9))))[0, 0] == 4
     task.cancel()
 
 
