@@ -194,8 +194,8 @@ class Executor:
         except OverflowError:
             self.counters.rejected += 1
             raise QueueFullError(
-                f"{self.recipe.engine.name}: all {len(self.slots)} slots are busy and {self.machine.waiting} callers wait "
-                f"already (max_queue={self.machine.max_waiting}); call again later"
+                f"{self.recipe.engine.name}: {len(self.slots)} of {len(self.slots)} slots are busy and "
+                f"{self.machine.waiting} of max_queue={self.machine.max_waiting} places in line are taken; call again later"
             ) from None
         self.counters.submitted += not request.is_warmup
         if grant is None:

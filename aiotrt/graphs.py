@@ -11,8 +11,9 @@ always copied into contiguous buffers at addresses that the slot owns, so stride
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from aiotrt.devices import CaptureError, Device, Graph, Stream
 from aiotrt.devices.base import write_back
 from aiotrt.engines import Engine, Execution
-from aiotrt.errors import EngineError
+from aiotrt.errors import AiotrtError, EngineError
 from aiotrt.prediction import Estimate
 from aiotrt.tensors import OutputNames, Shapes, TensorSpec, flatten, numpy_view
 
@@ -235,6 +236,7 @@ class _Builder:
         self._specs = specs
         self._shapes = shapes
         self._names: tuple[str, ...] = ()
+        self._pre_names: tuple[str, ...] = ()  # if `preprocess` names what it returns
         self._expected: dict[str, tuple[str, ...]] = {}  # the names of each function's outputs
         self._closers: list[Callable[[], None]] = []
         self._graph_bytes = 0
@@ -283,7 +285,8 @@ class _Builder:
                 self._check_preprocessed(specs, values)
         names = [spec.name for spec in specs]
         if recipe.preprocess is not None and recipe.engine.inputs is None:
-            names = list(recipe.engine.parameters or {})[: len(values)] or [f"input_{i}" for i in range(len(values))]
+            known = recipe.engine.parameters.positional
+            names = list(self._pre_names or [known[i] if i < len(known) else f"input_{i}" for i in range(len(values))])
         shapes = tuple(tuple(value.shape) for value in values)
         return recipe.engine.execution(recipe.device, self._stream, names, shapes), values
 
@@ -302,8 +305,10 @@ class _Builder:
         function = self._recipe.preprocess
         if function is None:
             return values
-        result = function(*values)
+        with _blame("preprocess"):
+            result = function(*values)
         engine = self._recipe.engine
+        self._pre_names = tuple(map(str, result)) if isinstance(result, Mapping) else ()
         if isinstance(result, Mapping) and engine.inputs is not None:
             missing = [spec.name for spec in engine.inputs if spec.name not in result]
             if missing:
@@ -315,7 +320,11 @@ class _Builder:
 
     def _post(self, values: Tensors) -> Tensors:
         function = self._recipe.postprocess
-        return values if function is None else self._flatten("postprocess", function(*values))
+        if function is None:
+            return values
+        with _blame("postprocess"):
+            result = function(*values)
+        return self._flatten("postprocess", result)
 
     def _flatten(self, source: str, result: object) -> Tensors:
         names, tensors = flatten(source, result)
@@ -388,6 +397,17 @@ class _Builder:
             steps += more
         # Nothing failed by itself, yet the whole could not be captured: still not one graph, and the reader is told so.
         return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
+
+
+@contextlib.contextmanager
+def _blame(source: str) -> Iterator[None]:
+    """Say who raised, if that is the user's function and not the device."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (AiotrtError, torch.OutOfMemoryError)) or hasattr(error, "error_code"):
+            raise
+        raise EngineError(f"{source} raised {type(error).__name__}: {error}") from error
 
 
 def settled(outputs: Tensors, inputs: Tensors) -> Tensors:

@@ -26,7 +26,7 @@ from aiotrt.lease import Lease
 from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
-from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec, examples, parameters_of
+from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
 
@@ -88,20 +88,22 @@ def load(
         ("graph_cache_entries", graph_cache_entries, 1), ("graph_cache_bytes", graph_cache_bytes, 0),
     )  # fmt: skip
     for name, value, least in bounds:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if name == "max_queue" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if hang_timeout is not None and not hang_timeout > 0:
+    limit: object = hang_timeout
+    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
-    if outputs is not None and outputs not in {kind.value for kind in Kind}:
-        raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
-    if progress not in {mode.value for mode in Progress}:
+    kind = _kind(outputs)
+    if progress not in [mode.value for mode in Progress]:
         raise InputError(f"progress must be 'predict', 'spin' or 'interval', got {progress!r}")
     for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
     options = _Options(
         source, device, slots, max_queue, graphs, warmup, preprocess, postprocess,
-        None if outputs is None else Kind(outputs),
+        kind,
         max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress), threads,
     )  # fmt: skip
     return Model(options)
@@ -240,7 +242,7 @@ class Model:
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
         """
         executor = self._usable()
-        kind = Kind.DEVICE if outputs is None else Kind(outputs)
+        kind = _kind(outputs) or Kind.DEVICE
         shapes = self._lease_shapes(executor, shapes)
         return Lease(executor, executor.specs.known(), shapes, kind)
 
@@ -437,7 +439,7 @@ class Model:
         options = self._options
         declared, parameters = engine.inputs, engine.parameters
         if options.preprocess is not None:  # then the model's inputs are that function's
-            declared, parameters = None, parameters_of(options.preprocess)
+            declared, parameters = None, Parameters.of(options.preprocess)
         hub = Hub.acquire(options.progress)
         try:
             return Executor(
@@ -499,7 +501,8 @@ class Model:
         named = {str(k): v for k, v in shapes.items()} if isinstance(shapes, Mapping) else {}
         values: tuple[object, ...] = ()
         if not named:
-            assert isinstance(shapes, Sequence), shapes
+            if not isinstance(shapes, Sequence):
+                raise InputError(f"shapes must be tuples of integers, one for each of the inputs, got {shapes!r}")
             values = (tuple(shapes),) if _is_shape(shapes) else tuple(shapes)
         found = _as_shapes(specs, values, named)
         if found is None:
@@ -553,6 +556,15 @@ class _Loading:
             self._is_abandoned = True
             if self._engine is not None:
                 self._engine.close()
+
+
+def _kind(outputs: object) -> Kind | None:
+    for kind in Kind:
+        if kind.value == outputs:
+            return kind
+    if outputs is not None:
+        raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
+    return None
 
 
 def _is_shape(value: object) -> bool:

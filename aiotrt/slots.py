@@ -24,7 +24,13 @@ __all__ = ["TABLE", "Event", "Grant", "IllegalTransitionError", "Line", "Slots",
 Ticket = TypeVar("Ticket")
 
 
-class State(enum.Enum):
+class _Named(enum.Enum):
+    # Members are single objects, so identity will do; enum's own hash is a Python function over the name, and a lookup in
+    # `TABLE` would cost as much as a launch.
+    __hash__ = object.__hash__
+
+
+class State(_Named):
     """Where a slot is; the comment says who owns it there."""
 
     FREE = "free"  # the pool; consumer-done events may still gate its next launch, on the device
@@ -36,7 +42,7 @@ class State(enum.Enum):
     BROKEN = "broken"  # nobody, for ever
 
 
-class Event(enum.Enum):
+class Event(_Named):
     """What can happen to a slot."""
 
     GRANT = "grant"  # the pool hands it to a caller

@@ -46,7 +46,8 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot", "specs",
+        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot",
+        "specs",
     )  # fmt: skip
 
     def __init__(
@@ -130,8 +131,8 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
     stream = slot.stream
     _open_gates(slot)
     if request.origin is not None:
-        if request.kind is Kind.DEVICE:
-            request.results = _results(device, request.origin, program)
+        if program.captured:
+            _allocate_results(device, request, program)
         # Recorded after the results were allocated, so that it covers both what the inputs depend on and whatever used
         # the results' memory before. Later work of the caller's on that stream delays this; no matter.
         request.origin.record(slot.mark)
@@ -145,6 +146,11 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
             stream.copy(program.inputs[i], program.staged_input(i))
     program.launch()
     if request.kind is Kind.DEVICE:
+        if not program.captured:  # only now are their shapes known: without a graph they may depend on the data
+            assert request.origin is not None
+            _allocate_results(device, request, program)
+            request.origin.record(slot.mark)
+            stream.wait(slot.mark)
         for result, output in zip(request.results, program.outputs, strict=True):
             stream.copy(result, output)
     elif not device.unified:
@@ -243,7 +249,7 @@ def _copy_out(stream: Stream, program: Program) -> None:
         stream.copy(staged, output)
 
 
-def _results(device: Device, origin: Stream, program: Program) -> list[torch.Tensor]:
+def _allocate_results(device: Device, request: Request, program: Program) -> None:
     """Device memory for results, allocated in the order of the caller's stream.
 
     The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be the
@@ -254,6 +260,8 @@ def _results(device: Device, origin: Stream, program: Program) -> list[torch.Ten
     def allocate() -> list[torch.Tensor]:
         return [device.empty(output.shape, output.dtype) for output in program.outputs]
 
-    if origin.handle == device.current_stream().handle:
-        return allocate()
-    return device.call(origin, allocate)
+    origin = request.origin
+    if request.kind is not Kind.DEVICE or origin is None:
+        return
+    is_current = origin.handle == device.current_stream().handle
+    request.results = allocate() if is_current else device.call(origin, allocate)

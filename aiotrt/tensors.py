@@ -24,14 +24,15 @@ __all__ = [
     "InputSpecs",
     "Kind",
     "OutputNames",
+    "Parameters",
     "Shapes",
     "Specs",
     "TensorSpec",
+    "arrange",
     "examples",
     "flatten",
     "numpy_view",
     "own",
-    "parameters_of",
 ]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -115,13 +116,11 @@ class InputSpecs:
 
     Args:
         specs: the engine's declaration, if it makes one.
-        parameters: the names a first example is matched against, where the engine declares nothing; None for any.
+        parameters: what a first example is matched against, where the engine declares nothing.
         device: where device tensors must live.
     """
 
-    def __init__(
-        self, specs: Sequence[TensorSpec] | None, parameters: Mapping[str, bool] | None, device: torch.device
-    ) -> None:
+    def __init__(self, specs: Sequence[TensorSpec] | None, parameters: Parameters, device: torch.device) -> None:
         self.specs: Specs | None = None if specs is None else tuple(specs)
         self._parameters = parameters
         self._device = device
@@ -207,30 +206,35 @@ class InputSpecs:
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
         """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
         names = [*(self._name(i) for i in range(len(values))), *named]
-        parameters = self._parameters
+        known = self._parameters
         if not names:
             raise InputError("the model takes at least one input, got none")
         for name in names:
-            if parameters is not None and name not in parameters:
-                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(parameters)}")
+            if name in named and name not in known.names and not known.any_name:
+                listing = ", ".join(known.names)
+                raise InputError(f"there is no input {name!r}; the inputs are {listing or 'by position only'}")
             if names.count(name) > 1:
                 raise InputError(f"input {name!r} was given twice, by position and by name")
-        for name, must_be_given in (parameters or {}).items():
-            if must_be_given and name not in names:
+        for name in known.required:
+            if name not in names:
                 raise InputError(f"missing input {name!r}")
         specs = []
         for name, value in zip(names, [*values, *named.values()], strict=True):
             shape, dtype = _shape_and_dtype(name, value)
             specs.append(TensorSpec(name, (None,) * len(shape), dtype))
-        return tuple(specs)
+        # In the function's order, whatever the caller's: two first calls that differ in that alone must agree.
+        rank = {name: i for i, name in enumerate(known.names)}
+        given = specs[: len(values)]
+        return (*given, *sorted(specs[len(values) :], key=lambda spec: (rank.get(spec.name, len(rank)), spec.name)))
 
     def _name(self, i: int) -> str:
-        parameters = self._parameters
-        if parameters is None:
+        known = self._parameters.positional
+        if i < len(known):
+            return known[i]
+        if self._parameters.any_position:
             return f"input_{i}"
-        if i >= len(parameters):
-            raise InputError(f"the model takes {len(parameters)} inputs ({', '.join(parameters)}), got more")
-        return list(parameters)[i]
+        plural = "s" * (len(known) != 1)
+        raise InputError(f"the model takes {len(known)} input{plural} ({', '.join(known)}), got more")
 
     def _place(self, specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
         if len(values) > len(specs):
@@ -389,15 +393,56 @@ def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, obj
             yield (entry,), {}
 
 
-def parameters_of(function: Callable[..., object]) -> dict[str, bool] | None:
-    """The names of a function's parameters, and whether each must be given; None if it takes any number, or will not say."""
+@dataclass(frozen=True)
+class Parameters:
+    """What a function may be called with; the default is one that will not say.
+
+    Attributes:
+        names: of its parameters, in order.
+        positional: those of them that inputs by position stand for.
+        required: those that must be given.
+        any_position: whether it takes more by position; those are called input_0 and so on.
+        any_name: whether it takes others by name.
+    """
+
+    names: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    any_position: bool = True
+    any_name: bool = False
+
+    @classmethod
+    def of(cls, function: Callable[..., object]) -> Parameters:
+        """Ask the function."""
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            return cls()
+        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return cls(
+            tuple(p.name for p in plain),
+            # Where a position means nothing else, it may stand for a keyword-only parameter too.
+            tuple(p.name for p in plain if not (variadic and p.kind is p.KEYWORD_ONLY)),
+            tuple(p.name for p in plain if p.default is p.empty),
+            variadic,
+            any(p.kind is p.VAR_KEYWORD for p in parameters),
+        )
+
+
+def arrange(function: Callable[..., object], names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+    """Which of the inputs of these names `function` takes by position, in its order, and which by name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return None
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return None
-    return {p.name: p.default is p.empty for p in parameters}
+        return list(range(len(names))), {}
+    named = {name: i for i, name in enumerate(names)}
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    ordered = (inspect.Parameter.POSITIONAL_ONLY, *[inspect.Parameter.POSITIONAL_OR_KEYWORD] * variadic)
+    positions = [named.pop(p.name) for p in parameters if p.kind in ordered and p.name in named]
+    if variadic:
+        positions += [named.pop(name) for i, name in enumerate(names) if name == f"input_{i}" and name in named]
+    return positions, named
 
 
 def _shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.dtype]:

@@ -12,7 +12,8 @@ import anyio
 import anyio.to_thread
 import torch
 
-from aiotrt import tensors
+from aiotrt import submission, tensors
+from aiotrt.graphs import Program
 from aiotrt.testing import FaultInjector, SimulatedDevice, VirtualLoop, Workers, run
 
 T = TypeVar("T")
@@ -28,6 +29,16 @@ def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultI
         if isinstance(value, torch.Tensor) and simulated.holds(value):
             return tensors.Argument(argument.shape, (value, value), tensor=value)
         return argument
+
+    def own(view: Any, dtype: torch.dtype, kind: tensors.Kind) -> Any:
+        simulated.host_read(view, "copying results out")
+        return tensors.own(view, dtype, kind)
+
+    def copy_in(request: submission.Request, program: Program) -> None:
+        for argument, view in zip(request.arguments, program.input_views, strict=True):
+            if argument.host is not None and view is not None:
+                simulated.host_write(view, "copying inputs in")
+        submission.copy_in(request, program)
 
     def pool(count: int, **options: object) -> Workers:
         return simulated.workers(count)
@@ -46,6 +57,8 @@ def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultI
     with (
         mock.patch("aiotrt.tensors.InputSpecs._check", check),
         mock.patch("aiotrt.executor.ThreadPoolExecutor", pool),
+        mock.patch("aiotrt.executor.own", own),
+        mock.patch("aiotrt.executor.copy_in", copy_in),
         mock.patch("aiotrt.model.anyio", shim),
     ):
         return run(main, device)

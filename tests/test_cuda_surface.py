@@ -47,7 +47,9 @@ def test_it_exists(name: str) -> None:
 
 
 def test_the_walk_finds_what_is_used() -> None:
-    assert {"driver.cuGraphLaunch", "driver.cuMemcpyAsync", "runtime.cudaGetLastError", "torch.cuda.CUDAGraph"} <= set(used())
+    assert {"driver.cuGraphLaunch", "driver.cuMemcpyAsync", "runtime.cudaGetLastError", "torch.cuda.CUDAGraph"} <= set(
+        used()
+    )
 
 
 def test_statuses_are_read_from_messages_and_attributes() -> None:

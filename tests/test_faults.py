@@ -37,7 +37,8 @@ class Faulty(HostDevice):
 
     def _maybe(self, verb: str) -> None:
         if verb in self.fails:
-            raise self.fails[verb]()
+            error = self.fails[verb]()
+            raise error
 
     def query(self, event: Event) -> bool:
         self._maybe("query")
@@ -76,7 +77,7 @@ async def test_a_fault_reaches_every_pending_await_and_later_calls_fail_at_once(
     await model.aclose()
     await other.aclose()
     with pytest.raises(aiotrt.ModelBrokenError):
-        await aiotrt.load(Affine(), device=device)
+        _ = await aiotrt.load(Affine(), device=device)
 
 
 async def test_a_fault_reaches_replays_and_leases_in_line() -> None:
@@ -119,7 +120,7 @@ async def test_a_fault_during_warmup_fails_the_load_and_leaves_nothing() -> None
     device = Faulty()
     device.fails["capture"] = fault
     with pytest.raises(aiotrt.DeviceError):
-        await aiotrt.load(Affine(), device=device, warmup=frame(0))
+        _ = await aiotrt.load(Affine(), device=device, warmup=frame(0))
 
 
 async def test_overdue_work_is_a_hang_that_breaks_this_model_only() -> None:

@@ -221,7 +221,7 @@ async def test_a_full_queue_refuses_and_says_so(device: str) -> None:
             first, second = asyncio.ensure_future(model(frame(1))), asyncio.ensure_future(model(frame(2)))
             await turns()
             with pytest.raises(
-                aiotrt.QueueFullError, match=r"all 1 slots are busy and 1 callers wait already \(max_queue=1\)"
+                aiotrt.QueueFullError, match="1 of 1 slots are busy and 1 of max_queue=1 places"
             ):
                 await model(frame(3))
             latch.open()

@@ -46,8 +46,8 @@ class Stream(Protocol):
         """The driver's handle (``CUstream``), or an identity where there is no driver."""
         ...
 
-    def record(self, event: Event) -> None:
-        """Record `event` after all work submitted so far."""
+    def record(self, event: Event | None = None) -> Event:
+        """Record `event`, or a new one, after all work submitted so far, and return it."""
         ...
 
     def wait(self, event: Event) -> None:

@@ -69,10 +69,12 @@ class CudaStream:
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         self._pool = None
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event | None = None) -> Event:
+        event = torch.cuda.Event() if event is None else event
         assert isinstance(event, torch.cuda.Event), event
         with _faults("recording an event"):
             event.record(self.torch)
+        return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), event
@@ -80,7 +82,10 @@ class CudaStream:
             event.wait(self.torch)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        if destination.is_contiguous() and source.is_contiguous() and destination.dtype is source.dtype:
+        if destination.nbytes == 0:  # whose address may be null
+            return
+        plain = source.is_contiguous() and not source.is_conj() and not source.is_neg()  # lazy flags: not in the bytes
+        if plain and destination.is_contiguous() and destination.dtype is source.dtype:
             _check(
                 "copying a tensor",
                 driver.cuMemcpyAsync(destination.data_ptr(), source.data_ptr(), destination.nbytes, self.driver),

@@ -85,7 +85,8 @@ class HostStream:
     def handle(self) -> int:
         return id(self)
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event | None = None) -> Event:
+        event = HostEvent() if event is None else event
         assert isinstance(event, HostEvent), event
         self._check_open()
         event._recorded += 1
@@ -94,6 +95,7 @@ class HostStream:
             event._reach(failure.take())
 
         self._work.put(mark)
+        return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, HostEvent), event

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from aiotrt.devices.base import Device, Stream
-from aiotrt.tensors import Shapes, TensorSpec
+from aiotrt.tensors import Parameters, Shapes, TensorSpec
 
 __all__ = ["Engine", "Execution"]
 
@@ -39,14 +39,13 @@ class Engine(Protocol):
     Attributes:
         name: what messages call it, a file name or a class name.
         inputs: what it takes, or None when the first example decides.
-        parameters: where it declares no inputs, the names that they may have, and whether each must be given; None for any
-            number of nameless ones.
+        parameters: what it may be called with, where it declares no inputs.
         uncapturable: why it cannot be captured in a graph, when that is known beforehand.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...] | None
-    parameters: Mapping[str, bool] | None
+    parameters: Parameters
     uncapturable: str | None
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> Execution:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError
-from aiotrt.tensors import Shapes, TensorSpec, parameters_of
+from aiotrt.tensors import Parameters, Shapes, TensorSpec, arrange
 
 __all__ = ["ModuleEngine"]
 
@@ -49,17 +48,19 @@ class ModuleEngine:
                 f"expected a file, a torch module, an ExportedProgram or a function, got {type(source).__name__}"
             )
         self._function: Callable[..., object] = function
-        described = source.forward if isinstance(source, torch.nn.Module) else function
-        self.parameters = None if self.inputs is not None else parameters_of(described)
-        # By name where the names are known, so that optional parameters can be skipped.
-        self._by_name = self.parameters is not None and all(
-            p.kind is not p.POSITIONAL_ONLY for p in inspect.signature(described).parameters.values()
-        )
+        self._described: Callable[..., object] = source.forward if isinstance(source, torch.nn.Module) else function
+        self.parameters = Parameters.of(self._described)
+        self._keywords: tuple[str, ...] = ()
+        if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
+            self._keywords = tuple(source.example_inputs[1])
         if isinstance(function, torch.nn.Module):
             _check_placement(self.name, function, device)
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> ModuleExecution:
-        return ModuleExecution(self._function, tuple(names) if self._by_name else None)
+        if self.inputs is not None:  # an exported program takes its inputs just as it was given them then
+            count = len(names) - len(self._keywords)
+            return ModuleExecution(self._function, list(range(count)), {k: count + i for i, k in enumerate(self._keywords)})
+        return ModuleExecution(self._function, *arrange(self._described, names))
 
     def close(self) -> None:
         pass
@@ -70,14 +71,13 @@ class ModuleExecution:
 
     nbytes = 0
 
-    def __init__(self, function: Callable[..., object], names: tuple[str, ...] | None) -> None:
+    def __init__(self, function: Callable[..., object], positions: Sequence[int], names: Mapping[str, int]) -> None:
         self._function = function
+        self._positions = positions
         self._names = names
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> object:
-        if self._names is None:
-            return self._function(*inputs)
-        return self._function(**dict(zip(self._names, inputs, strict=True)))
+        return self._function(*[inputs[i] for i in self._positions], **{name: inputs[i] for name, i in self._names.items()})
 
     def close(self) -> None:
         pass
@@ -86,15 +86,34 @@ class ModuleExecution:
 def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     specs = []
-    names: list[object] = list(program.graph_signature.user_inputs)  # constants too, whatever the annotation says
-    for name in names:
-        value = values.get(str(name))
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not torch.export.graph_signature.InputKind.USER_INPUT:
+            continue
+        name = spec.arg.name
+        value = values.get(name)
         if not isinstance(value, torch.Tensor):
             raise EngineError(f"ExportedProgram: input {name!r} is not a tensor; only tensor inputs can be captured")
         sizes: list[object] = list(value.shape)  # symbolic ones among them
         extents = tuple(size if isinstance(size, int) else None for size in sizes)
-        specs.append(TensorSpec(str(name), extents, value.dtype))
+        ranges = [_range(program, size) for size in sizes]
+        bounded = any(extent is None and high < _UNBOUNDED for extent, (_, high) in zip(extents, ranges, strict=True))
+        low, high = (tuple(r[0] for r in ranges), tuple(r[1] for r in ranges)) if bounded else (None, None)
+        specs.append(TensorSpec(name, extents, value.dtype, low, high))
     return tuple(specs)
+
+
+_UNBOUNDED: Final = 1 << 62
+
+
+def _range(program: torch.export.ExportedProgram, size: object) -> tuple[int, int]:
+    """Of an extent. The lower bound 2 is an artefact of exporting: what was exported runs with 1 as well."""
+    if isinstance(size, int):
+        return size, size
+    limits = program.range_constraints.get(size.node.expr)  # type: ignore[attr-defined]
+    if limits is None:
+        return 1, _UNBOUNDED
+    low = int(limits.lower)
+    return 1 if low <= 2 else low, int(limits.upper) if limits.upper.is_Integer else _UNBOUNDED
 
 
 def _check_placement(name: str, module: torch.nn.Module, device: Device) -> None:

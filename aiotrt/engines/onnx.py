@@ -10,7 +10,7 @@ import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError, MissingDependencyError
-from aiotrt.tensors import Shapes, TensorSpec, numpy_view
+from aiotrt.tensors import Parameters, Shapes, TensorSpec, numpy_view
 
 __all__ = ["OnnxEngine"]
 
@@ -34,7 +34,7 @@ class OnnxEngine:
         MissingDependencyError: ONNX Runtime is not installed.
     """
 
-    parameters: Mapping[str, bool] | None = None
+    parameters = Parameters()
     uncapturable: str | None = None
 
     def __init__(self, path: Path, threads: int) -> None:

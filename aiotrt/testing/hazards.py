@@ -20,6 +20,7 @@ import linecache
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ Stack: TypeAlias = tuple[tuple[str, int, str], ...]
 
 HOST: Final = 0
 _DEPTH: Final = 8
+_MACHINERY: Final = frozenset({"asyncio", "concurrent", "contextlib", "threading", "torch"})  # left out of stacks
+_RUNNERS: Final = frozenset({"_pytest", "pluggy", "hypothesis"})  # where stacks end
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +229,8 @@ class Detector:
         self._report(kind, message, old, new)
 
     def _report(self, kind: str, message: str, first: Access | None, second: Access | None) -> None:
-        places = [(a.actor, a.what, a.stack) for a in (first, second) if a is not None] or [message]
-        key = (kind, *places)
+        places = tuple((a.actor, a.what, a.stack) for a in (first, second) if a is not None)
+        key = (kind, places or message)
         if key not in self._seen:
             self._seen.add(key)
             self.found.append(HazardError(kind, message, first, second))
@@ -248,13 +251,15 @@ class Detector:
 
 def where() -> Stack:
     """Where the calling program stands, without this package and torch."""
-    stack = []
-    frame = sys._getframe(1)
+    stack: list[tuple[str, int, str]] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(stack) < _DEPTH:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("aiotrt.testing", "torch", "asyncio")):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package in _RUNNERS:
+            break
+        if package not in _MACHINERY and not frame.f_globals["__name__"].startswith("aiotrt.testing"):
             stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(stack)
 
 

@@ -80,7 +80,7 @@ class Interceptor(TorchDispatchMode):
     """
 
     def __init__(self, target: Target, is_raw: Callable[[], bool]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
         self._is_raw = is_raw
 

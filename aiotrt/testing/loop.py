@@ -8,17 +8,16 @@ When nothing can happen any more, that is a deadlock, and an error instead of a 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import selectors
+import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from aiotrt import completion
 from aiotrt.prediction import SPIN_BUDGET, Progress
+from aiotrt.testing.faults import FaultInjector
+from aiotrt.testing.simulator import SimulatedDevice
 from aiotrt.testing.virtual import DeadlockError, VirtualTime, Workers
-
-if TYPE_CHECKING:
-    from aiotrt.testing.simulator import SimulatedDevice
 
 __all__ = ["VirtualLoop", "run"]
 
@@ -34,12 +33,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """asyncio's own loop, on a virtual clock. Made by `run`; needed directly only with a test framework's loop factory.
 
     Args:
-        time: the clock, which a device has as its `time`.
+        device: whose clock it is.
+
+    Attributes:
+        device: that device.
+        virtual_time: its clock.
     """
 
-    def __init__(self, time: VirtualTime, workers: concurrent.futures.Executor | None = None) -> None:
-        self.virtual_time = time
-        self._workers = Workers(time, 8) if workers is None else workers
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.device = device
+        self.virtual_time: VirtualTime = device.time
+        self._workers = device.workers(8)
         super().__init__(_Selector(self))
         # The hub of this loop must use its clock and its timers: real ones would sleep.
         for progress in Progress:
@@ -51,7 +55,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Seconds of virtual time."""
         return self.virtual_time.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def run_in_executor(  # type: ignore[override]  # typeshed spells the arguments with a TypeVarTuple
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
         """Run `func` in a worker thread in virtual time, whatever `executor` is, unless it is one of those itself."""
         workers = executor if isinstance(executor, Workers) else self._workers
         return asyncio.wrap_future(workers.submit(func, *args), loop=self)
@@ -103,11 +109,15 @@ class _Selector(selectors.BaseSelector):
         if timeout is not None:
             time.now = max(time.now, limit)
             return []
-        found = self._real.select(PATIENCE)
+        found = self._real.select(PATIENCE if self._may_be_woken() else 0)
         if not found:
             tasks = "\n".join(f"  {task!r}" for task in asyncio.all_tasks(self._loop))
             raise DeadlockError(f"nothing is left that could happen; {time.describe()}; these tasks wait:\n{tasks}")
         return found
+
+    def _may_be_woken(self) -> bool:
+        """Whether there is a real thread, or a file besides the loop's own, that could wake it."""
+        return threading.active_count() > 1 + self._loop.virtual_time.workers or len(self._real.get_map()) > 1
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._real.register(fileobj, events, data)
@@ -128,12 +138,12 @@ class _Selector(selectors.BaseSelector):
         self._real.close()
 
 
-def run(main: Coroutine[Any, Any, T], device: SimulatedDevice, *, debug: bool | None = None) -> T:
+def run(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector, *, debug: bool | None = None) -> T:
     """Run a coroutine to its end in virtual time, on a loop that knows `device`.
 
     Args:
         main: the coroutine; ``aiotrt.load(..., device=device)`` in it opens a model there.
-        device: the simulated device.
+        device: the simulated device, or a fault injector around one.
         debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
 
     Returns what `main` returns.
@@ -143,12 +153,18 @@ def run(main: Coroutine[Any, Any, T], device: SimulatedDevice, *, debug: bool | 
         HazardError: the program has a race, though its result may have been right this time.
         BaseException: whatever `main` raises.
     """
+    if isinstance(device, FaultInjector):
+        device = device.simulated
     try:
         with (
             device.intercepting(),
-            asyncio.Runner(debug=debug, loop_factory=lambda: VirtualLoop(device.time, device.workers(8))) as runner,
+            asyncio.Runner(debug=debug, loop_factory=lambda: VirtualLoop(device)) as runner,
         ):
             result = runner.run(main)
+    except BaseException as error:
+        for hazard in device.detector.found[:1]:  # most likely why
+            error.add_note(f"The detector found before that:\n{hazard}")
+        raise
     finally:
         device.time.end()
     device.check()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -128,7 +128,7 @@ class Memory:
         block = self.block(tensor)
         if block is None or tensor.numel() == 0:
             return None
-        begin = tensor.storage_offset() * tensor.element_size()
+        begin = int(tensor.storage_offset()) * tensor.element_size()
         end = begin + _extent(tensor.size(), tensor.stride()) * tensor.element_size()
         return Span(block, block.generation, begin, end)
 
@@ -140,8 +140,6 @@ class Memory:
             if address <= begin and end <= address + block.memory.nbytes:
                 return Span(block, block.generation, begin - address, end - address)
         return None
-
-
 
 
 def _contiguous(size: Sequence[int]) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ this model against the other devices.
 Rule 2: nothing happens before it must: work is done at a time that the schedule chooses, and until then memory holds what it
 held before. Whoever reads too early really gets the wrong data.
 
-A device tensor is a CPU tensor over memory of the device (`Memory`); torch operations on it are intercepted and submitted to
-the current stream (`Interceptor`), inside `use`, `run`, `call` and `capture`, and everywhere in a program run by `testing.run`.
+A device tensor is a CPU tensor over memory of the device (`Memory`); torch operations on it are intercepted (`Interceptor`)
+and submitted to the current stream, inside `use`, `run`, `call` and `capture`, and everywhere under `testing.run`.
 A stream is a queue of operations, records and waits. Only operations take time; what stands at the head of a stream is
 enabled in `VirtualTime`, which lets one of those happen at a time. A graph is the list of operations that was captured; it
 runs as one, without the Python that made it. `Detector` is told of every access.
@@ -19,279 +19,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from aiotrt.devices.base import CaptureError, Event, Faults, Graph, Stream
-from aiotrt.errors import DeviceError, UsageError
-from aiotrt.testing.hazards import HOST, Clock, Detector, Stack, where
+from aiotrt.errors import DeviceError
+from aiotrt.testing.hazards import HOST, Detector
 from aiotrt.testing.intercept import Interceptor, Work
 from aiotrt.testing.memory import Memory, Span
+from aiotrt.testing.streams import SimulatedEvent, SimulatedGraph, SimulatedStream
 from aiotrt.testing.virtual import Schedule, VirtualTime, Workers
 
-__all__ = ["SimulatedDevice", "SimulatedEvent", "SimulatedGraph", "SimulatedStream"]
+__all__ = ["SimulatedDevice"]
 
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class _Record:
-    """One use of `record`."""
-
-    clock: Clock = field(repr=False)
-    is_done: bool = False
-
-
-class SimulatedEvent:
-    """An event; its last record is what counts."""
-
-    def __init__(self, device: SimulatedDevice, name: str) -> None:
-        self.name = name
-        self._device = device
-        self._record: _Record | None = None
-        self._polled: Stack | None = None  # where the host found it not complete, and has not seen it complete since
-
-    def query(self) -> bool:
-        """Whether its last record is complete.
-
-        Raises:
-            DeviceError: the device is broken.
-        """
-        device = self._device
-        device.verb("query")
-        if self._record is None:
-            return True
-        if not self._record.is_done:
-            self._polled = where()
-            return False
-        self._polled = None
-        device.detector.observe(self._record.clock)
-        return True
-
-    def synchronize(self) -> None:
-        """Block until it is; not for the event loop's thread."""
-        self._device.block(lambda: self._record is None or self._record.is_done, f"{self.name}.synchronize()")
-        self.query()
-
-    def forget(self) -> None:
-        """The host no longer waits for what it asked this event: it may be recorded again."""
-        self._polled = None
-
-    def __repr__(self) -> str:
-        state = "unrecorded" if self._record is None else "complete" if self._record.is_done else "pending"
-        return f"<{self.name}, {state}>"
-
-
-class SimulatedStream:
-    """An in-order queue of work."""
-
-    def __init__(self, device: SimulatedDevice, name: str) -> None:
-        self.name = name
-        self.device = device
-        self.actor = device.detector.actor(name)
-        self._queue: deque[_Record | _Wait | _Instant | Work] = deque()
-        self._is_running = False
-        self._is_closed = False
-
-    @property
-    def handle(self) -> int:
-        """An identity."""
-        return self.actor
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether everything submitted so far has completed."""
-        return not self._queue
-
-    def record(self, event: Event) -> None:
-        """Record `event` after all work submitted so far."""
-        assert isinstance(event, SimulatedEvent), event
-        self.device.verb("record")
-        if event._polled is not None:
-            self.device.detector.found_rerecord(event.name, event._polled)
-            event._polled = None
-        event._record = self.mark()
-
-    def wait(self, event: Event) -> None:
-        """Make all work submitted from now on wait for the last record of `event` made before this."""
-        assert isinstance(event, SimulatedEvent), event
-        self.device.verb("wait")
-        if event._record is not None:
-            self.follow(event._record)
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Submit a copy between tensors of the device, or pinned ones, of equal shape and dtype.
-
-        Raises:
-            ValueError: one is in pageable memory, or they differ.
-        """
-        device = self.device
-        device.verb("copy")
-        if destination.shape != source.shape or destination.dtype is not source.dtype:
-            raise ValueError(f"cannot copy {source.dtype} {source.shape} to {destination.dtype} {destination.shape}")
-        with device.raw():
-            memory = device.memory
-            to, of = memory.span(destination), memory.span(source)
-            if to is None or of is None:
-                raise ValueError("a copy needs device or pinned memory at both ends")
-            aliases = memory.alias(destination), memory.alias(source)
-        what = f"copy of {of.block!r} to {to.block!r}"
-        check = self._host_write_check(what, of)
-
-        def run() -> None:
-            check()
-            aliases[0].copy_(aliases[1])
-
-        self.put(Work(what, run, (of,), (to,)))
-
-    def run(self, function: Callable[[], object]) -> None:
-        """Call `function` now with this stream current: the torch operations in it are submitted."""
-        self.device.call(self, function)
-
-    def synchronize(self) -> None:
-        """Block until it is idle; not for the event loop's thread."""
-        self.device.block(lambda: not self._queue, f"{self.name}.synchronize()")
-        self.device.detector.observe(self.device.detector.mark(self.actor))
-
-    def close(self) -> None:
-        """Let it go; work submitted earlier still completes."""
-        self._is_closed = True
-
-    # Used by the device...
-
-    def mark(self) -> _Record:
-        """A record of everything submitted so far."""
-        record = _Record(self.device.detector.mark(self.actor))
-        self._append(record)
-        return record
-
-    def follow(self, record: _Record) -> None:
-        """Wait for it."""
-        self.device.detector.wait(self.actor, record.clock)
-        if not record.is_done:
-            self._append(_Wait(record))
-
-    def put(self, work: Work) -> None:
-        """Submit one operation."""
-        for span in work.writes:
-            if span.block.pinned:
-                done, pending = self.device.pinned_writes.get(span.block.number, (0, 0))
-                self.device.pinned_writes[span.block.number] = done, pending + 1
-        self.device.detector.access(self.actor, work.what, work.reads, work.writes)
-        self._append(work)
-
-    def put_instant(self, run: Callable[[], None]) -> None:
-        """Submit something that takes no time."""
-        self._append(_Instant(run))
-
-    def pump(self) -> bool:
-        """Pass everything at the head that takes no time, and start the operation behind it; whether anything moved."""
-        moved = False
-        while self._queue and not self._is_running:
-            head = self._queue[0]
-            if isinstance(head, Work):
-                self._is_running = moved = True
-                self.device.time.enable(f"{self.name}: {head.what}", self._finish)
-                break
-            if isinstance(head, _Wait):
-                if not head.record.is_done:
-                    break
-            elif isinstance(head, _Instant):
-                head.run()
-            else:
-                head.is_done = True
-            self._queue.popleft()
-            moved = True
-        return moved
-
-    def _append(self, item: _Record | _Wait | _Instant | Work) -> None:
-        if self._is_closed:
-            raise UsageError(f"{self.name} is closed")
-        self._queue.append(item)
-        self.device.pump(self)
-
-    def _finish(self) -> None:
-        work = self._queue[0]
-        assert isinstance(work, Work)
-        self.device.execute(work)
-        if self.device.broken is None:
-            self._queue.popleft()
-            self._is_running = False
-            self.device.pump(self)
-
-    def _host_write_check(self, what: str, source: Span) -> Callable[[], None]:
-        """The host writes pinned memory unseen, through numpy; what it wrote too early shows in the bytes."""
-        block = source.block
-        if not block.pinned:
-            return lambda: None
-        writes = self.device.pinned_writes
-        before = block.memory[source.begin : source.end].copy()
-        version, pending = writes.get(block.number, (0, 0))
-        stack = where()
-
-        def check() -> None:
-            if pending or writes.get(block.number, (0, 0)) != (version, 0):
-                return  # the device wrote there too
-            if not np.array_equal(before, block.memory[source.begin : source.end]):
-                self.device.detector.found_host_write(what, source, stack)
-
-        return check
-
-    def __repr__(self) -> str:
-        return f"<{self.name}, {len(self._queue)} pending>"
-
-
-@dataclass(eq=False)
-class _Wait:
-    record: _Record
-
-
-@dataclass(eq=False)
-class _Instant:
-    run: Callable[[], None]
-
-
-class SimulatedGraph:
-    """The operations of one capture, and the memory that they were given."""
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self.nbytes = 0
-        self.works: list[Work] = []
-        self.owned: list[torch.Tensor] = []
-        self._device = device
-        self._last: _Record | None = None
-        self._is_closed = False
-
-    def launch(self, stream: Stream) -> None:
-        """Submit one replay: one operation, after the last one of this graph."""
-        assert isinstance(stream, SimulatedStream), stream
-        self._device.verb("launch")
-        if self._is_closed:
-            raise UsageError("this graph is closed")
-        if self._last is not None:
-            stream.follow(self._last)  # a graph never overlaps itself
-        reads = {span: None for work in self.works for span in work.reads}
-        writes = {span: None for work in self.works for span in work.writes}
-        works = self.works
-
-        def run() -> None:
-            for work in works:
-                work.run()
-
-        stream.put(Work("a graph", run, tuple(reads), tuple(writes)))
-        self._last = stream.mark()
-
-    def close(self) -> None:
-        """Free it; its last launch must have completed, and the host must have seen that."""
-        if self._last is not None and not self._device.detector.knows(self._last.clock):
-            self._device.detector.found_early_close()
-        self._is_closed = True
-        self.owned.clear()
 
 
 @dataclass(eq=False)
@@ -325,9 +70,7 @@ class SimulatedDevice(Faults):
     submits_from_threads = True
     torch_device = torch.device("cpu")
 
-    def __init__(
-        self, schedule: Schedule | int = 0, *, name: str = "simulated:0", time: VirtualTime | None = None
-    ) -> None:
+    def __init__(self, schedule: Schedule | int = 0, *, name: str = "simulated:0", time: VirtualTime | None = None) -> None:
         super().__init__()
         self.name = name
         self.time = VirtualTime(schedule) if time is None else time
@@ -431,6 +174,10 @@ class SimulatedDevice(Faults):
 
     def prepare_thread(self) -> None:
         """Nothing to do: `workers` are prepared."""
+
+    def is_on_stream(self) -> bool:
+        """Never: plain Python is not work on a stream, what it submits is."""
+        return False
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is in device memory."""
@@ -538,19 +285,20 @@ class SimulatedDevice(Faults):
 
     @contextlib.contextmanager
     def raw(self) -> Iterator[None]:
-        """torch operations on this thread are the device's own doing."""
+        """Torch operations on this thread are the device's own doing."""
         self._raw += 1
         try:
             yield
         finally:
             self._raw -= 1
 
-    def pump(self, stream: SimulatedStream) -> None:
+    def pump(self, stream: SimulatedStream | None = None) -> None:
         """Something was submitted to, or completed on, `stream`: start whatever can start."""
         if self.broken is not None:
             return
-        self._busy[stream] = None
-        while any([busy.pump() for busy in list(self._busy)]):
+        if stream is not None:
+            self._busy[stream] = None
+        while sum(busy.pump() for busy in list(self._busy)):  # not any(): each gets its turn
             pass
         for busy in list(self._busy):
             if busy.is_idle:

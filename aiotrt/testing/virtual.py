@@ -48,6 +48,10 @@ class Schedule(Protocol):
         """The nominal duration of this, in seconds of virtual time."""
         ...
 
+    def preempts(self, what: str) -> bool:
+        """Whether a worker thread loses the processor before this call on the device."""
+        ...
+
 
 class Seeded:
     """Adversarial at random: durations spread evenly over three orders of magnitude, and half of all choices are free.
@@ -63,12 +67,18 @@ class Seeded:
         self._range = math.log(shortest), math.log(longest)
 
     def choose(self, options: Sequence[str]) -> int:
+        """The nominal option, or any."""
         if len(options) == 1 or self._random.random() < 0.5:
             return 0
         return self._random.randrange(len(options))
 
     def duration(self, what: str) -> float:
+        """Seconds, of any order of magnitude in the range."""
         return math.exp(self._random.uniform(*self._range))
+
+    def preempts(self, what: str) -> bool:
+        """Every fourth time."""
+        return self._random.random() < 0.25
 
 
 class Scripted:
@@ -86,6 +96,7 @@ class Scripted:
         self._choices = deque(choices)
 
     def choose(self, options: Sequence[str]) -> int:
+        """The next of the script."""
         if len(options) == 1:
             return 0
         choice = self._choices.popleft() if self._choices else 0
@@ -93,7 +104,12 @@ class Scripted:
         return choice
 
     def duration(self, what: str) -> float:
+        """Always the same."""
         return 10e-6
+
+    def preempts(self, what: str) -> bool:
+        """Never: a script is about the order of what happens, and each preemption would double the number of scripts."""
+        return False
 
 
 def explore(scenario: Callable[[Schedule], object], *, limit: int = 10_000) -> int:
@@ -158,6 +174,11 @@ class VirtualTime:
         """Whether nothing can happen by itself."""
         return not self._actions
 
+    @property
+    def workers(self) -> int:
+        """How many worker threads there are."""
+        return len(self._workers)
+
     def enable(self, what: str, run: Callable[[], None], duration: float | None = None) -> None:
         """From now on `run` may be called, nominally after `duration` seconds (None: what the schedule says)."""
         when = self.now + (self.schedule.duration(what) if duration is None else duration)
@@ -165,6 +186,7 @@ class VirtualTime:
 
     def step(self, limit: float = math.inf) -> bool:
         """Let one thing happen, if one is due by the time `limit`; whether it did."""
+        self._unblock()  # the host itself may have made true what somebody waits for
         due = sorted((a for a in self._actions if a.when <= limit), key=lambda a: (a.when, a.order))
         if not due:
             return False
@@ -172,7 +194,6 @@ class VirtualTime:
         self._actions.remove(action)
         self.now = max(self.now, action.when)
         action.run()
-        self._unblock()
         return True
 
     def advance(self, seconds: float) -> None:
@@ -211,7 +232,7 @@ class VirtualTime:
         worker: _Worker | None = getattr(self._thread, "worker", None)
         if worker is None or self._is_over:
             return
-        if self.schedule.choose(["go on", f"preempted before {what}"]):
+        if self.schedule.preempts(what):
             self.enable(f"resume {worker.name}", worker.resume)
             worker.park()
 
@@ -296,6 +317,7 @@ class Workers(concurrent.futures.Executor):
         self._is_shut = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """Call `fn` in a worker thread, when the schedule says so."""
         if self._is_shut:
             raise RuntimeError("cannot schedule new futures after shutdown")
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -315,6 +337,7 @@ class Workers(concurrent.futures.Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more jobs; with `wait`, block in virtual time until those under way have ended."""
         self._is_shut = True
         if cancel_futures:
             self._waiting.clear()

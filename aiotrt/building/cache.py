@@ -1,0 +1,135 @@
+"""Engines that `load("model.onnx")` builds: once for each content, options, TensorRT and GPU, however many processes ask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from aiotrt.building.builder import BuildOptions, build, device_index, gpu_record, make_recipe
+from aiotrt.building.network import Recipe
+from aiotrt.building.products import Product, find_product
+from aiotrt.building.progress import Report
+from aiotrt.building.sidecar import FORMAT, check_sidecar
+from aiotrt.building.source import read_onnx
+from aiotrt.errors import EngineError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+__all__ = ["cache_directory", "cached_engine"]
+
+_log: Final = logging.getLogger("aiotrt.building")
+_REMEDY: Final = "Set AIOTRT_CACHE_DIR to a folder with room, or build ahead of time with aiotrt.build and load that"
+
+
+def cache_directory() -> Path:
+    """Where built engines are kept: ``$AIOTRT_CACHE_DIR``, else ``aiotrt`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Nothing is ever removed from it: delete it, or files in it, whenever no process is loading.
+    """
+    if own := os.environ.get("AIOTRT_CACHE_DIR"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored: they would depend on where the program was started.
+    return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "aiotrt"
+
+
+def cached_engine(
+    onnx: str | PathLike[str],
+    *,
+    runtime: str | None = None,
+    device: int | str | torch.device | None = None,
+    directory: str | PathLike[str] | None = None,
+    progress: bool | Report | None = None,
+    **options: Unpack[BuildOptions],
+) -> Path:
+    """The engine for an ONNX file, built if it is not there yet. Blocks: for worker threads.
+
+    Of several processes that ask at once, one builds and the others wait for it. An engine in the cache that is damaged is
+    built again.
+
+    Args:
+        onnx: the model's file.
+        runtime: as for `aiotrt.build`.
+        device: as for `aiotrt.build`.
+        directory: where engines are kept; by default `cache_directory`.
+        progress: as for `aiotrt.build`.
+        options: as for `aiotrt.build`.
+
+    Raises:
+        InputError: as for `aiotrt.build`.
+        EngineError: as for `aiotrt.build`, or the cache cannot be written to.
+        MissingDependencyError: as for `aiotrt.build`.
+    """
+    path = Path(onnx)
+    product = find_product(runtime)
+    recipe = make_recipe(product, **options)
+    folder = cache_directory() if directory is None else Path(directory)
+    engine = folder / f"{path.stem[:80]}-{_key(path, product, gpu_record(device_index(device)), recipe)}.engine"
+    if _is_good(engine):
+        return engine
+    with _only_one(path, engine):
+        if not _is_good(engine):  # or another process built it while this one waited
+            _log.info("%s: building %s with %s", path, engine, product)
+            # Normalised, because the caller's may be iterators, which have been read by now.
+            options["profiles"], options["compute_capabilities"] = recipe.profiles, recipe.targets
+            try:
+                build(path, engine, runtime=product.name, device=device, progress=progress, **options)
+            except EngineError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise EngineError(f"{error}. {_REMEDY}") from error
+                raise
+    return engine
+
+
+@contextmanager
+def _only_one(path: Path, engine: Path) -> Iterator[None]:
+    """Hold the engine's lock, which the system lets go when this process ends in whatever way."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise MissingDependencyError("the cache of built engines needs filelock; pip install filelock") from error
+    lock = FileLock(engine.with_suffix(".lock"))
+    try:
+        engine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # engines are code: nobody else may swap them
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.info("%s: another process is building %s; waiting for it", path, engine)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise EngineError(
+            f"{path}: the cache of engines, {engine.parent}, cannot be written to: {error}. {_REMEDY}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _key(path: Path, product: Product, gpu: Mapping[str, str] | None, recipe: Recipe) -> str:
+    """What tells engines apart. Where timings are kept is no part of it: that changes how long a build takes."""
+    options = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "timing_cache"}
+    model = read_onnx(path).sha256()
+    parts = {"format": FORMAT, "model": model, "product": product.name, "version": product.version, "gpu": gpu, **options}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _is_good(engine: Path) -> bool:
+    if not engine.exists():
+        return False
+    try:
+        return check_sidecar(engine) is not None
+    except EngineError as error:
+        _log.warning("%s; it is built again", error)
+        return False

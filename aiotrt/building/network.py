@@ -1,0 +1,263 @@
+"""The TensorRT calls of a build. Every answer is checked: most of them are booleans, or None, where one expects an error."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from aiotrt.building.files import Write, replacing
+from aiotrt.building.log import Log, log_of
+from aiotrt.building.products import Product
+from aiotrt.building.profiles import Dynamic, Profile, check_profiles
+from aiotrt.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Plan", "Recipe", "build_plan", "check_targets"]
+
+_log: Final = logging.getLogger("aiotrt.tensorrt")
+#: How many of the log's lines an error shows.
+_SHOWN: Final = 10
+_DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to build, past the model itself.
+
+    Attributes:
+        precision: None for the types in the file, or ``"fp32"``, ``"fp16"``, ``"bf16"``.
+        profiles: from `normal_profiles`.
+        targets: names of TensorRT-RTX's compute capabilities, such as ``"SM89"``; empty for its default.
+        timing_cache: a file to read and to write; None for none.
+        workspace_bytes: the most scratch memory a layer may use; None for TensorRT's default, all there is.
+        optimization_level: 0 to 5; None for TensorRT's default, 3.
+    """
+
+    precision: str | None
+    profiles: Sequence[Profile]
+    targets: Sequence[str]
+    timing_cache: Path | None
+    workspace_bytes: int | None
+    optimization_level: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was built and written.
+
+    Attributes:
+        size: in bytes.
+        sha256: in hexadecimal.
+        inputs: ``name``, ``dtype`` and ``shape`` of each.
+        outputs: likewise.
+        warnings: the builder's last ones.
+    """
+
+    size: int
+    sha256: str
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    warnings: list[str]
+
+
+def check_targets(product: Product, capabilities: Iterable[str]) -> list[str]:
+    """Compute capabilities, written ``"sm89"``, ``"8.9"`` or ``"current"``, as the product names them.
+
+    Raises:
+        InputError: the product builds only for the GPU it runs on, or does not know one of them.
+    """
+    wanted = [capabilities] if isinstance(capabilities, str) else list(capabilities)
+    if not wanted:
+        return []
+    if not product.offers_targets:
+        raise InputError(
+            f"compute_capabilities={wanted!r}: {product} builds for the GPU it runs on; leave it out, or use TensorRT-RTX"
+        )
+    offered = [name for name in product.module.ComputeCapability.__members__ if name != "NONE"]
+    targets = []
+    for entry in wanted:
+        digits = re.sub(r"^sm_?|\.", "", str(entry).strip().lower())
+        name = f"SM{digits}" if digits.isdigit() else digits.upper()
+        if name not in offered:
+            raise InputError(
+                f"compute capability {entry!r}: {product} can be asked for {', '.join(offered)}; left out, the "
+                "engine runs on every GPU that it supports from Ampere on"
+            )
+        targets.append(name)
+    return targets
+
+
+def build_plan(
+    product: Product, path: Path, model: onnx.ModelProto, recipe: Recipe, monitor: Any, device: int | None, write: Write
+) -> Plan:
+    """Parse, check, build, and write the engine. Blocks, with the interpreter lock released most of the time.
+
+    Args:
+        product: the TensorRT to use.
+        path: the model's file: for messages, and for finding weights that are in files beside it.
+        model: the model, mended.
+        recipe: the options.
+        monitor: from `make_monitor`.
+        device: the GPU to build on; None where there is none.
+        write: takes the engine.
+
+    Raises:
+        InputError: the profiles do not fit the network.
+        EngineError: TensorRT refused, or was cancelled; the message has its last warnings and errors.
+    """
+    if device is not None:
+        import torch
+
+        torch.cuda.set_device(device)  # the current device is each thread's own, and TensorRT builds on that
+    log = log_of(product.module)
+    mark = log.mark()
+    try:
+        return _Build(product, path, log, mark).run(model, recipe, monitor, write)
+    except EngineError as error:
+        lines = "".join(f"\n  {line}" for line in log.since(mark)[-_SHOWN:])
+        raise EngineError(f"{error}" + (f"\n{product} said last:{lines}" if lines else "")) from error.__cause__
+
+
+class _Build:
+    """One build; its attributes keep TensorRT's objects alive for as long as others of them point there."""
+
+    def __init__(self, product: Product, path: Path, log: Log, mark: int) -> None:
+        self._product = product
+        self._path = path
+        self._log = log
+        self._mark = mark
+        self._builder = self._made("a builder", product.module.Builder, log.logger)
+
+    def run(self, model: onnx.ModelProto, recipe: Recipe, monitor: Any, write: Write) -> Plan:
+        trt = self._product.module
+        network = self._parse(model, recipe.precision)
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        check_profiles(str(self._path), [_dynamic(tensor) for tensor in inputs], recipe.profiles)
+
+        config = self._made("a configuration", self._builder.create_builder_config)
+        config.progress_monitor = monitor
+        for profile in recipe.profiles:
+            self._add_profile(config, profile, {tensor.name for tensor in inputs if tensor.is_shape_tensor})
+        if recipe.precision == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)
+        elif recipe.precision is not None and self._product.weakly_typed:
+            config.set_flag(getattr(trt.BuilderFlag, recipe.precision.upper()))
+        if recipe.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_bytes)
+        if recipe.optimization_level is not None:
+            config.builder_optimization_level = recipe.optimization_level
+        if recipe.targets:
+            config.num_compute_capabilities = len(recipe.targets)
+            for i, target in enumerate(recipe.targets):
+                if not config.set_compute_capability(trt.ComputeCapability.__members__[target], i):
+                    self._fail(f"refuses to build for {target}", "leave it out of compute_capabilities")
+        timings = self._read_timings(config, recipe.timing_cache)
+
+        engine = self._builder.build_serialized_network(network, config)
+        if engine is None:
+            self._fail("cannot build this model", "mend what it names, or try another precision or other profiles")
+        if recipe.timing_cache is not None and timings is not None:
+            with replacing(recipe.timing_cache) as write_timings:
+                write_timings(memoryview(timings.serialize()))
+        data = memoryview(engine)
+        write(data)
+        warnings = self._log.since(self._mark)
+        return Plan(data.nbytes, hashlib.sha256(data).hexdigest(), _records(inputs), _records(outputs), warnings)
+
+    def _parse(self, model: onnx.ModelProto, precision: str | None) -> Any:
+        trt = self._product.module
+        flags = 0
+        strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        if strongly_typed is not None and not (self._product.weakly_typed and precision in ("fp16", "bf16")):
+            flags = 1 << int(strongly_typed)
+        network = self._made("a network", self._builder.create_network, flags)
+        self._parser = self._made("a parser", trt.OnnxParser, network, self._log.logger)
+        if not self._parser.parse(model.SerializeToString(), str(self._path)):  # the path: weights may be in files beside it
+            reasons = [_describe(self._parser.get_error(i)) for i in range(self._parser.num_errors)]
+            cause = "; ".join(reasons[:5]) or "no reason given"
+            self._fail(
+                f"cannot parse this model: {cause}",
+                "export it without that operator (another opset, plain ONNX operators), or with a newer TensorRT",
+            )
+        if not network.num_outputs:
+            self._fail("finds no outputs in this model", "export it again")
+        return network
+
+    def _add_profile(self, config: Any, profile: Profile, values: set[str]) -> None:
+        made = self._made("a profile", self._builder.create_optimization_profile)
+        for name, (low, usual, high) in profile.items():
+            try:
+                if name in values:
+                    made.set_shape_input(name, low, usual, high)
+                else:
+                    made.set_shape(name, low, usual, high)
+            except (ValueError, RuntimeError) as error:
+                self._fail(f"refuses the profile of input {name!r}: {error}", "mend the profile")
+        if not made or config.add_optimization_profile(made) < 0:
+            self._fail(f"refuses the profile {profile}", "mend the profile")
+
+    def _read_timings(self, config: Any, path: Path | None) -> Any:
+        if path is None:
+            return None
+        if self._product.offers_targets:
+            _log.info("%s compiles its kernels where they run and keeps no timings; %s is not used", self._product, path)
+            return None
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise EngineError(f"{path}: the timing cache cannot be read: {error.strerror}; name another file") from error
+        for content in (data, b""):
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+                return cache
+            _log.warning("%s: the timing cache is damaged or another GPU's or version's; it starts afresh", path)
+        return None
+
+    def _made(self, what: str, function: Any, *arguments: Any) -> Any:
+        """What `function` makes. The bindings raise, or give None, where TensorRT gives a null pointer."""
+        try:
+            made = function(*arguments)
+        except (TypeError, RuntimeError) as error:
+            self._fail(f"cannot make {what}: {error}", "see that driver, CUDA and TensorRT fit together")
+        if made is None:
+            self._fail(f"cannot make {what}", "see that driver, CUDA and TensorRT fit together")
+        return made
+
+    def _fail(self, what: str, remedy: str) -> NoReturn:
+        raise EngineError(f"{self._path}: {self._product} {what}; {remedy}")
+
+
+def _describe(error: Any) -> str:
+    """One of the parser's errors, in one line."""
+    name, operator = error.node_name(), error.node_operator()
+    node = f"node {error.node()}" + (f" {name!r}" if name else "") + (f" ({operator})" if operator else "")
+    reason = " ".join(error.desc().split())[:500]
+    return f"{node}: {reason}" if error.node() >= 0 else reason
+
+
+def _dynamic(tensor: Any) -> Dynamic:
+    shape = tuple(tensor.shape)
+    symbols = tuple(tensor.get_dimension_name(i) or None for i in range(len(shape)))
+    return Dynamic(tensor.name, tuple(None if extent < 0 else extent for extent in shape), symbols, tensor.is_shape_tensor)
+
+
+def _records(tensors: Iterable[Any]) -> list[dict[str, Any]]:
+    records = []
+    for tensor in tensors:
+        try:
+            shape: list[int | None] | None = [None if extent < 0 else extent for extent in tensor.shape]
+        except ValueError:  # of unknown rank
+            shape = None
+        kind = tensor.dtype.name
+        records.append({"name": tensor.name, "dtype": _DTYPES.get(kind, kind.lower()), "shape": shape})
+    return records

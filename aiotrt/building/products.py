@@ -1,0 +1,90 @@
+"""Which TensorRT there is to build with."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from aiotrt.errors import EngineError, InputError, MissingDependencyError
+
+__all__ = ["Product", "find_product", "title"]
+
+_TITLES: Final = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_INSTALL: Final = {"tensorrt": "pip install 'aiotrt[tensorrt]'", "tensorrt_rtx": "pip install 'aiotrt[rtx]'"}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One installed TensorRT.
+
+    Attributes:
+        name: ``"tensorrt"`` or ``"tensorrt_rtx"``, which is also its module's name.
+        version: as the module says.
+        module: the module.
+    """
+
+    name: str
+    version: str
+    module: Any
+
+    def __str__(self) -> str:
+        return f"{title(self.name)} {self.version}"
+
+    @property
+    def weakly_typed(self) -> bool:
+        """Whether the builder itself can lower the precision of a network (TensorRT 10; later ones take types as given)."""
+        return hasattr(self.module.BuilderFlag, "FP16")
+
+    @property
+    def offers_targets(self) -> bool:
+        """Whether it can build for GPUs that are not there (TensorRT-RTX)."""
+        return hasattr(self.module, "ComputeCapability")
+
+
+def title(name: str) -> str:
+    """The product's name as NVIDIA writes it."""
+    return _TITLES.get(name, name)
+
+
+def find_product(runtime: str | None) -> Product:
+    """The TensorRT to build with.
+
+    Args:
+        runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for what is installed: TensorRT first on a machine with a
+            GPU, TensorRT-RTX first on one without, because only that can build there.
+
+    Raises:
+        InputError: `runtime` is anything else.
+        MissingDependencyError: it is not installed, or does not import.
+        EngineError: it is too old, or it is TensorRT and there is no GPU.
+    """
+    if runtime is not None and runtime not in _TITLES:
+        raise InputError(f"runtime must be 'tensorrt', 'tensorrt_rtx' or None, got {runtime!r}")
+    gpu = torch.cuda.is_available()
+    wanted = (runtime,) if runtime is not None else ("tensorrt", "tensorrt_rtx") if gpu else ("tensorrt_rtx", "tensorrt")
+    reasons = []
+    for name in wanted:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: the Python package is there, and its libraries are not
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            reasons.append(f"{title(name)}: {'not installed' if missing else error}; {_INSTALL[name]}")
+            continue
+        product = Product(name, str(module.__version__), module)
+        if name == "tensorrt":
+            _check_usable(product, gpu)
+        return product
+    raise MissingDependencyError("building an engine needs TensorRT. " + ". ".join(reasons))
+
+
+def _check_usable(product: Product, gpu: bool) -> None:
+    if int(product.version.split(".")[0]) < 10:
+        raise EngineError(f"{product} is installed, and aiotrt builds with TensorRT 10 or newer; {_INSTALL['tensorrt']}")
+    if not gpu:  # its builder ends the process where there is no driver, so it is not even asked
+        raise EngineError(
+            f"{product} builds an engine on the GPU it is for, and torch sees none here; build it on that machine, or use "
+            "runtime='tensorrt_rtx', which needs no GPU to build"
+        )

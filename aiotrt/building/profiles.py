@@ -1,0 +1,169 @@
+"""Which shapes an engine must take: optimisation profiles, checked before TensorRT sees them.
+
+TensorRT's own checks let a wrong rank pass, and name neither the input nor the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, TypeAlias
+
+from aiotrt.errors import InputError
+
+__all__ = ["Dynamic", "Profile", "ProfileArgument", "Range", "check_profiles", "normal_profiles"]
+
+Shape: TypeAlias = Sequence[int]
+#: What a caller writes: an input's smallest, usual and largest shape, or one shape that is all three.
+ProfileArgument: TypeAlias = Mapping[str, "Sequence[Shape] | Shape"]
+Range: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Profile: TypeAlias = dict[str, Range]
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """An input of the network, as far as profiles are concerned.
+
+    Attributes:
+        name: the input's.
+        shape: its extents; None where they may differ from call to call.
+        symbols: the names of its dimensions; None where they have none. Equal names mean equal extents.
+        values: the network reads this input as a shape: a profile then gives the range of its *values*.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    symbols: tuple[str | None, ...]
+    values: bool = False
+
+    def __str__(self) -> str:
+        extents = (
+            symbol or "*" if extent is None else str(extent) for extent, symbol in zip(self.shape, self.symbols, strict=True)
+        )
+        return f"{self.name!r} ({', '.join(extents)})"
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the engine cannot be built before someone says what to expect."""
+        return self.values or None in self.shape
+
+
+def normal_profiles(profiles: Iterable[ProfileArgument] | ProfileArgument | None) -> list[Profile]:
+    """Profiles as the caller wrote them, in one form.
+
+    Raises:
+        InputError: they are not mappings of names to shapes.
+    """
+    if profiles is None:
+        return []
+    if isinstance(profiles, Mapping):
+        profiles = [profiles]
+    entries: Iterable[object] = profiles  # callers without a type checker pass anything
+    normal = []
+    for number, profile in enumerate(entries):
+        if not isinstance(profile, Mapping) or not profile:
+            raise InputError(f"profile {number}: expected a dict of input names to shapes, got {profile!r}")
+        normal.append({str(name): _range(number, name, shapes) for name, shapes in profile.items()})
+    return normal
+
+
+def check_profiles(model: str, inputs: Sequence[Dynamic], profiles: Sequence[Profile]) -> None:
+    """Check that the profiles fit the inputs.
+
+    Args:
+        model: the model's file, for messages.
+        inputs: all of the network's inputs.
+        profiles: from `normal_profiles`; may be empty where no input is dynamic.
+
+    Raises:
+        InputError: the first thing that does not fit; where no profile is given and one is needed, every dynamic input
+            and an example of the argument.
+    """
+    known = {item.name: item for item in inputs}
+    needed = [item for item in inputs if item.needs_profile]
+    if needed and not profiles:
+        _ask(model, needed)
+    for number, profile in enumerate(profiles):
+        where = f"{model}: profile {number}"
+        for name, triple in profile.items():
+            if name not in known:
+                raise InputError(f"{where}: there is no input {name!r}; the inputs are {', '.join(map(repr, known))}")
+            _check_range(where, known[name], triple)
+        missing = [str(item) for item in needed if item.name not in profile]
+        if missing:
+            raise InputError(f"{where}: says nothing about the dynamic input{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        _check_symbols(where, [known[name] for name in profile if not known[name].values], profile)
+
+
+def _range(number: int, name: object, shapes: object) -> Range:
+    """One shape or three, as three."""
+    given = list(shapes) if isinstance(shapes, Sequence) and not isinstance(shapes, str) else None
+    if given is not None and all(isinstance(extent, int) for extent in given):
+        given = [given, given, given]
+    if (
+        given is None
+        or len(given) != 3
+        or not all(isinstance(shape, Sequence) and all(isinstance(extent, int) for extent in shape) for shape in given)
+    ):
+        raise InputError(
+            f"profile {number}: input {name!r}: expected (smallest, usual, largest) shapes or one shape, got {shapes!r}"
+        )
+    low, usual, high = (tuple(int(extent) for extent in shape) for shape in given)
+    return low, usual, high
+
+
+def _check_range(where: str, item: Dynamic, triple: Range) -> None:
+    where = f"{where}: input {item}"
+    wanted = item.shape[0] if item.values and item.shape else len(item.shape)
+    for label, shape in zip(("smallest", "usual", "largest"), triple, strict=True):
+        if wanted is not None and len(shape) != wanted:
+            raise InputError(f"{where}: has {wanted} dimensions, and the {label} shape has {len(shape)}: {shape}")
+        if item.values:
+            continue
+        for extent, got in zip(item.shape, shape, strict=True):
+            if got < 1:
+                raise InputError(f"{where}: the {label} shape has an extent below 1: {shape}")
+            if extent is not None and extent != got:
+                raise InputError(f"{where}: the {label} shape is {shape}, which has {got} where the model has {extent}")
+    low, usual, high = triple
+    if any(not a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
+        raise InputError(f"{where}: smallest <= usual <= largest must hold for each extent, got {low}, {usual}, {high}")
+
+
+def _check_symbols(where: str, items: Sequence[Dynamic], profile: Profile) -> None:
+    """Dimensions of one name are one dimension to TensorRT, which says so in words that nobody understands."""
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for item in items:
+        for i, symbol in enumerate(item.symbols):
+            if symbol is None or item.shape[i] is not None:
+                continue
+            extents = tuple(shape[i] for shape in profile[item.name])
+            place = f"{item.name!r} dimension {i}"
+            other, expected = seen.setdefault(symbol, (place, extents))
+            if extents != expected:
+                raise InputError(
+                    f"{where}: {other} and {place} are both called {symbol!r} in the model, so they are always equal, "
+                    f"and the profile gives them {expected} and {extents}; give them the same, or rename one in the model"
+                )
+
+
+def _ask(model: str, needed: Sequence[Dynamic]) -> NoReturn:
+    """Say what is missing, with an argument to start from."""
+    example = ", ".join(f'"{item.name}": {_example(item)}' for item in needed)
+    listing = ", ".join(map(str, needed))
+    raise InputError(
+        f"{model}: the shape of {listing} is open: say which smallest, usual and largest shapes the engine must take, "
+        f"for instance profiles=[{{{example}}}]"
+    )
+
+
+def _example(item: Dynamic) -> Range:
+    if item.values:
+        count = (item.shape[0] if item.shape else 1) or 1
+        return (1,) * count, (8,) * count, (16,) * count
+    space = (32, 320, 640) if len(item.shape) == 4 else (1, 64, 256)  # images, or sequences
+    choices = [
+        (extent,) * 3 if extent is not None else (1, 1, 8) if i == 0 else space for i, extent in enumerate(item.shape)
+    ]
+    low, usual, high = (tuple(choice[i] for choice in choices) for i in range(3))
+    return low, usual, high

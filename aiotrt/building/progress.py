@@ -1,0 +1,146 @@
+"""How far the builder is, and the only way to stop it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from aiotrt.errors import InputError, MissingDependencyError
+
+__all__ = ["BuildProgress", "Report", "make_monitor", "reporter"]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """Where the builder is.
+
+    Attributes:
+        phase: what it does, in TensorRT's words; these change between its versions.
+        step: how many of the phase's steps are done.
+        steps: how many there are.
+        fraction: of the whole build, 0 to 1; never falls. Steps take unequal times, so it is no clock.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    fraction: float
+
+
+Report: TypeAlias = Callable[[BuildProgress], object]
+
+
+@contextmanager
+def reporter(progress: bool | Report | None, label: str) -> Iterator[Report | None]:
+    """What ``progress=`` asks for: a function to call, or a bar on standard error for True.
+
+    Raises:
+        InputError: it is something else.
+        MissingDependencyError: a bar was asked for, and rich is not installed.
+    """
+    if progress is None or progress is False:
+        yield None
+    elif progress is not True:
+        if not callable(progress):
+            raise InputError(f"progress must be True, None or a function, got {type(progress).__name__}")
+        yield progress
+    else:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        except ImportError as error:
+            raise MissingDependencyError("progress=True draws its bar with rich; pip install 'aiotrt[cli]'") from error
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[phase]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=1.0, phase="")
+
+            def report(progress: BuildProgress) -> None:
+                bar.update(task, completed=progress.fraction, phase=progress.phase)
+
+            yield report
+            bar.update(task, completed=1.0, phase="")
+
+
+class Phases:
+    """The builder's phases, which are nested, as one number."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[str | None, int, int]] = {}  # parent, steps, done; the innermost is the last
+        self._fraction = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> BuildProgress:
+        """A phase begins inside `parent`."""
+        self._open[name] = (parent, max(steps, 1), 0)
+        return self._at(name)
+
+    def step(self, name: str, step: int) -> BuildProgress:
+        """Step number `step` of a phase is done."""
+        parent, steps, _ = self._open.get(name, (None, step + 1, 0))
+        self._open[name] = (parent, steps, min(step + 1, steps))
+        return self._at(name)
+
+    def finish(self, name: str) -> None:
+        """A phase ends, whether or not all its steps were made."""
+        self._open.pop(name, None)
+
+    def _at(self, name: str) -> BuildProgress:
+        _, steps, done = self._open[name]
+        fraction, current = 0.0, self._open.get(name)
+        while current is not None:
+            parent, of, finished = current
+            fraction = (finished + fraction) / of if finished < of else 1.0
+            current = None if parent is None else self._open.get(parent)
+        self._fraction = max(self._fraction, min(fraction, 1.0))
+        return BuildProgress(name, done, steps, self._fraction)
+
+
+def make_monitor(trt: Any, report: Report | None) -> Any:
+    """A progress monitor of TensorRT's.
+
+    It has `cancel()`, for any thread: the builder stops at its next step and gives no engine. An exception that `report`
+    raises does the same, and is kept as `error`.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # super() would skip the C++ half
+            self.error: BaseException | None = None
+            self._phases = Phases()
+            self._lock = threading.Lock()  # TensorRT may call from several threads
+            self._cancelled = False
+
+        def cancel(self) -> None:
+            self._cancelled = True
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                self._report(self._phases.start(phase_name, parent_phase, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with self._lock:
+                self._report(self._phases.step(phase_name, step))
+            return not self._cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                self._phases.finish(phase_name)
+
+        def _report(self, progress: BuildProgress) -> None:
+            if report is None or self._cancelled:
+                return
+            try:
+                report(progress)
+            except BaseException as error:  # an exception that leaves here goes through TensorRT and ends the process
+                self.error = error
+                self._cancelled = True
+
+    return Monitor()

@@ -1,0 +1,134 @@
+"""What an engine was built from, in a JSON file beside it: ``detector.engine`` has ``detector.engine.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from aiotrt.building.files import check_readable, digest
+from aiotrt.building.products import title
+from aiotrt.errors import EngineError
+
+__all__ = ["Sidecar", "check_sidecar", "sidecar_path"]
+
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The record of one build.
+
+    Attributes:
+        engine: the engine file's name, ``size`` in bytes and ``sha256``.
+        source: the ONNX file's name and ``sha256``, which covers its external data.
+        product: ``"tensorrt"`` or ``"tensorrt_rtx"``.
+        version: its version.
+        versions: of what else took part.
+        gpu: ``name`` and ``compute_capability`` of the GPU it was built on; None where there was none.
+        compute_capabilities: the GPUs asked for; empty for the product's own choice.
+        precision: as asked for; None for the types in the ONNX file.
+        profiles: each maps input names to smallest, usual and largest shapes.
+        inputs: ``name``, ``dtype`` and ``shape`` of each, null where an extent is dynamic.
+        outputs: likewise.
+        options: the builder's other options.
+        mended: what was changed in the model before it was built, a line each.
+        warnings: the builder's last ones.
+        seconds: how long the builder took.
+        date: UTC, ISO 8601.
+        format: the layout of this record.
+    """
+
+    engine: Mapping[str, Any]
+    source: Mapping[str, Any]
+    product: str
+    version: str
+    versions: Mapping[str, str]
+    gpu: Mapping[str, str] | None
+    compute_capabilities: Sequence[str]
+    precision: str | None
+    profiles: Sequence[Mapping[str, Any]]
+    inputs: Sequence[Mapping[str, Any]]
+    outputs: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    mended: Sequence[str]
+    warnings: Sequence[str]
+    seconds: float
+    date: str
+    format: int = FORMAT
+
+    def __str__(self) -> str:
+        where = f" on {self.gpu['name']}" if self.gpu else ""
+        return f"built from {self.source['file']} by {title(self.product)} {self.version}{where} at {self.date}"
+
+    def to_json(self) -> str:
+        """As it is written."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def sidecar_path(engine: Path) -> Path:
+    """Where the record of an engine is."""
+    return engine.with_name(engine.name + ".json")
+
+
+def check_sidecar(engine: Path, *, product: str | None = None, gpu: Mapping[str, str] | None = None) -> Sidecar | None:
+    """Read the record beside an engine, and check that it is this engine's. Reads the whole engine, to hash it.
+
+    Args:
+        engine: the engine file.
+        product: the TensorRT that is to run it; None to leave that unchecked.
+        gpu: the GPU it is to run on, as `Sidecar.gpu` has it; None to leave that unchecked. TensorRT-RTX's engines are
+            not bound to the GPU they were built on.
+
+    Returns:
+        The record; None where there is none, as beside engines that other tools built.
+
+    Raises:
+        EngineError: the engine or the record is damaged, they do not belong together, or the engine is for another
+            product or GPU. A newer or older TensorRT is left to TensorRT to judge: some engines allow for it.
+    """
+    check_readable(engine)
+    path = sidecar_path(engine)
+    if not path.exists():
+        return None
+    sidecar = _read(path)
+    again = "build the engine again, or delete the record if it is not its own"
+    size = engine.stat().st_size
+    if size != sidecar.engine["size"]:
+        raise EngineError(f"{engine}: has {size:,} bytes, and {path.name} says {sidecar.engine['size']:,}; {again}")
+    if digest([engine]) != sidecar.engine["sha256"]:
+        raise EngineError(
+            f"{engine}: is damaged, or is not the engine that {path.name} describes: the hashes differ; {again}"
+        )
+    if product is not None and product != sidecar.product:
+        raise EngineError(f"{engine}: was {sidecar}, and {title(product)} is to run it; build it with runtime={product!r}")
+    if gpu is not None and sidecar.gpu is not None and sidecar.product == "tensorrt":
+        mine, its = gpu["compute_capability"], sidecar.gpu["compute_capability"]
+        if mine != its:
+            raise EngineError(
+                f"{engine}: was {sidecar}, compute capability {its}, and {gpu['name']} has {mine}; build it on this GPU"
+            )
+    return sidecar
+
+
+def _read(path: Path) -> Sidecar:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Sidecar)}
+        sidecar = Sidecar(**{name: value for name, value in entries.items() if name in known})
+        # What is used of it is there; other entries are only for people to read.
+        (
+            str(sidecar),
+            int(sidecar.engine["size"]),
+            str(sidecar.engine["sha256"]),
+            sidecar.gpu and sidecar.gpu["compute_capability"],
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EngineError(
+            f"{path}: the engine's record is damaged or from another version of aiotrt: {error}; "
+            "build the engine again, or delete the record"
+        ) from error
+    return sidecar

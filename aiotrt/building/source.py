@@ -1,0 +1,221 @@
+"""The ONNX file that an engine is built from: read, checked, and mended where TensorRT would refuse it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aiotrt.building.files import check_readable, digest, foreign
+from aiotrt.errors import EngineError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Source", "fit_precision", "mend", "read_onnx", "tensors"]
+
+#: What a symbolic dimension's name looks like when it names something. Exporters also write "?", "-1", "*", "None".
+_NAME: Final = re.compile(r"(?!(?:none|unk|unknown|dynamic|any)$)[a-z_].*", re.IGNORECASE)
+#: Protocol buffers hold no more.
+_LIMIT: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An ONNX file, read.
+
+    Attributes:
+        path: where it is.
+        model: its graph; weights that it keeps in other files are not loaded.
+        external: those files.
+    """
+
+    path: Path
+    model: onnx.ModelProto
+    external: tuple[Path, ...]
+
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """What the caller must give; old exporters list the weights among the inputs too."""
+        weights = {tensor.name for tensor in self.model.graph.initializer}
+        return [value for value in self.model.graph.input if value.name not in weights]
+
+    def sha256(self) -> str:
+        """Of the file and of the files its weights are in."""
+        return digest([self.path, *self.external])
+
+
+def read_onnx(path: Path) -> Source:
+    """Read and check an ONNX file.
+
+    Raises:
+        EngineError: it is missing, empty, a directory, cut short or no ONNX model; or its external data is missing, cut
+            short or outside its folder.
+        MissingDependencyError: the package onnx is not installed.
+    """
+    check_readable(path)
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{path.name}: reading an ONNX file needs the package onnx; pip install 'aiotrt[rtx]' or 'aiotrt[tensorrt]'"
+        ) from error
+    data = path.read_bytes()
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf raises its own class, which changed its place more than once
+        raise EngineError(
+            f"{path}: not an ONNX model, or cut short ({len(data):,} bytes){foreign(data)}: {error}; copy or export it again"
+        ) from error
+    # Some garbage is, by chance, a valid message with nothing in it.
+    if not model.ir_version or not model.graph.output:
+        raise EngineError(f"{path}: not an ONNX model{foreign(data)}: it declares no outputs; export it again")
+    return Source(path, model, _external_files(path, model))
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a graph: initializers, and those inside nodes and their subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from tensors(attribute.g)
+            for subgraph in attribute.graphs:
+                yield from tensors(subgraph)
+
+
+def mend(source: Source) -> list[str]:
+    """Change what TensorRT would trip over, in place, and what it computes not at all.
+
+    TensorRT takes dimensions of one name to be equal, and some exporters give each dimension they do not know the same
+    placeholder: PP-OCR's classifier calls height and width both "?". Such names are taken away.
+
+    Returns:
+        A line for each change.
+    """
+    changes = []
+    for value in source.inputs:
+        for i, dimension in enumerate(value.type.tensor_type.shape.dim):
+            name = dimension.dim_param
+            if (name and not _NAME.match(name)) or dimension.dim_value < 0:
+                shown = repr(name) if name else str(dimension.dim_value)
+                changes.append(
+                    f"input {value.name!r}: dimension {i} was called {shown}, which names nothing; it is unnamed now"
+                )
+                dimension.Clear()
+    return changes
+
+
+def fit_precision(source: Source, precision: str | None, *, weakly_typed: bool) -> onnx.ModelProto:
+    """The model in the types it shall be computed in.
+
+    Args:
+        source: the model, in whatever types.
+        precision: None for the file's own, or ``"fp32"``, ``"fp16"``, ``"bf16"``.
+        weakly_typed: the builder lowers the precision itself.
+
+    Raises:
+        EngineError: the file's types contradict `precision`, or it cannot be converted.
+        MissingDependencyError: the converter is not installed.
+    """
+    from onnx import TensorProto
+
+    types = {tensor.data_type for tensor in tensors(source.model.graph)}
+    types |= {value.type.tensor_type.elem_type for value in source.inputs}
+    half, bfloat = TensorProto.FLOAT16 in types, TensorProto.BFLOAT16 in types
+    if precision == "fp32" and (half or bfloat):
+        kind = "FP16" if half else "BF16"
+        raise EngineError(
+            f"{source.path}: holds {kind} tensors, and precision='fp32' cannot bring back what was rounded away; "
+            "export the model in FP32, or leave precision= out"
+        )
+    if precision == "bf16" and not weakly_typed and not bfloat:
+        raise EngineError(
+            f"{source.path}: holds no BF16 tensors, and this TensorRT takes types as they stand in the file; convert the "
+            "model before the export (model.bfloat16() in torch) and leave precision= out, or use precision='fp16'"
+        )
+    if precision == "fp16" and not weakly_typed and not half:
+        return _to_half(source)
+    return source.model
+
+
+def _to_half(source: Source) -> onnx.ModelProto:
+    """FP16 inside; inputs and outputs keep their types, as they do where the builder lowers the precision.
+
+    The converter is onnxruntime's. The older one, onnxconverter-common, is where it comes from, and is seldom mended.
+    """
+    try:
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{source.path.name}: precision='fp16' converts the model with onnxruntime first; pip install 'aiotrt[onnx]'"
+        ) from error
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    try:
+        if source.external:
+            onnx.load_external_data_for_model(model, str(source.path.parent))
+        _lift_constants(model)
+        # A variance below 6e-8 is no FP16 number. PP-OCR's detector has such, and found text everywhere.
+        kept = [*DEFAULT_OP_BLOCK_LIST, "BatchNormalization"]
+        converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, op_block_list=kept)
+        if converted.ByteSize() > _LIMIT:
+            raise ValueError("the result is larger than 2 GiB")
+    except Exception as error:  # the converter raises whatever its parts raise
+        raise EngineError(
+            f"{source.path}: onnxruntime cannot convert this model to FP16: {error}; export it in FP16 (model.half() in "
+            "torch) and leave precision= out"
+        ) from error
+    return converted
+
+
+def _lift_constants(model: onnx.ModelProto) -> None:
+    """Make initializers of Constant nodes.
+
+    Or the converter rounds the weights of a node that is to stay in FP32 when they come from a Constant node.
+    """
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+        else:
+            nodes.append(type(node).FromString(node.SerializeToString()))  # the original dies with the list below
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be an input as well
+
+
+def _external_files(path: Path, model: onnx.ModelProto) -> tuple[Path, ...]:
+    files: dict[Path, None] = {}
+    for tensor in tensors(model.graph):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entry: dict[str, Any] = {item.key: item.value for item in tensor.external_data}
+        location = str(entry.get("location", ""))
+        file = path.parent / location
+        if not location or not file.resolve().is_relative_to(path.parent.resolve()):
+            raise EngineError(
+                f"{path}: the weights {tensor.name!r} are said to be in {location!r}, outside the model's folder"
+            )
+        if not file.is_file():
+            raise EngineError(
+                f"{path}: its weights are in another file, {location}, which is not there; copy that beside it, or export "
+                "the model again in one file (external_data=False in torch.onnx.export)"
+            )
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        if file.stat().st_size < end:
+            raise EngineError(
+                f"{path}: its weights are in {location}, which is cut short: {file.stat().st_size:,} of at least {end:,} "
+                "bytes; copy it again"
+            )
+        files[file] = None
+    return tuple(files)

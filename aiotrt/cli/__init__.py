@@ -1,0 +1,93 @@
+"""The command line: ``aiotrt``, or ``python -m aiotrt``. Each command is one file here.
+
+The exit status is 0 when all went well, 1 when something failed, 2 when the command was wrong, and 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from aiotrt.cli import build, inspect
+from aiotrt.errors import AiotrtError, InputError, UsageError
+
+__all__ = ["main"]
+
+#: In the order of the help. A command has `register(subparsers, parents)`, which sets `run`: arguments to exit status.
+COMMANDS: Final = (build, inspect)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; by default the process's.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: the arguments are wrong (2), or help was asked for (0).
+    """
+    arguments = _parser().parse_args(argv)
+    with _logging(verbose=arguments.verbose):
+        try:
+            status: int = arguments.run(arguments)
+            sys.stdout.flush()
+        except AiotrtError as error:
+            if arguments.verbose:
+                traceback.print_exc()
+            else:
+                first, *more = str(error).splitlines() or [type(error).__name__]
+                print(f"aiotrt: {first}" + (" (more with -v)" if more else ""), file=sys.stderr)
+            return 2 if isinstance(error, (InputError, UsageError)) else 1
+        except KeyboardInterrupt:
+            print("aiotrt: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # Whoever read our output has gone. The interpreter would complain when it flushes the rest at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
+    parser.add_argument("--version", action="version", version=f"aiotrt {importlib.metadata.version('aiotrt')}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.register(subparsers, [common])
+    return parser
+
+
+@contextmanager
+def _logging(*, verbose: bool) -> Iterator[None]:
+    """Show the package's log on standard error while a command runs; errors are left to the exception that comes."""
+    log = logging.getLogger("aiotrt")
+    handler = _Handler()
+    level = log.level
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not verbose:
+        handler.addFilter(lambda record: record.levelno < logging.ERROR)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Handler(logging.Handler):
+    """To whatever standard error is at the time: a progress bar replaces it, and makes way for the line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)

@@ -1,0 +1,250 @@
+"""TensorRT engines: one adapter for `tensorrt`, `tensorrt_rtx` and `tensorrt_lean`.
+
+An engine file is code. It is deserialised only on a CUDA device, only after its checksum where one is given, and code for
+the host inside it is refused unless it is allowed. What cannot be told from the file's header is tried with what is
+installed, and the error says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from aiotrt.devices.base import Device, Stream
+from aiotrt.engines.tensorrt_api import DTYPES, Api, CudaEngine, Enumerator, ExecutionContext, RtxApi, Runtime
+from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution, Values, Workspace
+from aiotrt.engines.tensorrt_plan import Plan, read_plan
+from aiotrt.engines.tensorrt_runtime import Product, open_product
+from aiotrt.errors import EngineError, InputError
+from aiotrt.tensors import Shapes, TensorSpec
+
+__all__ = ["TensorRTEngine"]
+
+
+class TensorRTEngine:
+    """A deserialised engine, shared by all slots of a model.
+
+    Args:
+        path: the ``.engine`` or ``.plan`` file.
+        device: the CUDA device it will run on.
+        runtime: the module to run it with (``"tensorrt"``, ``"tensorrt_rtx"`` or ``"tensorrt_lean"``); None for the first
+            that is installed and reads what the file's header says.
+        sha256: the file's checksum, in hexadecimal; a file with another one is not looked at any further.
+        allow_host_code: whether code for the host inside the file may run; only for files whose maker you trust.
+        runtime_module: the module itself, for tests.
+        require_cuda: False where `runtime_module` needs no GPU.
+
+    Attributes:
+        plan: what the file's header says.
+        outputs: what it gives.
+        profiles: its optimisation profiles.
+
+    Raises:
+        EngineError: the file is missing, empty, truncated, damaged, not what `sha256` says, written by another product or
+            version or for another GPU, or contains host code; or it has a tensor that torch cannot hold.
+        MissingDependencyError: no product is installed that reads it.
+    """
+
+    parameters: Mapping[str, bool] | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        *,
+        runtime: str | None = None,
+        sha256: str | None = None,
+        allow_host_code: bool = False,
+        runtime_module: Api | None = None,
+        require_cuda: bool = True,
+    ) -> None:
+        self.name = path.name
+        self.uncapturable: str | None = None
+        self._path = path
+        self._device = device
+        self._lock = threading.Lock()
+        # Freed with the last execution that uses it; the executions keep it.
+        self._workspaces: weakref.WeakValueDictionary[int, Workspace] = weakref.WeakValueDictionary()
+        self._executions: weakref.WeakSet[TensorRTExecution] = weakref.WeakSet()
+        data = _read(path, sha256)
+        self.plan = read_plan(data)
+        _check_size(path, self.plan, len(data))
+        if require_cuda and (device.torch_device.type != "cuda" or not torch.cuda.is_available()):
+            raise EngineError(
+                f"{path}: TensorRT engines run on CUDA devices, and this model's device is {device.name}; "
+                "load it with device='cuda', or load the .onnx file it was built from"
+            )
+        self._product: Product = open_product(path, self.plan, runtime, runtime_module)
+        with self._current_device():
+            self._runtime: Runtime | None = self._product.must(f"{path}: creating a runtime", self._product.runtime)
+            # Set either way: versions differ in what they allow by default.
+            self._runtime.engine_host_code_allowed = allow_host_code
+            self._engine: CudaEngine | None = self._deserialize(self._runtime, data)
+        try:
+            self._describe(self._engine)
+        except BaseException:
+            self.close()
+            raise
+
+    def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> TensorRTExecution:
+        engine = self._engine
+        if engine is None:
+            raise EngineError(f"{self._path}: this engine is closed")
+        by_name = dict(zip(names, shapes, strict=True))
+        profile = self._fitting(by_name)
+        with self._lock:
+            context = device.call(stream, lambda: self._context(engine))
+            workspace = self._workspaces.get(stream.handle)
+            nbytes = 0
+            if workspace is None:
+                # The largest over all profiles, once: captured graphs have its address baked in, so it cannot grow.
+                size = engine.device_memory_size_v2
+                workspace = self._workspaces[stream.handle] = device.call(stream, lambda: Workspace(device, size))
+                nbytes = workspace.nbytes
+        execution = TensorRTExecution(
+            self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes
+        )
+        self._executions.add(execution)
+        if self.uncapturable is None:
+            self.uncapturable = execution.uncapturable
+        return execution
+
+    def close(self) -> None:
+        # TensorRT wants contexts gone before their engine, and the engine before its runtime.
+        for execution in list(self._executions):
+            execution.close()
+        self._engine = None
+        self._runtime = None
+
+    # Loading...
+
+    def _current_device(self) -> contextlib.AbstractContextManager[object]:
+        where = self._device.torch_device
+        return torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
+
+    def _deserialize(self, runtime: Runtime, data: bytes) -> CudaEngine:
+        product = self._product
+        mark = product.log.mark()
+        try:
+            engine = runtime.deserialize_cuda_engine(memoryview(data)[self.plan.offset :] if self.plan.offset else data)
+        except Exception as error:
+            raise product.refusal(self._path, self.plan, len(data), mark) from error
+        if engine is None:
+            raise product.refusal(self._path, self.plan, len(data), mark)
+        return engine
+
+    def _describe(self, engine: CudaEngine) -> None:
+        product, api = self._product, self._product.api
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        count = engine.num_optimization_profiles
+        for name in names:
+            self._check_format(engine, name, max(1, count))
+        inputs = [name for name in names if engine.get_tensor_mode(name) == api.TensorIOMode.INPUT]
+        host = frozenset(name for name in names if engine.get_tensor_location(name) == api.TensorLocation.HOST)
+        what = f"{self._path}: reading the optimisation profiles"
+        self.profiles = tuple(product.ask(what, lambda: [_profile(engine, i, inputs, host) for i in range(count)]))
+        self.inputs: tuple[TensorSpec, ...] | None = tuple(self._spec(engine, name, input=True) for name in inputs)
+        self.outputs = tuple(self._spec(engine, name, input=False) for name in names if name not in inputs)
+        self._layout = Layout(str(self._path), self.inputs, self.outputs, host)
+        if engine.streamable_weights_size > 0 and engine.weight_streaming_budget_v2 < engine.streamable_weights_size:
+            self.uncapturable = "its weights are streamed from the host at every run"
+
+    def _spec(self, engine: CudaEngine, name: str, *, input: bool) -> TensorSpec:  # noqa: A002
+        kind: Enumerator = engine.get_tensor_dtype(name)
+        dtype = DTYPES.get(kind.name)
+        if dtype is None:
+            raise EngineError(
+                f"{self._path}: tensor {name!r} is {kind.name}, which torch cannot hold; "
+                f"build the engine with one of {', '.join(DTYPES)} at its borders"
+            )
+        extents = tuple(engine.get_tensor_shape(name))
+        shape = tuple(None if extent < 0 else extent for extent in extents)
+        allowed = [profile.extents[name] for profile in self.profiles if name in profile.extents] if input else []
+        if not allowed:
+            return TensorSpec(name, shape, dtype)
+        minimum = tuple(min(extents) for extents in zip(*(low for low, _ in allowed), strict=True))
+        maximum = tuple(max(extents) for extents in zip(*(high for _, high in allowed), strict=True))
+        return TensorSpec(name, shape, dtype, minimum, maximum)
+
+    def _check_format(self, engine: CudaEngine, name: str, profiles: int) -> None:
+        for index in range(profiles):
+            form = engine.get_tensor_format_desc(name, index)
+            if engine.get_tensor_vectorized_dim(name, index) != -1 or "channel major" in form.lower():
+                raise EngineError(
+                    f"{self._path}: tensor {name!r} is laid out as {form!r}, not row-major; "
+                    "build the engine with linear formats for its inputs and outputs"
+                )
+
+    # Running...
+
+    def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile | None:
+        """The first profile that allows these shapes; None where the engine has none at all."""
+        if not self.profiles:
+            return None
+        for profile in self.profiles:
+            if profile.allows(shapes):
+                return profile
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        listing = "; ".join(map(str, self.profiles))
+        raise InputError(f"{self._path}: no optimisation profile allows {got}; there are {listing}")
+
+    def _context(self, engine: CudaEngine) -> ExecutionContext:
+        api = self._product.api
+        strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
+        what = f"{self._path}: creating an execution context"
+        if not self._product.specializes:
+            return self._product.must(what, lambda: engine.create_execution_context(strategy))
+        # TensorRT-RTX compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
+        eager = cast("RtxApi", api).DynamicShapesKernelSpecializationStrategy.EAGER
+        config = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        return self._product.must(what, lambda: engine.create_execution_context(config))
+
+
+def _read(path: Path, sha256: str | None) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise EngineError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise EngineError(f"{path}: the file is empty")
+    if sha256 is not None and (digest := hashlib.sha256(data).hexdigest()) != sha256.lower():
+        raise EngineError(
+            f"{path}: its SHA-256 is {digest}, expected {sha256.lower()}; it is damaged or somebody changed it, "
+            "and it was not loaded"
+        )
+    return data
+
+
+def _check_size(path: Path, plan: Plan, nbytes: int) -> None:
+    got = nbytes - plan.offset
+    if plan.size is not None and plan.size != got:
+        damage = "truncated" if got < plan.size else "damaged, or something was appended to it"
+        raise EngineError(
+            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, and it has {got:,}; "
+            "copy or build it again"
+        )
+
+
+def _profile(engine: CudaEngine, index: int, inputs: Sequence[str], host: frozenset[str]) -> Profile:
+    extents = {}
+    values = {}
+    for name in inputs:
+        if min(engine.get_tensor_shape(name), default=0) < 0:
+            low, _, high = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
+            extents[name] = (low, high)
+        if name in host:
+            limits = [tuple(limit) for limit in engine.get_tensor_profile_values(index, name)]
+            if len(limits) == 3:  # empty where the profile sets none
+                values[name] = Values(*limits)
+    return Profile(index, extents, values)

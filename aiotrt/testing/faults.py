@@ -1,0 +1,278 @@
+"""Faults at will: any verb of any device fails at its n-th use.
+
+`FaultInjector` stands between a program and a device and counts the uses of every verb. `fault_points` runs a scenario once
+without a fault and lists every way in which it could have failed, so that a test can try them all:
+
+    for fault in fault_points(scenario, SimulatedDevice):
+        device = FaultInjector(SimulatedDevice(), fault)
+        ...  # run the scenario again: what must hold now?
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+
+from aiotrt.devices.base import CaptureError, Device, Event, Graph, Stream
+from aiotrt.errors import DeviceError
+from aiotrt.testing.simulator import SimulatedDevice
+
+__all__ = ["VERBS", "Fault", "FaultInjector", "FaultKind", "fault_points"]
+
+T = TypeVar("T")
+
+
+class FaultKind(enum.Enum):
+    """How a verb fails."""
+
+    STICKY = "sticky"  # DeviceError, from this use of any verb on, as after an illegal address
+    PASSING = "passing"  # RuntimeError, once, as for an invalid argument
+    MEMORY = "memory"  # torch.OutOfMemoryError, once
+    CAPTURE = "capture"  # CaptureError, once
+    HANG = "hang"  # the event never completes, nor does anything later on its stream, or on one that waits for it
+
+
+_ANY: Final = (FaultKind.STICKY, FaultKind.PASSING)
+_ALLOCATES: Final = (*_ANY, FaultKind.MEMORY)
+
+#: Every verb, with the ways in which it can fail. "call" counts `Device.call`, "run" `Stream.run`, "launch" `Graph.launch`.
+VERBS: Final[dict[str, tuple[FaultKind, ...]]] = {
+    "stream": _ALLOCATES,
+    "event": _ANY,
+    "query": (FaultKind.STICKY,),
+    "empty": _ALLOCATES,
+    "pinned": _ALLOCATES,
+    "capture": (*_ALLOCATES, FaultKind.CAPTURE),
+    "call": _ALLOCATES,
+    "synchronize": (FaultKind.STICKY,),
+    "record": (*_ANY, FaultKind.HANG),
+    "wait": _ANY,
+    "copy": _ANY,
+    "run": _ALLOCATES,
+    "launch": _ANY,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `use`-th use of `verb` fails, counted from 1, in the manner of `kind`."""
+
+    verb: str
+    use: int
+    kind: FaultKind
+
+    def __str__(self) -> str:
+        return f"{self.verb}-{self.use}-{self.kind.value}"
+
+
+class FaultInjector:
+    """A device that fails on demand, and is otherwise the one it wraps.
+
+    What it does not know it passes on, so a `SimulatedDevice` inside can be used as such.
+
+    Args:
+        device: the device within.
+        faults: what shall fail.
+
+    Attributes:
+        device: the device within.
+        uses: how often each verb was used.
+        happened: the faults that have happened.
+        error: what every verb raises since a sticky fault.
+    """
+
+    def __init__(self, device: Device, *faults: Fault) -> None:
+        self.device = device
+        self.uses: Counter[str] = Counter()
+        self.happened: list[Fault] = []
+        self.error: DeviceError | None = None
+        self._faults = {(fault.verb, fault.use): fault for fault in faults}
+        self._streams: dict[int, _Stream] = {}
+        self._hung_events: dict[int, Event] = {}
+
+    @property
+    def simulated(self) -> SimulatedDevice:
+        """The device within, where that is a simulated one."""
+        assert isinstance(self.device, SimulatedDevice), self.device
+        return self.device
+
+    @property
+    def fault(self) -> DeviceError | None:
+        """The fault that broke the device."""
+        return self.device.fault
+
+    @fault.setter
+    def fault(self, error: DeviceError | None) -> None:
+        self.device.fault = error
+
+    def stream(self) -> Stream:
+        """As the device."""
+        self.use_verb("stream")
+        return self._wrap(self.device.stream())
+
+    def event(self) -> Event:
+        """As the device."""
+        self.use_verb("event")
+        return self.device.event()
+
+    def current_stream(self) -> Stream:
+        """As the device; cannot fail."""
+        return self._wrap(self.device.current_stream())
+
+    def adopt_stream(self, stream: object) -> Stream:
+        """As the device; cannot fail otherwise."""
+        return self._wrap(self.device.adopt_stream(_unwrap(stream)))
+
+    def query(self, event: Event) -> bool:
+        """As the device; False for ever for an event that hangs."""
+        self.use_verb("query")
+        return id(event) not in self._hung_events and self.device.query(event)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """As the device."""
+        self.use_verb("empty")
+        return self.device.empty(shape, dtype)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """As the device."""
+        self.use_verb("pinned")
+        return self.device.pinned(shape, dtype)
+
+    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+        """As the device; fails before the warm-up."""
+        self.use_verb("capture")
+        graph, outputs = self.device.capture(_unwrap(stream), body)
+        return _Graph(self, graph), outputs
+
+    def call(self, stream: Stream, function: Callable[[], T]) -> T:
+        """As the device; fails before the call."""
+        self.use_verb("call")
+        return self.device.call(_unwrap(stream), function)
+
+    def synchronize(self) -> None:
+        """As the device."""
+        self.use_verb("synchronize")
+        self.device.synchronize()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.device, name)
+
+    def use_verb(self, verb: str) -> FaultKind | None:
+        """Count a use of `verb` and fail if it is its time.
+
+        Returns FaultKind.HANG if that is what shall happen: nothing is raised then.
+        """
+        self.uses[verb] += 1
+        if self.error is not None:
+            raise self.error
+        fault = self._faults.get((verb, self.uses[verb]))
+        if fault is None:
+            return None
+        self.happened.append(fault)
+        message = f"injected: {fault}"
+        match fault.kind:
+            case FaultKind.STICKY:
+                self.error = DeviceError(message, code=700, name="cudaErrorIllegalAddress")
+                raise self.error
+            case FaultKind.PASSING:
+                raise RuntimeError(message)
+            case FaultKind.MEMORY:
+                raise torch.OutOfMemoryError(message)
+            case FaultKind.CAPTURE:
+                raise CaptureError(message)
+            case FaultKind.HANG:
+                return fault.kind
+
+    def hangs(self, event: Event, *, hang: bool) -> None:
+        """From now on, or no longer, `event` never completes."""
+        if hang:
+            self._hung_events[id(event)] = event  # kept: its identity must not be used again
+        else:
+            self._hung_events.pop(id(event), None)
+
+    def is_hung(self, event: Event) -> bool:
+        """Whether it never completes."""
+        return id(event) in self._hung_events
+
+    def _wrap(self, stream: Stream) -> _Stream:
+        return self._streams.setdefault(stream.handle, _Stream(self, stream))
+
+    def __repr__(self) -> str:
+        return f"<FaultInjector {', '.join(map(str, self._faults.values()))} in {self.device!r}>"
+
+
+class _Stream:
+    """A stream whose verbs are counted."""
+
+    def __init__(self, injector: FaultInjector, stream: Stream) -> None:
+        self.stream = stream
+        self.handle = stream.handle
+        self._injector = injector
+        self._is_hung = False
+
+    def record(self, event: Event) -> None:
+        if self._injector.use_verb("record") is FaultKind.HANG:
+            self._is_hung = True
+        self._injector.hangs(event, hang=self._is_hung)
+        self.stream.record(event)
+
+    def wait(self, event: Event) -> None:
+        self._injector.use_verb("wait")
+        self._is_hung = self._is_hung or self._injector.is_hung(event)
+        self.stream.wait(event)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._injector.use_verb("copy")
+        self.stream.copy(destination, source)
+
+    def run(self, function: Callable[[], object]) -> None:
+        self._injector.use_verb("run")
+        self.stream.run(function)
+
+    def synchronize(self) -> None:
+        self._injector.use_verb("synchronize")
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _Graph:
+    """A graph whose launches are counted."""
+
+    def __init__(self, injector: FaultInjector, graph: Graph) -> None:
+        self.nbytes = graph.nbytes
+        self._injector = injector
+        self._graph = graph
+
+    def launch(self, stream: Stream) -> None:
+        self._injector.use_verb("launch")
+        self._graph.launch(_unwrap(stream))
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+def _unwrap(stream: Any) -> Any:
+    return stream.stream if isinstance(stream, _Stream) else stream
+
+
+def fault_points(scenario: Callable[[FaultInjector], object], make: Callable[[], Device]) -> Iterator[Fault]:
+    """Every fault that could happen in `scenario`.
+
+    Args:
+        scenario: is called once, on a device that does not fail; should do the same each time.
+        make: makes a device for it.
+    """
+    injector = FaultInjector(make())
+    scenario(injector)
+    uses = dict(injector.uses)
+    for verb, kinds in VERBS.items():
+        for use in range(1, uses.get(verb, 0) + 1):
+            for kind in kinds:
+                yield Fault(verb, use, kind)

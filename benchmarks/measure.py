@@ -1,0 +1,212 @@
+"""The measuring kit that the benchmarks and the demo share: percentiles, the event loop's lag, CPU share, results as JSON.
+
+A figure is worth what its neighbours in the same run are worth: report a loop's lag beside the idle loop's, an overhead
+beside the floor's, and never compare across machines or runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import numpy as np
+import torch
+
+import aiotrt
+
+__all__ = ["RESULTS", "Heartbeat", "Spread", "Usage", "idle_lag", "loops", "machine", "median_of", "run_on", "write"]
+
+T = TypeVar("T")
+
+RESULTS: Final = Path(__file__).parent / "results"
+BEAT: Final = 2e-3  # seconds between heartbeats
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the middle and the tail of a set of durations lie, in the unit that went in."""
+
+    p50: float
+    p99: float
+    worst: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of `values`, which must not be empty."""
+        p50, p99 = np.percentile(values, [50, 99])
+        return cls(float(p50), float(p99), float(max(values)), len(values))
+
+
+def median_of(spreads: Iterable[Spread]) -> Spread:
+    """The median of each figure over several runs; the worst is the worst of all."""
+    spreads = list(spreads)
+    return Spread(
+        statistics.median(s.p50 for s in spreads),
+        statistics.median(s.p99 for s in spreads),
+        max(s.worst for s in spreads),
+        sum(s.count for s in spreads),
+    )
+
+
+class Heartbeat:
+    """Measures the event loop's lag while the block runs: how late a task wakes that sleeps 2 ms, again and again.
+
+    The loops' own timers round to a millisecond, so an idle loop shows a lag too: compare with `idle_lag`. The beat under
+    way when the block ends counts as well, so a loop that was blocked from beginning to end does not look well.
+
+    Attributes:
+        lags: in seconds, one for each beat.
+    """
+
+    def __init__(self) -> None:
+        self.lags: list[float] = []
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._beat())
+        await asyncio.sleep(0)  # the first beat begins before the block does
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        self._stopping = True
+        await self._task
+
+    @property
+    def spread(self) -> Spread:
+        """The lags' spread, in seconds."""
+        return Spread.of(self.lags)
+
+    async def _beat(self) -> None:
+        while not self._stopping:
+            started = time.perf_counter()
+            await asyncio.sleep(BEAT)
+            self.lags.append(time.perf_counter() - started - BEAT)
+
+
+async def idle_lag(seconds: float = 1.0) -> Spread:
+    """The lag of this loop when nothing else runs on it: the baseline for every other lag of the same run."""
+    async with Heartbeat() as heartbeat:
+        await asyncio.sleep(seconds)
+    return heartbeat.spread
+
+
+class Usage:
+    """Wall time and CPU share of a block; of all the process's threads, so 2.0 is two whole cores.
+
+    Attributes:
+        seconds: wall time.
+        cpu: processor time over wall time.
+        others: how many cores everybody else on this machine used meanwhile; None where the system does not say. Figures
+            taken beside a busy neighbour are the neighbour's too.
+    """
+
+    seconds = 0.0
+    cpu = 0.0
+    others: float | None = None
+
+    def __enter__(self) -> Self:
+        self._busy = _busy_seconds()
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._wall
+        self.cpu = (time.process_time() - self._processor) / self.seconds
+        busy = _busy_seconds()
+        if self._busy is not None and busy is not None:
+            self.others = max(0.0, (busy - self._busy) / self.seconds - self.cpu)
+
+
+def loops() -> dict[str, Callable[[], asyncio.AbstractEventLoop] | None]:
+    """The event loops that are installed, by name."""
+    found: dict[str, Callable[[], asyncio.AbstractEventLoop] | None] = {"asyncio": None}
+    try:
+        import uvloop
+    except ImportError:
+        return found
+    return {**found, "uvloop": uvloop.new_event_loop}
+
+
+def run_on(loop: str, main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end on a new loop of this name."""
+    with asyncio.Runner(loop_factory=loops()[loop]) as runner:
+        return runner.run(main)
+
+
+def machine() -> dict[str, Any]:
+    """What this ran on, for the record."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "aiotrt": aiotrt.__version__,
+        **{name: _version(name) for name in ("torch", "onnxruntime", "uvloop", "cuda-bindings", "numpy")},
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
+    return found
+
+
+def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``; the last run's stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    date = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    record = {"benchmark": name, "date": date, "machine": machine(), **results}
+    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n", encoding="utf-8")
+    return path
+
+
+def _busy_seconds() -> float | None:
+    """Processor seconds that this machine's processors have worked, or were taken away, since it started."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, interrupt, soft, stolen = map(int, fields[1:9])
+    return (user + nice + system + interrupt + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _driver() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+    except OSError:
+        return "unknown"
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), "unknown")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
