@@ -21,7 +21,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,7 +116,7 @@ class Executor:
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
         self._forks = _forks
-        self._workers = ThreadPoolExecutor(slots + 1, thread_name_prefix="aiotrt-worker")
+        self._workers = self.device.workers(slots + 1)
         self._stop_listening = self.device.on_fault(self._device_failed)
         self.device.prepare_thread()
         if self.device.fault is not None:
@@ -486,6 +485,12 @@ class Executor:
         if not request.future.done():
             request.future.set_exception(error)
 
+    def failed(self, error: BaseException, when: str) -> AiotrtError:
+        """What a caller gets for an error of the device; a fault breaks the device first."""
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+        return self.explain(error, when)
+
     def explain(self, error: BaseException, when: str) -> AiotrtError:
         """The error that a caller gets for whatever went wrong."""
         if isinstance(error, AiotrtError):
@@ -659,6 +664,7 @@ class Executor:
             request = slot.request
             if request is None or self.machine.states[slot.index] in (State.BROKEN, State.DRAINING):
                 continue
+            request.is_revoked = True
             self._move(slot, Move.RELEASE)
             if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
                 self._reject(request, error)

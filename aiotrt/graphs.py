@@ -243,7 +243,10 @@ class _Builder:
 
     def build(self) -> Program:
         try:
-            return self._build()
+            program = self._build()
+            # Zeros and a first run may still be on the stream, and a lease's holder writes from another one.
+            self._stream.synchronize()
+            return program
         except BaseException:
             for closer in self._closers:
                 closer()

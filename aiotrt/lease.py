@@ -19,7 +19,7 @@ import torch
 
 from aiotrt.completion import check_loop
 from aiotrt.devices import Event, Stream
-from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from aiotrt.slots import State
@@ -263,7 +263,13 @@ class Lease:
         self._outputs = Buffers(
             "output", [Buffer(hold, i, name, is_input=False) for i, name in enumerate(program.names.names)]
         )
-        hold.open()
+        try:
+            hold.open()
+        except Exception as error:
+            # Nobody calls __aexit__ when __aenter__ raises: without this the slot would stay claimed for ever.
+            self._hold = None
+            self._executor.abandon(request)
+            raise self._executor.failed(error, "while a lease was entered") from error
         return self
 
     async def __aexit__(
@@ -385,7 +391,7 @@ class _Hold:
 
     @property
     def is_held(self) -> bool:
-        return not self._left and self.slot.request is self._request
+        return not self._left and self.slot.request is self._request and not self._request.is_revoked
 
     def check(self) -> None:
         executor = self.executor
@@ -394,7 +400,7 @@ class _Hold:
             raise UsageError("this lease has ended: its buffers belong to somebody else now")
         if executor.broken is not None:
             raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
-        if self.slot.request is not self._request:
+        if self._request.is_revoked or self.slot.request is not self._request:
             raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
 
     def check_launched(self) -> None:
@@ -438,14 +444,18 @@ class _Hold:
     def launch(self, future: asyncio.Future[None] | None) -> Event:
         executor = self.executor
         self._check_written()
-        event = executor.device.event()
-        current = executor.device.current_stream()
+        event: Event | None = None
         try:
+            event = executor.device.event()
+            current = executor.device.current_stream()
             self._submit(event, current)
         except Exception as error:
-            raise self._failed(event, error) from error
+            raise self._failed(event, error, None) from error
         self._launched(event, future)
-        current.wait(event)
+        try:
+            current.wait(event)
+        except Exception as error:
+            raise executor.failed(error, "while the current stream was made to wait for a launch") from error
         return event
 
     def launch_in_worker(self, future: asyncio.Future[None]) -> None:
@@ -465,37 +475,40 @@ class _Hold:
             if error is None:
                 self._launched(event, future)
             else:
-                error = self._failed(event, error)
-                if not future.done():
-                    future.set_exception(error)
+                self._failed(event, error, future)
 
         executor.submit_in_worker(slot, submit, submitted)
 
-    def _failed(self, event: Event, error: BaseException) -> BaseException:
-        """Part of the work may be on the stream: the slot is in flight until that has passed."""
+    def _failed(self, event: Event | None, error: BaseException, future: asyncio.Future[None] | None) -> AiotrtError:
+        """Part of the work may be on the stream: the slot is in flight until that has passed, and `future` hears then."""
         executor = self.executor
-        try:
-            if isinstance(error, DeviceError):
-                raise error
-            self.slot.stream.record(event)
-            self._launched(event, None)
-        except DeviceError as fault:
-            executor.device.fail(fault)
-        return executor.explain(error, "while it was launched")
+        explained = executor.failed(error, "while it was launched")
+        if executor.broken is None and event is not None:
+            try:
+                self.slot.stream.record(event)
+                self._launched(event, future, explained)
+            except Exception as second:
+                # Its end cannot be seen any more, so the slot cannot be trusted with anybody.
+                executor.device.fail(DeviceError(f"a failed launch could not be followed up: {second}"))
+        elif future is not None and not future.done():
+            future.set_exception(explained)
+        return explained
 
     def _submit(self, event: Event, current: Stream) -> None:
         from_host = [i for i, written_by_host in self._sources.items() if written_by_host]
         consumers = self._consumer_streams(current)
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
+        # Only now: after a launch that failed, the next one must still copy what was written and wait for who reads.
         self._sources.clear()
         self.consumers.clear()
-        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
-    def _launched(self, event: Event, future: asyncio.Future[None] | None) -> None:
+    def _launched(self, event: Event, future: asyncio.Future[None] | None, failure: AiotrtError | None = None) -> None:
         self._event = event
 
         def done(error: BaseException | None) -> None:
             if future is None or future.done():
                 return
+            error = failure or error
             if error is None:
                 future.set_result(None)
             else:
@@ -535,17 +548,18 @@ class _Hold:
 
     def leave(self) -> None:
         if not self._left and self.is_held and self.executor.broken is None:
+            self._left = True
             device = self.executor.device
             try:
                 for stream in self._consumer_streams(device.current_stream()):
-                    gate = device.event()
-                    stream.record(gate)
-                    self.slot.gates.append(gate)
-            except DeviceError as error:
-                device.fail(error)
-            else:
-                # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
-                self.executor.end_lease(self.slot)
+                    self.slot.gates.append(stream.record())
+            except Exception as error:
+                failure = self.executor.failed(error, "while its consumers were recorded")
+                if self.executor.broken is None:
+                    self.executor.reclaim(self.slot)  # as if it were forgotten: who reads is not known now
+                raise failure from error
+            # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
+            self.executor.end_lease(self.slot)
         self._left = True
 
     def forget(self) -> bool:

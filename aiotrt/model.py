@@ -8,18 +8,18 @@ import sys
 import threading
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import anyio
-import anyio.to_thread
 import torch
 
 from aiotrt.completion import Hub, check_loop
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, is_file, open_engine
-from aiotrt.errors import InputError, ModelBrokenError, ModelClosedError
+from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError
 from aiotrt.executor import Executor
 from aiotrt.graphs import ProgramCache, Recipe
 from aiotrt.lease import Lease
@@ -29,6 +29,8 @@ from aiotrt.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
+
+T = TypeVar("T")
 
 
 def load(
@@ -363,7 +365,7 @@ class Model:
             self._is_closed = True
             executor.detach()
             with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
-                await anyio.to_thread.run_sync(executor.free, limiter=anyio.CapacityLimiter(1))
+                await _in_thread(executor.free)
             self._executor = None
 
     def __repr__(self) -> str:
@@ -412,9 +414,7 @@ class Model:
         options = self._options
         loading = _Loading(options)
         try:
-            device, engine = await anyio.to_thread.run_sync(
-                loading.run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-            )
+            device, engine = await _in_thread(loading.run)
         except BaseException:
             self._is_closed = True
             loading.abandon()
@@ -423,7 +423,7 @@ class Model:
             self._executor = self._make_executor(device, engine)
         except BaseException:
             self._is_closed = True
-            await anyio.to_thread.run_sync(engine.close)
+            await _in_thread(engine.close)
             raise
         try:
             if self._executor.broken is not None:
@@ -444,7 +444,7 @@ class Model:
         try:
             return Executor(
                 Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
-                InputSpecs(declared, parameters, device.torch_device),
+                InputSpecs(declared, parameters, device.holds, device.torch_device),
                 hub,
                 slots=options.slots,
                 max_queue=options.max_queue,
@@ -453,9 +453,13 @@ class Model:
                 outputs=Kind.TORCH if device.unified and options.outputs is Kind.DEVICE else options.outputs,
                 hang_timeout=options.hang_timeout,
             )
-        except BaseException:
+        except BaseException as error:
             hub.release()
-            raise
+            if isinstance(error, AiotrtError) or not isinstance(error, Exception):
+                raise
+            raise EngineError(
+                f"{engine.name}: {device.name} could not provide for {options.slots} slots: {error}"
+            ) from error
 
     async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
@@ -565,6 +569,15 @@ def _kind(outputs: object) -> Kind | None:
     if outputs is not None:
         raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
     return None
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run a blocking function in a thread of its own, not one of somebody else's; cancelled, it runs on alone."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aiotrt-load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _is_shape(value: object) -> bool:

@@ -39,6 +39,7 @@ class Request:
         is_lease: whether the caller wants the slot itself.
         is_queued: whether it stands in line.
         is_warmup: whether it only prepares slots.
+        is_revoked: whether the model was closed under a lease.
         slot: the slot that it was granted, until the slot is free again.
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
@@ -46,8 +47,8 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "future", "is_lease", "is_queued", "is_warmup", "kind", "origin", "ready", "results", "shapes", "slot",
-        "specs",
+        "arguments", "future", "is_lease", "is_queued", "is_revoked", "is_warmup", "kind", "origin", "ready", "results",
+        "shapes", "slot", "specs",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +69,7 @@ class Request:
         self.is_lease = is_lease
         self.is_queued = False
         self.is_warmup = False
+        self.is_revoked = False
         self.slot: Slot | None = None
         self.origin: Stream | None = None
         self.ready: list[Event] = []
@@ -235,10 +237,9 @@ def _ignore(error: Exception) -> None:
 
 
 def _open_gates(slot: Slot) -> None:
-    # Taken first: while a worker thread does this for a lease, the lease may end and add gates.
-    gates, slot.gates = slot.gates, []
-    for gate in gates:
-        slot.stream.wait(gate)
+    while slot.gates:  # not a plain loop: while a worker thread does this for a lease, the lease may end and add gates
+        slot.stream.wait(slot.gates[0])
+        del slot.gates[0]  # only now: a gate whose wait failed must still hold the next launch
 
 
 def _copy_out(stream: Stream, program: Program) -> None:

@@ -117,12 +117,20 @@ class InputSpecs:
     Args:
         specs: the engine's declaration, if it makes one.
         parameters: what a first example is matched against, where the engine declares nothing.
-        device: where device tensors must live.
+        holds: whether a tensor is in the model's device's memory.
+        device: that device's name in torch, for messages.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec] | None, parameters: Parameters, device: torch.device) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec] | None,
+        parameters: Parameters,
+        holds: Callable[[torch.Tensor], bool],
+        device: torch.device,
+    ) -> None:
         self.specs: Specs | None = None if specs is None else tuple(specs)
         self._parameters = parameters
+        self._holds = holds
         self._device = device
 
     def known(self) -> Specs:
@@ -273,10 +281,10 @@ class InputSpecs:
                 _refuse(spec, f"dtype {_dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
             shape = tuple(tensor.shape)
             where = tensor.device
-            if where.type == "cpu":
-                argument = Argument(shape, value, host=numpy_view(tensor))
-            elif where == self._device:
+            if self._holds(tensor):
                 argument = Argument(shape, (value, tensor), tensor=tensor)
+            elif where.type == "cpu":
+                argument = Argument(shape, value, host=numpy_view(tensor))
             else:
                 _refuse(
                     spec,

@@ -220,9 +220,7 @@ async def test_a_full_queue_refuses_and_says_so(device: str) -> None:
         with held(model) as latch:
             first, second = asyncio.ensure_future(model(frame(1))), asyncio.ensure_future(model(frame(2)))
             await turns()
-            with pytest.raises(
-                aiotrt.QueueFullError, match="1 of 1 slots are busy and 1 of max_queue=1 places"
-            ):
+            with pytest.raises(aiotrt.QueueFullError, match="1 of 1 slots are busy and 1 of max_queue=1 places"):
                 await model(frame(3))
             latch.open()
             assert (await first)[0, 0] == 4

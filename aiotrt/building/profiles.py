@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral  # numpy's integers too
 from typing import NoReturn, TypeAlias
 
 from aiotrt.errors import InputError
@@ -98,12 +99,12 @@ def check_profiles(model: str, inputs: Sequence[Dynamic], profiles: Sequence[Pro
 def _range(number: int, name: object, shapes: object) -> Range:
     """One shape or three, as three."""
     given = list(shapes) if isinstance(shapes, Sequence) and not isinstance(shapes, str) else None
-    if given is not None and all(isinstance(extent, int) for extent in given):
+    if given is not None and all(isinstance(extent, Integral) for extent in given):
         given = [given, given, given]
     if (
         given is None
         or len(given) != 3
-        or not all(isinstance(shape, Sequence) and all(isinstance(extent, int) for extent in shape) for shape in given)
+        or not all(isinstance(shape, Sequence) and all(isinstance(extent, Integral) for extent in shape) for shape in given)
     ):
         raise InputError(
             f"profile {number}: input {name!r}: expected (smallest, usual, largest) shapes or one shape, got {shapes!r}"

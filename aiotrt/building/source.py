@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from aiotrt.building.files import check_readable, digest, foreign
@@ -160,8 +160,7 @@ def _to_half(source: Source) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
     try:
-        if source.external:
-            onnx.load_external_data_for_model(model, str(source.path.parent))
+        _load_external(source.path, model)
         _lift_constants(model)
         # A variance below 6e-8 is no FP16 number. PP-OCR's detector has such, and found text everywhere.
         kept = [*DEFAULT_OP_BLOCK_LIST, "BatchNormalization"]
@@ -174,6 +173,18 @@ def _to_half(source: Source) -> onnx.ModelProto:
             "torch) and leave precision= out"
         ) from error
     return converted
+
+
+def _load_external(path: Path, model: onnx.ModelProto) -> None:
+    """Read the weights that are in other files. The function of onnx's own for it refuses files that are links."""
+    for tensor in tensors(model.graph):
+        if tensor.data_location == tensor.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            with (path.parent / entry["location"]).open("rb") as file:
+                file.seek(int(entry.get("offset", 0)))
+                tensor.raw_data = file.read(int(entry.get("length", -1)))
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
 
 
 def _lift_constants(model: onnx.ModelProto) -> None:
@@ -201,11 +212,13 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[Path, ...]:
             continue
         entry: dict[str, Any] = {item.key: item.value for item in tensor.external_data}
         location = str(entry.get("location", ""))
-        file = path.parent / location
-        if not location or not file.resolve().is_relative_to(path.parent.resolve()):
+        parts = PurePosixPath(location).parts
+        # As it is written, not where it leads: caches of downloads are full of links, and those are the user's own.
+        if not parts or parts[0] == "/" or ".." in parts:
             raise EngineError(
                 f"{path}: the weights {tensor.name!r} are said to be in {location!r}, outside the model's folder"
             )
+        file = path.parent / location
         if not file.is_file():
             raise EngineError(
                 f"{path}: its weights are in another file, {location}, which is not there; copy that beside it, or export "

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 
 from aiotrt.errors import DeviceError
 
-__all__ = ["CaptureError", "Device", "Event", "Faults", "Graph", "Stream", "write_back"]
+__all__ = ["BaseDevice", "CaptureError", "Device", "Event", "Graph", "Stream", "write_back"]
 
 T = TypeVar("T")
 
@@ -168,6 +169,14 @@ class Device(Protocol):
         """Block until all work submitted to the device so far, on any stream, has completed: for worker threads."""
         ...
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is in this device's memory, and not in the host's."""
+        ...
+
+    def workers(self, count: int) -> Executor:
+        """A pool of `count` worker threads for what blocks."""
+        ...
+
     def is_on_stream(self) -> bool:
         """Whether the calling code is itself work on a stream (host: a function given to `Stream.run`)."""
         ...
@@ -189,8 +198,8 @@ class CaptureError(Exception):
     """The work runs, but cannot be captured; the message is the reason."""
 
 
-class Faults:
-    """The part of a `Device` that remembers its fault and tells everybody."""
+class BaseDevice:
+    """The parts of a `Device` that are the same for all: its fault, and its worker threads."""
 
     fault: DeviceError | None = None
 
@@ -217,6 +226,9 @@ class Faults:
             callbacks = list(self._callbacks.values())
         for callback in callbacks:
             callback(error)
+
+    def workers(self, count: int) -> Executor:
+        return ThreadPoolExecutor(count, thread_name_prefix="aiotrt-worker")
 
 
 def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:

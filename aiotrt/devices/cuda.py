@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 import torch
 from cuda.bindings import driver, runtime
 
-from aiotrt.devices.base import CaptureError, Event, Faults, Graph, Stream
+from aiotrt.devices.base import BaseDevice, CaptureError, Event, Graph, Stream
 from aiotrt.errors import DeviceError
 
 __all__ = ["CudaDevice", "CudaGraph", "CudaStream", "prepare_thread", "query"]
@@ -138,7 +138,7 @@ class CudaGraph:
         self._graph.reset()
 
 
-class CudaDevice(Faults):
+class CudaDevice(BaseDevice):
     """One CUDA GPU.
 
     Args:
@@ -218,6 +218,9 @@ class CudaDevice(Faults):
     def synchronize(self) -> None:
         with _faults("synchronising"):
             torch.cuda.synchronize(self.torch_device)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.device == self.torch_device
 
     def is_on_stream(self) -> bool:
         return False  # plain Python never is; what it submits is ordered by the current stream

@@ -4,9 +4,9 @@ Rule 1: the semantics are CUDA's, as `devices.base` states them, so what is corr
 Rule 2: nothing here is faster or slower on purpose; a stream is a thread, and what it runs should release the
 interpreter lock, as torch's and ONNX Runtime's kernels do.
 
-A stream is a worker thread that takes closures from a queue, in order. An event counts its records: recording enqueues
-"mark record n", waiting enqueues "block until mark n". A graph is the closure that was captured, together with the
-tensors it writes. Host memory is device memory here, so `unified` is true and staging buffers are the inputs themselves.
+A stream is a worker thread that takes closures from a queue, in order. Recording an event enqueues "mark this record",
+waiting for it enqueues "block until it is marked". A graph is the closure that was captured, together with the tensors it
+writes. Host memory is device memory here, so `unified` is true and staging buffers are the inputs themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import Event, Faults, Graph, Stream, write_back
+from aiotrt.devices.base import BaseDevice, Event, Graph, Stream, write_back
 from aiotrt.errors import UsageError
 
 __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
@@ -33,37 +33,43 @@ _thread: Final = threading.local()
 
 
 class HostEvent:
-    """An event that completes when its stream reaches it."""
+    """An event that completes when its stream reaches it.
 
-    __slots__ = ("_condition", "_error", "_reached", "_recorded")
+    Each record is an object of its own. So a wait keeps the record that it was made for, and recording again, on whatever
+    stream, moves the event on without touching who waits for the record before.
+    """
+
+    __slots__ = ("last",)
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._recorded = 0  # how often record() was called
-        self._reached = 0  # how many of those the streams have passed
-        self._error: BaseException | None = None
+        self.last: _Record | None = None  # the last recording
 
     def query(self) -> bool:
-        if self._reached < self._recorded:
+        record = self.last
+        if record is None:
+            return True
+        if not record.is_reached.is_set():
             return False
-        if self._error is not None:
-            raise self._error
+        if record.error is not None:
+            raise record.error
         return True
 
     def synchronize(self) -> None:
-        self._wait_for(self._recorded)
-        if self._error is not None:
-            raise self._error
+        record = self.last
+        if record is not None:
+            record.is_reached.wait()
+            if record.error is not None:
+                raise record.error
 
-    def _wait_for(self, record: int) -> None:
-        with self._condition:
-            self._condition.wait_for(lambda: self._reached >= record)
 
-    def _reach(self, error: BaseException | None) -> None:
-        with self._condition:
-            self._error = error
-            self._reached += 1
-            self._condition.notify_all()
+class _Record:
+    """One recording of an event."""
+
+    __slots__ = ("error", "is_reached")
+
+    def __init__(self) -> None:
+        self.is_reached = threading.Event()
+        self.error: BaseException | None = None  # of the work before it
 
 
 class HostStream:
@@ -89,22 +95,21 @@ class HostStream:
         event = HostEvent() if event is None else event
         assert isinstance(event, HostEvent), event
         self._check_open()
-        event._recorded += 1
+        record = event.last = _Record()
 
         def mark(failure: _Failure) -> None:
-            event._reach(failure.take())
+            record.error = failure.take()
+            record.is_reached.set()
 
         self._work.put(mark)
         return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, HostEvent), event
-        record = event._recorded  # the last record made before this call, whatever is recorded later
-
-        def block(failure: _Failure) -> None:
-            event._wait_for(record)
-
-        self._work.put(block)
+        self._check_open()
+        record = event.last  # the last one made before this call, whatever is recorded later
+        if record is not None:
+            self._work.put(lambda failure: _block(record))
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self.run(lambda: destination.copy_(source))
@@ -151,6 +156,10 @@ class _Failure:
         return error
 
 
+def _block(record: _Record) -> None:
+    record.is_reached.wait()
+
+
 def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
     failure = _Failure()
     _thread.is_stream = True
@@ -170,19 +179,28 @@ class HostGraph:
     def __init__(self, body: Callable[[], Sequence[torch.Tensor]], outputs: list[torch.Tensor]) -> None:
         self._body = body
         self._outputs = outputs
+        self._last: threading.Event | None = None  # set when the last launch has ended
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
     def launch(self, stream: Stream) -> None:
-        stream.run(self._replay)
+        before, self._last = self._last, threading.Event()
+        ended = self._last
+
+        def replay() -> None:
+            if before is not None:
+                before.wait()  # a graph never overlaps itself, on whatever streams it is launched
+            try:
+                write_back(self._outputs, self._body())
+            finally:
+                ended.set()
+
+        stream.run(replay)
 
     def close(self) -> None:
         pass
 
-    def _replay(self) -> None:
-        write_back(self._outputs, self._body())
 
-
-class HostDevice(Faults):
+class HostDevice(BaseDevice):
     """This machine's processors and memory, as a device."""
 
     name = "host"
@@ -246,6 +264,9 @@ class HostDevice(Faults):
     def synchronize(self) -> None:
         for stream in list(self._streams):
             stream.synchronize()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return False  # whatever is in host memory came from the host
 
     def is_on_stream(self) -> bool:
         return getattr(_thread, "is_stream", False)

@@ -1,4 +1,4 @@
-"""Faults at will: any verb of any device fails at its n-th use.
+"""BaseDevice at will: any verb of any device fails at its n-th use.
 
 `FaultInjector` stands between a program and a device and counts the uses of every verb. `fault_points` runs a scenario once
 without a fault and lists every way in which it could have failed, so that a test can try them all:
@@ -215,11 +215,12 @@ class _Stream:
         self._injector = injector
         self._is_hung = False
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event | None = None) -> Event:
+        event = self._injector.event() if event is None else event
         if self._injector.use_verb("record") is FaultKind.HANG:
             self._is_hung = True
         self._injector.hangs(event, hang=self._is_hung)
-        self.stream.record(event)
+        return self.stream.record(event)
 
     def wait(self, event: Event) -> None:
         self._injector.use_verb("wait")

@@ -48,8 +48,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         # The hub of this loop must use its clock and its timers: real ones would sleep.
         for progress in Progress:
             hub = completion.Hub(self, progress=progress, clock=self.time, timer=_LoopTimer, spin=SPIN_BUDGET)
-            hub._users = 1
-            completion._hubs[self, progress] = hub
+            completion.Hub.install(hub)
 
     def time(self) -> float:
         """Seconds of virtual time."""

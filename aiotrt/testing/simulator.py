@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from aiotrt.devices.base import CaptureError, Event, Faults, Graph, Stream
+from aiotrt.devices.base import BaseDevice, CaptureError, Event, Graph, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.testing.hazards import HOST, Detector
 from aiotrt.testing.intercept import Interceptor, Work
@@ -48,7 +48,7 @@ class _Scope:
     graph: SimulatedGraph | None = None
 
 
-class SimulatedDevice(Faults):
+class SimulatedDevice(BaseDevice):
     """A GPU that exists only in virtual time.
 
     Use it from one thread, and from `workers`. Time passes in `advance`, `run_until_idle` and calls that block, or on a

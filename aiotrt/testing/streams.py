@@ -91,14 +91,16 @@ class SimulatedStream:
         """Whether everything submitted so far has completed."""
         return not self._queue
 
-    def record(self, event: Event) -> None:
-        """Record `event` after all work submitted so far."""
+    def record(self, event: Event | None = None) -> Event:
+        """Record `event`, or a new one, after all work submitted so far, and return it."""
+        event = self.device.event() if event is None else event
         assert isinstance(event, SimulatedEvent), event
         self.device.verb("record")
         if event._polled is not None:
             self.device.detector.found_rerecord(event.name, event._polled)
             event._polled = None
         event._record = self.mark()
+        return event
 
     def wait(self, event: Event) -> None:
         """Make all work submitted from now on wait for the last record of `event` made before this."""

@@ -110,6 +110,7 @@ def test_a_damaged_engine_is_built_again(tmp_path: Path) -> None:
     assert check_sidecar(engine) is not None
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_once(cache: Path) -> None:
     processes = [start(), start()]
     for process in processes:
@@ -123,6 +124,7 @@ def test_two_processes_at_once_build_once(cache: Path) -> None:
     assert len(list(cache.glob("*.engine"))) == 1
 
 
+@pytest.mark.slow
 def test_a_builder_that_is_killed_is_no_obstacle(cache: Path) -> None:
     first, second = start(), start()
     go(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aiotrt.building.profiles import Dynamic, check_profiles, normal_profiles
@@ -29,6 +30,7 @@ def test_one_form_for_all_that_may_be_written() -> None:
     assert normal_profiles(None) == []
     assert normal_profiles({"x": (1, 2)}) == once
     assert normal_profiles([{"x": [[1, 2], [1, 2], [1, 2]]}]) == once
+    assert normal_profiles({"x": np.array([1, 2]).tolist()}) == normal_profiles({"x": tuple(np.array([1, 2]))}) == once
     assert normal_profiles(iter([{"x": ((1, 2), (1, 2), (1, 2))}])) == once
 
 

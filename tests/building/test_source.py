@@ -86,6 +86,20 @@ def test_external_data_outside_the_folder_is_not_read(tmp_path: Path, location: 
     refused(path, "outside the model's folder")
 
 
+def test_weights_may_be_linked(tmp_path: Path) -> None:
+    """As the caches of model hubs have them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    path = models.external(tmp_path / "snapshot" / "a.onnx")
+    for number, file in enumerate((path, path.with_name("weights.bin"))):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(tmp_path / "blobs" / str(number))
+    source = read_onnx(path)
+    assert source.external == (path.with_name("weights.bin"),)
+    x = np.arange(64, dtype=np.float32)[None]
+    assert np.array_equal(compute(fit_precision(source, "fp16", weakly_typed=False), x), x)
+
+
 def test_onnx_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = models.relu(tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -219,12 +219,12 @@ async def test_pre_and_postprocess_around_an_engine(device: str, tmp_path: Path)
             save(tmp_path / "x.engine", double, AFFINE),
             device=device,
             preprocess=transposed,
-            postprocess=lambda y: y.sum(),
+            postprocess=lambda y: y - 1,
             warmup=[np.zeros((3, 2), np.uint8)],
         ) as model:
             for i in range(5):
                 x = np.arange(i, i + 6, dtype=np.uint8).reshape(3, 2)
-                assert await model(x) == (x.astype(F32) * 3 + 1).sum()
+                np.testing.assert_array_equal(await model(x), x.T.astype(F32) * 3)
 
 
 # Calls that say no...
@@ -294,6 +294,21 @@ def test_an_allocator_that_finds_no_memory(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(torch.OutOfMemoryError, match="all of it"):
             execution([torch.ones(6)])
     assert execution([torch.ones(6)])["y"].shape == (6,)
+    engine.close()
+    stream.close()
+
+
+def test_a_shape_that_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape of the last run is no answer to this one."""
+    double = double_on("host")
+    engine = engine_of(save(tmp_path / "x.engine", double, POSITIVE), double)
+    where = open_device("host")
+    stream = where.stream()
+    execution = engine.execution(where, stream, ["x"], ((6,),))
+    assert execution([torch.ones(6)])["y"].shape == (6,)
+    monkeypatch.setattr(double.IExecutionContext, "_give", lambda *_: True)
+    with pytest.raises(aiotrt.EngineError, match="did not tell the shape of output 'y'"):
+        execution([torch.ones(6)])
     engine.close()
     stream.close()
 

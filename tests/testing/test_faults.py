@@ -1,4 +1,4 @@
-"""Faults happen when and how they were asked for, and are all enumerated."""
+"""BaseDevice happen when and how they were asked for, and are all enumerated."""
 
 from __future__ import annotations
 
