@@ -183,10 +183,13 @@ def open_product(path: Path, plan: Plan, runtime: str | None, module: Api | None
             f"{path}: this engine was written by {plan}, which {' and '.join(candidates)} cannot read; "
             f"install {readers[0]} ({PRODUCTS[readers[0]]}), or build the engine again with {candidates[0]}"
         )
+    if module is not None:
+        return Product(module)  # never kept: a double must not pass for the real one later
     with _products_lock:
+        # Kept for ever: TensorRT keeps the first logger that it is given, and crashes when that is gone.
         product = _products.get(chosen)
-        if product is None or (module is not None and product.api is not module):
-            product = _products[chosen] = _import(path, chosen) if module is None else Product(module)
+        if product is None:
+            product = _products[chosen] = _import(path, chosen)
         return product
 
 

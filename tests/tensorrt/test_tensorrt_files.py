@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import json
 import logging
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.engines import tensorrt_runtime
 from aiotrt.engines.tensorrt_plan import HEADER_BYTES, read_plan
 from aiotrt.testing.tensorrt_double import Border, Network, TensorRTDouble
 from tests.tensorrt.tools import AFFINE, MANY, PROFILES, affine, engine_of, save
@@ -39,12 +41,10 @@ def real_plan(capabilities: tuple[str, ...] = ("SM80", "SM89")) -> bytes:
 
 
 def test_the_header_of_a_real_engine() -> None:
-    import tensorrt_rtx
-
     data = real_plan()
     plan = read_plan(data[:HEADER_BYTES])
     assert plan.product == "tensorrt_rtx"
-    assert plan.version == tensorrt_rtx.__version__
+    assert plan.version == importlib.import_module("tensorrt_rtx").__version__
     assert plan.size == len(data)
     assert plan.offset == 0
     assert plan.capabilities == ("SM80", "SM89")
@@ -194,6 +194,13 @@ def test_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         TensorRTEngine(path, open_device("host"), require_cuda=False)
     with pytest.raises(aiotrt.MissingDependencyError, match="runtime='tensorrt' is not installed"):
         TensorRTEngine(path, open_device("host"), runtime="tensorrt", require_cuda=False)
+
+
+def test_a_double_never_passes_for_the_real_product(tmp_path: Path) -> None:
+    double = TensorRTDouble()
+    engine = engine_of(save(tmp_path / "x.engine", double, AFFINE), double)
+    assert all(product.api is not double for product in tensorrt_runtime._products.values())
+    engine.close()
 
 
 def test_calls_that_say_no_while_loading(tmp_path: Path) -> None:
