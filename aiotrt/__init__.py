@@ -7,7 +7,7 @@ and `aiotrt.completion` finds out when it is done.
 from __future__ import annotations
 
 from aiotrt.completion import wait
-from aiotrt.devices import Event, Stream
+from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import (
     AiotrtError,
     DeviceError,
@@ -31,10 +31,13 @@ __all__ = [
     "AiotrtError",
     "Buffer",
     "Buffers",
+    "CaptureError",
+    "Device",
     "DeviceError",
     "DeviceHangError",
     "EngineError",
     "Event",
+    "Graph",
     "InputError",
     "Lease",
     "MissingDependencyError",

@@ -308,8 +308,8 @@ class Lease:
         """Launch, and wait for the results.
 
         Returns:
-            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease: one bare,
-            several as a named tuple; device tensors, or host tensors or arrays if the lease asked for them.
+            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease. One comes bare,
+            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them.
 
         Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does; after an
         EngineError the lease is usable.

@@ -207,7 +207,7 @@ class Model:
             **named: inputs by name.
 
         Returns:
-            The results, when they are complete: one bare, several as a named tuple. They belong to the caller, for ever.
+            The results, when they are complete, one bare, several as a named tuple. They belong to the caller, for ever.
             Of the kind that went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless
             `load` was told otherwise. bfloat16 and float8 results come to numpy as float32.
 
@@ -326,7 +326,7 @@ class Model:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a call now could succeed: open, warmed up, not broken, not closing."""
+        """Whether a call now could succeed, since it is open, warmed up, not broken and not closing."""
         executor = self._executor
         return (
             executor is not None

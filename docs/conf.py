@@ -37,4 +37,7 @@ _elsewhere = [
     # other packages
     "anyio", "cuda", "numpy", "np", "onnx", "onnxruntime", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "torch",
 ]  # fmt: skip
-nitpick_ignore_regex = [("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?")]
+nitpick_ignore_regex = [
+    ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),
+    ("py:class", r"(.*\.)?T"),  # type variables have no page
+]

@@ -39,6 +39,10 @@ SAYS: dict[str, list[str]] = {
         r"a spot at \[288, 208, 304, 224\], score 0\.6",
         r"1 call, 1 replay, fallbacks: \[\]",
     ],
+    "find_a_race": [
+        r"without consumed\(\): write before read: 'a graph' may come before 'torch\.clone' is done; missing: .*",
+        r"with consumed\(\): no race",
+    ],
     "cancellation_and_timeouts": [
         r"gave up after \d+\.\d ms: 1 cancelled, 1 slot draining",
         r"the next call got the right answer after \d+ ms: True",
