@@ -6,6 +6,7 @@ and `aiotrt.completion` finds out when it is done.
 
 from __future__ import annotations
 
+from aiotrt.building import BuildProgress, build
 from aiotrt.completion import wait
 from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import (
@@ -31,6 +32,7 @@ __all__ = [
     "AiotrtError",
     "Buffer",
     "Buffers",
+    "BuildProgress",
     "CaptureError",
     "Device",
     "DeviceError",
@@ -49,6 +51,7 @@ __all__ = [
     "Stream",
     "TensorSpec",
     "UsageError",
+    "build",
     "load",
     "run",
     "wait",

@@ -44,7 +44,8 @@ class AiotrtError(Exception):
 class InputError(AiotrtError, ValueError):
     """An input has the wrong name, dtype, rank, extents, layout or device.
 
-    Nothing was submitted and the model is usable: mend the input and call again.
+    Nothing was submitted and the model is usable: mend the input and call again. Also raised by `aiotrt.build` for an
+    argument that is wrong or does not fit the model; nothing was written then.
     """
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, Self, TypeVar
 import anyio
 import torch
 
+from aiotrt.building.profiles import ProfileArgument
 from aiotrt.completion import Hub, check_loop
 from aiotrt.devices import Device, Stream, open_device
-from aiotrt.engines import Engine, is_file, open_engine
+from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError
 from aiotrt.executor import Executor
 from aiotrt.graphs import ProgramCache, Recipe
@@ -49,6 +50,11 @@ def load(
     hang_timeout: float | None = 60.0,
     progress: Literal["predict", "spin", "interval"] = "predict",
     threads: int = 1,
+    runtime: Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"] | None = None,
+    precision: Literal["fp32", "fp16", "bf16"] | None = None,
+    profiles: Iterable[ProfileArgument] | ProfileArgument | None = None,
+    sha256: str | None = None,
+    allow_host_code: bool = False,
 ) -> Model:
     """Load an engine: ``async with aiotrt.load(...) as model``, or ``model = await aiotrt.load(...)``.
 
@@ -57,10 +63,11 @@ def load(
     stops the waiting at once; a step that cannot be interrupted ends in its thread, which frees what it made.
 
     Args:
-        source: a path to an ``.onnx`` file (on the host device, through ONNX Runtime), a `torch.nn.Module` on the model's
-            device, a `torch.export.ExportedProgram`, or a function over device tensors.
+        source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
+            into a cache on CUDA, and ONNX Runtime runs on the host; a `torch.nn.Module` on the model's device; a
+            `torch.export.ExportedProgram`; or a function over device tensors.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
-            the host for an ``.onnx`` file and where there is none.
+            the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
         graphs: whether to capture at all.
@@ -78,6 +85,12 @@ def load(
         progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
             iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
         threads: how many threads one run of a host engine may use.
+        runtime: the TensorRT to build and run with; None for what is installed and reads the file.
+        precision: to build an ``.onnx`` file with on CUDA; see `build`.
+        profiles: to build an ``.onnx`` file with on CUDA; see `build`.
+        sha256: the file's checksum in hexadecimal, checked before anything looks into the file. Engines are code: pin those
+            that come from elsewhere.
+        allow_host_code: whether code for the host inside an engine may run.
 
     Raises:
         InputError: an option is out of range; at once. The following when awaited or entered; no model exists then.
@@ -106,7 +119,8 @@ def load(
     options = _Options(
         source, device, slots, max_queue, graphs, warmup, preprocess, postprocess,
         kind,
-        max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress), threads,
+        max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress),
+        EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles),
     )  # fmt: skip
     return Model(options)
 
@@ -529,7 +543,7 @@ class _Options:
     graph_cache_bytes: int
     hang_timeout: float | None
     progress: Progress
-    threads: int
+    engine: EngineOptions
 
 
 class _Loading:
@@ -543,11 +557,9 @@ class _Loading:
 
     def run(self) -> tuple[Device, Engine]:
         options = self._options
-        name = options.device
-        if name == "auto" and is_file(options.source) and str(options.source).lower().endswith(".onnx"):
-            name = "host"
+        name = usual_device(options.source) if options.device == "auto" else options.device
         device = open_device(name)
-        engine = open_engine(options.source, device, threads=options.threads)
+        engine = open_engine(options.source, device, options.engine)
         with self._lock:
             self._engine = engine
             if self._is_abandoned:

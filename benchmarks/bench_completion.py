@@ -202,12 +202,12 @@ def show(rows: Sequence[Row], idle: dict[str, Spread], *, has_bars: bool) -> Non
     """A short table for each part; for CUDA with the bars that aiotrt's figures meet or miss."""
     for part in dict.fromkeys(row.part for row in rows):
         chosen = [row for row in rows if row.part == part]
-        table = Table(title=f"{part}: medians of {len(chosen[0].runs)} runs, us", title_justify="left")
+        table = Table(title=f"{part}: medians of {len(chosen[0].runs)} runs; times in us", title_justify="left")
         columns = ("over p50", "over p99") if part == "completion" else ("awaits/s", "of ceiling")
         table.add_column("work", justify="right")
         for heading in ("loop", "way"):
-            table.add_column(heading)
-        for heading in (*columns, "CPU", "lag p99"):
+            table.add_column(heading, no_wrap=True)
+        for heading in (*columns, "CPU", "lag p99 ms"):
             table.add_column(heading, justify="right", no_wrap=True)
         if has_bars:
             table.add_column("bar")
@@ -223,7 +223,7 @@ def show(rows: Sequence[Row], idle: dict[str, Spread], *, has_bars: bool) -> Non
                 row.way,
                 *figures,
                 f"{row.cpu:.1%}",
-                f"{1e6 * (row.lag.p99 - idle[row.loop].p99):+,.0f}",
+                f"{1e3 * (row.lag.p99 - idle[row.loop].p99):+,.1f}",
                 *([verdict(row, rows)] if has_bars else []),
                 style="bold" if row.way in AIOTRT else None,
                 end_section=i + 1 < len(chosen) and chosen[i + 1].loop != row.loop,

@@ -39,5 +39,5 @@ _elsewhere = [
 ]  # fmt: skip
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),
-    ("py:class", r"(.*\.)?T"),  # type variables have no page
+    ("py:class", r"(.*\.)?T|Path|PathLike|ProfileArgument|Report"),  # type variables and aliases have no page
 ]

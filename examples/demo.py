@@ -28,6 +28,7 @@ from examples import gpu, ocr
 
 CLIENTS: Final = 32
 CALLS: Final = 8  # by each client
+SLOTS: Final = 2  # requests that aiotrt has under way at once; each takes one processor core
 PICTURE: Final = Path("demo.png")
 
 console: Final = Console()
@@ -42,6 +43,7 @@ class Outcome:
         rate: requests answered a second.
         latency: in seconds.
         lag: of the event loop, in seconds.
+        cpu: cores that this program used.
         others: cores that other programs used meanwhile, if the system tells.
         results: in the order of the requests.
     """
@@ -50,6 +52,7 @@ class Outcome:
     rate: float
     latency: Spread
     lag: Spread
+    cpu: float
     others: float | None
     results: list[Any]
 
@@ -73,7 +76,7 @@ async def main() -> None:
 
 async def find_text() -> None:
     """On the processor: a pretrained text detector on a scanned page."""
-    console.print("[bold]Finding lines of text on a scanned page[/]: the PP-OCRv4 detector, on one thread")
+    console.print("[bold]Finding lines of text on a scanned page[/] with the PP-OCRv4 detector")
     file = ocr.detector_file()
     session = ocr.direct_session(file)
     page = ocr.scanned_page(scale=3)
@@ -87,7 +90,7 @@ async def find_text() -> None:
         return await asyncio.to_thread(session, x)
 
     idle = await idle_lag()
-    async with aiotrt.load(file, device="host", slots=1, threads=1, warmup=[requests[0], ocr.normalise(page)]) as model:
+    async with aiotrt.load(file, device="host", slots=SLOTS, threads=1, warmup=[requests[0], ocr.normalise(page)]) as model:
         lines = ocr.find_lines(await model(ocr.normalise(page)))
         ocr.draw(page, lines, PICTURE)
         console.print(f"Found {len(lines)} lines and drew them into [bold]{PICTURE}[/].")
@@ -121,7 +124,7 @@ async def gpu_part() -> None:
             return await asyncio.to_thread(workload.run, x)
 
         outcomes = await compare(
-            {"network(x).cpu()": in_handler, "to_thread(...)": in_thread, "await model(x)": model},
+            {"net(x).cpu()": in_handler, "to_thread(...)": in_thread, "await model(x)": model},
             [workload.image(i) for i in range(CLIENTS * CALLS)],
         )
     show(outcomes, idle)
@@ -163,13 +166,13 @@ async def measure(
         with Usage() as usage:
             await asyncio.gather(*map(client, range(CLIENTS)))
     rate = len(requests) / usage.seconds
-    return Outcome(way, rate, Spread.of(latencies), heartbeat.spread, usage.others, results)
+    return Outcome(way, rate, Spread.of(latencies), heartbeat.spread, usage.cpu, usage.others, results)
 
 
 def show(outcomes: Sequence[Outcome], idle: Spread) -> None:
     """The outcomes side by side."""
     table = Table(title=f"{CLIENTS} clients, {CALLS} requests each", title_justify="left")
-    table.add_column("a request is answered by")
+    table.add_column("answered by")
     for outcome in outcomes:
         table.add_column(outcome.way, justify="right", style="bold" if outcome is outcomes[-1] else None)
 
@@ -177,6 +180,7 @@ def show(outcomes: Sequence[Outcome], idle: Spread) -> None:
         table.add_row(name, *map(cell, outcomes))
 
     row("requests a second", lambda outcome: f"{outcome.rate:,.0f}")
+    row("processor cores used", lambda outcome: f"{outcome.cpu:.1f}")
     row("latency: half are within", lambda outcome: milliseconds(outcome.latency.p50))
     row("latency: 99 of 100 within", lambda outcome: milliseconds(outcome.latency.p99))
     row("loop late: half the time", lambda outcome: milliseconds(outcome.lag.p50))

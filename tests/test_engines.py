@@ -106,7 +106,7 @@ async def test_damaged_files(tmp_path: Path) -> None:
 async def test_tensorrt_engines_say_what_to_do_instead(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"ftrt")
-    await cannot_load(path, aiotrt.MissingDependencyError, path.name, "TensorRT", ".onnx", "device='host'")
+    await cannot_load(path, aiotrt.EngineError, path.name, "TensorRT", ".onnx", "device='host'")
 
 
 @pytest.mark.asyncio

@@ -18,8 +18,15 @@ PACKAGE = Path(aiotrt.__file__).parent
 LAYERS = [
     {"errors"},
     {"slots", "prediction", "timers", "run", "tensors"},
+    {"building.files", "building.log"},
+    {"building.products", "building.progress", "building.profiles", "building.source", "building.sidecar"},
+    {"building.network"},
+    {"building.builder"},
+    {"building.cache"},
+    {"building"},
     {"devices.base", "devices.host", "devices.cuda", "devices"},
-    {"engines.base", "engines.module", "engines.onnx", "engines", "completion"},
+    {"engines.base", "engines.module", "engines.onnx", "engines", "completion"}
+    | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_plan", "_runtime")},
     {"graphs"},
     {"submission"},
     {"executor"},
@@ -31,10 +38,10 @@ UPPER = {"testing", "cli", "serving", "video", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
     "cuda": {"devices.cuda"},
-    "tensorrt": {"engines.tensorrt"},
-    "tensorrt_rtx": {"engines.tensorrt"},
-    "tensorrt_lean": {"engines.tensorrt"},
-    "onnxruntime": {"engines.onnx"},
+    "tensorrt": {"engines.tensorrt_runtime"},
+    "tensorrt_rtx": {"engines.tensorrt_runtime"},
+    "tensorrt_lean": {"engines.tensorrt_runtime"},
+    "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
     "asyncio": {"completion", "timers", "run", "submission", "executor", "lease", "mapping", "model"},
 }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["cache_directory", "cached_engine"]
 
 _log: Final = logging.getLogger("aiotrt.building")
-_REMEDY: Final = "Set AIOTRT_CACHE_DIR to a folder with room, or build ahead of time with aiotrt.build and load that"
+_REMEDY: Final = "Set AIOTRT_CACHE_DIR to a writable folder with room, or build ahead with aiotrt.build and load that"
 
 
 def cache_directory() -> Path:

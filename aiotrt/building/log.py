@@ -14,7 +14,7 @@ _LINES: Final = 50
 _WIDTH: Final = 500
 
 logger: Final = logging.getLogger("aiotrt.tensorrt")
-_logs: Final[dict[str, Log]] = {}
+_logs: Final[dict[int, tuple[Any, Log]]] = {}  # by the module's identity, with the module, so that it stays that one's
 _lock: Final = threading.Lock()
 
 
@@ -64,10 +64,10 @@ def log_of(trt: Any) -> Log:
     runtime that brought it is gone.
     """
     with _lock:
-        log = _logs.get(trt.__name__)
-        if log is None:
-            log = _logs[trt.__name__] = Log(trt)
-        return log
+        entry = _logs.get(id(trt))
+        if entry is None:
+            entry = _logs[id(trt)] = trt, Log(trt)
+        return entry[1]
 
 
 def _forwarder(trt: Any, log: Log) -> Any:

@@ -80,7 +80,7 @@ class Graph(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that it keeps beside its inputs: outputs and intermediates."""
+        """Bytes of device memory that it keeps beside its inputs, for outputs and intermediates."""
         ...
 
     def launch(self, stream: Stream) -> None:

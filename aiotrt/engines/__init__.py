@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+import torch
+
+from aiotrt.building import cached_engine, check_sidecar
+from aiotrt.building.files import digest
+from aiotrt.building.profiles import ProfileArgument
 from aiotrt.devices.base import Device
 from aiotrt.engines.base import Engine, Execution
 from aiotrt.engines.module import ModuleEngine
-from aiotrt.errors import EngineError, MissingDependencyError
+from aiotrt.errors import EngineError
 
-__all__ = ["Engine", "Execution", "is_file", "open_engine"]
+__all__ = ["Engine", "EngineOptions", "Execution", "is_file", "open_engine", "usual_device"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `load` was told about its engine; `load` documents each.
+
+    Attributes:
+        threads: for one run on the host.
+        runtime: the TensorRT to build and run with.
+        sha256: the file's checksum.
+        allow_host_code: whether code for the host inside an engine may run.
+        precision: to build with.
+        profiles: to build with.
+    """
+
+    threads: int = 1
+    runtime: str | None = None
+    sha256: str | None = None
+    allow_host_code: bool = False
+    precision: str | None = None
+    profiles: Iterable[ProfileArgument] | ProfileArgument | None = None
 
 
 def is_file(source: object) -> TypeGuard[str | os.PathLike[str]]:
@@ -19,16 +48,26 @@ def is_file(source: object) -> TypeGuard[str | os.PathLike[str]]:
     return isinstance(source, (str, os.PathLike))
 
 
-def open_engine(source: object, device: Device, *, threads: int) -> Engine:
-    """Load an engine. Blocks: for worker threads.
+def usual_device(source: object) -> str:
+    """The device for ``device="auto"``: the GPU, if there is one and what it takes to run `source` there; else the host."""
+    if is_file(source) and Path(source).suffix.lower() == ".onnx":
+        found = any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
+        return "cuda" if found and torch.cuda.is_available() else "host"
+    return "auto"
+
+
+def open_engine(source: object, device: Device, options: EngineOptions) -> Engine:
+    """Load an engine. Blocks, and may build one first, which takes seconds to minutes: for worker threads.
 
     Args:
         source: a path to an ``.onnx``, ``.engine`` or ``.plan`` file, a torch module, an exported program or a function.
         device: where it will run.
-        threads: how many threads an engine on the host may use for one run.
+        options: see there.
 
     Raises:
-        EngineError: the file is missing, empty, a directory, of an unknown kind, or damaged.
+        EngineError: the file is missing, empty, a directory, of an unknown kind, damaged, not the one that its checksum or
+            the record beside it names, or for something else than this device.
+        InputError: an ONNX file cannot be built with these options.
         MissingDependencyError: a package is missing that this kind of engine needs.
     """
     if not is_file(source):
@@ -42,17 +81,26 @@ def open_engine(source: object, device: Device, *, threads: int) -> Engine:
         raise EngineError(f"{path}: the file is empty")
     suffix = path.suffix.lower()
     if suffix == ".onnx":
-        if device.torch_device.type != "cpu":
-            raise MissingDependencyError(
-                f"{path.name}: running an ONNX file on {device.name} needs TensorRT, which aiotrt does not support yet; "
-                "load it with device='host', or load a torch module or an ExportedProgram"
-            )
-        from aiotrt.engines.onnx import OnnxEngine
+        if options.sha256 is not None and digest([path]) != options.sha256.lower():
+            raise EngineError(f"{path}: its SHA-256 is {digest([path])}, and sha256= says {options.sha256.lower()}")
+        if device.torch_device.type == "cpu":
+            from aiotrt.engines.onnx import OnnxEngine
 
-        return OnnxEngine(path, threads)
-    if suffix in (".engine", ".plan"):
-        raise MissingDependencyError(
-            f"{path.name}: running a TensorRT engine needs TensorRT, which aiotrt does not support yet; "
-            "load the .onnx file it was built from with device='host', or a torch module or an ExportedProgram"
+            return OnnxEngine(path, options.threads)
+        built = cached_engine(
+            path, runtime=options.runtime, device=device.torch_device, precision=options.precision, profiles=options.profiles
         )
+        return _open_tensorrt(built, device, EngineOptions(runtime=options.runtime))
+    if suffix in (".engine", ".plan"):
+        if device.torch_device.type == "cuda":
+            check_sidecar(path)
+        return _open_tensorrt(path, device, options)
     raise EngineError(f"{path}: unknown kind of file {suffix!r}; expected .onnx, .engine or .plan")
+
+
+def _open_tensorrt(path: Path, device: Device, options: EngineOptions) -> Engine:
+    from aiotrt.engines.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(
+        path, device, runtime=options.runtime, sha256=options.sha256, allow_host_code=options.allow_host_code
+    )

@@ -23,7 +23,7 @@ from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution
 from aiotrt.engines.tensorrt_plan import Plan, read_plan
 from aiotrt.engines.tensorrt_runtime import Product, open_product
 from aiotrt.errors import EngineError, InputError
-from aiotrt.tensors import Shapes, TensorSpec
+from aiotrt.tensors import Parameters, Shapes, TensorSpec
 
 __all__ = ["TensorRTEngine"]
 
@@ -52,7 +52,7 @@ class TensorRTEngine:
         MissingDependencyError: no product is installed that reads it.
     """
 
-    parameters: Mapping[str, bool] | None = None
+    parameters = Parameters()
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class TensorRTEngine:
         if require_cuda and (device.torch_device.type != "cuda" or not torch.cuda.is_available()):
             raise EngineError(
                 f"{path}: TensorRT engines run on CUDA devices, and this model's device is {device.name}; "
-                "load it with device='cuda', or load the .onnx file it was built from"
+                "load it with device='cuda', or load the .onnx file it was built from with device='host'"
             )
         self._product: Product = open_product(path, self.plan, runtime, runtime_module)
         with self._current_device():

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import re
 import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
-from aiotrt.engines.tensorrt_api import RTX_SURFACE, SURFACE, Api, Enumerator, Runtime, missing_names
+from aiotrt.building.log import log_of
+from aiotrt.engines.tensorrt_api import RTX_SURFACE, SURFACE, Api, Runtime, missing_names
 from aiotrt.engines.tensorrt_plan import Plan
 from aiotrt.errors import EngineError, MissingDependencyError
 
-__all__ = ["PRODUCTS", "Log", "Product", "open_product"]
+__all__ = ["PRODUCTS", "Product", "open_product"]
 
 T = TypeVar("T")
 
@@ -29,7 +28,6 @@ PRODUCTS: Final = {
     "tensorrt_rtx": "pip install 'aiotrt[rtx]'",
     "tensorrt_lean": "pip install tensorrt-lean",
 }
-_KEPT_LINES: Final = 50
 _SHOWN_LINES: Final = 8
 #: What TensorRT says when it refuses a file, what that means, and what to do.
 _REFUSALS: Final = (
@@ -45,44 +43,6 @@ _REFUSALS: Final = (
     (r"out of memory|outofmemory", "the device's memory is exhausted", "free some, or use a smaller engine"),
 )  # fmt: skip
 
-logger: Final = logging.getLogger("aiotrt.tensorrt")
-
-
-class Log:
-    """What TensorRT says: forwarded to `logging` as ``aiotrt.tensorrt``, and the last lines of it kept.
-
-    Args:
-        api: the module whose severities are translated.
-    """
-
-    def __init__(self, api: Api) -> None:
-        names = api.ILogger
-        self._levels: dict[Enumerator, int] = {
-            names.INTERNAL_ERROR: logging.ERROR,
-            names.ERROR: logging.ERROR,
-            names.WARNING: logging.WARNING,
-            names.INFO: logging.INFO,
-            names.VERBOSE: logging.DEBUG,
-        }
-        self._lines: deque[tuple[int, str]] = deque(maxlen=_KEPT_LINES)
-        self._count = 0
-
-    def write(self, severity: Enumerator, message: str) -> None:
-        """Take one message; called by TensorRT, on any thread."""
-        level = self._levels.get(severity, logging.ERROR)
-        if level >= logging.WARNING:  # progress would push out the line that says what went wrong
-            self._count += 1
-            self._lines.append((self._count, message))
-        logger.log(level, "%s", message)
-
-    def mark(self) -> int:
-        """A point in the log, for `since`."""
-        return self._count
-
-    def since(self, mark: int) -> list[str]:
-        """The warnings and errors written after `mark`, as far as they are kept."""
-        return [line for number, line in list(self._lines) if number > mark]
-
 
 class Product:
     """One of the three modules, its log and its runtimes.
@@ -95,8 +55,7 @@ class Product:
         self.api = api
         self.name = api.__name__
         self.version = api.__version__
-        self.log = Log(api)
-        self._logger = _forwarder(api, self.log)
+        self.log = log_of(api)
 
     @property
     def specializes(self) -> bool:
@@ -105,7 +64,7 @@ class Product:
 
     def runtime(self) -> Runtime:
         """A new runtime. All of a product share one logger, for that is how many TensorRT keeps."""
-        return self.api.Runtime(self._logger)
+        return self.api.Runtime(self.log.logger)
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
         """Call TensorRT, and turn whatever it raises into an `EngineError` with its log.
@@ -217,19 +176,3 @@ def _import(path: Path, name: str) -> Product:
             "TensorRT 10.1 or TensorRT-RTX 1.4 is the oldest that works"
         )
     return Product(cast("Api", api))
-
-
-def _forwarder(api: Api, log: Log) -> object:
-    base: Any = api.ILogger
-
-    class Forwarder(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)  # without this the binding has no C++ half, and TensorRT crashes at its first message
-
-        def log(self, severity: Enumerator, msg: str) -> None:
-            try:
-                log.write(severity, msg)
-            except BaseException:  # an exception that enters TensorRT's C++ code ends the process
-                pass
-
-    return Forwarder()
