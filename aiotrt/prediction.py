@@ -37,10 +37,11 @@ class Progress(enum.Enum):
 class Estimate:
     """How long one kind of work takes on the device, in seconds; 0.0 until something was learned."""
 
-    __slots__ = ("seconds",)
+    __slots__ = ("_late", "seconds")
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._late = 0  # looks in a row that came too late to say when
 
     def between(self, low: float, high: float) -> None:
         """The work was seen not complete this long after it started, and then complete this long after.
@@ -48,6 +49,7 @@ class Estimate:
         The weights differ so that the estimate settles below the middle: arriving early costs a few looks, arriving late
         is seen by the caller.
         """
+        self._late = 0
         seconds = (low + high) / 2
         if self.seconds == 0.0:
             self.seconds = seconds
@@ -58,10 +60,11 @@ class Estimate:
         """The work was complete at the first look, this long after it started."""
         if self.seconds == 0.0:
             self.seconds = seconds
-        elif seconds < self.seconds:
-            self.seconds += 0.3 * (seconds - self.seconds)
-        else:
-            self.seconds *= 0.99  # look a little earlier next time, until a look comes too early and says when
+            return
+        # Look earlier next time, until a look comes too early and says when; and ever more so. The first completion may have
+        # been seen very late, and steps that stay small would take hundreds of calls to find that out.
+        self.seconds = min(self.seconds, seconds) * (1 - min(0.5, 0.01 * 2**self._late))
+        self._late = min(self._late + 1, 6)
 
 
 class Lateness:

@@ -43,6 +43,16 @@ def test_late_looks_do_not_make_later_looks_later() -> None:
     assert estimate.seconds < 0.0001
 
 
+def test_a_first_look_that_came_much_too_late_is_unlearned_in_a_few_calls() -> None:
+    estimate = Estimate()
+    estimate.at_most(0.115)  # a burst of 64 calls, whose first completion was seen that late
+    calls = 0
+    while estimate.seconds > 0.012:
+        estimate.at_most(max(0.012, estimate.seconds))
+        calls += 1
+    assert calls <= 10
+
+
 def test_lateness_is_learned_per_length_of_sleep() -> None:
     lateness = Lateness()
     for _ in range(300):

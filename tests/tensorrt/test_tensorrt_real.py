@@ -82,7 +82,7 @@ def bare(trt: Any, path: Path, inputs: list[Array]) -> list[Array]:
 
 def loaded(path: Path, **options: Any) -> Any:
     """`aiotrt.load`, whatever the core makes of the suffix."""
-    patch = mock.patch("aiotrt.model.open_engine", lambda source, device, **_: TensorRTEngine(Path(source), device))
+    patch = mock.patch("aiotrt.model.open_engine", lambda source, device, _: TensorRTEngine(Path(source), device))
     patch.start()
     return aiotrt.load(path, device="cuda", **options), patch
 

@@ -17,8 +17,8 @@ from aiotrt.engines.tensorrt_api import DTYPES, PROTOCOLS, RTX_SURFACE, SURFACE,
 from aiotrt.testing.tensorrt_double import TensorRTDouble
 
 ADAPTER = [
-    Path(aiotrt.__file__).parent / "engines" / name
-    for name in ("tensorrt.py", "tensorrt_execution.py", "tensorrt_runtime.py")
+    Path(aiotrt.__file__).parent / name
+    for name in ("engines/tensorrt.py", "engines/tensorrt_execution.py", "engines/tensorrt_runtime.py", "building/log.py")
 ]
 PRODUCTS = ["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 #: What a parameter of this annotation must look like in a binding's docstring.

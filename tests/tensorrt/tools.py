@@ -85,7 +85,7 @@ def loading(double: TensorRTDouble, **options: object) -> Iterator[list[TensorRT
     """Inside, `aiotrt.load` of a file loads it with the double; gives the engines that were loaded."""
     engines: list[TensorRTEngine] = []
 
-    def open_engine(source: Any, device: Any, **_: object) -> TensorRTEngine:
+    def open_engine(source: Any, device: Any, _: object) -> TensorRTEngine:
         keywords: Mapping[str, Any] = options
         engine = TensorRTEngine(Path(source), device, runtime_module=cast("Api", double), require_cuda=False, **keywords)
         engines.append(engine)
