@@ -6,6 +6,7 @@ and `aiotrt.completion` finds out when it is done.
 
 from __future__ import annotations
 
+from aiotrt.buffers import Buffer, Buffers
 from aiotrt.building import BuildProgress, build
 from aiotrt.completion import wait
 from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
@@ -21,7 +22,7 @@ from aiotrt.errors import (
     QueueFullError,
     UsageError,
 )
-from aiotrt.lease import Buffer, Buffers, Lease
+from aiotrt.lease import Lease
 from aiotrt.model import Model, Statistics, load
 from aiotrt.run import run
 from aiotrt.tensors import TensorSpec

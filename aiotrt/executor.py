@@ -1,14 +1,14 @@
-"""Carries out what the slot machine decides: stages inputs, launches, watches, copies out, and hands over results.
+"""Carries out what the slot machine decides: admits, serves in order, moves slots, breaks and closes.
 
 Rule 1: everything here runs on the event loop's thread, synchronously, except the few functions that say they are a
 worker thread's; so no state is shared between threads, and there is no `await` between two halves of a change.
 Rule 2: a slot's memory is touched only by its owner, which is what its state says (`slots.TABLE`).
 
-The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built
-in a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker
-thread if they are large. Then one uninterrupted sequence goes to the slot's stream (`submission`), and the slot is
-IN_FLIGHT. The hub calls back when the produce event is complete; host results are copied into memory of the caller's own;
-the slot goes to the next in line; the request's future is resolved.
+The life of a request. `submit` checks the inputs and asks the machine for a slot; what follows is in `requests`. With the
+slot comes its program, built in a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs
+into pinned memory, in a worker thread if they are large. Then one uninterrupted sequence goes to the slot's stream
+(`submission`), and the slot is IN_FLIGHT. The hub calls back when the produce event is complete; host results are copied
+into memory of the caller's own; the slot goes to the next in line; the request's future is resolved.
 
 A request that is abandoned (its await was cancelled) leaves the line at once, or leaves its slot DRAINING until the
 device is done with it: the request, and through it the caller's inputs, stay referenced by the slot until then.
@@ -22,7 +22,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -33,25 +33,20 @@ from aiotrt.errors import (
     DeviceError,
     DeviceHangError,
     EngineError,
-    InputError,
     ModelBrokenError,
     ModelClosedError,
     QueueFullError,
     UsageError,
 )
 from aiotrt.graphs import Program, ProgramCache, Recipe
+from aiotrt.requests import Requests
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
-from aiotrt.submission import Request, Slot, await_gates, copy_in, has_passed, ready_events, submit_request
-from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, own
+from aiotrt.submission import Request, Slot, has_passed, keep_for_ever, ready_events, retire
+from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]
 
-#: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
-#: as much, so below it the hop would cost the caller more than the copy costs the loop.
-COPY_ON_LOOP_BYTES: Final = 1 << 20
-
-_keep: Final[list[object]] = []  # what a broken device may still be writing to: a leak is better than a dangling pointer
 _forks = 0
 
 
@@ -110,7 +105,7 @@ class Executor:
         self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
         self.broken: DeviceError | None = None
         self.closing = False
-        self._hang_timeout = hang_timeout
+        self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant[Request]] = deque()
@@ -118,9 +113,10 @@ class Executor:
         self._forks = _forks
         self._workers = self.device.workers(slots + 1)
         self._stop_listening = self.device.on_fault(self._device_failed)
+        self.requests = Requests(self)
         self.device.prepare_thread()
         if self.device.fault is not None:
-            self._break(self.device.fault)
+            self.break_down(self.device.fault)
 
     # Coming in...
 
@@ -185,7 +181,7 @@ class Executor:
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
             self.counters.cancelled += not request.is_warmup
-            self._move(slot, Move.RELEASE)
+            self.move(slot, Move.RELEASE)
 
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
@@ -217,270 +213,12 @@ class Executor:
                 slot.request = request
                 request.slot = slot
                 request.is_queued = False
-                self._begin(slot, request)
+                self.requests.begin(slot, request)
         finally:
             self._serving = False
 
-    def _begin(self, slot: Slot, request: Request) -> None:
-        if request.future.done():  # cancelled while it stood in line, and its task has not run yet
-            self._move(slot, Move.RELEASE)
-            self.counters.cancelled += 1
-            return
-        if self.specs.specs is not None:
-            try:
-                self.specs.settle(request.specs)  # while this one waited, another may have fixed what the inputs are
-            except InputError as error:
-                refusal = error
-                self._move(slot, Move.RELEASE, then=lambda: self._reject(request, refusal))
-                return
-        program = self.cache.get(slot.index, request.shapes)
-        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
-            self._prepared(slot, request, program)
-        else:
-            self._move(slot, Move.PREPARE)
-            self._work(slot, lambda: self._build(slot, request, program, ()), self._built)
-
-    def _build(self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[Program]) -> Program:
-        """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
-        self.device.prepare_thread()
-        for old in evicted:
-            _retire(old, self.slots[old.slot].gates)
-        built = program or self.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
-        try:
-            built.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
-        except BaseException:
-            if program is None:
-                built.close()
-            raise
-        return built
-
-    def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
-        request = slot.request
-        assert request is not None
-        if self.machine.states[slot.index] is State.BROKEN:
-            _keep.append(program)
-            return
-        if isinstance(error, torch.OutOfMemoryError):
-            evicted = self.cache.evict(self._busy(slot), None)
-            self.counters.evictions += len(evicted)
-            if evicted:  # with the memory of programs that nobody uses now, it may do
-                self._work(slot, lambda: self._build(slot, request, None, evicted), self._built)
-                return
-        if program is not None:
-            try:
-                self.specs.settle(request.specs)  # the engine has accepted these inputs
-            except InputError as refusal:
-                self._workers.submit(_retire, program, ())
-                program, error = None, refusal
-        if program is not None and program not in self.cache.holders(program.shapes).values():
-            self.cache.add(program)
-            self.first_shapes = self.first_shapes or program.shapes
-            self.counters.captures += 1
-            self.fallbacks.update(dict.fromkeys(program.fallbacks))
-            self._evict(program)
-        if self._resume(slot, error, "while it was prepared") is not None:
-            assert program is not None
-            self._prepared(slot, request, program)
-
-    def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
-        slot.program = program
-        if self.device.unified and slot.gates:
-            # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
-            self._move(slot, Move.PREPARE)
-            self.when_passed(slot.gates, lambda error: self._gates_passed(slot, error))
-        else:
-            self._stage(slot, request, program)
-
-    def _gates_passed(self, slot: Slot, error: BaseException | None) -> None:
-        slot.gates.clear()
-        if isinstance(error, DeviceHangError):
-            self._break(error)
-            return
-        request = self._resume(slot, error, "while its slot's last consumer was waited for")
-        if request is not None:
-            assert slot.program is not None
-            self._stage(slot, request, slot.program)
-
-    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
-        host = [argument.host for argument in request.arguments if argument.host is not None]
-        if request.is_lease:
-            slot.launches = 0
-            request.future.set_result(None)
-        elif program.blocking:
-            self._move(slot, Move.PREPARE)
-            self._work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
-        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES:
-            self._move(slot, Move.PREPARE)
-            self._work(slot, lambda: copy_in(request, program), self._staged)
-        else:
-            copy_in(request, program)
-            self._launch(slot, request, program)
-
-    def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
-        request = self._resume(slot, error, "while its inputs were copied")
-        if request is not None:
-            assert slot.program is not None
-            self._launch(slot, request, slot.program)
-
-    def _resume(self, slot: Slot, error: BaseException | None, when: str) -> Request | None:
-        """A worker thread is done with this slot. Returns the request, if it is still there and all went well."""
-        request = slot.request
-        assert request is not None
-        state = self.machine.states[slot.index]
-        if state is State.BROKEN:
-            return None
-        if isinstance(error, DeviceError):
-            self.device.fail(error)
-            return None
-        if state is State.DRAINING:
-            self._move(slot, Move.COMPLETE)
-            return None
-        self._move(slot, Move.PREPARED)
-        if error is not None:
-            self._move(slot, Move.RELEASE, then=lambda: self._reject(request, self.explain(error, when)))
-            return None
-        return request
-
-    # On the device...
-
-    def _launch(self, slot: Slot, request: Request, program: Program) -> None:
-        try:
-            submit_request(self.device, slot, request, program)
-        except DeviceError as error:
-            self.device.fail(error)
-        except Exception as error:
-            self._launch_failed(slot, error)
-        else:
-            self._move(slot, Move.LAUNCH)
-            self._count(program)
-            self._watch(slot, program)
-
-    def _count(self, program: Program) -> None:
-        if program.captured:
-            self.counters.replays += 1
-        else:
-            self.counters.fallback_runs += 1
-
-    def _watch(self, slot: Slot, program: Program) -> None:
-        event = slot.event
-        query = self.device.query
-        self.hub.watch(
-            slot.lane,
-            lambda: query(event),
-            lambda error: self._completed(slot, error),
-            estimate=program.estimate,
-            hang_timeout=self._hang_timeout,
-        )
-
-    def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
-        """On a worker thread: all of it, for a program whose launch occupies the thread."""
-        self.device.prepare_thread()
-        copy_in(request, program)
-        submit_request(self.device, slot, request, program)
-
-    def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
-        state = self.machine.states[slot.index]
-        if state is State.BROKEN:
-            return
-        assert slot.program is not None
-        if isinstance(error, DeviceError):
-            self.device.fail(error)
-        elif error is not None:
-            self._launch_failed(slot, error)
-        else:
-            if state is State.PREPARING:
-                self._move(slot, Move.LAUNCH)
-            self._count(slot.program)
-            self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
-
-    def _launch_failed(self, slot: Slot, error: BaseException) -> None:
-        """Part of the work may be on the stream already: the slot is not free before that has passed."""
-        request = slot.request
-        assert request is not None
-        self._reject(request, self.explain(error, "while it was launched"))
-        if self.machine.states[slot.index] is not State.DRAINING:
-            if self.machine.states[slot.index] is State.CLAIMED:
-                self._move(slot, Move.LAUNCH)
-            self._move(slot, Move.RELEASE)
-        assert slot.program is not None
-        try:
-            slot.stream.record(slot.event)
-        except DeviceError as fault:
-            self.device.fail(fault)
-        else:
-            self._watch(slot, slot.program)
-
-    # Coming out...
-
-    def _completed(self, slot: Slot, error: BaseException | None) -> None:
-        request = slot.request
-        assert request is not None
-        state = self.machine.states[slot.index]
-        if state is State.BROKEN:
-            return
-        if isinstance(error, DeviceError):
-            if not isinstance(error, DeviceHangError):
-                self.device.fail(error)
-            else:
-                self._break(error)
-        elif state is State.DRAINING:
-            self._move(slot, Move.COMPLETE)
-        elif error is not None:
-            explained = self.explain(error, "while it ran")
-            self._move(slot, Move.COPIED, then=lambda: self._reject(request, explained))
-        else:
-            self._hand_out(slot, request)
-
-    def _hand_out(self, slot: Slot, request: Request) -> None:
-        program = slot.program
-        assert program is not None
-        if request.kind is Kind.DEVICE:
-            self._finish(slot, request, request.results)
-            return
-        views = [program.output_view(i) for i in range(len(program.outputs))]
-        dtypes = [output.dtype for output in program.outputs]
-        kind = request.kind
-
-        def copy() -> list[Any]:
-            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
-
-        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
-            self._work(slot, copy, self._copied)  # the slot stays IN_FLIGHT, and its memory the worker's, until that is done
-            return
-        try:
-            results = copy()
-        except Exception as error:  # out of memory: without this the slot would be in flight for ever
-            self._copied(slot, None, error)
-        else:
-            self._finish(slot, request, results)
-
-    def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
-        request = slot.request
-        assert request is not None
-        state = self.machine.states[slot.index]
-        if state is State.BROKEN:
-            return
-        if state is State.DRAINING:
-            self._move(slot, Move.COMPLETE)
-        elif error is not None:
-            explained = self.explain(error, "while its results were copied")
-            self._move(slot, Move.COPIED, then=lambda: self._reject(request, explained))
-        else:
-            assert results is not None
-            self._finish(slot, request, results)
-
-    def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
-        assert slot.program is not None
-        packed = slot.program.names.pack(results)
-
-        def resolve() -> None:
-            self.counters.completed += 1
-            if not request.future.done():
-                request.future.set_result(packed)
-
-        self._move(slot, Move.COPIED, then=resolve)
-
-    def _reject(self, request: Request, error: BaseException) -> None:
+    def reject(self, request: Request, error: BaseException) -> None:
+        """The request failed with `error`."""
         self.counters.failed += 1
         if not request.future.done():
             request.future.set_exception(error)
@@ -501,6 +239,32 @@ class Executor:
         explained.__cause__ = error
         return explained
 
+    def resume(self, slot: Slot, error: BaseException | None, when: str) -> Request | None:
+        """A worker thread is done with this slot. Returns the request, if it is still there and all went well."""
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is State.BROKEN:
+            return None
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+            return None
+        if state is State.DRAINING:
+            self.move(slot, Move.COMPLETE)
+            return None
+        self.move(slot, Move.PREPARED)
+        if error is not None:
+            self.move(slot, Move.RELEASE, then=lambda: self.reject(request, self.explain(error, when)))
+            return None
+        return request
+
+    def count(self, program: Program) -> None:
+        """Count a launch."""
+        if program.captured:
+            self.counters.replays += 1
+        else:
+            self.counters.fallback_runs += 1
+
     # Leases...
 
     def launched(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None]) -> None:
@@ -511,8 +275,8 @@ class Executor:
         if state is State.BROKEN:
             return
         if state is not State.DRAINING:  # it is, when the lease ended while a worker thread submitted for it
-            self._move(slot, Move.LAUNCH)
-        self._count(program)
+            self.move(slot, Move.LAUNCH)
+        self.count(program)
         slot.launches += 1
         launch = slot.launches
         query = self.device.query
@@ -524,26 +288,26 @@ class Executor:
             finally:
                 on_done(error)
 
-        self.hub.watch(slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self._hang_timeout)
+        self.hub.watch(slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self.hang_timeout)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
-        self._move(slot, Move.PREPARE)
-        self._work(slot, job, lambda slot, _, error: then(error))
+        self.move(slot, Move.PREPARE)
+        self.work(slot, job, lambda slot, _, error: then(error))
 
     def end_lease(self, slot: Slot) -> None:
         """The holder lets go of its slot. Its consumer-done events are among the slot's gates already."""
-        self._move(slot, Move.RELEASE)
+        self.move(slot, Move.RELEASE)
 
     def reclaim(self, slot: Slot) -> None:
         """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
         state = self.machine.states[slot.index]
         if state in (State.IN_FLIGHT, State.PREPARING):
             slot.is_forgotten = True
-            self._move(slot, Move.RELEASE)
+            self.move(slot, Move.RELEASE)
         elif state in (State.CLAIMED, State.READABLE):
-            self._move(slot, Move.PREPARE)
-            self._move(slot, Move.RELEASE)
+            self.move(slot, Move.PREPARE)
+            self.move(slot, Move.RELEASE)
             self._drain(slot)
 
     def _lease_completed(self, slot: Slot, launch: int, error: BaseException | None) -> None:
@@ -551,28 +315,28 @@ class Executor:
         if state is State.BROKEN:
             return
         if isinstance(error, DeviceHangError):
-            self._break(error)
+            self.break_down(error)
         elif isinstance(error, DeviceError):
             self.device.fail(error)
         elif launch != slot.launches:
             return  # an earlier launch of several; the last one's completion is the slot's
         elif state is not State.DRAINING:
-            self._move(slot, Move.COMPLETE)
+            self.move(slot, Move.COMPLETE)
         elif slot.is_forgotten:
             self._drain(slot)
         else:
-            self._move(slot, Move.COMPLETE)
+            self.move(slot, Move.COMPLETE)
 
     def _drain(self, slot: Slot) -> None:
         def drained(slot: Slot, _: None, error: BaseException | None) -> None:
             slot.is_forgotten = False
-            self._resume(slot, error, "while a forgotten lease was reclaimed")
+            self.resume(slot, error, "while a forgotten lease was reclaimed")
 
-        self._work(slot, self.device.synchronize, drained)
+        self.work(slot, self.device.synchronize, drained)
 
     # Moving slots...
 
-    def _move(self, slot: Slot, move: Move, *, then: Callable[[], None] | None = None) -> None:
+    def move(self, slot: Slot, move: Move, *, then: Callable[[], None] | None = None) -> None:
         """Apply a move; if that frees the slot, forget its request, do `then`, and serve the next in line.
 
         The next request is launched before this one's future is resolved, so that the device has work while the caller's
@@ -589,7 +353,7 @@ class Executor:
             then()
         self._check_idle()
 
-    def _work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
+    def work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
         """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job."""
 
         def run() -> None:
@@ -602,18 +366,24 @@ class Executor:
                 self.loop.call_soon_threadsafe(then, slot, result, error)
             except RuntimeError:
                 # The loop was closed under pending work. Nobody is left to tell, so keep what may still be in use.
-                _keep.append((self, result))
+                keep_for_ever((self, result))
 
         self._workers.submit(run)
 
-    def _evict(self, newest: Program) -> None:
+    def evict(self, newest: Program) -> None:
+        """Free what is over the cache's bounds now that `newest` is in it."""
         # A free slot's launches are complete, so whoever may still read its outputs is among its gates. The newest
         # program's slot has launched nothing since it was granted, so that holds for its other programs too.
-        for program in self.cache.evict(self._busy(self.slots[newest.slot]), newest):
+        for program in self.cache.evict(self.busy(self.slots[newest.slot]), newest):
             self.counters.evictions += 1
-            self._workers.submit(_retire, program, list(self.slots[program.slot].gates))
+            self.retire(program, list(self.slots[program.slot].gates))
 
-    def _busy(self, besides: Slot) -> list[int]:
+    def retire(self, program: Program, gates: Sequence[Event]) -> None:
+        """Free a program in a worker thread, once its last readers are done."""
+        self._workers.submit(retire, program, gates)
+
+    def busy(self, besides: Slot) -> list[int]:
+        """The slots that somebody has, besides this one."""
         return [s.index for s in self.slots if s is not besides and self.machine.states[s.index] is not State.FREE]
 
     # Breaking and closing...
@@ -621,29 +391,36 @@ class Executor:
     def _device_failed(self, error: DeviceError) -> None:
         """On whichever thread found the fault."""
         if asyncio._get_running_loop() is self.loop:
-            self._break(error)
+            self.break_down(error)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
-                self.loop.call_soon_threadsafe(self._break, error)
+                self.loop.call_soon_threadsafe(self.break_down, error)
 
-    def _break(self, error: DeviceError) -> None:
+    def break_down(self, error: DeviceError) -> None:
         """Every slot is lost; everybody who waits is told."""
         if self.broken is not None:
             return
         self.broken = error
-        _keep.append(self)  # the device may still write to any of this
+        keep_for_ever(self)  # the device may still write to any of this
         waiting = [grant.ticket for grant in self._granted] + self.machine.withdraw_all()
         self._granted.clear()
         for slot in self.slots:
             if self.machine.states[slot.index] is not State.BROKEN:
                 self.machine.move(slot.index, Move.FAULT)
             if slot.request is not None and not slot.request.future.done():
-                self._reject(slot.request, error)
+                self.reject(slot.request, error)
         for request in waiting:
             request.is_queued = False
-            self._reject(request, error)
+            self.reject(request, error)
         self._fail_replays(error)
         self._check_idle()
+
+    def lost_track(self, error: Exception) -> None:
+        """The end of a failed launch cannot be seen, so its slot can never be given to anybody again."""
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+        else:
+            self.break_down(DeviceError(f"a failed launch could not be followed up: {error}"))
 
     def _fail_replays(self, error: AiotrtError) -> None:
         for future in self.replays:
@@ -659,15 +436,15 @@ class Executor:
         error = ModelClosedError(f"{self.recipe.engine.name} was closed while this call waited")
         for waiting in self.machine.withdraw_all():
             waiting.is_queued = False
-            self._reject(waiting, error)
+            self.reject(waiting, error)
         for slot in self.slots:
             request = slot.request
             if request is None or self.machine.states[slot.index] in (State.BROKEN, State.DRAINING):
                 continue
             request.is_revoked = True
-            self._move(slot, Move.RELEASE)
+            self.move(slot, Move.RELEASE)
             if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
-                self._reject(request, error)
+                self.reject(request, error)
         self._fail_replays(error)
         self._check_idle()
 
@@ -689,7 +466,7 @@ class Executor:
 
         def done(error: BaseException | None) -> None:
             if isinstance(error, DeviceError):
-                self._break(error)
+                self.break_down(error)
             if not passed.done():
                 passed.set_result(None)
 
@@ -711,7 +488,7 @@ class Executor:
 
         for gate in gates:
             self.hub.watch(
-                lane, lambda gate=gate: has_passed(self.device, gate), passed, hang_timeout=self._hang_timeout  # type: ignore[misc]
+                lane, lambda gate=gate: has_passed(self.device, gate), passed, hang_timeout=self.hang_timeout  # type: ignore[misc]
             )  # fmt: skip
 
     def _is_idle(self) -> bool:
@@ -739,7 +516,7 @@ class Executor:
         self._stop_listening()
         self._workers.shutdown(wait=False)
         if not self._is_idle():
-            _keep.append(self)  # the device may still be using its memory
+            keep_for_ever(self)  # the device may still be using its memory
         if self.loop.is_closed():
             self.hub.release()
         else:
@@ -753,16 +530,10 @@ class Executor:
             return
         self._workers.shutdown(wait=True)
         for program in self.cache.clear():
-            _retire(program, self.slots[program.slot].gates)
+            retire(program, self.slots[program.slot].gates)
         for slot in self.slots:
             slot.stream.close()
         self.recipe.engine.close()
-
-
-def _retire(program: Program, gates: Sequence[Event]) -> None:
-    """On a worker thread: free a program once its last readers are done."""
-    await_gates(gates)
-    program.close()
 
 
 def _count_fork() -> None:

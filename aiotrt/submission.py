@@ -22,9 +22,21 @@ from aiotrt.errors import DeviceError
 from aiotrt.graphs import Program
 from aiotrt.tensors import Argument, Kind, Shapes, Specs
 
-__all__ = ["Request", "Slot", "await_gates", "copy_in", "has_passed", "ready_events", "submit_lease", "submit_request"]
+__all__ = [
+    "Request",
+    "Slot",
+    "await_gates",
+    "copy_in",
+    "has_passed",
+    "keep_for_ever",
+    "ready_events",
+    "retire",
+    "submit_lease",
+    "submit_request",
+]
 
 _log: Final = logging.getLogger("aiotrt")
+_kept: Final[list[object]] = []
 
 
 class Request:
@@ -229,6 +241,17 @@ def await_gates(gates: Sequence[Event]) -> None:
             raise
         except Exception as error:
             _ignore(error)
+
+
+def retire(program: Program, gates: Sequence[Event]) -> None:
+    """Free a program once its last readers are done. Blocks: for worker threads."""
+    await_gates(gates)
+    program.close()
+
+
+def keep_for_ever(what: object) -> None:
+    """Never free what a device may still write to: a leak is better than a dangling pointer."""
+    _kept.append(what)
 
 
 def _ignore(error: Exception) -> None:

@@ -29,5 +29,5 @@ def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultI
                 simulated.host_write(view, "copying inputs in")
         submission.copy_in(request, program)
 
-    with mock.patch("aiotrt.executor.own", own), mock.patch("aiotrt.executor.copy_in", copy_in):
+    with mock.patch("aiotrt.requests.own", own), mock.patch("aiotrt.requests.copy_in", copy_in):
         return run(main, device)

@@ -119,18 +119,18 @@ async def test_completed_and_cancelled_in_the_same_turn(device: str) -> None:
             call = asyncio.ensure_future(model(frame(1)))
             await turns()
             executor = executor_of(model)
-            finish = executor._finish
+            finish = executor.requests._finish
 
             def finish_and_cancel(*arguments: Any) -> None:
                 finish(*arguments)
                 call.cancel()
 
-            executor._finish = finish_and_cancel  # type: ignore[method-assign, assignment]
+            executor.requests._finish = finish_and_cancel  # type: ignore[method-assign, assignment]
             latch.open()
             with pytest.raises(asyncio.CancelledError):
                 await call
         assert is_idle(model)
-        del executor._finish
+        del executor.requests._finish
         assert (await model(frame(2)))[0, 0] == 7
 
 

@@ -239,7 +239,7 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr("aiotrt.executor.own", full)
+            patch.setattr("aiotrt.requests.own", full)
             with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                 await model(frame(1))
         assert (await model(frame(1)))[0, 0] == 4

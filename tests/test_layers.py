@@ -29,8 +29,9 @@ LAYERS = [
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_plan", "_runtime")},
     {"graphs"},
     {"submission"},
-    {"executor"},
-    {"lease", "mapping"},
+    {"executor", "requests"},
+    {"buffers", "mapping"},
+    {"lease"},
     {"model"},
 ]
 #: Rooms above the model, which may use all of it; nothing below may import them.
@@ -43,7 +44,7 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion", "timers", "run", "submission", "executor", "lease", "mapping", "model"},
+    "asyncio": {"completion", "timers", "run", "submission", "executor", "requests", "buffers", "lease", "mapping", "model"},
 }
 #: Pure modules, and all that they may import.
 PURE = {

@@ -61,7 +61,7 @@ def produce_event_is_recorded_before_the_copy_out() -> Iterator[None]:
         with mock.patch.object(SimulatedStream, "record", return_value=None):
             original(device, slot, request, program)
 
-    with mock.patch("aiotrt.executor.submit_request", submit):
+    with mock.patch("aiotrt.requests.submit_request", submit):
         yield
 
 

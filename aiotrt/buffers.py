@@ -1,0 +1,442 @@
+"""A leased slot's buffers, and what lease and buffers share: who wrote, what was launched, who reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiotrt.completion import check_loop
+from aiotrt.devices import Event, Stream
+from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.executor import Executor
+from aiotrt.graphs import Program
+from aiotrt.slots import State
+from aiotrt.submission import Request, Slot, submit_lease
+from aiotrt.tensors import Kind, OutputNames
+
+__all__ = ["Buffer", "Buffers", "Hold"]
+
+
+class Buffer:
+    """One input or output buffer of a leased slot.
+
+    Attributes:
+        name: the engine's name for it.
+    """
+
+    def __init__(self, hold: Hold, index: int, name: str, *, is_input: bool) -> None:
+        self.name = name
+        self._hold = hold
+        self._index = index
+        self._is_input = is_input
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+        return tuple(self._tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its torch dtype."""
+        return self._tensor.dtype
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The device tensor itself, without a copy.
+
+        An output may be read here in the order of the current stream once it was launched. On the host device plain Python
+        runs on no stream: there it may be read once its produce event is complete, or by a function that `Stream.run`
+        runs, in that stream's order. An input may be written here.
+
+        Raises:
+            UsageError: the lease has ended; for an output, nothing was launched yet, or (host) it is not complete.
+        """
+        hold = self._hold
+        if hold.executor.device.is_on_stream():
+            # Its turn may come after the lease has ended: what `consumed` promised keeps the slot's contents for it.
+            return self._tensor
+        hold.check()
+        if self._is_input:
+            hold.wrote(self._index, host=False)
+        else:
+            hold.check_launched()
+        if hold.unified:
+            hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
+        return self._tensor
+
+    @property
+    def host(self) -> torch.Tensor:
+        """Its page-locked staging memory as a host tensor, without a copy (`numpy()` makes it an array).
+
+        An input written here is copied to the device by the next launch. An output is here once the launch is complete,
+        if the lease was taken with ``outputs="torch"`` or ``"numpy"``.
+
+        Raises:
+            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host.
+        """
+        hold = self._hold
+        hold.check()
+        if not self._is_input:
+            hold.check_launched()
+        hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
+        if self._is_input:
+            hold.wrote(self._index, host=True)
+            return hold.program.staged_input(self._index)
+        if hold.unified:
+            return self._tensor
+        staged = hold.program.staged_outputs[self._index]
+        if staged is None or hold.kind is Kind.DEVICE:
+            raise UsageError(
+                f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host"
+            )
+        return staged
+
+    def __setitem__(self, index: Any, value: object) -> None:
+        """Write an input, or part of it.
+
+        Args:
+            index: as for numpy; ``...`` for all of it.
+            value: a number; a host array or tensor, copied to staging memory here and now; a device tensor, copied in the
+                order of the current stream; or another lease's output buffer, copied on the device once it is produced.
+
+        Raises:
+            InputError: wrong dtype, shape or device.
+            UsageError: the lease has ended; it is an output; a host value while a launch is not complete; values from the
+                host and from the device mixed in one input.
+        """
+        hold = self._hold
+        hold.check()
+        if not self._is_input:
+            raise UsageError(f"output {self.name!r} is written by the model; only inputs can be assigned to")
+        if isinstance(value, Buffer):
+            value._hold.check()
+            value._hold.check_launched()
+            if value.dtype is not self.dtype:
+                raise InputError(f"input {self.name!r}: expected {self.dtype}, got {value!r}")
+            self._write_device(index, value._tensor)
+            # What is copied must not be overwritten before the copy, which the current stream makes.
+            value._hold.consumed(None)
+            return
+        if isinstance(value, (bool, int, float, complex, np.generic)):
+            self._write_host(index, value)
+            return
+        argument = hold.executor.specs.check(self.name, value)
+        if argument.tensor is not None:
+            self._write_device(index, argument.tensor)
+        else:
+            self._write_host(index, argument.host)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and name != "name":
+            raise AttributeError(f"write to a buffer with buffer[...] = value, not to its attribute {name!r}")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<Buffer {self.name}: {str(self.dtype).removeprefix('torch.')} {self.shape}>"
+
+    @property
+    def _tensor(self) -> torch.Tensor:
+        program = self._hold.program
+        return program.inputs[self._index] if self._is_input else program.outputs[self._index]
+
+    def _write_host(self, index: Any, value: Any) -> None:
+        hold = self._hold
+        hold.check_settled(f"input {self.name!r}")
+        hold.wrote(self._index, host=True)
+        view = hold.program.input_views[self._index]
+        assert view is not None
+        if isinstance(value, np.ndarray):
+            self._check_broadcast(view[index].shape, value.shape)
+        if hold.unified and not hold.is_current_idle():
+            # Copies made on the device side stand in line there; this one must come after them.
+            value = np.array(value)
+            hold.on_current(lambda: view.__setitem__(index, value))
+        else:
+            view[index] = value
+
+    def _write_device(self, index: Any, source: torch.Tensor) -> None:
+        hold = self._hold
+        destination = self._tensor
+        self._check_broadcast(tuple(destination[index].shape), tuple(source.shape))
+        hold.wrote(self._index, host=False)
+
+        def write() -> None:
+            with torch.no_grad():
+                destination[index] = source
+
+        if hold.unified:
+            hold.on_current(write)
+        else:
+            write()  # torch submits it to the current stream
+
+    def _check_broadcast(self, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        try:
+            fits = np.broadcast_shapes(place, shape) == tuple(place)  # torch's own imports sympy first: 0.3 s on the loop
+        except ValueError:
+            fits = False
+        if not fits:
+            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {shape}")
+
+
+class Buffers(Sequence[Buffer]):
+    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes."""
+
+    def __init__(self, what: str, buffers: Sequence[Buffer]) -> None:
+        self._what = what
+        self._buffers = tuple(buffers)
+        self._by_name = {buffer.name: buffer for buffer in buffers}
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return iter(self._buffers)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self._buffers[key]
+        try:
+            return self._by_name[key]
+        except KeyError:
+            raise KeyError(f"there is no {self._what} {key!r}; there are {', '.join(self._by_name)}") from None
+
+    def __getattr__(self, name: str) -> Buffer:
+        try:
+            return self.__dict__["_by_name"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"there is no {self.__dict__['_what']} {name!r}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f"write to a buffer with {self._what}s.{name}[...] = value")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<{self._what}s {list(self._buffers)}>"
+
+
+class Hold:
+    """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
+
+    def __init__(self, executor: Executor, slot: Slot, request: Request, program: Program) -> None:
+        self.executor = executor
+        self.slot = slot
+        self.program = program
+        self.kind = request.kind
+        self.unified = executor.device.unified
+        self.consumers: dict[int, Stream] = {}  # streams that read the buffers, by handle
+        self._request = request
+        self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
+        self._ever_written: set[int] = set()
+        self._event: Event | None = None  # the last launch's
+        self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._left = False
+
+    def open(self) -> None:
+        """Order the caller's stream after the previous consumers: it may write into buffers that they still read."""
+        if self.slot.gates and not self.unified:
+            current = self.executor.device.current_stream()
+            for gate in self.slot.gates:
+                current.wait(gate)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lease still has its slot."""
+        return not self._left and self.slot.request is self._request and not self._request.is_revoked
+
+    def check(self) -> None:
+        """Raise unless the lease is held, here, on a working model."""
+        executor = self.executor
+        check_loop(executor.loop, "a lease")
+        if self._left:
+            raise UsageError("this lease has ended: its buffers belong to somebody else now")
+        if executor.broken is not None:
+            raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
+        if self._request.is_revoked or self.slot.request is not self._request:
+            raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
+
+    def check_launched(self) -> None:
+        """Raise unless something was launched."""
+        if self._event is None:
+            raise UsageError("nothing was launched in this lease yet: call launch() or await replay() first")
+
+    def check_settled(self, what: str) -> None:
+        """Raise unless the last launch is complete, so that the host may touch `what`."""
+        if self._event is not None and not self._is_complete(self._event):
+            raise UsageError(
+                f"{what}: the last launch is not complete, and the host must not touch this before it is: await it"
+            )
+
+    def _is_complete(self, event: Event) -> bool:
+        try:
+            return self.executor.device.query(event)
+        except DeviceError:
+            raise
+        except Exception:  # the work itself failed, as whoever awaits it is told; it no longer runs
+            return True
+
+    def wrote(self, index: int, *, host: bool) -> None:
+        """Note that an input was written, and from where."""
+        if not self.unified and self._sources.setdefault(index, host) is not host:
+            assert self.executor.specs.specs is not None
+            name = self.executor.specs.specs[index].name
+            raise UsageError(f"input {name!r} was written from the host and from the device; write all of it from one side")
+        self._ever_written.add(index)
+
+    # The current stream of the host device, where copies between buffers are ordered...
+
+    def on_current(self, function: Callable[[], None]) -> None:
+        """Put work on the current stream, and remember that it is there."""
+        stream = self.executor.device.current_stream()
+        stream.run(function)
+        self._current_mark = self.executor.device.event()
+        stream.record(self._current_mark)
+
+    def is_current_idle(self) -> bool:
+        """Whether that work is done."""
+        return self._current_mark is None or self._is_complete(self._current_mark)
+
+    # Launching...
+
+    def launch(self, future: asyncio.Future[None] | None) -> Event:
+        """Launch; `future` hears of the completion."""
+        executor = self.executor
+        self._check_written()
+        event: Event | None = None
+        try:
+            event = executor.device.event()
+            current = executor.device.current_stream()
+            self._submit(event, current)
+        except Exception as error:
+            raise self._failed(event, error, None) from error
+        self._launched(event, future)
+        try:
+            current.wait(event)
+        except Exception as error:
+            raise executor.failed(error, "while the current stream was made to wait for a launch") from error
+        return event
+
+    def launch_in_worker(self, future: asyncio.Future[None]) -> None:
+        """Launch in a worker thread, for a program whose launch occupies its thread."""
+        executor, slot = self.executor, self.slot
+        self._check_written()
+        if executor.machine.states[slot.index] is State.IN_FLIGHT:
+            raise UsageError("the last launch is not complete: await it before the next")
+        event = executor.device.event()
+        current = executor.device.current_stream()
+
+        def submit() -> None:
+            executor.device.prepare_thread()
+            self._submit(event, current)
+            current.wait(event)
+
+        def submitted(error: BaseException | None) -> None:
+            if error is None:
+                self._launched(event, future)
+            else:
+                self._failed(event, error, future)
+
+        executor.submit_in_worker(slot, submit, submitted)
+
+    def _failed(self, event: Event | None, error: BaseException, future: asyncio.Future[None] | None) -> AiotrtError:
+        """Part of the work may be on the stream: the slot is in flight until that has passed, and `future` hears then."""
+        executor = self.executor
+        explained = executor.failed(error, "while it was launched")
+        if executor.broken is None and event is not None:
+            try:
+                self.slot.stream.record(event)
+                self._launched(event, future, explained)
+            except Exception as second:
+                executor.lost_track(second)
+        elif future is not None and not future.done():
+            future.set_exception(explained)
+        return explained
+
+    def _submit(self, event: Event, current: Stream) -> None:
+        from_host = [i for i, written_by_host in self._sources.items() if written_by_host]
+        consumers = self._consumer_streams(current)
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
+        # Only now: after a launch that failed, the next one must still copy what was written and wait for who reads.
+        self._sources.clear()
+        self.consumers.clear()
+
+    def _launched(self, event: Event, future: asyncio.Future[None] | None, failure: AiotrtError | None = None) -> None:
+        self._event = event
+
+        def done(error: BaseException | None) -> None:
+            if future is None or future.done():
+                return
+            error = failure or error
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(self.executor.explain(error, "while it ran"))
+
+        self.executor.launched(self.slot, event, done)
+
+    def _check_written(self) -> None:
+        specs = self.executor.specs.specs
+        assert specs is not None
+        for i, spec in enumerate(specs):
+            if i not in self._ever_written:
+                raise UsageError(f"input {spec.name!r} was never written in this lease: write it before the first launch")
+
+    def results(self) -> Any:
+        """The outputs as the lease asked for them."""
+        names: OutputNames = self.program.names
+        if self.kind is Kind.DEVICE:
+            return names.pack(list(self.program.outputs))
+        if self.kind is Kind.NUMPY:
+            return names.pack([self.program.output_view(i) for i in range(len(self.program.outputs))])
+        if self.unified:
+            return names.pack(list(self.program.outputs))
+        return names.pack(list(self.program.staged_outputs))
+
+    # Leaving...
+
+    def consumed(self, stream: object) -> None:
+        """See `Lease.consumed`."""
+        device = self.executor.device
+        try:
+            adopted = device.current_stream() if stream is None else device.adopt_stream(stream)
+        except TypeError as error:
+            raise UsageError(str(error)) from error
+        self.consumers[adopted.handle] = adopted
+
+    def _consumer_streams(self, current: Stream) -> list[Stream]:
+        return list({current.handle: current, **self.consumers}.values())
+
+    def leave(self) -> None:
+        """See `Lease`: record who reads, and let go."""
+        if not self._left and self.is_held and self.executor.broken is None:
+            self._left = True
+            device = self.executor.device
+            try:
+                for stream in self._consumer_streams(device.current_stream()):
+                    self.slot.gates.append(stream.record())
+            except Exception as error:
+                failure = self.executor.failed(error, "while its consumers were recorded")
+                if self.executor.broken is None:
+                    self.executor.reclaim(self.slot)  # as if it were forgotten: who reads is not known now
+                raise failure from error
+            # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
+            self.executor.end_lease(self.slot)
+        self._left = True
+
+    def forget(self) -> bool:
+        """The lease is garbage. Returns whether it still held its slot. Called on any thread, so it only passes on."""
+        if not self.is_held or self.executor.broken is not None:
+            return False
+        self._left = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
+            self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
+        return True
+
+    def describe(self) -> str:
+        """The slot's state, in a word."""
+        return "ended" if not self.is_held else self.executor.machine.states[self.slot.index].value

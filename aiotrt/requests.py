@@ -1,0 +1,274 @@
+"""The life of a request, from the slot that it is granted to its result: prepared, staged, launched, watched, copied out.
+
+The slot's state is moved by the executor, whose rules hold here too: everything runs on the loop's thread, synchronously,
+except the functions that say they are a worker thread's; and a slot's memory is touched only by its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from aiotrt.errors import DeviceError, DeviceHangError, InputError
+from aiotrt.graphs import Program
+from aiotrt.slots import Event as Move
+from aiotrt.slots import State
+from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
+from aiotrt.tensors import Kind, own
+
+if TYPE_CHECKING:
+    from aiotrt.executor import Executor
+
+__all__ = ["Requests"]
+
+#: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
+#: as much, so below it the hop would cost the caller more than the copy costs the loop.
+COPY_ON_LOOP_BYTES: Final = 1 << 20
+
+
+class Requests:
+    """Serves requests on the slots of one executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def begin(self, slot: Slot, request: Request) -> None:
+        """A request got its slot: prepare it, and go on as soon as that is done."""
+        if request.future.done():  # cancelled while it stood in line, and its task has not run yet
+            self._executor.move(slot, Move.RELEASE)
+            self._executor.counters.cancelled += 1
+            return
+        if self._executor.specs.specs is not None:
+            try:
+                self._executor.specs.settle(
+                    request.specs
+                )  # while this one waited, another may have fixed what the inputs are
+            except InputError as error:
+                refusal = error
+                self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
+                return
+        program = self._executor.cache.get(slot.index, request.shapes)
+        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
+            self._prepared(slot, request, program)
+        else:
+            self._executor.move(slot, Move.PREPARE)
+            self._executor.work(slot, lambda: self._build(slot, request, program, ()), self._built)
+
+    def _build(self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[Program]) -> Program:
+        """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
+        self._executor.device.prepare_thread()
+        for old in evicted:
+            retire(old, self._executor.slots[old.slot].gates)
+        built = program or self._executor.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
+        try:
+            built.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
+        except BaseException:
+            if program is None:
+                built.close()
+            raise
+        return built
+
+    def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        if self._executor.machine.states[slot.index] is State.BROKEN:
+            keep_for_ever(program)
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            evicted = self._executor.cache.evict(self._executor.busy(slot), None)
+            self._executor.counters.evictions += len(evicted)
+            if evicted:  # with the memory of programs that nobody uses now, it may do
+                self._executor.work(slot, lambda: self._build(slot, request, None, evicted), self._built)
+                return
+        if program is not None:
+            try:
+                self._executor.specs.settle(request.specs)  # the engine has accepted these inputs
+            except InputError as refusal:
+                self._executor.retire(program, ())
+                program, error = None, refusal
+        if program is not None and program not in self._executor.cache.holders(program.shapes).values():
+            self._executor.cache.add(program)
+            self._executor.first_shapes = self._executor.first_shapes or program.shapes
+            self._executor.counters.captures += 1
+            self._executor.fallbacks.update(dict.fromkeys(program.fallbacks))
+            self._executor.evict(program)
+        if self._executor.resume(slot, error, "while it was prepared") is not None:
+            assert program is not None
+            self._prepared(slot, request, program)
+
+    def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
+        slot.program = program
+        if self._executor.device.unified and slot.gates:
+            # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
+            self._executor.move(slot, Move.PREPARE)
+            self._executor.when_passed(slot.gates, lambda error: self._gates_passed(slot, error))
+        else:
+            self._stage(slot, request, program)
+
+    def _gates_passed(self, slot: Slot, error: BaseException | None) -> None:
+        slot.gates.clear()
+        if isinstance(error, DeviceHangError):
+            self._executor.break_down(error)
+            return
+        request = self._executor.resume(slot, error, "while its slot's last consumer was waited for")
+        if request is not None:
+            assert slot.program is not None
+            self._stage(slot, request, slot.program)
+
+    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
+        host = [argument.host for argument in request.arguments if argument.host is not None]
+        if request.is_lease:
+            slot.launches = 0
+            request.future.set_result(None)
+        elif program.blocking:
+            self._executor.move(slot, Move.PREPARE)
+            self._executor.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
+        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES:
+            self._executor.move(slot, Move.PREPARE)
+            self._executor.work(slot, lambda: copy_in(request, program), self._staged)
+        else:
+            copy_in(request, program)
+            self._launch(slot, request, program)
+
+    def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        request = self._executor.resume(slot, error, "while its inputs were copied")
+        if request is not None:
+            assert slot.program is not None
+            self._launch(slot, request, slot.program)
+
+    # On the device...
+
+    def _launch(self, slot: Slot, request: Request, program: Program) -> None:
+        try:
+            submit_request(self._executor.device, slot, request, program)
+        except DeviceError as error:
+            self._executor.device.fail(error)
+        except Exception as error:
+            self._launch_failed(slot, error)
+        else:
+            self._executor.move(slot, Move.LAUNCH)
+            self._executor.count(program)
+            self._watch(slot, program)
+
+    def _watch(self, slot: Slot, program: Program) -> None:
+        event = slot.event
+        query = self._executor.device.query
+        self._executor.hub.watch(
+            slot.lane,
+            lambda: query(event),
+            lambda error: self._completed(slot, error),
+            estimate=program.estimate,
+            hang_timeout=self._executor.hang_timeout,
+        )
+
+    def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
+        """On a worker thread: all of it, for a program whose launch occupies the thread."""
+        self._executor.device.prepare_thread()
+        copy_in(request, program)
+        submit_request(self._executor.device, slot, request, program)
+
+    def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        state = self._executor.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        assert slot.program is not None
+        if isinstance(error, DeviceError):
+            self._executor.device.fail(error)
+        elif error is not None:
+            self._launch_failed(slot, error)
+        else:
+            if state is State.PREPARING:
+                self._executor.move(slot, Move.LAUNCH)
+            self._executor.count(slot.program)
+            self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
+
+    def _launch_failed(self, slot: Slot, error: BaseException) -> None:
+        """Part of the work may be on the stream already: the slot is not free before that has passed."""
+        request = slot.request
+        assert request is not None
+        self._executor.reject(request, self._executor.explain(error, "while it was launched"))
+        if self._executor.machine.states[slot.index] is not State.DRAINING:
+            if self._executor.machine.states[slot.index] is State.CLAIMED:
+                self._executor.move(slot, Move.LAUNCH)
+            self._executor.move(slot, Move.RELEASE)
+        assert slot.program is not None
+        try:
+            slot.stream.record(slot.event)
+        except Exception as second:
+            self._executor.lost_track(second)
+        else:
+            self._watch(slot, slot.program)
+
+    # Coming out...
+
+    def _completed(self, slot: Slot, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self._executor.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if isinstance(error, DeviceError):
+            if not isinstance(error, DeviceHangError):
+                self._executor.device.fail(error)
+            else:
+                self._executor.break_down(error)
+        elif state is State.DRAINING:
+            self._executor.move(slot, Move.COMPLETE)
+        elif error is not None:
+            explained = self._executor.explain(error, "while it ran")
+            self._executor.move(slot, Move.COPIED, then=lambda: self._executor.reject(request, explained))
+        else:
+            self._hand_out(slot, request)
+
+    def _hand_out(self, slot: Slot, request: Request) -> None:
+        program = slot.program
+        assert program is not None
+        if request.kind is Kind.DEVICE:
+            self._finish(slot, request, request.results)
+            return
+        views = [program.output_view(i) for i in range(len(program.outputs))]
+        dtypes = [output.dtype for output in program.outputs]
+        kind = request.kind
+
+        def copy() -> list[Any]:
+            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
+
+        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
+            self._executor.work(
+                slot, copy, self._copied
+            )  # the slot stays IN_FLIGHT, and its memory the worker's, until that is done
+            return
+        try:
+            results = copy()
+        except Exception as error:  # out of memory: without this the slot would be in flight for ever
+            self._copied(slot, None, error)
+        else:
+            self._finish(slot, request, results)
+
+    def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self._executor.machine.states[slot.index]
+        if state is State.BROKEN:
+            return
+        if state is State.DRAINING:
+            self._executor.move(slot, Move.COMPLETE)
+        elif error is not None:
+            explained = self._executor.explain(error, "while its results were copied")
+            self._executor.move(slot, Move.COPIED, then=lambda: self._executor.reject(request, explained))
+        else:
+            assert results is not None
+            self._finish(slot, request, results)
+
+    def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
+        assert slot.program is not None
+        packed = slot.program.names.pack(results)
+
+        def resolve() -> None:
+            self._executor.counters.completed += 1
+            if not request.future.done():
+                request.future.set_result(packed)
+
+        self._executor.move(slot, Move.COPIED, then=resolve)
