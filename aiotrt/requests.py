@@ -42,9 +42,8 @@ class Requests:
             return
         if self._executor.specs.specs is not None:
             try:
-                self._executor.specs.settle(
-                    request.specs
-                )  # while this one waited, another may have fixed what the inputs are
+                # While this one waited, another may have fixed what the inputs are.
+                self._executor.specs.settle(request.specs)
             except InputError as error:
                 refusal = error
                 self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
@@ -236,9 +235,8 @@ class Requests:
             return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
 
         if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
-            self._executor.work(
-                slot, copy, self._copied
-            )  # the slot stays IN_FLIGHT, and its memory the worker's, until that is done
+            # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
+            self._executor.work(slot, copy, self._copied)
             return
         try:
             results = copy()
