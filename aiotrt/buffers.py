@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -220,6 +220,13 @@ class Buffers(Sequence[Buffer]):
         return f"<{self._what}s {list(self._buffers)}>"
 
 
+class _Orders(NamedTuple):
+    """What one launch has to do besides: inputs written since the last one (True from the host), and who else reads."""
+
+    sources: dict[int, bool]
+    consumers: dict[int, Stream]
+
+
 class Hold:
     """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
 
@@ -308,12 +315,13 @@ class Hold:
         executor = self.executor
         self._check_written()
         event: Event | None = None
+        orders = self._take_orders()
         try:
             event = executor.device.event()
             current = executor.device.current_stream()
-            self._submit(event, current)
+            self._submit(event, current, orders)
         except Exception as error:
-            raise self._failed(event, error, None) from error
+            raise self._failed(event, error, None, orders) from error
         self._launched(event, future)
         try:
             current.wait(event)
@@ -329,23 +337,29 @@ class Hold:
             raise UsageError("the last launch is not complete: await it before the next")
         event = executor.device.event()
         current = executor.device.current_stream()
+        orders = self._take_orders()  # here, on the loop's thread, which goes on writing and naming meanwhile
 
         def submit() -> None:
             executor.device.prepare_thread()
-            self._submit(event, current)
+            self._submit(event, current, orders)
             current.wait(event)
 
         def submitted(error: BaseException | None) -> None:
             if error is None:
                 self._launched(event, future)
             else:
-                self._failed(event, error, future)
+                self._failed(event, error, future, orders)
 
         executor.submit_in_worker(slot, submit, submitted)
 
-    def _failed(self, event: Event | None, error: BaseException, future: asyncio.Future[None] | None) -> AiotrtError:
+    def _failed(
+        self, event: Event | None, error: BaseException, future: asyncio.Future[None] | None, orders: _Orders
+    ) -> AiotrtError:
         """Part of the work may be on the stream: the slot is in flight until that has passed, and `future` hears then."""
         executor = self.executor
+        # The next launch must still copy what was written and wait for who reads.
+        self._sources = orders.sources | self._sources
+        self.consumers = orders.consumers | self.consumers
         explained = executor.failed(error, "while it was launched")
         if executor.broken is None and event is not None:
             try:
@@ -357,13 +371,15 @@ class Hold:
             future.set_exception(explained)
         return explained
 
-    def _submit(self, event: Event, current: Stream) -> None:
-        from_host = [i for i, written_by_host in self._sources.items() if written_by_host]
-        consumers = self._consumer_streams(current)
-        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
-        # Only now: after a launch that failed, the next one must still copy what was written and wait for who reads.
-        self._sources.clear()
-        self.consumers.clear()
+    def _take_orders(self) -> _Orders:
+        orders = _Orders(self._sources, self.consumers)
+        self._sources, self.consumers = {}, {}
+        return orders
+
+    def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:
+        from_host = [i for i, written_by_host in orders.sources.items() if written_by_host]
+        consumers = {current.handle: current} | orders.consumers
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers.values(), from_host, self.kind)
 
     def _launched(self, event: Event, future: asyncio.Future[None] | None, failure: AiotrtError | None = None) -> None:
         self._event = event
@@ -408,16 +424,14 @@ class Hold:
             raise UsageError(str(error)) from error
         self.consumers[adopted.handle] = adopted
 
-    def _consumer_streams(self, current: Stream) -> list[Stream]:
-        return list({current.handle: current, **self.consumers}.values())
-
     def leave(self) -> None:
         """See `Lease`: record who reads, and let go."""
         if not self._left and self.is_held and self.executor.broken is None:
             self._left = True
             device = self.executor.device
             try:
-                for stream in self._consumer_streams(device.current_stream()):
+                current = device.current_stream()
+                for stream in ({current.handle: current} | self.consumers).values():
                     self.slot.gates.append(stream.record())
             except Exception as error:
                 failure = self.executor.failed(error, "while its consumers were recorded")
