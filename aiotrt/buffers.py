@@ -15,6 +15,7 @@ from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.executor import Executor
 from aiotrt.graphs import Program
+from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, submit_lease
 from aiotrt.tensors import Kind, OutputNames
@@ -67,7 +68,7 @@ class Buffer:
             hold.check_launched()
         if hold.unified:
             hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
-        return self._tensor
+        return self._tensor if self._is_input else hold.handed_out(self._tensor)
 
     @property
     def host(self) -> torch.Tensor:
@@ -242,6 +243,7 @@ class Hold:
         self._ever_written: set[int] = set()
         self._event: Event | None = None  # the last launch's
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._state = GraphState()
         self._left = False
 
     def open(self) -> None:
@@ -374,6 +376,7 @@ class Hold:
     def _take_orders(self) -> _Orders:
         orders = _Orders(self._sources, self.consumers)
         self._sources, self.consumers = {}, {}
+        self.slot.gates += self._state.take()
         return orders
 
     def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:
@@ -406,12 +409,17 @@ class Hold:
         """The outputs as the lease asked for them."""
         names: OutputNames = self.program.names
         if self.kind is Kind.DEVICE:
-            return names.pack(list(self.program.outputs))
+            return names.pack([self.handed_out(output) for output in self.program.outputs])
         if self.kind is Kind.NUMPY:
             return names.pack([self.program.output_view(i) for i in range(len(self.program.outputs))])
         if self.unified:
             return names.pack(list(self.program.outputs))
         return names.pack(list(self.program.staged_outputs))
+
+    def handed_out(self, output: torch.Tensor) -> torch.Tensor:
+        """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
+        assert self._event is not None
+        return carry(output.detach(), self._event, self._state)
 
     # Leaving...
 
@@ -433,6 +441,7 @@ class Hold:
                 current = device.current_stream()
                 for stream in ({current.handle: current} | self.consumers).values():
                     self.slot.gates.append(stream.record())
+                self.slot.gates += self._state.take()
             except Exception as error:
                 failure = self.executor.failed(error, "while its consumers were recorded")
                 if self.executor.broken is None:

@@ -39,10 +39,11 @@ from aiotrt.errors import (
     UsageError,
 )
 from aiotrt.graphs import Program, ProgramCache, Recipe
+from aiotrt.handshake import bound_inputs, ready_events
 from aiotrt.requests import Requests
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
-from aiotrt.submission import Request, Slot, has_passed, keep_for_ever, ready_events, retire
+from aiotrt.submission import Request, Slot, has_passed, keep_for_ever, retire
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]
@@ -114,6 +115,7 @@ class Executor:
         self._workers = self.device.workers(slots + 1)
         self._stop_listening = self.device.on_fault(self._device_failed)
         self.requests = Requests(self)
+        self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
         if self.device.fault is not None:
             self.break_down(self.device.fault)
@@ -141,6 +143,7 @@ class Executor:
         if kind is Kind.DEVICE or request.kind is Kind.DEVICE:
             request.origin = self.device.current_stream()
             request.ready = ready_events(arguments)
+            request.bound = bound_inputs(arguments)
         self._enter(request, bounded)
         return request
 
@@ -185,7 +188,7 @@ class Executor:
 
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
-            grant = self.machine.request(request, prefer=self.cache.holders(request.shapes), bounded=bounded)
+            grant = self.machine.request(request, prefer=self.cache.holders(request.key), bounded=bounded)
         except OverflowError:
             self.counters.rejected += 1
             raise QueueFullError(

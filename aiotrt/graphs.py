@@ -5,8 +5,9 @@ captured; else a sequence of steps, each a graph or plain calls, with the reason
 buffers are not captured: they are submitted before and after, so that one capture serves host and device callers alike.
 
 The cache is pure bookkeeping: it says what to evict, and the executor, who knows when the device is done, evicts.
-Its key is (slot, shapes). The engine is the model's own; dtypes and ranks are fixed for the life of a model; inputs are
-always copied into contiguous buffers at addresses that the slot owns, so strides and bound addresses are fixed too.
+Its key is the slot, the shapes, and the addresses of inputs that a caller wants read where they are. The engine is the
+model's own; dtypes and ranks are fixed for the life of a model; all other inputs are copied into contiguous buffers at
+addresses that the slot owns, so strides and addresses are fixed too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from aiotrt.devices.base import write_back
 from aiotrt.engines import Engine, Execution
 from aiotrt.errors import AiotrtError, EngineError
 from aiotrt.prediction import Estimate
-from aiotrt.tensors import OutputNames, Shapes, TensorSpec, flatten, numpy_view
+from aiotrt.tensors import Key, OutputNames, TensorSpec, flatten, numpy_view
 
 __all__ = ["Program", "ProgramCache", "Recipe"]
 
@@ -51,7 +52,9 @@ class Recipe:
     postprocess: Callable[..., object] | None
     graphs: bool
 
-    def build(self, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes) -> Program:
+    def build(
+        self, slot: int, stream: Stream, specs: Sequence[TensorSpec], key: Key, bound: Mapping[int, torch.Tensor]
+    ) -> Program:
         """Allocate, warm up and capture. Blocks: for worker threads.
 
         Raises:
@@ -59,7 +62,7 @@ class Recipe:
             InputError: the engine does not allow these shapes.
             DeviceError: the device broke.
         """
-        return _Builder(self, slot, stream, specs, shapes).build()
+        return _Builder(self, slot, stream, specs, key, bound).build()
 
 
 class Program:
@@ -67,7 +70,7 @@ class Program:
 
     Attributes:
         slot: whose it is.
-        shapes: of the inputs.
+        key: what tells it from the slot's others.
         inputs: the device buffers that it reads.
         outputs: the device tensors that it writes; without a graph, a launch may replace them.
         names: of the outputs.
@@ -82,7 +85,7 @@ class Program:
         self,
         device: Device,
         slot: int,
-        shapes: Shapes,
+        key: Key,
         inputs: Tensors,
         outputs: Tensors,
         names: OutputNames,
@@ -92,7 +95,7 @@ class Program:
         nbytes: int,
     ) -> None:
         self.slot = slot
-        self.shapes = shapes
+        self.key = key
         self.inputs = inputs
         self.outputs = outputs
         self.names = names
@@ -159,7 +162,7 @@ class Program:
 
 
 class ProgramCache:
-    """Programs by slot and shapes, least recently used first, bounded in number and bytes.
+    """Programs by slot and key, least recently used first, bounded in number and bytes.
 
     Args:
         max_entries: over all slots.
@@ -170,27 +173,27 @@ class ProgramCache:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._programs: OrderedDict[tuple[int, Shapes], Program] = OrderedDict()
-        self._holders: dict[Shapes, dict[int, Program]] = {}
+        self._programs: OrderedDict[tuple[int, Key], Program] = OrderedDict()
+        self._holders: dict[Key, dict[int, Program]] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def get(self, slot: int, shapes: Shapes) -> Program | None:
+    def get(self, slot: int, key: Key) -> Program | None:
         """The program, now the most recently used one."""
-        program = self._programs.get((slot, shapes))
+        program = self._programs.get((slot, key))
         if program is not None:
-            self._programs.move_to_end((slot, shapes))
+            self._programs.move_to_end((slot, key))
         return program
 
-    def holders(self, shapes: Shapes) -> Mapping[int, Program]:
-        """The slots that have a program for these shapes."""
-        return self._holders.get(shapes, {})
+    def holders(self, key: Key) -> Mapping[int, Program]:
+        """The slots that have a program for this key."""
+        return self._holders.get(key, {})
 
     def add(self, program: Program) -> None:
         """Keep a new program."""
-        self._programs[program.slot, program.shapes] = program
-        self._holders.setdefault(program.shapes, {})[program.slot] = program
+        self._programs[program.slot, program.key] = program
+        self._holders.setdefault(program.key, {})[program.slot] = program
         self.nbytes += program.nbytes
 
     def evict(self, busy: Collection[int], keep: Program | None) -> list[Program]:
@@ -218,23 +221,32 @@ class ProgramCache:
         return programs
 
     def _remove(self, program: Program) -> None:
-        del self._programs[program.slot, program.shapes]
-        holders = self._holders[program.shapes]
+        del self._programs[program.slot, program.key]
+        holders = self._holders[program.key]
         del holders[program.slot]
         if not holders:
-            del self._holders[program.shapes]
+            del self._holders[program.key]
         self.nbytes -= program.nbytes
 
 
 class _Builder:
     """One build: the state that its steps share."""
 
-    def __init__(self, recipe: Recipe, slot: int, stream: Stream, specs: Sequence[TensorSpec], shapes: Shapes) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        slot: int,
+        stream: Stream,
+        specs: Sequence[TensorSpec],
+        key: Key,
+        bound: Mapping[int, torch.Tensor],
+    ) -> None:
         self._recipe = recipe
         self._slot = slot
         self._stream = stream
         self._specs = specs
-        self._shapes = shapes
+        self._key = key
+        self._bound = bound
         self._names: tuple[str, ...] = ()
         self._pre_names: tuple[str, ...] = ()  # if `preprocess` names what it returns
         self._expected: dict[str, tuple[str, ...]] = {}  # the names of each function's outputs
@@ -267,14 +279,17 @@ class _Builder:
         steps, outputs, fallbacks = self._steps(whole, engine, inputs)
         buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
         return Program(
-            device, self._slot, self._shapes, inputs, outputs, OutputNames(self._names), steps, self._closers, fallbacks,
+            device, self._slot, self._key, inputs, outputs, OutputNames(self._names), steps, self._closers, fallbacks,
             nbytes=buffers + self._graph_bytes + execution.nbytes,
         )  # fmt: skip
 
     def _allocate(self) -> Tensors:
         device = self._recipe.device
         # Zeros: the warm-up runs on them, and whatever the memory held before could be an index out of range.
-        return [device.empty(shape, spec.dtype).zero_() for spec, shape in zip(self._specs, self._shapes, strict=True)]
+        return [
+            self._bound[i] if i in self._bound else device.empty(shape, spec.dtype).zero_()
+            for i, (spec, shape) in enumerate(zip(self._specs, self._key[0], strict=True))
+        ]
 
     def _execution(self, inputs: Tensors) -> tuple[Execution, Tensors]:
         """The engine's context, made for what `preprocess` really gives it."""

@@ -13,6 +13,7 @@ import torch
 
 from aiotrt.errors import DeviceError, DeviceHangError, InputError
 from aiotrt.graphs import Program
+from aiotrt.handshake import carry
 from aiotrt.slots import Event as Move
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
@@ -48,7 +49,7 @@ class Requests:
                 refusal = error
                 self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
                 return
-        program = self._executor.cache.get(slot.index, request.shapes)
+        program = self._executor.cache.get(slot.index, request.key)
         if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
             self._prepared(slot, request, program)
         else:
@@ -60,7 +61,10 @@ class Requests:
         self._executor.device.prepare_thread()
         for old in evicted:
             retire(old, self._executor.slots[old.slot].gates)
-        built = program or self._executor.recipe.build(slot.index, slot.stream, request.specs, request.shapes)
+        if request.bound:
+            request.order(slot)  # the warm-up reads them where they are
+        recipe = self._executor.recipe
+        built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound)
         try:
             built.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
         except BaseException:
@@ -87,9 +91,9 @@ class Requests:
             except InputError as refusal:
                 self._executor.retire(program, ())
                 program, error = None, refusal
-        if program is not None and program not in self._executor.cache.holders(program.shapes).values():
+        if program is not None and program not in self._executor.cache.holders(program.key).values():
             self._executor.cache.add(program)
-            self._executor.first_shapes = self._executor.first_shapes or program.shapes
+            self._executor.first_shapes = self._executor.first_shapes or program.key[0]
             self._executor.counters.captures += 1
             self._executor.fallbacks.update(dict.fromkeys(program.fallbacks))
             self._executor.evict(program)
@@ -225,6 +229,8 @@ class Requests:
         program = slot.program
         assert program is not None
         if request.kind is Kind.DEVICE:
+            for result in request.results:
+                carry(result, self._executor.complete)
             self._finish(slot, request, request.results)
             return
         views = [program.output_view(i) for i in range(len(program.outputs))]

@@ -20,7 +20,8 @@ from aiotrt.completion import Lane
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.graphs import Program
-from aiotrt.tensors import Argument, Kind, Shapes, Specs
+from aiotrt.handshake import mark_consumed, wants_consumed
+from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 
 __all__ = [
     "Request",
@@ -29,7 +30,6 @@ __all__ = [
     "copy_in",
     "has_passed",
     "keep_for_ever",
-    "ready_events",
     "retire",
     "submit_lease",
     "submit_request",
@@ -47,6 +47,7 @@ class Request:
         arguments: the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
         specs: what the inputs were checked against.
         shapes: of the inputs.
+        bound: inputs that the graph shall read where they are.
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
         is_queued: whether it stands in line.
@@ -59,8 +60,8 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "future", "is_lease", "is_queued", "is_revoked", "is_warmup", "kind", "origin", "ready", "results",
-        "shapes", "slot", "specs",
+        "arguments", "bound", "future", "is_lease", "is_queued", "is_revoked", "is_warmup", "kind", "origin", "ready",
+        "results", "shapes", "slot", "specs",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +78,7 @@ class Request:
         self.specs = specs
         self.arguments = arguments
         self.shapes = shapes
+        self.bound: dict[int, torch.Tensor] = {}
         self.kind = kind
         self.is_lease = is_lease
         self.is_queued = False
@@ -86,6 +88,19 @@ class Request:
         self.origin: Stream | None = None
         self.ready: list[Event] = []
         self.results: list[torch.Tensor] = []
+
+    @property
+    def key(self) -> Key:
+        """What tells the program that it needs from a slot's others."""
+        return self.shapes, tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
+
+    def order(self, slot: Slot) -> None:
+        """Make the slot's stream wait for what the device inputs depend on."""
+        if self.origin is not None:
+            self.origin.record(slot.mark)
+            slot.stream.wait(slot.mark)
+            for event in self.ready:
+                slot.stream.wait(event)
 
     def host_inputs(self) -> Sequence[int]:
         """The inputs that need staging memory; for a lease any may."""
@@ -149,16 +164,16 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
             _allocate_results(device, request, program)
         # Recorded after the results were allocated, so that it covers both what the inputs depend on and whatever used
         # the results' memory before. Later work of the caller's on that stream delays this; no matter.
-        request.origin.record(slot.mark)
-        stream.wait(slot.mark)
-        for event in request.ready:
-            stream.wait(event)
+        request.order(slot)
     for i, argument in enumerate(request.arguments):
         if argument.tensor is not None:
-            stream.copy(program.inputs[i], argument.tensor)
+            if i not in request.bound:
+                stream.copy(program.inputs[i], argument.tensor)
         elif not device.unified:
             stream.copy(program.inputs[i], program.staged_input(i))
     program.launch()
+    if request.origin is not None and wants_consumed(request.arguments):
+        mark_consumed(request.arguments, stream.record())
     if request.kind is Kind.DEVICE:
         if not program.captured:  # only now are their shapes known: without a graph they may depend on the data
             assert request.origin is not None
@@ -205,12 +220,6 @@ def submit_lease(
     if kind is not Kind.DEVICE and not device.unified:
         _copy_out(slot.stream, program)
     slot.stream.record(event)
-
-
-def ready_events(arguments: Sequence[Argument]) -> list[Event]:
-    """The events that device inputs carry, in the way of Roboflow's handshake."""
-    owners = [argument.owner[0] for argument in arguments if isinstance(argument.owner, tuple)]
-    return [event for owner in owners if (event := getattr(owner, "_trt_ready_event", None)) is not None]
 
 
 def has_passed(device: Device, gate: Event) -> bool:

@@ -22,6 +22,7 @@ from aiotrt.errors import EngineError, InputError
 __all__ = [
     "Argument",
     "InputSpecs",
+    "Key",
     "Kind",
     "OutputNames",
     "Parameters",
@@ -37,6 +38,8 @@ __all__ = [
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 Specs: TypeAlias = tuple["TensorSpec", ...]
+#: What tells one model's programs apart: the inputs' shapes, and the addresses of inputs that a graph reads where they are.
+Key: TypeAlias = tuple[Shapes, tuple[tuple[int, int], ...]]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _TORCH_DTYPES: Final[dict[np.dtype[Any], torch.dtype]] = {

@@ -28,6 +28,7 @@ LAYERS = [
     {"engines.base", "engines.module", "engines.onnx", "engines", "completion"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_plan", "_runtime")},
     {"graphs"},
+    {"handshake"},
     {"submission"},
     {"executor", "requests"},
     {"buffers", "mapping"},
