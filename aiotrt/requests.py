@@ -83,7 +83,8 @@ class Requests:
             evicted = self._executor.cache.evict(self._executor.busy(slot), None)
             self._executor.counters.evictions += len(evicted)
             if evicted:  # with the memory of programs that nobody uses now, it may do
-                self._executor.work(slot, lambda: self._build(slot, request, None, evicted), self._built)
+                have = self._executor.cache.get(slot.index, request.key)
+                self._executor.work(slot, lambda: self._build(slot, request, have, evicted), self._built)
                 return
         if program is not None:
             try:
@@ -124,7 +125,8 @@ class Requests:
         host = [argument.host for argument in request.arguments if argument.host is not None]
         if request.is_lease:
             slot.launches = 0
-            request.future.set_result(None)
+            if not request.future.done():  # cancelled in this very turn: its task lets the slot go when it runs
+                request.future.set_result(None)
         elif program.blocking:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)

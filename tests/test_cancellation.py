@@ -134,6 +134,28 @@ async def test_completed_and_cancelled_in_the_same_turn(device: str) -> None:
         assert (await model(frame(2)))[0, 0] == 7
 
 
+async def test_a_lease_that_is_prepared_and_cancelled_in_the_same_turn(device: str) -> None:
+    """The worker's callback and the cancellation meet in one turn of the loop: nothing raises, and nothing is lost."""
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        requests = executor_of(model).requests
+        built = requests._built
+
+        def cancel_and_build(*arguments: Any) -> None:
+            entering.cancel()
+            built(*arguments)
+
+        requests._built = cancel_and_build  # type: ignore[method-assign, assignment]
+        entering = asyncio.ensure_future(model.lease((5, 5)).__aenter__())
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        del requests._built
+        await until(lambda: is_idle(model))
+        assert (await model(frame(2)))[0, 0] == 7
+    assert problems == []
+
+
 async def test_a_timeout_leaves_the_model_usable(device: str) -> None:
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
         with held(model):
