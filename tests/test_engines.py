@@ -129,7 +129,9 @@ async def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.gpu
-async def test_onnx_on_cuda_says_what_to_do_instead() -> None:
+async def test_onnx_on_cuda_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
     await cannot_load(detector(), aiotrt.MissingDependencyError, detector().name, "device='host'", device="cuda")
 
 

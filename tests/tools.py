@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from aiotrt.slots import State
 
 
 class Latch:
-    """Holds streams until it is opened: "the device is still busy" as a state to enter, not a time to hope for."""
+    """Holds streams until it is opened: "the device is still busy" as a state to enter, not a time to hope for.
+
+    As an async context manager it is open afterwards at the latest, so that a test that fails holds up nobody else.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = open_device(device)
@@ -40,6 +44,12 @@ class Latch:
         """Let them go."""
         self._value.fill_(1)
         self._opened.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.open()
 
 
 @contextlib.contextmanager

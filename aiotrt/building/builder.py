@@ -91,7 +91,7 @@ def build(
             warnings and errors; the logger ``aiotrt.tensorrt`` has all of them.
         MissingDependencyError: a package is missing; the message says which.
     """
-    product = find_product(runtime)
+    product = find_product(runtime, Path(onnx))
     recipe = make_recipe(
         product,
         precision=precision,

@@ -72,7 +72,7 @@ def cached_engine(
         MissingDependencyError: as for `aiotrt.build`.
     """
     path = Path(onnx)
-    product = find_product(runtime)
+    product = find_product(runtime, path)
     recipe = make_recipe(product, **options)
     folder = cache_directory() if directory is None else Path(directory)
     engine = folder / f"{path.stem[:80]}-{_key(path, product, gpu_record(device_index(device)), recipe)}.engine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -49,12 +50,13 @@ def title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
-def find_product(runtime: str | None) -> Product:
+def find_product(runtime: str | None, onnx: Path) -> Product:
     """The TensorRT to build with.
 
     Args:
         runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for what is installed: TensorRT first on a machine with a
             GPU, TensorRT-RTX first on one without, because only that can build there.
+        onnx: what is to be built, for messages.
 
     Raises:
         InputError: `runtime` is anything else.
@@ -77,7 +79,10 @@ def find_product(runtime: str | None) -> Product:
         if name == "tensorrt":
             _check_usable(product, gpu)
         return product
-    raise MissingDependencyError("building an engine needs TensorRT. " + ". ".join(reasons))
+    raise MissingDependencyError(
+        f"{onnx}: to build an engine from it takes TensorRT. {'. '.join(reasons)}. Without one, "
+        "aiotrt.load(..., device='host') runs it on the processor, with ONNX Runtime"
+    )
 
 
 def _check_usable(product: Product, gpu: bool) -> None:

@@ -23,7 +23,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from aiotrt.devices.base import BaseDevice, CaptureError, Event, Graph, Stream
-from aiotrt.errors import DeviceError
+from aiotrt.errors import AiotrtError, DeviceError
 
 __all__ = ["CudaDevice", "CudaGraph", "CudaStream", "prepare_thread", "query"]
 
@@ -116,22 +116,26 @@ class CudaGraph:
 
     Args:
         graph: torch's graph, which owns the memory.
-        random: whether it draws random numbers: then it must be replayed by torch, which advances the generator.
+        random: what it draws random numbers with, if it does.
         nbytes: what the capture added to the memory that torch reserves.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, *, random: bool, nbytes: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, random: _Random | None, nbytes: int) -> None:
         self.nbytes = nbytes
         self._graph = graph
+        self._random = random
         raw = getattr(graph, "raw_cuda_graph_exec", None)  # absent from older torch
-        self._exec: Any = None if random or raw is None else driver.CUgraphExec(int(raw()))
+        self._exec: Any = None if random is not None or raw is None else driver.CUgraphExec(int(raw()))
 
     def launch(self, stream: Stream) -> None:
         assert isinstance(stream, CudaStream), stream
         if self._exec is not None:
             _check("launching a graph", driver.cuGraphLaunch(self._exec, stream.driver))
-        else:
+        elif self._random is None:
             stream.run(self._graph.replay)
+        else:
+            with self._random.drawn():
+                stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
 
     def close(self) -> None:
         self._exec = None
@@ -193,21 +197,21 @@ class CudaDevice(BaseDevice):
 
     def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
         assert isinstance(stream, CudaStream), stream
-        generator = torch.cuda.default_generators[self.index]
         with _capture_lock, torch.cuda.device(self.index), torch.cuda.stream(stream.torch), torch.no_grad():
             self.prepare_thread()
+            generator = torch.cuda.default_generators[self.index]
             offset = generator.get_offset()
             # A first matrix product inside a capture fails, because cuBLAS allocates: hence the warm-up, on this stream.
             with _faults("warming up before a capture"):
                 body()
                 stream.torch.synchronize()
-            random = generator.get_offset() != offset
+            random = _Random(self.index, draws=generator.get_offset() != offset)
             reserved = torch.cuda.memory_reserved(self.index)
             graph = torch.cuda.CUDAGraph()
-            with _no_collection():
-                outputs = _record(graph, stream, body)
+            with _no_collection(), random.captured():
+                outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
-            return CudaGraph(graph, random=random, nbytes=nbytes), outputs
+            return CudaGraph(graph, random if random.draws else None, nbytes), outputs
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
         assert isinstance(stream, CudaStream), stream
@@ -261,20 +265,84 @@ def prepare_thread(index: int | None = None) -> None:
         if not done:
             mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
             runtime.cudaThreadExchangeStreamCaptureMode(mode)
-        torch.cuda.current_stream().query()  # any runtime call binds the context, which driver calls need
+        # Any runtime call binds the context, which driver calls need. After a fault all fail, and what is called next says
+        # so, if it is anything but freeing.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.current_stream().query()
     done.add(index)
 
 
+class _Random:
+    """The random numbers of one graph: the process's own sequence, through a generator state that is the graph's.
+
+    torch (2.11) marks the generator state that a capture uses, until the capture has ended well. Meanwhile, and for ever
+    after one that failed, it refuses every random number that anybody else draws from that state, replays of other graphs
+    included. So each capture gets a state of its own; before a replay that state is set to where the process's sequence
+    is, and after it that sequence is moved on, so that `torch.manual_seed` means what it does without a graph.
+
+    Only while a body that draws is being captured must the process's generator have the graph's state: nobody else on
+    this GPU can draw then.
+
+    Args:
+        index: of the device.
+        draws: whether the body draws any.
+    """
+
+    _elsewhere: Final[dict[int, torch.Generator]] = {}  # the process's states, while a capture has a generator
+    _drawing: Final = threading.Lock()
+
+    def __init__(self, index: int, *, draws: bool) -> None:
+        self.draws = draws
+        self._index = index
+        self._generator = torch.cuda.default_generators[index]
+        self._sequence = self._generator.graphsafe_get_state()
+        self._state = self._sequence.clone_state()
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[None]:
+        """Inside, a capture is begun, with `begun` called right after."""
+        self._elsewhere[self._index] = self._sequence
+        self._generator.graphsafe_set_state(self._state)
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    def begun(self) -> None:
+        """The capture has begun."""
+        if not self.draws:
+            self._give_back()
+
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Inside, the graph is replayed, once."""
+        with self._drawing:  # two threads must not take the same part of the sequence
+            sequence = self._elsewhere.get(self._index, self._generator)
+            if self._state.initial_seed() != sequence.initial_seed():
+                self._state.manual_seed(sequence.initial_seed())
+            self._state.set_offset(sequence.get_offset())
+            yield
+            sequence.set_offset(self._state.get_offset())
+
+    def _give_back(self) -> None:
+        self._generator.graphsafe_set_state(self._sequence)
+        self._elsewhere.pop(self._index, None)
+
+
 def _record(
-    graph: torch.cuda.CUDAGraph, stream: CudaStream, body: Callable[[], Sequence[torch.Tensor]]
+    graph: torch.cuda.CUDAGraph, stream: CudaStream, body: Callable[[], Sequence[torch.Tensor]], random: _Random
 ) -> list[torch.Tensor]:
     try:
         graph.capture_begin(pool=stream.pool, capture_error_mode="thread_local")
+        random.begun()
         try:
             outputs = list(body())
         except BaseException:
-            # Ending it takes the stream out of capture mode; it fails too, when the capture was invalidated.
-            with contextlib.suppress(RuntimeError):
+            # Ending it takes the stream out of capture mode. It fails too when the capture was invalidated; and torch
+            # warns of a graph with nothing in it, as this one may be.
+            with contextlib.suppress(Exception):
+                torch.zeros(1, device="cuda")
+            with contextlib.suppress(Exception):
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -287,9 +355,14 @@ def _record(
         code, name = _code(error)
         if code != -1 and code not in PASSING:
             raise DeviceError("the device failed during a capture", code=code, name=name) from error
-        reason = str(error).strip().splitlines()
-        raise CaptureError(reason[0] if reason else type(error).__name__) from error
+        raise CaptureError(_reason(error)) from error
     return outputs
+
+
+def _reason(error: Exception) -> str:
+    """What is worth telling: all of our own words, of torch's the first line, since advice for other cases follows."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines) if isinstance(error, AiotrtError) else lines[0]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.devices import open_device
+from aiotrt.devices.base import CaptureError
 from aiotrt.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
@@ -23,12 +25,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.asyncio]
 
 
 def cuda(value: float, shape: tuple[int, ...] = (2, 3)) -> torch.Tensor:
-    return torch.full(shape, value, device="cuda")
+    return torch.full(shape, value, dtype=torch.float32, device="cuda")
 
 
 async def test_b1_an_input_still_being_made_on_the_callers_stream_is_waited_for() -> None:
-    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model:
-        latch = Latch("cuda")
+    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model, Latch("cuda") as latch:
         side = torch.cuda.Stream()
         x = cuda(-1)
         torch.cuda.synchronize()
@@ -52,8 +53,7 @@ async def _call_on(model: aiotrt.Model, x: torch.Tensor, stream: torch.cuda.Stre
 
 
 async def test_b1_an_input_that_carries_a_ready_event_waits_for_it() -> None:
-    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model:
-        latch = Latch("cuda")
+    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model, Latch("cuda") as latch:
         side = torch.cuda.Stream()
         x = cuda(-1)
         torch.cuda.synchronize()
@@ -114,8 +114,7 @@ async def test_b3_polling_breaks_nobodys_global_capture() -> None:
 
 
 async def test_b5_a_consumer_that_has_not_read_yet_gates_the_next_replay() -> None:
-    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model:
-        latch = Latch("cuda")
+    async with aiotrt.load(Affine(), device="cuda", slots=1, warmup=frame(0)) as model, Latch("cuda") as latch:
         side = model.stream()
         async with model.lease() as slot:
             slot.inputs[0][...] = frame(1)
@@ -144,8 +143,10 @@ async def test_b6_b9_b10_many_submitted_before_any_is_consumed() -> None:
 
 
 async def test_b12_eviction_waits_for_who_still_reads() -> None:
-    async with aiotrt.load(Affine(), device="cuda", slots=1, graph_cache_entries=1, warmup=frame(0)) as model:
-        latch = Latch("cuda")
+    async with (
+        aiotrt.load(Affine(), device="cuda", slots=1, graph_cache_entries=1, warmup=frame(0)) as model,
+        Latch("cuda") as latch,
+    ):
         side = model.stream()
         async with model.lease() as slot:
             slot.inputs[0][...] = frame(1)
@@ -195,7 +196,7 @@ async def test_results_allocated_for_one_stream_are_safe_on_it() -> None:
                 total = result.sum()
                 del result
                 _ = cuda(-1, (64, 64))
-            assert total.item() == (3 * i + 1) * 64 * 64
+                assert total.item() == (3 * i + 1) * 64 * 64
 
 
 async def test_a_module_that_cannot_be_captured_runs_without_a_graph_and_says_why() -> None:
@@ -212,6 +213,58 @@ async def test_a_module_that_cannot_be_captured_runs_without_a_graph_and_says_wh
     async with aiotrt.load(Affine(), device="cuda") as model:  # the failed captures left nothing behind
         assert (await model(frame(1)))[0, 0] == 4
         assert model.statistics().replays == 1
+
+
+async def test_b3_others_draw_random_numbers_during_a_capture_and_after_one_that_failed() -> None:
+    """torch refuses them while it thinks that its generator is captured, which it goes on thinking after a failure."""
+    entered, resume = threading.Event(), threading.Event()
+    device = open_device("cuda")
+    stream = device.stream()
+    x = cuda(1)
+
+    def waits() -> list[torch.Tensor]:
+        if torch.cuda.is_current_stream_capturing():
+            entered.set()
+            resume.wait(20)
+        return [x + 1]
+
+    def fails() -> list[torch.Tensor]:
+        return [x if x.sum().item() < 0 else x + 1]
+
+    def draws_and_fails() -> list[torch.Tensor]:
+        return [torch.rand_like(x), *fails()]
+
+    def draws_and_raises() -> list[torch.Tensor]:
+        y = torch.rand_like(x)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("on purpose")
+        return [y]
+
+    capture = asyncio.ensure_future(asyncio.to_thread(device.capture, stream, waits))
+    await asyncio.to_thread(entered.wait, 20)
+    try:
+        assert torch.rand(3, device="cuda").max().item() < 1
+    finally:
+        resume.set()
+    (await capture)[0].close()
+    for body in (fails, draws_and_fails, draws_and_raises):
+        with pytest.raises(CaptureError):
+            await asyncio.to_thread(device.capture, stream, body)
+        assert torch.rand(3, device="cuda").max().item() < 1
+    torch.manual_seed(7)
+    first = torch.rand(3, device="cuda")
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+    graph, (noise,) = await asyncio.to_thread(device.capture, stream, lambda: [torch.rand_like(x)])
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        graph.launch(stream)
+        stream.synchronize()
+        seen.append(noise.tolist())
+    assert seen[0] == seen[1]  # the seed reaches a captured draw
+    graph.close()
+    stream.close()
 
 
 async def test_random_numbers_advance_from_replay_to_replay() -> None:
@@ -275,4 +328,4 @@ async def test_a_fault_reaches_everybody_who_waits_and_later_calls_fail_at_once(
     )
     assert "{'DeviceError'}" in done.stdout, done.stderr
     assert done.stdout.count("broken DeviceError") == 2, done.stderr
-    assert "closed" in done.stdout
+    assert "closed" in done.stdout, done.stderr
