@@ -46,6 +46,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines and kernels that tests make go to a folder of this run, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIOTRT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
     yield

@@ -13,9 +13,11 @@ semantics that an implementation must keep, and that the conformance tests check
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
@@ -161,6 +163,10 @@ class Device(Protocol):
         """
         ...
 
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Inside, aiotrt captures nothing in this process: for what no capture survives. Blocks: for worker threads."""
+        ...
+
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
         """Call `function` with `stream` current, and return what it returned. Blocks; its device work may go on."""
         ...
@@ -226,6 +232,9 @@ class BaseDevice:
             callbacks = list(self._callbacks.values())
         for callback in callbacks:
             callback(error)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def workers(self, count: int) -> Executor:
         return ThreadPoolExecutor(count, thread_name_prefix="aiotrt-worker")

@@ -33,7 +33,7 @@ ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; 
 #: Codes that say no to one call and leave the context sound; any other one is a fault of the device.
 PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
-_capture_lock: Final = threading.Lock()
+_capture_lock: Final = threading.RLock()
 #: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
 _failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
 _thread: Final = threading.local()
@@ -212,6 +212,9 @@ class CudaDevice(BaseDevice):
                 outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
             return CudaGraph(graph, random if random.draws else None, nbytes), outputs
+
+    def exclusive(self) -> contextlib.AbstractContextManager[object]:
+        return _capture_lock
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
         assert isinstance(stream, CudaStream), stream

@@ -29,6 +29,10 @@ class OnnxEngine:
         path: the ``.onnx`` file.
         threads: how many threads one run may use; the session's pool is bounded to that.
 
+    Attributes:
+        runtime: what runs it, and its version.
+        outputs: what it gives.
+
     Raises:
         EngineError: the file is empty, truncated, not an ONNX model, or has inputs or outputs that are not tensors.
         MissingDependencyError: ONNX Runtime is not installed.
@@ -45,6 +49,7 @@ class OnnxEngine:
                 f"{path.name}: running an ONNX file on the host device needs onnxruntime; pip install 'aiotrt[onnx]'"
             ) from error
         self.name = path.name
+        self.runtime = f"onnxruntime {onnxruntime.__version__}"
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -56,10 +61,10 @@ class OnnxEngine:
             size = path.stat().st_size
             raise EngineError(f"{path}: ONNX Runtime cannot load this file ({size:,} bytes): {error}") from error
         self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
-        self._outputs = [_spec(path, node).name for node in self._session.get_outputs()]
+        self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> OnnxExecution:
-        return OnnxExecution(self.name, self._session, names, self._outputs)
+        return OnnxExecution(self.name, self._session, names, [spec.name for spec in self.outputs])
 
     def close(self) -> None:
         self._session = None
@@ -82,7 +87,9 @@ class OnnxExecution:
             results = self._session.run(self._outputs, feed)
         except Exception as error:
             raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
-        return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
+        # By the dtype's letters: ONNX Runtime's uint64 is numpy's "unsigned long long", an equal type that torch does not know.
+        arrays = [result.view(result.dtype.str) for result in results]
+        return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
 
     def close(self) -> None:
         self._session = None

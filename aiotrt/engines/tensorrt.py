@@ -18,8 +18,18 @@ from typing import cast
 import torch
 
 from aiotrt.devices.base import Device, Stream
-from aiotrt.engines.tensorrt_api import DTYPES, Api, CudaEngine, Enumerator, ExecutionContext, RtxApi, Runtime
+from aiotrt.engines.tensorrt_api import (
+    DTYPES,
+    Api,
+    CudaEngine,
+    Enumerator,
+    ExecutionContext,
+    RtxApi,
+    Runtime,
+    RuntimeConfig,
+)
 from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution, Values, Workspace
+from aiotrt.engines.tensorrt_kernels import Kernels
 from aiotrt.engines.tensorrt_plan import Plan, read_plan
 from aiotrt.engines.tensorrt_runtime import Product, open_product
 from aiotrt.errors import EngineError, InputError
@@ -43,6 +53,7 @@ class TensorRTEngine:
 
     Attributes:
         plan: what the file's header says.
+        runtime: what runs it, and its version.
         outputs: what it gives.
         profiles: its optimisation profiles.
 
@@ -73,6 +84,7 @@ class TensorRTEngine:
         # Freed with the last execution that uses it; the executions keep it.
         self._workspaces: weakref.WeakValueDictionary[int, Workspace] = weakref.WeakValueDictionary()
         self._executions: weakref.WeakSet[TensorRTExecution] = weakref.WeakSet()
+        self._config: RuntimeConfig | None = None  # TensorRT-RTX only; shared by all contexts
         data = _read(path, sha256)
         self.plan = read_plan(data)
         _check_size(path, self.plan, len(data))
@@ -82,7 +94,9 @@ class TensorRTEngine:
                 "load it with device='cuda', or load the .onnx file it was built from with device='host'"
             )
         self._product: Product = open_product(path, self.plan, runtime, runtime_module)
-        with self._current_device():
+        self.runtime = f"{self._product.name} {self._product.version}"
+        self._kernels = Kernels(path, hashlib.sha256(data).hexdigest()) if self._product.specializes else None
+        with self._current_device(), device.exclusive():
             self._runtime: Runtime | None = self._product.must(f"{path}: creating a runtime", self._product.runtime)
             # Set either way: versions differ in what they allow by default.
             self._runtime.engine_host_code_allowed = allow_host_code
@@ -100,26 +114,36 @@ class TensorRTEngine:
         by_name = dict(zip(names, shapes, strict=True))
         profile = self._fitting(by_name)
         with self._lock:
-            context = device.call(stream, lambda: self._context(engine))
+            with device.exclusive():  # it synchronises with the default stream
+                context = device.call(stream, lambda: self._context(engine))
             workspace = self._workspaces.get(stream.handle)
             nbytes = 0
             if workspace is None:
                 # The largest over all profiles, once: captured graphs have its address baked in, so it cannot grow.
                 size = engine.device_memory_size_v2
-                workspace = self._workspaces[stream.handle] = device.call(stream, lambda: Workspace(device, size))
+                workspace = self._workspaces[stream.handle] = device.call(
+                    stream, lambda: Workspace(device, size, engine.num_aux_streams)
+                )
                 nbytes = workspace.nbytes
         execution = TensorRTExecution(
-            self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes
+            self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes, self._compiled
         )
         self._executions.add(execution)
         if self.uncapturable is None:
             self.uncapturable = execution.uncapturable
         return execution
 
+    def _compiled(self) -> None:
+        if self._kernels is not None:
+            self._kernels.save()
+
     def close(self) -> None:
         # TensorRT wants contexts gone before their engine, and the engine before its runtime.
         for execution in list(self._executions):
             execution.close()
+        self._config = None
+        if self._kernels is not None:
+            self._kernels.close()
         self._engine = None
         self._runtime = None
 
@@ -201,12 +225,20 @@ class TensorRTEngine:
         what = f"{self._path}: creating an execution context"
         if not self._product.specializes:
             return self._product.must(what, lambda: engine.create_execution_context(strategy))
-        # TensorRT-RTX compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
-        eager = cast("RtxApi", api).DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._config is None:
+            self._config = self._configuration(engine, cast("RtxApi", api), strategy)
+        config = self._config
+        return self._product.must(what, lambda: engine.create_execution_context(config))
+
+    def _configuration(self, engine: CudaEngine, api: RtxApi, strategy: Enumerator) -> RuntimeConfig:
+        """How TensorRT-RTX makes contexts."""
         config = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
         config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = eager
-        return self._product.must(what, lambda: engine.create_execution_context(config))
+        # Else it compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
+        config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._kernels is not None:
+            self._kernels.attach(config)
+        return config
 
 
 def _read(path: Path, sha256: str | None) -> bytes:
@@ -238,13 +270,14 @@ def _check_size(path: Path, plan: Plan, nbytes: int) -> None:
 
 def _profile(engine: CudaEngine, index: int, inputs: Sequence[str], host: frozenset[str]) -> Profile:
     extents = {}
+    usual = {}
     values = {}
     for name in inputs:
         if min(engine.get_tensor_shape(name), default=0) < 0:
-            low, _, high = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
+            low, usual[name], high = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
             extents[name] = (low, high)
         if name in host:
             limits = [tuple(limit) for limit in engine.get_tensor_profile_values(index, name)]
             if len(limits) == 3:  # empty where the profile sets none
                 values[name] = Values(*limits)
-    return Profile(index, extents, values)
+    return Profile(index, extents, usual, values)

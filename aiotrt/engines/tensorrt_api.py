@@ -28,6 +28,8 @@ __all__ = [
     "ExecutionContext",
     "RtxApi",
     "Runtime",
+    "RuntimeCache",
+    "RuntimeConfig",
     "missing_names",
 ]
 
@@ -56,7 +58,15 @@ class ExecutionContext(Protocol):
     def set_tensor_address(self, name: str, memory: int, /) -> bool: ...
     def set_output_allocator(self, name: str, output_allocator: Any, /) -> bool: ...
     def set_device_memory(self, memory: int, size: int, /) -> None: ...
+    def set_aux_streams(self, aux_streams: Sequence[int], /) -> None: ...
     def execute_async_v3(self, stream_handle: int, /) -> bool: ...
+
+
+class RuntimeCache(Protocol):
+    """What was compiled for an engine; TensorRT-RTX only."""
+
+    def serialize(self) -> Any: ...
+    def deserialize(self, blob: bytes, /) -> bool: ...
 
 
 class RuntimeConfig(Protocol):
@@ -65,6 +75,8 @@ class RuntimeConfig(Protocol):
     dynamic_shapes_kernel_specialization_strategy: Enumerator
 
     def set_execution_context_allocation_strategy(self, strategy: Enumerator, /) -> None: ...
+    def create_runtime_cache(self) -> RuntimeCache: ...
+    def set_runtime_cache(self, cache: RuntimeCache, /) -> bool: ...
 
 
 class CudaEngine(Protocol):
@@ -74,6 +86,8 @@ class CudaEngine(Protocol):
     def num_io_tensors(self) -> int: ...
     @property
     def num_optimization_profiles(self) -> int: ...
+    @property
+    def num_aux_streams(self) -> int: ...
     @property
     def device_memory_size_v2(self) -> int: ...
     @property
@@ -178,6 +192,7 @@ PROTOCOLS: Final[dict[str, type]] = {
     "TensorLocation": TensorLocations,
     "ExecutionContextAllocationStrategy": AllocationStrategies,
     "IRuntimeConfig": RuntimeConfig,
+    "IRuntimeCache": RuntimeCache,
     "DynamicShapesKernelSpecializationStrategy": SpecializationStrategies,
 }
 #: What the adapter uses of TensorRT-RTX alone, by class.
@@ -185,6 +200,7 @@ RTX_SURFACE: Final[dict[str, tuple[str, ...]]] = {
     "": ("DynamicShapesKernelSpecializationStrategy",),
     "ICudaEngine": ("create_runtime_config",),
     "IRuntimeConfig": _names(RuntimeConfig),
+    "IRuntimeCache": _names(RuntimeCache),
     "DynamicShapesKernelSpecializationStrategy": _names(SpecializationStrategies),
 }
 #: And of every product.
@@ -192,7 +208,7 @@ SURFACE: Final[dict[str, tuple[str, ...]]] = {
     **{
         holder: tuple(name for name in _names(protocol) if name not in RTX_SURFACE.get(holder, ()))
         for holder, protocol in PROTOCOLS.items()
-        if holder not in ("IRuntimeConfig", "DynamicShapesKernelSpecializationStrategy")
+        if holder not in ("IRuntimeConfig", "IRuntimeCache", "DynamicShapesKernelSpecializationStrategy")
     },
     "DataType": tuple(DTYPES),
 }

@@ -8,6 +8,7 @@ memory is shared by all contexts of one slot: a slot's work is in order on one s
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -45,11 +46,13 @@ class Profile:
     Attributes:
         index: TensorRT's number of it.
         extents: the smallest and largest extents of the inputs whose extents may differ.
+        usual: the extents of those inputs that it was tuned for.
         values: what the host inputs may hold.
     """
 
     index: int
     extents: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    usual: Mapping[str, tuple[int, ...]]
     values: Mapping[str, Values]
 
     def allows(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -81,12 +84,29 @@ class Layout:
 
 
 class Workspace:
-    """The activation memory of one slot, at one address for life."""
+    """What all contexts of one slot share: activation memory, at one address for life, and auxiliary streams.
 
-    def __init__(self, device: Device, nbytes: int) -> None:
+    TensorRT's own auxiliary streams synchronise with the default stream, on which other people's work is: during a capture
+    that work would be refused, and would end the capture. Ours do not.
+
+    Args:
+        device: where.
+        nbytes: of activation memory.
+        streams: how many auxiliary streams the engine uses.
+    """
+
+    def __init__(self, device: Device, nbytes: int, streams: int) -> None:
         self.nbytes = nbytes
         self._memory = device.empty((max(1, nbytes),), torch.uint8)
         self.address = self._memory.data_ptr()
+        self._streams = [device.stream() for _ in range(streams)]
+        weakref.finalize(self, _close, self._streams)
+        self.auxiliary = [stream.handle for stream in self._streams]
+
+
+def _close(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.close()
 
 
 class TensorRTExecution:
@@ -102,6 +122,7 @@ class TensorRTExecution:
         profile: the one that allows the shapes; None where the engine has none.
         shapes: of the inputs, by name.
         nbytes: bytes of device memory that count as its own beside its outputs.
+        compiled: called after the first run, in which TensorRT-RTX compiles what it still lacks.
 
     Attributes:
         uncapturable: why it cannot be captured, if that is so.
@@ -121,9 +142,11 @@ class TensorRTExecution:
         profile: Profile | None,
         shapes: Mapping[str, tuple[int, ...]],
         nbytes: int,
+        compiled: Callable[[], None],
     ) -> None:
         self.nbytes = nbytes
         self.uncapturable: str | None = None
+        self._compiled = compiled
         self._product = product
         self._context: ExecutionContext | None = context
         self._layout = layout
@@ -158,13 +181,16 @@ class TensorRTExecution:
         bound = [self._bind(context, name, tensor) for name, tensor in zip(self._names, inputs, strict=True)]
         if self._host:
             self._infer(context)  # the outputs' shapes follow from the values
-        self._warm = True
+        was_warm, self._warm = self._warm, True
         self._enqueue(context)
+        if not was_warm:
+            self._compiled()
         del bound  # until here: a copy that is freed before the enqueue could be handed out again by the allocator
         return {spec.name: self._output(spec) for spec in self._layout.outputs}
 
     def close(self) -> None:
-        self._context = None  # first, because it points to all the rest
+        with self._device.exclusive():  # it frees memory, and may wait for the device
+            self._context = None  # first, because it points to all the rest
         self._workspace = None
         self._outputs.clear()
         self._allocators.clear()
@@ -177,6 +203,9 @@ class TensorRTExecution:
             self._set_shape(context, spec, shapes[spec.name])
         what = f"{self._layout.path}: setting the activation memory"
         self._product.ask(what, lambda: context.set_device_memory(workspace.address, workspace.nbytes))
+        if workspace.auxiliary:
+            what = f"{self._layout.path}: setting the auxiliary streams"
+            self._product.ask(what, lambda: context.set_aux_streams(workspace.auxiliary))
         if self._host:
             self._not_capturable(f"the values of {', '.join(map(repr, self._host))} are read on the host at every run")
         else:

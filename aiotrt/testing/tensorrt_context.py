@@ -59,8 +59,10 @@ class Part:
 class ExecutionContext(Part):
     """`IExecutionContext`."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, cache: Any = None) -> None:
         super().__init__(engine.double, engine.logger)
+        self._cache = cache
+        self._auxiliary: list[int] = []
         self._engine = engine  # a parent outlives its children
         self._network: Network = engine.network
         # Only the first context of an engine has a profile from the start.
@@ -153,6 +155,10 @@ class ExecutionContext(Part):
             raise MisuseError("activation memory was moved under a context that has run: its graphs are void")
         self._memory = (memory, size)
 
+    def set_aux_streams(self, aux_streams: Sequence[int], /) -> None:
+        """The streams to use beside the one that it is given."""
+        self._auxiliary = list(aux_streams)
+
     def execute_async_v3(self, stream_handle: int, /) -> bool:
         """Run on the stream; False where something is missing."""
         if self.point("execute_async_v3"):
@@ -167,6 +173,10 @@ class ExecutionContext(Part):
             raise MisuseError("enqueued without activation memory")
         if not stream_handle:
             raise MisuseError("enqueued on the default stream, which synchronises with every other one")
+        if len(self._auxiliary) < network.auxiliary or len({stream_handle, 0, *self._auxiliary}) != 2 + len(self._auxiliary):
+            raise MisuseError("auxiliary streams of TensorRT's own, or doubled ones: they break captures, or lock up")
+        if self._cache is not None:
+            self._cache.compiled.add(repr(sorted(self._shapes.items())).encode())
         cuda = self.double.device.type == "cuda"
         if cuda and not network.capturable and torch.cuda.is_current_stream_capturing():
             return self.refuse("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")

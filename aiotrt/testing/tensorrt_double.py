@@ -85,6 +85,7 @@ class TensorRTDouble:
         if product == "tensorrt_rtx":
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
             self.IRuntimeConfig = RuntimeConfig
+            self.IRuntimeCache = RuntimeCache
         self._networks: list[Network] = []
         self.failures: dict[str, Failure] = {}
 
@@ -161,10 +162,32 @@ class Runtime:
         return None
 
 
+class RuntimeCache:
+    """`IRuntimeCache`: the shapes that were compiled for, one line each."""
+
+    def __init__(self, double: TensorRTDouble) -> None:
+        self._stamp = f"{double.__version__} {double.compute}".encode()
+        self.compiled: set[bytes] = set()
+
+    def serialize(self) -> bytes:
+        """All of it."""
+        return b"\n".join([self._stamp, *sorted(self.compiled)])
+
+    def deserialize(self, blob: bytes, /) -> bool:
+        """Take what another one serialised; False where that is damaged, or for another version or GPU."""
+        stamp, *compiled = bytes(blob).split(b"\n")
+        if stamp != self._stamp:
+            return False
+        self.compiled |= set(compiled)
+        return True
+
+
 class RuntimeConfig:
     """`IRuntimeConfig`."""
 
-    def __init__(self) -> None:
+    def __init__(self, double: TensorRTDouble) -> None:
+        self._double = double
+        self.cache: RuntimeCache | None = None
         self.strategy = ExecutionContextAllocationStrategy.STATIC
         self._specialization = DynamicShapesKernelSpecializationStrategy.LAZY
 
@@ -176,6 +199,15 @@ class RuntimeConfig:
     @dynamic_shapes_kernel_specialization_strategy.setter
     def dynamic_shapes_kernel_specialization_strategy(self, strategy: DynamicShapesKernelSpecializationStrategy) -> None:
         self._specialization = DynamicShapesKernelSpecializationStrategy(strategy)
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        """A new cache, which no context uses yet."""
+        return RuntimeCache(self._double)
+
+    def set_runtime_cache(self, cache: RuntimeCache, /) -> bool:
+        """Have the contexts made with this use it."""
+        self.cache = cache
+        return True
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy, /) -> None:
         """Say who allocates activation memory."""
@@ -201,6 +233,11 @@ class CudaEngine(Part):
     def num_optimization_profiles(self) -> int:
         """How many profiles there are."""
         return len(self.network.profiles)
+
+    @property
+    def num_aux_streams(self) -> int:
+        """How many streams it uses beside the one that it is given."""
+        return self.network.auxiliary
 
     @property
     def device_memory_size_v2(self) -> int:
@@ -272,11 +309,11 @@ class CudaEngine(Part):
         ):
             raise MisuseError("lazily compiled kernels change under a captured graph")
         self.contexts += 1
-        return ExecutionContext(self)
+        return ExecutionContext(self, how.cache if isinstance(how, RuntimeConfig) else None)
 
     def create_runtime_config(self) -> RuntimeConfig | None:
         """How to make a context."""
-        return None if self.point("create_runtime_config") else RuntimeConfig()
+        return None if self.point("create_runtime_config") else RuntimeConfig(self.double)
 
     def _border(self, name: str) -> Border:
         border = self.network.border(name)

@@ -154,6 +154,7 @@ class Network:
         compute: the compute capability it was built for.
         version: the version that wrote it; None for the double's own.
         streamed: bytes of weights that are streamed.
+        auxiliary: how many streams it uses beside the one that it is given.
     """
 
     inputs: tuple[Border, ...]
@@ -168,6 +169,7 @@ class Network:
     compute: str = "9.0"
     version: str | None = None
     streamed: int = 0
+    auxiliary: int = 0
 
     def border(self, name: str) -> Border | None:
         """The input or output of this name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,55 @@ async def test_a_call_that_fails_later_fails_alone(device: str, tmp_path: Path) 
                 await model(rows(2))
             double.mend()
             np.testing.assert_array_equal(await model(rows(2)), rows(2) * 3 + 1)
+
+
+async def run_once(path: Path, double: TensorRTDouble, device: str) -> None:
+    with loading(double):
+        async with aiotrt.load(path, device=device, slots=2) as model:
+            for n in (2, 9):
+                np.testing.assert_array_equal(await model(rows(n)), rows(n) * 3 + 1)
+
+
+@pytest.mark.asyncio
+async def test_what_was_compiled_is_kept_for_the_next_process(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    double = double_on(device)
+    path = save(tmp_path / "x.engine", double, PROFILES)
+    await run_once(path, double, device)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.name.startswith("x-")
+    assert kept.suffix == ".kernels"
+    both = kept.read_bytes()
+    assert both.count(b"(2, 3)") == both.count(b"(9, 3)") == 1
+    written = kept.stat().st_mtime_ns
+    await run_once(path, double, device)
+    assert kept.stat().st_mtime_ns == written  # nothing was compiled that it did not have
+    caplog.set_level("INFO", "aiotrt")
+    kept.write_bytes(b"made for another GPU")
+    await run_once(path, double, device)
+    assert "compiled for another GPU" in caplog.text
+    assert kept.read_bytes() == both
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_cannot_be_written_costs_time_only(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    double = double_on(device)
+    await run_once(save(tmp_path / "x.engine", double, PROFILES), double, device)
+    assert "not kept for the next time" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_auxiliary_streams_are_ours(device: str, tmp_path: Path) -> None:
+    """TensorRT's own would synchronise with the default stream, and so break captures and be broken by them."""
+    double = double_on(device)
+    network = dataclasses.replace(PROFILES, auxiliary=2)
+    await run_once(save(tmp_path / "x.engine", double, network), double, device)  # the double refuses any others
 
 
 @pytest.mark.gpu

@@ -63,7 +63,10 @@ def _logger(trt: Any) -> Any:
 def bare(trt: Any, path: Path, inputs: list[Array]) -> list[Array]:
     """The same engine without aiotrt: plain enqueue and synchronise."""
     engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine(path.read_bytes())
-    context, stream, results = engine.create_execution_context(), torch.cuda.Stream(), []
+    config = engine.create_runtime_config()
+    # As aiotrt has it. By default the first runs at a shape use other kernels than later ones, and differ in the last bits.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    context, stream, results = engine.create_execution_context(config), torch.cuda.Stream(), []
     for x in inputs:
         profile = 0 if len(x) <= 4 else 1
         assert context.set_optimization_profile_async(profile, stream.cuda_stream)

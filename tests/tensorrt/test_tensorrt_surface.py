@@ -17,8 +17,8 @@ from aiotrt.engines.tensorrt_api import DTYPES, PROTOCOLS, RTX_SURFACE, SURFACE,
 from aiotrt.testing.tensorrt_double import TensorRTDouble
 
 ADAPTER = [
-    Path(aiotrt.__file__).parent / name
-    for name in ("engines/tensorrt.py", "engines/tensorrt_execution.py", "engines/tensorrt_runtime.py", "building/log.py")
+    Path(aiotrt.__file__).parent / f"{name}.py"
+    for name in (*(f"engines/tensorrt{part}" for part in ("", "_execution", "_kernels", "_runtime")), "building/log")
 ]
 PRODUCTS = ["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 #: What a parameter of this annotation must look like in a binding's docstring.
@@ -27,6 +27,9 @@ ACCEPTED = {
     "str": r"\bstr",
     "tuple[int, ...]": r"tuple|Dims",
     "bytes | memoryview": r"[Bb]uffer",
+    "bytes": r"[Bb]uffer",
+    "Sequence[int]": r"Sequence\[.*Int",
+    "RuntimeCache": r"IRuntimeCache",
     "Enumerator": r"Strategy|Severity",
     "Enumerator | RuntimeConfig": r"Strategy|IRuntimeConfig",
     "Any": r".",

@@ -1,0 +1,80 @@
+"""What TensorRT-RTX compiles for an engine on the GPU at hand: shared by its contexts, kept for later processes.
+
+Compiling takes seconds for each context and each new shape (5 s and 1 to 9 s for the PP-OCR models on an H200), and a model
+has a context for each slot and shape. With one cache for all of them each kernel is compiled once, and with a file, once on
+that machine. The file is TensorRT's own format, which it checks against product, version, GPU and driver when it reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Final
+
+from aiotrt.building.cache import cache_directory
+from aiotrt.building.files import replacing
+from aiotrt.engines.tensorrt_api import RuntimeCache, RuntimeConfig
+from aiotrt.errors import EngineError
+
+__all__ = ["Kernels"]
+
+_log: Final = logging.getLogger("aiotrt")
+
+
+class Kernels:
+    """The compiled kernels of one engine.
+
+    They are kept in `cache_directory`, under the engine's name and checksum. A file that cannot be read or written costs
+    time and nothing else, so it is only logged.
+
+    Args:
+        path: the engine's file.
+        digest: its SHA-256.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self._path = path
+        self._file = cache_directory() / f"{path.stem[:80]}-{digest[:32]}.kernels"
+        self._cache: RuntimeCache | None = None
+        self._kept = b""
+        self._lock = threading.Lock()
+
+    def attach(self, config: RuntimeConfig) -> None:
+        """Contexts made with `config` use these."""
+        self._cache = config.create_runtime_cache()
+        try:
+            kept = self._file.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.warning("%s: cannot be read: %s; its kernels are compiled again", self._file, error.strerror)
+        else:
+            if self._cache.deserialize(kept):
+                self._kept = kept
+            else:
+                _log.info("%s: was compiled for another GPU, driver or version; compiling again", self._file)
+        if not config.set_runtime_cache(self._cache):
+            self._cache = None
+            _log.warning("%s: TensorRT takes no runtime cache, so it compiles for each slot and shape again", self._path)
+
+    def save(self) -> None:
+        """Keep what was compiled since the last time."""
+        with self._lock:
+            if self._cache is None:
+                return
+            compiled = bytes(self._cache.serialize())
+            if compiled == self._kept:
+                return
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self._file) as write:
+                    write(compiled)
+            except (EngineError, OSError) as error:
+                _log.warning("%s: its compiled kernels are not kept for the next time: %s", self._path, error)
+            self._kept = compiled
+
+    def close(self) -> None:
+        """The engine is going."""
+        with self._lock:
+            self._cache = None
