@@ -24,9 +24,9 @@ LAYERS = [
     {"building.builder"},
     {"building.cache"},
     {"building"},
-    {"devices.base", "devices.host", "devices.cuda", "devices"},
+    {"devices.base", "devices.host", "devices.cuda", "devices.instruments", "devices"},
     {"engines.base", "engines.module", "engines.onnx", "engines", "completion"}
-    | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_plan", "_runtime")},
+    | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"graphs"},
     {"handshake"},
     {"submission"},
@@ -36,10 +36,10 @@ LAYERS = [
     {"model"},
 ]
 #: Rooms above the model, which may use all of it; nothing below may import them.
-UPPER = {"testing", "cli", "serving", "video", "__main__"}
+UPPER = {"testing", "verification", "cli", "serving", "video", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
-    "cuda": {"devices.cuda"},
+    "cuda": {"devices.cuda", "devices.instruments"},
     "tensorrt": {"engines.tensorrt_runtime"},
     "tensorrt_rtx": {"engines.tensorrt_runtime"},
     "tensorrt_lean": {"engines.tensorrt_runtime"},

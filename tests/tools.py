@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
-from typing import Self
 
 import numpy as np
 import torch
 
 import aiotrt
-from aiotrt.devices import Stream, open_device
+from aiotrt.devices.instruments import Latch
 from aiotrt.executor import Executor
 from aiotrt.slots import State
 
-
-class Latch:
-    """Holds streams until it is opened: "the device is still busy" as a state to enter, not a time to hope for.
-
-    As an async context manager it is open afterwards at the latest, so that a test that fails holds up nobody else.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._device = open_device(device)
-        self._opened = threading.Event()
-        self._value = self._device.pinned((1,), torch.int32).zero_()
-
-    def hold(self, stream: Stream) -> None:
-        """What is submitted to `stream` from now on waits for the latch."""
-        if self._device.name == "host":
-            stream.run(self._opened.wait)
-            return
-        from cuda.bindings import driver
-
-        (status,) = driver.cuStreamWaitValue32(
-            stream.handle, self._value.data_ptr(), 1, driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-        )
-        assert status == driver.CUresult.CUDA_SUCCESS, status
-
-    def open(self) -> None:
-        """Let them go."""
-        self._value.fill_(1)
-        self._opened.set()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.open()
+__all__ = ["Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "held", "turns", "until"]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ The exit status is 0 when all went well, 1 when something failed, 2 when the com
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
 import os
 import sys
@@ -15,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from aiotrt.cli import build, inspect
+import aiotrt
+from aiotrt.cli import build, inspect, verify
 from aiotrt.errors import AiotrtError, InputError, UsageError
 
 __all__ = ["main"]
 
 #: In the order of the help. A command has `register(subparsers, parents)`, which sets `run`: arguments to exit status.
-COMMANDS: Final = (build, inspect)
+COMMANDS: Final = (build, inspect, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
-    parser.add_argument("--version", action="version", version=f"aiotrt {importlib.metadata.version('aiotrt')}")
+    parser.add_argument("--version", action="version", version=f"aiotrt {aiotrt.__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 from aiotrt.building import check_sidecar, read_onnx
 from aiotrt.building.files import check_readable, foreign
 from aiotrt.building.source import mend, tensors
+from aiotrt.cli.tables import open_console, show
 from aiotrt.engines.tensorrt_plan import read_plan
-from aiotrt.errors import EngineError, MissingDependencyError
+from aiotrt.errors import EngineError
 
 if TYPE_CHECKING:
     import onnx
@@ -140,22 +141,15 @@ def _dtype(number: int) -> str:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingDependencyError("the table is drawn with rich; pip install 'aiotrt[cli]', or use --json") from error
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 200  # into a file or a pipe nothing should be cut to a screen's width
+    console = open_console()
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in _onnx_rows(facts) if facts["kind"] == "onnx" else _engine_rows(facts):
         table.add_row(label, text)
-    with console.capture() as drawn:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # rich fills cells up with spaces
+    show(console, table)
 
 
 def _onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -87,7 +87,7 @@ class OnnxExecution:
             results = self._session.run(self._outputs, feed)
         except Exception as error:
             raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
-        # By the dtype's letters: ONNX Runtime's uint64 is numpy's "unsigned long long", an equal type that torch does not know.
+        # By the dtype's letters: ONNX Runtime's uint64 is numpy's "unsigned long long", equal to it and unknown to torch.
         arrays = [result.view(result.dtype.str) for result in results]
         return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
 

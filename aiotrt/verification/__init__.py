@@ -1,0 +1,12 @@
+"""What `aiotrt verify` checks: that an engine, this machine and aiotrt do together what aiotrt promises.
+
+Start reading at `checks`, which runs them in order; each of the others holds the checks of one kind.
+"""
+
+from __future__ import annotations
+
+from aiotrt.verification.bench import Options
+from aiotrt.verification.checks import CHECKS, Progress, verify
+from aiotrt.verification.report import Outcome, Report, Result
+
+__all__ = ["CHECKS", "Options", "Outcome", "Progress", "Report", "Result", "verify"]

@@ -1,0 +1,166 @@
+"""Calls that are cancelled at any stage, and many thousands of replays in flat memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiotrt.devices.instruments import Memory, memory
+from aiotrt.slots import State
+from aiotrt.verification.bench import Bench, Sample, together, within
+from aiotrt.verification.report import CheckFailed, Finding
+
+__all__ = ["cancellation", "endurance"]
+
+#: Seconds in which slots must be free again after cancellations.
+FREE_WITHIN: Final = 10.0
+#: Bytes by which memory may grow: an allocator keeps what was once needed at the same time.
+SLACK: Final = 16 << 20
+#: One in so many results is compared with what it should be; comparing takes longer than running.
+COMPARED: Final = 8
+
+
+async def cancellation(bench: Bench) -> Finding:
+    """Calls and leases cancelled at random stages; then all slots are free, and everybody else's results were right."""
+    options = bench.options
+    chance = random.Random(options.seed)
+    samples = await bench.samples()
+    started = time.perf_counter()
+    await within(bench.model(*samples[0].inputs), "a call")
+    usual = time.perf_counter() - started
+    cancelled = completed = kept = 0
+
+    async def use(sample: Sample, leased: bool) -> None:
+        if not leased:
+            bench.check(await bench.model(*sample.inputs), sample, "a call among cancelled ones returned wrong results")
+            return
+        async with bench.model.lease(sample.case.named, outputs="torch") as slot:
+            for buffer, value in zip(slot.inputs, sample.inputs, strict=True):
+                buffer[...] = value
+            bench.check(await slot.replay(), sample, "a lease among cancelled calls has wrong results")
+
+    async def cancel_one() -> None:
+        nonlocal cancelled, completed
+        task = asyncio.create_task(use(chance.choice(samples), leased=chance.random() < 0.25))
+        try:
+            if chance.random() < 0.5:
+                for _ in range(chance.randrange(6)):
+                    await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(chance.uniform(0, 8 * usual))  # they share slots, so a call takes longer now
+        finally:
+            task.cancel()
+        try:
+            await within(asyncio.gather(task, return_exceptions=True), "a cancelled call")
+        finally:
+            cancelled += task.cancelled()
+            completed += task.done() and not task.cancelled()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+    async def keep_one() -> None:
+        nonlocal kept
+        await within(use(chance.choice(samples), leased=False), "a call among cancelled ones")
+        kept += 1
+
+    async def step(i: int) -> None:
+        await (keep_one() if i % 5 == 4 else cancel_one())
+
+    await _spread(bench, options.cancellations * 5 // 4, 4 * options.slots, step)
+    figures = {"cancelled": cancelled, "completed_before": completed, "not_cancelled": kept}
+    await _all_free(bench, figures)
+    for sample in samples:
+        bench.check(await within(bench.model(*sample.inputs), "a call"), sample, "after cancellations")
+    return Finding(
+        f"{cancelled} cancelled, {completed} done before that, {kept} left alone and right; all slots free", figures
+    )
+
+
+async def _all_free(bench: Bench, figures: dict[str, int]) -> None:
+    deadline = time.monotonic() + FREE_WITHIN
+    while (free := bench.executor.machine.count(State.FREE)) < bench.options.slots:
+        if time.monotonic() > deadline:
+            raise CheckFailed(
+                f"{bench.options.slots - free} of {bench.options.slots} slots were not free {FREE_WITHIN:g} s after "
+                f"{figures['cancelled']} cancellations: {bench.model!r}",
+                figures,
+            )
+        await asyncio.sleep(1e-3)
+
+
+async def endurance(bench: Bench) -> Finding:
+    """Replays at all shapes, several at once, from all kinds of inputs: neither device nor host memory grows."""
+    options = bench.options
+    samples = await bench.samples()
+    placed = [(sample, sample.inputs, True) for sample in samples]
+    if not bench.device.unified:
+        placed += [(sample, await bench.on_device(sample.inputs), False) for sample in samples]
+
+    async def step(i: int) -> None:
+        sample, inputs, on_host = placed[i % len(placed)]
+        results = await within(bench.model(*inputs), "a call")
+        if on_host and i // len(placed) % COMPARED == 0:
+            bench.check(results, sample, f"call {i:,} returned wrong results")
+
+    callers = 2 * options.slots
+    warm = min(max(options.replays // 10, 4 * len(placed)), 1000)
+    await _spread(bench, warm, callers, step)
+    before, counted = await _memory(bench), bench.model.statistics()
+    started = time.perf_counter()
+    await _spread(bench, options.replays, callers, step)
+    seconds = time.perf_counter() - started
+    after, statistics = await _memory(bench), bench.model.statistics()
+    replays, others = statistics.replays - counted.replays, statistics.fallback_runs - counted.fallback_runs
+    grown = {name: _growth(getattr(before, name), getattr(after, name)) for name in vars(before)}
+    figures = {
+        "replays": replays,
+        "runs_without_graph": others,
+        "evictions": statistics.evictions,
+        "seconds": round(seconds, 3),
+        "before": vars(before),
+        "after": vars(after),
+        "growth": grown,
+    }
+    numbers = ", ".join(f"{_WORDS[name]} {grown[name]:+,} B" for name in grown if grown[name] is not None)
+    # Buffers of calls in flight come and go, and their allocator may keep as much again.
+    flight = callers * max(sum(t.nbytes for t in (*s.inputs, *s.expected)) for s in samples)
+    limits = {"resident": SLACK + flight, "allocated": 0, "used": SLACK + flight}
+    for name, limit in limits.items():
+        growth = grown[name]
+        if growth is not None and growth > limit:
+            hint = "; if another process uses this GPU, run again without it" if name == "used" else ""
+            raise CheckFailed(
+                f"{_WORDS[name]} grew by {growth:,} bytes over {replays + others:,} runs, at most {limit:,} expected{hint}",
+                figures,
+            )
+    kind = f"{replays:,} replays" + (f" and {others:,} runs without a graph" if others else "")
+    return Finding(f"{kind} in {seconds:.1f} s: {numbers}", figures)
+
+
+_WORDS: Final = {"resident": "host memory", "allocated": "torch's device memory", "used": "device memory"}
+
+
+async def _memory(bench: Bench) -> Memory:
+    gc.collect()
+    await _all_free(bench, {"cancelled": 0})
+    return memory(bench.device)
+
+
+def _growth(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+async def _spread(bench: Bench, count: int, workers: int, step: Callable[[int], Awaitable[None]]) -> None:
+    """Take `count` steps, `workers` at a time; the first error ends it."""
+    numbers = iter(range(count))
+
+    async def work() -> None:
+        for i in numbers:
+            await step(i)
+            bench.progress((i + 1) / count)
+
+    await together(work() for _ in range(workers))

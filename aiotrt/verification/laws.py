@@ -1,0 +1,219 @@
+"""The handshake's laws, with the device held by a latch, so that the moment in which a defect shows lasts.
+
+Every body runs twice: first with the latch open, because the first use of a kernel may need an idle device, and then held,
+when its results are looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import aiotrt
+from aiotrt.devices import Stream
+from aiotrt.devices.instruments import Latch
+from aiotrt.submission import Request
+from aiotrt.verification.bench import Bench, Sample, as_tensors, digest, within
+from aiotrt.verification.report import CheckFailed, Finding, NotApplicable
+
+__all__ = ["callers", "completion", "gate", "inputs"]
+
+#: Seconds for which the device is held. Whoever does not wait for it is done long before.
+HOLD: Final = 0.2
+#: Seconds after which the latch is opened by itself, if a call that should return at once does not.
+STUCK: Final = 20.0
+#: Calls at once, to tell whose results are whose.
+CALLERS: Final = 64
+
+
+async def completion(bench: Bench) -> Finding:
+    """Results are not handed out, and a lease's event is not complete, before the device is done."""
+    samples = (await bench.samples())[: bench.options.slots]
+    streams = [slot.stream for slot in bench.executor.slots]
+    for hold in (False, True):
+        async with (
+            _held(bench, streams, hold) as latch,
+            bench.started([sample.inputs for sample in samples]) as calls,
+        ):
+            if hold:
+                await asyncio.sleep(HOLD)
+                early = sum(call.done() for call in calls)
+                if early:
+                    raise CheckFailed(f"{early} of {len(calls)} calls returned while the device was held")
+            latch.open()
+            for call, sample in zip(calls, samples, strict=True):
+                results = await within(call, "a call")
+                if hold:
+                    bench.check(results, sample, "a call that was held returned wrong results")
+        bench.progress(0.25 if not hold else 0.5)
+    if not all(program.captured for program in bench.programs(bench.usual)):
+        return Finding(f"{len(samples)} calls waited for the device for {HOLD:g} s; leases run without a graph")
+    sample, _ = await bench.pair()
+    for hold in (False, True):
+        async with bench.model.lease(sample.case.named) as slot:
+            for buffer, value in zip(slot.inputs, sample.inputs, strict=True):
+                buffer[...] = value
+            async with _held(bench, streams, hold) as latch:
+                event = slot.launch()
+                if hold:
+                    await asyncio.sleep(HOLD)
+                    if bench.device.query(event):
+                        raise CheckFailed("a lease's event was complete while the device was held")
+                latch.open()
+                await within(aiotrt.wait(event), "a lease's event")
+            results = await bench.on_host([buffer.tensor for buffer in slot.outputs])
+            if hold:
+                bench.check(results, sample, "a lease has wrong results")
+    return Finding(f"{len(samples)} calls and a lease waited for the device for {HOLD:g} s, and were right then")
+
+
+async def gate(bench: Bench) -> Finding:
+    """What a consumer on another stream has not read yet is not overwritten by the slot's next call."""
+    first, second = await bench.pair()
+    side = bench.model.stream()
+    try:
+        for hold in (False, True):
+            await _gate(bench, side, first, second, hold)
+            bench.progress(1.0 if hold else 0.5)
+    finally:
+        await asyncio.to_thread(side.synchronize)
+        side.close()
+    return Finding(f"a consumer that was held for {HOLD:g} s read its own results; the next call waited for it")
+
+
+async def _gate(bench: Bench, side: Stream, first: Sample, second: Sample, hold: bool) -> None:
+    model, device = bench.model, bench.device
+    async with contextlib.AsyncExitStack() as stack:
+        # All slots but one are taken, so that the next call needs the one that is consumed.
+        for _ in range(bench.options.slots - 1):
+            await stack.enter_async_context(model.lease(first.case.named))
+        async with _held(bench, [], hold) as latch:
+            async with model.lease(first.case.named) as slot:
+                for buffer, value in zip(slot.inputs, first.inputs, strict=True):
+                    buffer[...] = value
+                await within(slot.replay(), "a replay")
+                outputs = list(slot.outputs)
+                seen = [device.empty(output.shape, output.dtype) for output in outputs]
+                # Whose memory it was before, in the current stream's order.
+                side.wait(device.current_stream().record())
+                latch.hold(side)
+
+                def read() -> None:
+                    for copy, output in zip(seen, outputs, strict=True):
+                        copy.copy_(output.tensor)
+
+                side.run(read)
+                slot.consumed(side)
+            async with bench.started([second.inputs]) as (call,):
+                if hold:
+                    await asyncio.sleep(HOLD)
+                    if call.done():
+                        raise CheckFailed("a slot ran again while a consumer of its results had not read them")
+                latch.open()
+                results = await within(call, "a call")
+            await asyncio.to_thread(side.synchronize)
+            read_there = await bench.on_host(seen)
+            if hold:
+                bench.check(results, second, "the call after a consumer returned wrong results")
+                bench.check(read_there, first, "a consumer read wrong results")
+
+
+async def inputs(bench: Bench) -> Finding:
+    """An input that is still being made on the caller's stream is waited for."""
+    if bench.device.unified:
+        raise NotApplicable("host inputs are complete when they are passed; only device inputs can still be in the making")
+    side = bench.model.stream()
+    try:
+        for hold in (False, True):
+            await _inputs(bench, side, *await bench.pair(), hold)
+            bench.progress(1.0 if hold else 0.5)
+    finally:
+        await asyncio.to_thread(side.synchronize)
+        side.close()
+    return Finding(f"a call waited for {HOLD:g} s for an input that was still being made, and read it then")
+
+
+async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hold: bool) -> None:
+    values = await bench.on_device(second.inputs)  # what a call that does not wait would read
+    made = await bench.on_device(first.inputs)
+
+    def start() -> Request:
+        for value, source in zip(values, made, strict=True):
+            side.copy(value, source)
+        return bench.executor.submit(values, {})
+
+    async with _held(bench, [side], hold) as latch:
+        request = bench.device.call(side, start)
+        try:
+            if hold:
+                await asyncio.sleep(HOLD)
+                if request.future.done():
+                    raise CheckFailed("a call returned while its input was still being made")
+            latch.open()
+            results = as_tensors(await within(request.future, "a call"))
+        finally:
+            bench.executor.abandon(request)
+    results = await bench.on_host(results)
+    if hold:
+        bench.check(results, first, "a call did not wait for its input")
+
+
+async def callers(bench: Bench) -> Finding:
+    """Many calls at once, all submitted before the first one ends, each get the results of their own inputs."""
+    samples = await bench.samples()
+    distinct = len({digest(sample.expected) for sample in samples})
+    if distinct == 1:
+        raise NotApplicable("all inputs give the same results here, so nothing tells callers apart; see --range")
+    order = [samples[i % len(samples)] for i in range(CALLERS)]
+    random.Random(bench.options.seed).shuffle(order)
+    streams = [slot.stream for slot in bench.executor.slots]
+    placed = {id(sample): sample.inputs for sample in samples}
+    kinds = ["host"] if bench.device.unified else ["host", "device"]
+    for round_, kind in enumerate(kinds):
+        if kind == "device":
+            placed = {id(sample): await bench.on_device(sample.inputs) for sample in samples}
+        for hold in (False, True):
+            async with (
+                _held(bench, streams, hold) as latch,
+                bench.started([placed[id(sample)] for sample in order]) as calls,
+            ):
+                await asyncio.sleep(0)  # all are submitted now
+                latch.open()
+                for call, sample in zip(calls, order, strict=True):
+                    results = as_tensors(await within(call, "a call"))
+                    if kind == "device":
+                        results = await bench.on_host(results)
+                    if hold:
+                        bench.check(results, sample, f"one of {CALLERS} concurrent calls got wrong results")
+            bench.progress((2 * round_ + hold + 1) / (2 * len(kinds)))
+    return Finding(f"{CALLERS} calls at once with {distinct} different results, from {' and '.join(kinds)} inputs")
+
+
+@contextlib.asynccontextmanager
+async def _held(bench: Bench, streams: Sequence[Stream], hold: bool) -> AsyncIterator[Latch]:
+    """A latch that holds `streams`; without `hold` it is open from the start, for the rehearsal."""
+    stuck = threading.Event()
+    async with Latch(bench.device) as latch:
+
+        def give_up() -> None:
+            stuck.set()
+            latch.open()
+
+        watchdog = threading.Timer(STUCK, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            if not hold:
+                latch.open()
+            for stream in streams:
+                latch.hold(stream)
+            yield latch
+        finally:
+            latch.open()
+            watchdog.cancel()
+    if stuck.is_set():
+        raise CheckFailed(f"a call did not return for {STUCK:g} s while the device was held, so it blocks on the device")
