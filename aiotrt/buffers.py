@@ -66,6 +66,7 @@ class Buffer:
             hold.wrote(self._index, host=False)
         else:
             hold.check_launched()
+        hold.order()
         if hold.unified:
             hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
         return self._tensor if self._is_input else hold.handed_out(self._tensor)
@@ -117,6 +118,7 @@ class Buffer:
         if isinstance(value, Buffer):
             value._hold.check()
             value._hold.check_launched()
+            value._hold.order()
             if value.dtype is not self.dtype:
                 raise InputError(f"input {self.name!r}: expected {self.dtype}, got {value!r}")
             self._write_device(index, value._tensor)
@@ -163,6 +165,7 @@ class Buffer:
     def _write_device(self, index: Any, source: torch.Tensor) -> None:
         hold = self._hold
         destination = self._tensor
+        hold.order()  # what the last launch reads must not change before it has
         self._check_broadcast(tuple(destination[index].shape), tuple(source.shape))
         hold.wrote(self._index, host=False)
 
@@ -242,6 +245,7 @@ class Hold:
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
         self._event: Event | None = None  # the last launch's
+        self._unordered: Event | None = None  # likewise, while the caller's current stream does not wait for it
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
         self._state = GraphState()
         self._left = False
@@ -325,11 +329,20 @@ class Hold:
         except Exception as error:
             raise self._failed(event, error, None, orders) from error
         self._launched(event, future)
-        try:
-            current.wait(event)
-        except Exception as error:
-            raise executor.failed(error, "while the current stream was made to wait for a launch") from error
+        self._unordered = event
+        if future is None:  # else it is waited for, and its completion orders all that follows
+            self.order()
         return event
+
+    def order(self) -> None:
+        """Make the current stream wait, on the device, for the last launch."""
+        event, self._unordered = self._unordered, None
+        if event is None:
+            return
+        try:
+            self.executor.device.current_stream().wait(event)
+        except Exception as error:
+            raise self.executor.failed(error, "while the current stream was made to wait for a launch") from error
 
     def launch_in_worker(self, future: asyncio.Future[None]) -> None:
         """Launch in a worker thread, for a program whose launch occupies its thread."""
@@ -388,6 +401,8 @@ class Hold:
         self._event = event
 
         def done(error: BaseException | None) -> None:
+            if self._unordered is event:
+                self._unordered = None
             if future is None or future.done():
                 return
             error = failure or error

@@ -380,7 +380,7 @@ class _Builder:
         stream = self._stream
         graph: Graph
         graph, outputs = self._recipe.device.capture(stream, lambda: settled(function(inputs), inputs))
-        self._closers.append(graph.close)
+        self._closers.insert(0, graph.close)  # before the execution, whose memory and kernels it refers to
         self._graph_bytes += graph.nbytes
         return [lambda: graph.launch(stream)], outputs
 
@@ -409,6 +409,8 @@ class _Builder:
         for name, function in pieces:
             try:
                 more, values = self._captured(function, values)
+                for step in more:  # a capture computes nothing: the next piece would be warmed up on garbage
+                    step()
             except CaptureError as error:
                 more, values = self._eager(function, values)
                 fallbacks.append(f"{name} could not be captured: {error}")

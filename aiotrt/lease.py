@@ -7,6 +7,7 @@ for the launch, and leaving records consumer-done events that gate the slot's ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import warnings
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import Any, Self
 
 from aiotrt.buffers import Buffer, Buffers, Hold
 from aiotrt.devices import Event
-from aiotrt.errors import UsageError
+from aiotrt.errors import AiotrtError, UsageError
 from aiotrt.executor import Executor
 from aiotrt.tensors import Kind, Shapes, Specs
 
@@ -117,6 +118,10 @@ class Lease:
         hold.executor.replays.add(future)
         try:
             await future
+        except asyncio.CancelledError:
+            with contextlib.suppress(AiotrtError):  # of which whoever uses the lease next is told
+                hold.order()  # the launch goes on
+            raise
         finally:
             hold.executor.replays.discard(future)
         hold.check()

@@ -21,7 +21,8 @@ __all__ = ["Estimate", "Lateness", "Progress", "first_look", "next_look"]
 
 MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
-OVERDUE_SHARE: Final = 0.03  # of the time already waited: how long to sleep between overdue looks
+OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
+OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
 
@@ -62,9 +63,10 @@ class Estimate:
             self.seconds = seconds
             return
         # Look earlier next time, until a look comes too early and says when; and ever more so. The first completion may have
-        # been seen very late, and steps that stay small would take hundreds of calls to find that out.
-        self.seconds = min(self.seconds, seconds) * (1 - min(0.5, 0.01 * 2**self._late))
-        self._late = min(self._late + 1, 6)
+        # been seen very late, and steps that stay small would take hundreds of calls to find that out. The first steps are
+        # small all the same: mostly it was the timer that was late, and an estimate that is too low costs a late look too.
+        self.seconds = min(self.seconds, seconds) * (1 - min(0.5, 0.003 * 2**self._late))
+        self._late = min(self._late + 1, 8)
 
 
 class Lateness:
@@ -115,4 +117,5 @@ def next_look(now: float, started: float, predicted: float, spin: float) -> floa
     """
     if now < predicted + spin and spin > 0.0:
         return now
-    return now + min(max(SHORTEST_SLEEP, OVERDUE_SHARE * (now - started)), LONGEST_SLEEP)
+    overdue = min(OVERDUE_SHARE * (now - started), OVERDUE_GROWTH * (now - predicted), LONGEST_SLEEP)
+    return now + max(SHORTEST_SLEEP, overdue)

@@ -28,6 +28,7 @@ __all__ = [
     "Slot",
     "await_gates",
     "copy_in",
+    "follow",
     "has_passed",
     "keep_for_ever",
     "retire",
@@ -97,8 +98,7 @@ class Request:
     def order(self, slot: Slot) -> None:
         """Make the slot's stream wait for what the device inputs depend on."""
         if self.origin is not None:
-            self.origin.record(slot.mark)
-            slot.stream.wait(slot.mark)
+            follow(slot, self.origin)
             for event in self.ready:
                 slot.stream.wait(event)
 
@@ -159,12 +159,7 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
     """
     stream = slot.stream
     _open_gates(slot)
-    if request.origin is not None:
-        if program.captured:
-            _allocate_results(device, request, program)
-        # Recorded after the results were allocated, so that it covers both what the inputs depend on and whatever used
-        # the results' memory before. Later work of the caller's on that stream delays this; no matter.
-        request.order(slot)
+    request.order(slot)
     for i, argument in enumerate(request.arguments):
         if argument.tensor is not None:
             if i not in request.bound:
@@ -175,11 +170,10 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
     if request.origin is not None and wants_consumed(request.arguments):
         mark_consumed(request.arguments, stream.record())
     if request.kind is Kind.DEVICE:
-        if not program.captured:  # only now are their shapes known: without a graph they may depend on the data
-            assert request.origin is not None
-            _allocate_results(device, request, program)
-            request.origin.record(slot.mark)
-            stream.wait(slot.mark)
+        assert request.origin is not None
+        # Only now: the device is busy meanwhile; and without a graph the shapes may depend on the data.
+        _allocate_results(device, request, program)
+        follow(slot, request.origin)  # which may still use what was in the results' memory before
         for result, output in zip(request.results, program.outputs, strict=True):
             stream.copy(result, output)
     elif not device.unified:
@@ -210,8 +204,7 @@ def submit_lease(
     Raises: as `submit_request`.
     """
     for stream in consumers:
-        stream.record(slot.mark)
-        slot.stream.wait(slot.mark)
+        follow(slot, stream)
     _open_gates(slot)
     if not device.unified:
         for i in from_host:
@@ -220,6 +213,13 @@ def submit_lease(
     if kind is not Kind.DEVICE and not device.unified:
         _copy_out(slot.stream, program)
     slot.stream.record(event)
+
+
+def follow(slot: Slot, stream: Stream) -> None:
+    """Make the slot's stream wait, on the device, for what `stream` was given so far."""
+    if not stream.query():  # asking costs less than ordering does, and mostly it is
+        stream.record(slot.mark)
+        slot.stream.wait(slot.mark)
 
 
 def has_passed(device: Device, gate: Event) -> bool:
@@ -294,7 +294,6 @@ def _allocate_results(device: Device, request: Request, program: Program) -> Non
         return [device.empty(output.shape, output.dtype) for output in program.outputs]
 
     origin = request.origin
-    if request.kind is not Kind.DEVICE or origin is None:
-        return
+    assert origin is not None
     is_current = origin.handle == device.current_stream().handle
     request.results = allocate() if is_current else device.call(origin, allocate)

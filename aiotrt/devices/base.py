@@ -57,6 +57,10 @@ class Stream(Protocol):
         """Make all work submitted from now on wait for `event`, on the device."""
         ...
 
+    def query(self) -> bool:
+        """Whether everything submitted so far has completed; False too where that is not worth finding out."""
+        ...
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Submit a copy between tensors of equal shape and dtype; host tensors must be pinned, and both kept alive."""
         ...

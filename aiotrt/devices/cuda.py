@@ -17,7 +17,7 @@ import gc
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import torch
 from cuda.bindings import driver, runtime
@@ -37,6 +37,19 @@ _capture_lock: Final = threading.RLock()
 #: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
 _failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
 _thread: Final = threading.local()
+
+
+class CudaEvent(torch.cuda.Event):
+    """An event that is recorded and waited for through the driver, in a quarter of the time that torch takes (0.5 us).
+
+    Attributes:
+        driver: its handle; None until the first record, at which torch creates it.
+    """
+
+    driver: Any = None
+
+    def __new__(cls) -> Self:
+        return super().__new__(cls)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 class CudaStream:
@@ -70,16 +83,28 @@ class CudaStream:
         self._pool = None
 
     def record(self, event: Event | None = None) -> Event:
-        event = torch.cuda.Event() if event is None else event
+        event = CudaEvent() if event is None else event
         assert isinstance(event, torch.cuda.Event), event
+        if isinstance(event, CudaEvent) and event.driver is not None:
+            _check("recording an event", driver.cuEventRecord(event.driver, self.driver))
+            return event
         with _faults("recording an event"):
             event.record(self.torch)
+        if isinstance(event, CudaEvent):
+            event.driver = driver.CUevent(event.cuda_event)
         return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), event
+        if isinstance(event, CudaEvent) and event.driver is not None:
+            _check("waiting for an event on a stream", driver.cuStreamWaitEvent(self.driver, event.driver, 0))
+            return
         with _faults("waiting for an event on a stream"):
             event.wait(self.torch)
+
+    def query(self) -> bool:
+        # Any other answer than yes is dealt with, and any fault reported, by what is done to the stream instead.
+        return int(driver.cuStreamQuery(self.driver)[0]) == 0
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.nbytes == 0:  # whose address may be null
@@ -167,8 +192,8 @@ class CudaDevice(BaseDevice):
             (handle,) = _check("creating a stream", driver.cuStreamCreate(flags))
         return CudaStream(self, torch.cuda.ExternalStream(int(handle), device=self.torch_device), owned=True)
 
-    def event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+    def event(self) -> CudaEvent:
+        return CudaEvent()
 
     def current_stream(self) -> CudaStream:
         handle = torch._C._cuda_getCurrentRawStream(self.index)
