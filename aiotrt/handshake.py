@@ -57,13 +57,15 @@ def ready_events(arguments: Sequence[Argument]) -> list[Event]:
 
 def bound_inputs(arguments: Sequence[Argument]) -> dict[int, torch.Tensor]:
     """Device inputs whose own memory the graph shall read; one that is not in plain order is copied all the same."""
+    if not any(getattr(owner, "_trt_reuse_as_input_buffer", False) for owner in _owners(arguments)):
+        return {}
     return {
         i: argument.tensor
         for i, argument in enumerate(arguments)
         if argument.tensor is not None
-        and argument.tensor.is_contiguous()
         and isinstance(argument.owner, tuple)
         and getattr(argument.owner[0], "_trt_reuse_as_input_buffer", False)
+        and argument.tensor.is_contiguous()
     }
 
 
@@ -90,4 +92,10 @@ def carry(tensor: torch.Tensor, event: Event, state: GraphState | None = None) -
 
 
 def _owners(arguments: Sequence[Argument]) -> list[object]:
-    return [argument.owner[0] for argument in arguments if isinstance(argument.owner, tuple)]
+    """The device inputs as the caller gave them, of those that carry anything at all."""
+    # Asking each for an attribute that it has not costs as much as a launch; asking for its dictionary does not.
+    return [
+        argument.owner[0]
+        for argument in arguments
+        if isinstance(argument.owner, tuple) and getattr(argument.owner[0], "__dict__", True)
+    ]

@@ -6,9 +6,8 @@
 and the processor time that it costs. `throughput`: 64 awaiters on 2 and 4 slots: launches a second, as a share of what the
 device does when nobody waits. Both on every event loop installed, next to baselines that wait for the same graphs.
 
-Lag and latency are measured one after the other, since a heartbeat would cost the awaiter what it is measured by. On CUDA
-the figures are held against the project's bars; on the host device there are none, and short work takes a sleep's own
-imprecision longer.
+On CUDA the figures are held against the project's bars; on the host device there are none, and short work takes a sleep's
+own imprecision longer.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class Run:
     rate: float
     cpu: float
     others: float | None
-    lag: Spread
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Row:
         nominal: seconds that the work was asked to take.
         device_seconds: that it takes.
         ceiling: launches a second when nobody waits; None for one awaiter.
+        lag: of the loop, from a run of its own.
     """
 
     part: str
@@ -80,15 +79,14 @@ class Row:
     awaiters: int
     ceiling: float | None
     runs: list[Run]
+    lag: Spread
     overhead: Spread = field(init=False)
     rate: float = field(init=False)
     cpu: float = field(init=False)
-    lag: Spread = field(init=False)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "overhead", median_of(run.overhead for run in self.runs))
-        set_(self, "lag", median_of(run.lag for run in self.runs))
         set_(self, "rate", statistics.median(run.rate for run in self.runs))
         set_(self, "cpu", statistics.median(run.cpu for run in self.runs))
 
@@ -117,7 +115,7 @@ def main() -> None:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "host"
-    plan = Plan(runs=1, seconds=0.05, least=AWAITERS) if arguments.quick else Plan(runs=5, seconds=0.3, least=256)
+    plan = Plan(runs=1, seconds=0.05, least=AWAITERS) if arguments.quick else Plan(runs=5, seconds=0.1, least=2 * AWAITERS)
     single, many = QUICK_LENGTHS if arguments.quick else LENGTHS[device]
     idle = {loop: run_on(loop, idle_lag(0.2 if arguments.quick else 1.0)) for loop in loops()}
     rows: list[Row] = []
@@ -145,8 +143,8 @@ def completion(device: str, lengths: Sequence[int], plan: Plan) -> Iterator[Row]
         work = Work(device, length / 1e6)
         for loop in loops():
             for way in (*BASELINES, *AIOTRT):
-                runs = run_on(loop, measure(way, work, slots=1, awaiters=1, plan=plan))
-                yield Row("completion", loop, way, work.nominal, work.seconds, 1, 1, None, runs)
+                measured = run_on(loop, measure(way, work, slots=1, awaiters=1, plan=plan))
+                yield Row("completion", loop, way, work.nominal, work.seconds, 1, 1, None, *measured)
 
 
 def throughput(device: str, lengths: Sequence[int], plan: Plan) -> Iterator[Row]:
@@ -157,12 +155,15 @@ def throughput(device: str, lengths: Sequence[int], plan: Plan) -> Iterator[Row]
             top = ceiling(work, slots, plan.count(work.seconds / slots))
             for loop in loops():
                 for way in (*BASELINES, CALL):
-                    runs = run_on(loop, measure(way, work, slots=slots, awaiters=AWAITERS, plan=plan))
-                    yield Row("throughput", loop, way, work.nominal, work.seconds, slots, AWAITERS, top, runs)
+                    measured = run_on(loop, measure(way, work, slots=slots, awaiters=AWAITERS, plan=plan))
+                    yield Row("throughput", loop, way, work.nominal, work.seconds, slots, AWAITERS, top, *measured)
 
 
-async def measure(way: str, work: Work, *, slots: int, awaiters: int, plan: Plan) -> list[Run]:
-    """Several runs in a row, after one that does not count: it warms caches, and teaches aiotrt how long the work takes."""
+async def measure(way: str, work: Work, *, slots: int, awaiters: int, plan: Plan) -> tuple[list[Run], Spread]:
+    """Several runs in a row, after one that does not count: it warms caches, and teaches aiotrt how long the work takes.
+
+    And the loop's lag in one more, since the heartbeat would cost the others what they are measured by.
+    """
     count = plan.count(work.seconds / slots)
     async with opened(way, work, slots) as request:
         await drive(request, awaiters, min(count, 256))
@@ -171,11 +172,11 @@ async def measure(way: str, work: Work, *, slots: int, awaiters: int, plan: Plan
             gc.collect()
             with Usage() as usage:
                 seconds = await drive(request, awaiters, count)
-            async with Heartbeat() as heartbeat:
-                await drive(request, awaiters, count)
             overhead = Spread.of([taken - work.seconds for taken in seconds])
-            runs.append(Run(overhead, len(seconds) / usage.seconds, usage.cpu, usage.others, heartbeat.spread))
-        return runs
+            runs.append(Run(overhead, len(seconds) / usage.seconds, usage.cpu, usage.others))
+        async with Heartbeat() as heartbeat:
+            await drive(request, awaiters, count)
+        return runs, heartbeat.spread
 
 
 async def drive(request: Request, awaiters: int, count: int) -> list[float]:
@@ -209,8 +210,6 @@ def show(rows: Sequence[Row], idle: dict[str, Spread], *, has_bars: bool) -> Non
             table.add_column(heading, no_wrap=True)
         for heading in (*columns, "CPU", "lag p99 ms"):
             table.add_column(heading, justify="right", no_wrap=True)
-        if has_bars:
-            table.add_column("bar")
         for i, row in enumerate(chosen):
             slots = f" x{row.slots}" if part == "throughput" else ""
             if row.ceiling is None:
@@ -224,15 +223,24 @@ def show(rows: Sequence[Row], idle: dict[str, Spread], *, has_bars: bool) -> Non
                 *figures,
                 f"{row.cpu:.1%}",
                 f"{1e3 * (row.lag.p99 - idle[row.loop].p99):+,.1f}",
-                *([verdict(row, rows)] if has_bars else []),
                 style="bold" if row.way in AIOTRT else None,
                 end_section=i + 1 < len(chosen) and chosen[i + 1].loop != row.loop,
             )
         console.print(table)
+        if has_bars:
+            show_verdicts(chosen)
     console.print("over: an await's time over the device's. lag p99: of the loop, over the idle loop's in this run.")
     others = [run.others for row in rows for run in row.runs if run.others is not None]
     if others and max(others) > 0.2:
         console.print(f"Other programs used {statistics.median(others):.1f} cores meanwhile, at most {max(others):.1f}.")
+
+
+def show_verdicts(rows: Sequence[Row]) -> None:
+    """Which bars aiotrt meets and misses."""
+    for row in rows:
+        if said := verdict(row, rows):
+            setting = f"{1e6 * row.nominal:,.0f} us, {row.slots} slot{'s' * (row.slots > 1)}, {row.loop}, {row.way}"
+            console.print(f"{setting}: {said}", highlight=False)
 
 
 def verdict(row: Row, rows: Sequence[Row]) -> str:
