@@ -70,13 +70,18 @@ class Estimate:
 
 
 class Lateness:
-    """How late timers wake the loop, learned separately for sleeps of each length (buckets, each four times longer)."""
+    """How late timers wake the loop, learned separately for sleeps of each length (buckets, each four times longer).
 
-    __slots__ = ("_deviation", "_mean")
+    What it starts from is less than most machines need. Too much would never be found out: work that takes no longer than
+    the allowance is looked at without any sleep, and a whole processor would go into that for ever.
+    """
 
-    def __init__(self, initial: float = 50e-6) -> None:
+    __slots__ = ("_deviation", "_mean", "_seen")
+
+    def __init__(self, initial: float = 20e-6) -> None:
         self._mean = [initial] * 8
         self._deviation = [initial / 2] * 8
+        self._seen = [0] * 8
 
     @staticmethod
     def _bucket(sleep: float) -> int:
@@ -91,12 +96,19 @@ class Lateness:
         """A timer set to sleep this long woke this late."""
         bucket = self._bucket(sleep)
         late = min(late, 10e-3)  # a stall of the whole loop says nothing about timers
+        # The first few count for more, so that what it started from is soon forgotten.
+        self._seen[bucket] = seen = self._seen[bucket] + 1
+        rate = max(0.05, 1 / (seen + 1))
         error = late - self._mean[bucket]
-        self._mean[bucket] += 0.05 * error
-        self._deviation[bucket] += 0.05 * (abs(error) - self._deviation[bucket])
+        self._mean[bucket] += rate * error
+        self._deviation[bucket] += rate * (abs(error) - self._deviation[bucket])
 
-    def allowance(self, sleep: float) -> float:
-        """How much earlier to set a timer that sleeps this long."""
+    def allowance(self, wait: float) -> float:
+        """How much earlier than in `wait` seconds to set a timer."""
+        # A sleep that is so much shorter may be in another bucket, and it is there that it teaches.
+        return self._needed(wait - self._needed(wait))
+
+    def _needed(self, sleep: float) -> float:
         bucket = self._bucket(sleep)
         return self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
 

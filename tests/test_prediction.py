@@ -84,3 +84,33 @@ def test_overdue_looks_are_bounded_by_a_share_of_the_time_waited(started: float,
 def test_spinning_ends_with_its_budget() -> None:
     assert next_look(1.00001, 0.0, 1.0, 40e-6) == 1.00001
     assert next_look(1.00005, 0.0, 1.0, 40e-6) > 1.00005
+
+
+def test_short_work_is_slept_on_from_the_start() -> None:
+    """Else nothing would ever be learned about short sleeps, and a processor would go into looking."""
+    assert first_look(0.0, 62e-6, Lateness()) > 0.0
+
+
+def test_what_a_shorter_sleep_taught_counts_for_the_wait_that_it_came_from() -> None:
+    lateness = Lateness(initial=90e-6)
+    for _ in range(100):
+        due = first_look(0.0, 250e-6, lateness)
+        lateness.learn(due, 15e-6)
+    assert 250e-6 - first_look(0.0, 250e-6, lateness) < 30e-6
+
+
+def test_the_first_sleeps_teach_fast() -> None:
+    lateness = Lateness()
+    for _ in range(4):
+        lateness.learn(5e-3, 120e-6)
+    assert lateness.allowance(5e-3) > 100e-6
+
+
+def test_a_stall_at_the_first_sleep_is_soon_forgotten() -> None:
+    lateness = Lateness()
+    lateness.learn(1e-3, 3600.0)
+    for _ in range(20):
+        due = first_look(0.0, 1e-3, lateness)
+        assert due > 0.0
+        lateness.learn(due, 20e-6)
+    assert lateness.allowance(1e-3) < 0.5e-3
