@@ -329,8 +329,9 @@ class _Random:
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
         """Inside, a capture is begun, with `begun` called right after."""
-        self._elsewhere[self._index] = self._sequence
-        self._generator.graphsafe_set_state(self._state)
+        with self._drawing:  # a replay between the two would draw from this graph's state
+            self._elsewhere[self._index] = self._sequence
+            self._generator.graphsafe_set_state(self._state)
         try:
             yield
         finally:
@@ -353,8 +354,9 @@ class _Random:
             sequence.set_offset(self._state.get_offset())
 
     def _give_back(self) -> None:
-        self._generator.graphsafe_set_state(self._sequence)
-        self._elsewhere.pop(self._index, None)
+        with self._drawing:
+            self._generator.graphsafe_set_state(self._sequence)
+            self._elsewhere.pop(self._index, None)
 
 
 def _record(
