@@ -11,12 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from aiotrt.building import check_sidecar, read_onnx
 from aiotrt.building.files import check_readable, foreign
 from aiotrt.building.source import mend, tensors
 from aiotrt.cli.tables import open_console, show
+from aiotrt.devices import open_device
+from aiotrt.engines import EngineOptions, open_engine
+from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.engines.tensorrt_plan import read_plan
 from aiotrt.errors import EngineError
+from aiotrt.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -42,12 +48,16 @@ def register(
     parser = subparsers.add_parser(
         "inspect",
         help="say what a model or an engine is",
-        description="Say what an .onnx, .engine or .plan file is. Nothing of it is run, so files from anywhere are safe.",
+        description="Say what an .onnx, .engine or .plan file is. Nothing of it is run, so files from anywhere are safe, "
+        "unless --load is given.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument(
+        "--load", action="store_true", help="have TensorRT load an engine on this GPU, and say what only it can tell"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=run)
 
@@ -55,6 +65,8 @@ def register(
 def run(arguments: argparse.Namespace) -> int:
     """Describe the file."""
     facts = describe(arguments.file)
+    if arguments.load:
+        facts["loaded"] = describe_loaded(arguments.file)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -123,6 +135,39 @@ def _describe_engine(path: Path) -> dict[str, Any]:
     }
 
 
+def describe_loaded(path: Path) -> dict[str, Any]:
+    """What TensorRT tells of an engine that it has loaded on torch's current GPU.
+
+    Raises:
+        EngineError: it is not an engine, or cannot be loaded here.
+        MissingDependencyError: TensorRT is not installed.
+    """
+    if path.suffix.lower() == ".onnx":
+        raise EngineError(f"{path}: --load is for engines; an ONNX file tells all there is without")
+    if not torch.cuda.is_available():
+        raise EngineError(f"{path}: --load needs an NVIDIA GPU, and torch sees none here")
+    engine = open_engine(path, open_device("cuda"), EngineOptions())
+    assert isinstance(engine, TensorRTEngine)
+    try:
+        return {
+            "runtime": engine.runtime,
+            "inputs": [_spec(spec) for spec in engine.inputs or ()],
+            "outputs": [_spec(spec) for spec in engine.outputs],
+            "profiles": [
+                {name: [list(low), list(profile.usual[name]), list(high)] for name, (low, high) in profile.extents.items()}
+                for profile in engine.profiles
+            ],
+            "slot_memory": engine.workspace,
+            "layers": engine.layers,
+        }
+    finally:
+        engine.close()
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
+
+
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     """An input or output; extents are numbers, names, or null where they are open and nameless."""
     kind = value.type.tensor_type
@@ -181,14 +226,18 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["capabilities"]:
         rows.append(("for GPUs", ", ".join(facts["capabilities"])))
     rows += [(f"meta {key}", _short(value)) for key, value in facts["metadata"].items()]
-    record = facts["record"]
+    record, loaded = facts["record"], facts.get("loaded")
+    if loaded is not None:
+        rows.append(("loaded with", loaded["runtime"]))
+        rows += _border_rows(loaded)
+        rows.append(("memory", f"{_size(loaded['slot_memory'])} of activations for each slot, beside the weights"))
+        rows.append(("layers", f"{loaded['layers']:,}"))
     if record is None:
-        rows.append(("record", "none: inputs and outputs stand inside, and only TensorRT on a GPU can read them"))
+        if loaded is None:
+            rows.append(("record", "none: only TensorRT on a GPU can tell inputs and outputs; there, add --load"))
         return rows
-    rows += _tensor_rows(record)
-    for number, profile in enumerate(record["profiles"]):
-        for name, (low, usual, high) in profile.items():
-            rows.append((f"profile {number}", f"{name}: {_extents(low)} to {_extents(high)}, usually {_extents(usual)}"))
+    if loaded is None:
+        rows += _border_rows(record)
     rows.append(("precision", record["precision"] or "as in the ONNX file"))
     source, gpu = record["source"], record["gpu"]
     rows.append(("built from", f"{source['file']}, SHA-256 {source['sha256'][:16]}..."))
@@ -197,6 +246,14 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("option", f"{name}: {value}") for name, value in record["options"].items()]
     rows += [("mended", line) for line in record["mended"]]
     rows += [("warning", line) for line in record["warnings"]]
+    return rows
+
+
+def _border_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = _tensor_rows(facts)
+    for number, profile in enumerate(facts["profiles"]):
+        for name, (low, usual, high) in profile.items():
+            rows.append((f"profile {number}", f"{name}: {_extents(low)} to {_extents(high)}, usually {_extents(usual)}"))
     return rows
 
 

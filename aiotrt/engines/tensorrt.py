@@ -56,6 +56,8 @@ class TensorRTEngine:
         runtime: what runs it, and its version.
         outputs: what it gives.
         profiles: its optimisation profiles.
+        workspace: bytes of activation memory that each slot needs.
+        layers: how many it has.
 
     Raises:
         EngineError: the file is missing, empty, truncated, damaged, not what `sha256` says, written by another product or
@@ -120,9 +122,8 @@ class TensorRTEngine:
             nbytes = 0
             if workspace is None:
                 # The largest over all profiles, once: captured graphs have its address baked in, so it cannot grow.
-                size = engine.device_memory_size_v2
                 workspace = self._workspaces[stream.handle] = device.call(
-                    stream, lambda: Workspace(device, size, engine.num_aux_streams)
+                    stream, lambda: Workspace(device, self.workspace, engine.num_aux_streams)
                 )
                 nbytes = workspace.nbytes
         execution = TensorRTExecution(
@@ -177,6 +178,8 @@ class TensorRTEngine:
         self.inputs: tuple[TensorSpec, ...] | None = tuple(self._spec(engine, name, input=True) for name in inputs)
         self.outputs = tuple(self._spec(engine, name, input=False) for name in names if name not in inputs)
         self._layout = Layout(str(self._path), self.inputs, self.outputs, host)
+        self.workspace = engine.device_memory_size_v2
+        self.layers = engine.num_layers
         if engine.streamable_weights_size > 0 and engine.weight_streaming_budget_v2 < engine.streamable_weights_size:
             self.uncapturable = "its weights are streamed from the host at every run"
 

@@ -235,6 +235,11 @@ class CudaEngine(Part):
         return len(self.network.profiles)
 
     @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return 1
+
+    @property
     def num_aux_streams(self) -> int:
         """How many streams it uses beside the one that it is given."""
         return self.network.auxiliary

@@ -17,8 +17,10 @@ import aiotrt
 from aiotrt.building import check_sidecar
 from aiotrt.cli import main
 from aiotrt.cli.build import parse_profile, parse_size
+from aiotrt.devices import open_device
 from aiotrt.errors import InputError
 from tests.building import models
+from tests.tensorrt.tools import PROFILES, double_on, engine_of, save
 
 MODULE = [sys.executable, "-m", "aiotrt"]
 
@@ -225,6 +227,39 @@ def test_inspect_engines_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFi
     assert facts["version"] == "10.9.0.34"
     assert main(["inspect", str(path)]) == 0
     assert "meta task" in capsys.readouterr().out
+
+
+def test_inspect_what_only_tensorrt_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = double_on("host")
+    path = save(tmp_path / "a.engine", double, PROFILES)
+    assert main(["inspect", str(path)]) == 0
+    assert "add --load" in capsys.readouterr().out
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("aiotrt.cli.inspect.open_device", lambda name: open_device("host"))
+    monkeypatch.setattr("aiotrt.cli.inspect.open_engine", lambda path, device, options: engine_of(path, double))
+    assert main(["inspect", str(path), "--load"]) == 0
+    table = capsys.readouterr().out
+    for text in (
+        "tensorrt_rtx 1.6.1.120",
+        "x: float32 (*, 3)",
+        "profile 1    x: (8, 3) to (16, 3), usually (8, 3)",
+        "192 bytes of activations for each slot",
+    ):
+        assert text in table
+    assert main(["inspect", str(path), "--load", "--json"]) == 0
+    loaded = json.loads(capsys.readouterr().out)["loaded"]
+    assert loaded["profiles"][0] == {"x": [[1, 3], [2, 3], [4, 3]]}
+    assert (loaded["slot_memory"], loaded["layers"]) == (192, 1)
+
+
+def test_inspect_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = models.relu(tmp_path / "a.onnx", ("n", 8))
+    assert "--load is for engines" in failed(capsys, 1, "inspect", path, "--load")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    engine = save(tmp_path / "a.engine", double_on("host"), PROFILES)
+    assert "needs an NVIDIA GPU" in failed(capsys, 1, "inspect", engine, "--load")
 
 
 def test_inspect_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
