@@ -6,12 +6,14 @@ and `aiotrt.completion` finds out when it is done.
 
 from __future__ import annotations
 
+from aiotrt.batching import Batching
 from aiotrt.buffers import Buffer, Buffers
 from aiotrt.building import BuildProgress, build
 from aiotrt.completion import wait
 from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import (
     AiotrtError,
+    DeadlineError,
     DeviceError,
     DeviceHangError,
     EngineError,
@@ -31,10 +33,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AiotrtError",
+    "Batching",
     "Buffer",
     "Buffers",
     "BuildProgress",
     "CaptureError",
+    "DeadlineError",
     "Device",
     "DeviceError",
     "DeviceHangError",

@@ -350,8 +350,11 @@ class Hold:
         self._check_written()
         if executor.machine.states[slot.index] is State.IN_FLIGHT:
             raise UsageError("the last launch is not complete: await it before the next")
-        event = executor.device.event()
-        current = executor.device.current_stream()
+        try:
+            event = executor.device.event()
+            current = executor.device.current_stream()
+        except Exception as error:
+            raise executor.failed(error, "while it was launched") from error
         orders = self._take_orders()  # here, on the loop's thread, which goes on writing and naming meanwhile
 
         def submit() -> None:

@@ -37,7 +37,7 @@ LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one late look after a stal
 class _Pending:
     """One event that somebody waits for."""
 
-    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "query", "submitted")
+    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "submitted")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class _Pending:
         self.estimate = estimate
         self.hang_timeout = hang_timeout
         self.looks = 0  # how often it was found not complete as the head
+        self.overdue = 0  # likewise, past its hang timeout
         self.looked = 0.0  # when it was last
 
 
@@ -257,11 +258,10 @@ class Hub:
         return max(head.submitted, lane.last_done)
 
     def _is_hung(self, head: _Pending, lane: Lane, now: float) -> bool:
-        return (
-            head.hang_timeout is not None
-            and now - self._started(head, lane) > head.hang_timeout
-            and head.looks >= LOOKS_BEFORE_HANG
-        )
+        if head.hang_timeout is None or now - self._started(head, lane) <= head.hang_timeout:
+            return False
+        head.overdue += 1  # earlier looks do not count: since then the loop, or the whole machine, may have stood still
+        return head.overdue >= LOOKS_BEFORE_HANG
 
     # When to look...
 

@@ -9,6 +9,7 @@
     ├── EngineError                 the engine file or module is bad, foreign or incompatible, or it raised while it ran;
     │                               at load: no model exists; in a call: that call failed alone, the model is usable
     ├── QueueFullError              all slots are busy and the queue is at its bound; nothing was submitted; try later
+    ├── DeadlineError (TimeoutError)   a call's ``deadline=`` passed before its result was there; the model is usable
     ├── ModelClosedError            you closed the model, or have not opened it; the call can never succeed on it
     ├── ModelBrokenError            something else broke the model, `__cause__` says what; load it again, and after a
     │                               DeviceError on CUDA do so in a new process
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "AiotrtError",
+    "DeadlineError",
     "DeviceError",
     "DeviceHangError",
     "EngineError",
@@ -68,7 +70,15 @@ class EngineError(AiotrtError):
 class QueueFullError(AiotrtError):
     """Every slot is busy and `max_queue` callers wait already.
 
-    Nothing was submitted. Wait and call again, or raise `max_queue`, or answer your own caller with "busy".
+    Nothing was submitted. Wait and call again, or raise `max_queue`, or answer your own caller with "busy". A batching model
+    also tells it to a call that had to make way for a newer one, if `Batching.overload` says so.
+    """
+
+
+class DeadlineError(AiotrtError, TimeoutError):
+    """A call's ``deadline=`` passed before its result was there.
+
+    If the item still waited, the device never sees it; if not, its result is dropped. The model is usable.
     """
 
 

@@ -108,6 +108,7 @@ class Executor:
         self.closing = False
         self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
+        self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
@@ -154,6 +155,10 @@ class Executor:
         request.is_warmup = is_warmup
         self._enter(request, bounded=not is_warmup)
         return request
+
+    def admit(self, request: Request) -> None:
+        """A batch's way in: its items were checked and counted, and their number is bounded, already."""
+        self._enter(request, bounded=False)
 
     def check_usable(self) -> None:
         """Raise unless requests may come in now, here.
@@ -216,6 +221,7 @@ class Executor:
                 slot.request = request
                 request.slot = slot
                 request.is_queued = False
+                request.granted()
                 self.requests.begin(slot, request)
         finally:
             self._serving = False
@@ -415,7 +421,7 @@ class Executor:
         for request in waiting:
             request.is_queued = False
             self.reject(request, error)
-        self._fail_replays(error)
+        self._fail_others(error)
         self._check_idle()
 
     def lost_track(self, error: Exception) -> None:
@@ -425,10 +431,12 @@ class Executor:
         else:
             self.break_down(DeviceError(f"a failed launch could not be followed up: {error}"))
 
-    def _fail_replays(self, error: AiotrtError) -> None:
+    def _fail_others(self, error: AiotrtError) -> None:
         for future in self.replays:
             if not future.done():
                 future.set_exception(error)
+        for told in self.on_failure:
+            told(error)
 
     def refuse(self) -> None:
         """No more requests."""
@@ -448,7 +456,7 @@ class Executor:
             self.move(slot, Move.RELEASE)
             if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
                 self.reject(request, error)
-        self._fail_replays(error)
+        self._fail_others(error)
         self._check_idle()
 
     async def idle(self) -> None:

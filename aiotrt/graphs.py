@@ -260,8 +260,11 @@ class _Builder:
             self._stream.synchronize()
             return program
         except BaseException:
-            for closer in self._closers:
-                closer()
+            # What runs still uses what is freed here; and a device that is broken has told so already, and may use it for ever.
+            with contextlib.suppress(Exception):
+                self._stream.synchronize()
+                for closer in self._closers:
+                    closer()
             raise
 
     def _build(self) -> Program:

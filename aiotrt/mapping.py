@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from aiotrt.errors import InputError
-from aiotrt.executor import Executor
-from aiotrt.submission import Request
 
 __all__ = ["map_in_order"]
 
 
+class _Pending(Protocol):
+    future: asyncio.Future[Any]
+
+
+P = TypeVar("P", bound=_Pending)
+
+
+class _Taker(Protocol[P]):
+    """The executor; or with batching, who gathers items for it."""
+
+    def submit(self, values: Sequence[object], named: Mapping[str, object], *, bounded: bool = True) -> P: ...
+
+    def abandon(self, request: P, /) -> None: ...
+
+
 async def map_in_order(
-    executor: Executor, frames: Iterable[object] | AsyncIterable[object], in_flight: int | None
+    executor: _Taker[P], frames: Iterable[object] | AsyncIterable[object], limit: int
 ) -> AsyncGenerator[Any, None]:
     """What `Model.map` promises."""
-    limit = 2 * len(executor.slots) if in_flight is None else in_flight
     if limit < 1:
-        raise InputError(f"in_flight must be at least 1, got {in_flight}")
+        raise InputError(f"in_flight must be at least 1, got {limit}")
     source = _Source(frames)
-    pending: deque[Request] = deque()
+    pending: deque[P] = deque()
     failure: BaseException | None = None
     try:
         while True:
@@ -106,7 +118,7 @@ async def _anext(source: AsyncIterator[object]) -> object:
     return await anext(source, _END)
 
 
-def _submit_item(executor: Executor, item: object) -> Request:
+def _submit_item(executor: _Taker[P], item: object) -> P:
     if isinstance(item, Mapping):
         return executor.submit((), item, bounded=False)
     return executor.submit(item if isinstance(item, tuple) else (item,), {}, bounded=False)

@@ -16,17 +16,20 @@ from typing import Any, Literal, Self, TypeVar
 import anyio
 import torch
 
+from aiotrt.batching import Batching
 from aiotrt.building.profiles import ProfileArgument
 from aiotrt.completion import Hub, check_loop
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
-from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError
+from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.executor import Executor
+from aiotrt.gathering import Gatherer
 from aiotrt.graphs import ProgramCache, Recipe
 from aiotrt.lease import Lease
 from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
+from aiotrt.stacking import check_extents
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
@@ -40,6 +43,7 @@ def load(
     device: str | torch.device | Device = "auto",
     slots: int = 2,
     max_queue: int | None = 1024,
+    batching: Batching | None = None,
     graphs: bool = True,
     warmup: object = (),
     preprocess: Callable[..., object] | None = None,
@@ -70,6 +74,8 @@ def load(
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
+        batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
+            batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
         graphs: whether to capture at all.
         warmup: example inputs, to capture ahead of the first call: a list with one entry per shape, each a tensor or array,
             or a tuple or dict of them. Where the engine does not declare its inputs, the first example (or else the first
@@ -110,6 +116,9 @@ def load(
     limit: object = hang_timeout
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
+    options_of_batching: object = batching
+    if options_of_batching is not None and not isinstance(options_of_batching, Batching):
+        raise InputError(f"batching must be an aiotrt.Batching or None, got {batching!r}")
     kind = _kind(outputs)
     if progress not in [mode.value for mode in Progress]:
         raise InputError(f"progress must be 'predict', 'spin' or 'interval', got {progress!r}")
@@ -120,14 +129,14 @@ def load(
         source, device, slots, max_queue, graphs, warmup, preprocess, postprocess,
         kind,
         max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress),
-        EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles),
+        EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles), batching,
     )  # fmt: skip
     return Model(options)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """A model at one moment. Counts are since it was opened.
+    """A model at one moment. Counts are since it was opened. With batching, calls are items; launches are of batches.
 
     Attributes:
         engine: its name.
@@ -144,7 +153,8 @@ class Statistics:
         completed: calls that returned results.
         failed: calls that raised.
         cancelled: calls whose caller stopped waiting.
-        rejected: calls refused because the queue was full.
+        rejected: calls refused because the queue was full, and calls that made way for newer ones.
+        expired: calls whose deadline passed.
         replays: launches of captured graphs.
         fallback_runs: launches that were not one graph.
         captures: graphs (or what stands in for one) built.
@@ -154,6 +164,8 @@ class Statistics:
         fallbacks: why something runs without a graph, each reason once.
         polls: event queries made by this loop's hub, for all its models.
         wakes: times that hub's timer fired.
+        batches: how many batches there were of each number of items, with batching.
+        padding: how many rows of those batches held no item of their own.
     """
 
     engine: str
@@ -171,6 +183,7 @@ class Statistics:
     failed: int
     cancelled: int
     rejected: int
+    expired: int
     replays: int
     fallback_runs: int
     captures: int
@@ -180,6 +193,8 @@ class Statistics:
     fallbacks: tuple[str, ...]
     polls: int
     wakes: int
+    batches: Mapping[int, int]
+    padding: int
 
 
 class Model:
@@ -192,6 +207,7 @@ class Model:
     def __init__(self, options: _Options) -> None:
         self._options = options
         self._executor: Executor | None = None
+        self._gatherer: Gatherer | None = None  # with batching
         self._opening: asyncio.Task[None] | None = None
         self._awaiting = 0
         self._is_closed = False
@@ -211,14 +227,19 @@ class Model:
     ) -> None:
         await self.aclose(drain=kind is None)
 
-    async def __call__(self, *inputs: object, **named: object) -> Any:
+    async def __call__(
+        self, *inputs: object, deadline: float | None = None, priority: int | None = None, **named: object
+    ) -> Any:
         """Run once.
 
         Args:
             *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
                 with DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and extents as `inputs` says. A
                 host input must not change before the call returns.
-            **named: inputs by name.
+            deadline: with batching, seconds from now after which the result is of no use. An item that still waits then is
+                dropped before it reaches the device.
+            priority: with batching, the class: 0 is the most urgent, and 1 what calls have that do not say.
+            **named: inputs by name; without batching ``deadline`` and ``priority`` are names like any other.
 
         Returns:
             The results, when they are complete, one bare, several as a named tuple. They belong to the caller, for ever.
@@ -228,7 +249,8 @@ class Model:
         Raises:
             InputError: an input does not fit. Nothing was submitted.
             QueueFullError: all slots are busy and `max_queue` calls wait. Nothing was submitted.
-            EngineError: the engine raised. This call failed; the model is usable.
+            DeadlineError: the deadline passed; the model is usable.
+            EngineError: the engine raised. This call failed, with the others of its batch; the model is usable.
             DeviceError: the device broke; so did the model.
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
 
@@ -238,6 +260,18 @@ class Model:
         executor = self._executor
         if executor is None:
             raise self._not_open()
+        if self._gatherer is not None:
+            gatherer = self._gatherer
+            call = gatherer.submit(inputs, named, deadline=deadline, priority=priority)
+            try:
+                return await call.future
+            except (asyncio.CancelledError, GeneratorExit):
+                gatherer.abandon(call)
+                raise
+        if deadline is not None:
+            named["deadline"] = deadline
+        if priority is not None:
+            named["priority"] = priority
         request = executor.submit(inputs, named)
         try:
             return await request.future
@@ -255,9 +289,15 @@ class Model:
 
         Raises:
             InputError: the shapes are missing or do not fit.
-            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here; or it makes batches,
+                whose slots nobody holds.
         """
         executor = self._usable()
+        if self._gatherer is not None:
+            raise UsageError(
+                f"{executor.recipe.engine.name}: a model with batching= has no slots of a caller's own; "
+                "load the engine without batching= for leases"
+            )
         kind = _kind(outputs) or Kind.DEVICE
         shapes = self._lease_shapes(executor, shapes)
         return Lease(executor, executor.specs.known(), shapes, kind)
@@ -269,13 +309,16 @@ class Model:
 
         Args:
             frames: any iterable, or asynchronous iterable, of inputs; a tuple is several inputs, a dict named ones.
-            in_flight: how many calls may be under way or waiting to be fetched; None for two per slot. They do not count
-                against `max_queue`, since this bounds them.
+            in_flight: how many calls may be under way or waiting to be fetched; None for two per slot, and with batching
+                for a full batch per slot and one more. They do not count against `max_queue`, since this bounds them.
 
         Raises what a call raises, and what `frames` raises, in its place in the order: earlier results come first. Leaving
         the loop, or cancelling, abandons what is under way, as for a call.
         """
-        results = map_in_order(self._usable(), frames, in_flight)
+        executor, gatherer = self._usable(), self._gatherer
+        usual = 2 * len(executor.slots) if gatherer is None else gatherer.in_flight
+        limit = usual if in_flight is None else in_flight
+        results = map_in_order(executor, frames, limit) if gatherer is None else map_in_order(gatherer, frames, limit)
         try:
             async for result in results:
                 yield result
@@ -283,7 +326,7 @@ class Model:
             await results.aclose()
 
     async def warmup(self, entries: object) -> None:
-        """Capture ahead of the first call, on every slot.
+        """Capture ahead of the first call, on every slot, and with batching every size of batch.
 
         Args:
             entries: as for `load`; where the inputs are known, shapes will do: for a single input one shape or a list of
@@ -296,29 +339,40 @@ class Model:
             EngineError: the engine raised.
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
         """
-        executor = self._usable()
-        specs = executor.specs
+        executor, gatherer = self._usable(), self._gatherer
+        specs = executor.specs if gatherer is None else gatherer.specs
         for values, named in examples(entries):
+            if gatherer is not None:
+                gatherer.learn()
             shapes = _as_shapes(specs, values, named)
             if shapes is None:
                 arguments, kind, fixed = specs.parse(values, named)
                 shapes = tuple(argument.shape for argument in arguments)
             else:
                 kind, fixed = Kind.NUMPY, specs.known()
-            await self._warm(executor, fixed, shapes, executor.outputs or kind)
+            kind = executor.outputs or kind
+            if gatherer is None:
+                await self._warm(executor, fixed, shapes, kind)
+                continue
+            for stacked, batch_shapes, size in gatherer.stacked(fixed, shapes):
+                await self._warm(executor, stacked, batch_shapes, kind, size)
 
     def statistics(self) -> Statistics:
         """How things are now; see `Statistics`."""
         executor = self._executor
         if executor is None:
             raise self._not_open()
-        counts = {state.value: executor.machine.count(state) for state in State}
+        gatherer = self._gatherer
+        counts: dict[str, Any] = {state.value: executor.machine.count(state) for state in State}
+        calls: dict[str, Any] = {"expired": 0, "padding": 0, "batches": {}} | vars(executor.counters)
+        if gatherer is not None:
+            calls |= vars(gatherer.counters) | {"batches": dict(sorted(gatherer.counters.batches.items()))}
         return Statistics(
             engine=executor.recipe.engine.name,
             device=executor.device.name,
             **counts,
-            waiting=executor.machine.waiting,
-            **vars(executor.counters),
+            waiting=executor.machine.waiting if gatherer is None else gatherer.waiting,
+            **calls,
             graphs=len(executor.cache),
             graph_bytes=executor.cache.nbytes,
             fallbacks=tuple(executor.fallbacks),
@@ -332,10 +386,13 @@ class Model:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...] | None:
-        """What the model takes; None until the first example or call has fixed it."""
+        """What a call takes, with batching a single item; None until the first example or call has fixed it."""
         executor = self._executor
         if executor is None:
             raise self._not_open()
+        if self._gatherer is not None:
+            self._gatherer.learn()
+            return self._gatherer.specs.specs
         return executor.specs.specs
 
     @property
@@ -369,6 +426,8 @@ class Model:
             return
         check_loop(executor.loop, executor.recipe.engine.name)
         executor.refuse()
+        if self._gatherer is not None:
+            self._gatherer.flush()
         if not drain:
             executor.drop()
         async with self._close_lock:
@@ -378,9 +437,11 @@ class Model:
             await executor.consumed()
             self._is_closed = True
             executor.detach()
+            if self._gatherer is not None:
+                self._gatherer.close()
             with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
                 await _in_thread(executor.free)
-            self._executor = None
+            self._executor = self._gatherer = None
 
     def __repr__(self) -> str:
         executor = self._executor
@@ -390,7 +451,8 @@ class Model:
         if self._is_closed:
             return f"<aiotrt.Model {name} on {executor.device.name}: closed>"
         counts = ", ".join(f"{n} {state.value}" for state in State if (n := executor.machine.count(state)))
-        return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {executor.machine.waiting} waiting>"
+        waiting = executor.machine.waiting if self._gatherer is None else self._gatherer.waiting
+        return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {waiting} waiting>"
 
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)
@@ -440,6 +502,8 @@ class Model:
             await _in_thread(engine.close)
             raise
         try:
+            if options.batching is not None:
+                self._gatherer = self._make_gatherer(self._executor, options.batching)
             if self._executor.broken is not None:
                 raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
             if not _is_empty(options.warmup):
@@ -475,13 +539,25 @@ class Model:
                 f"{engine.name}: {device.name} could not provide for {options.slots} slots: {error}"
             ) from error
 
-    async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
+    def _make_gatherer(self, executor: Executor, batching: Batching) -> Gatherer:
+        device, parameters = executor.device, executor.specs.parameters
+
+        def of_items(declared: Specs | None) -> InputSpecs:
+            return InputSpecs(declared, parameters, device.holds, device.torch_device, of_items=True)
+
+        return Gatherer(executor, of_items, batching, self._options.max_queue)
+
+    async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, batch: int | None = None) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
             requests = [executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots]
             try:
                 for request in requests:
                     await request.future
+                    if batch is not None:
+                        assert request.slot is not None
+                        assert request.slot.program is not None
+                        check_extents(request.slot.program, batch)
             finally:
                 # All are held until all were granted, so that each slot had its turn.
                 for request in requests:
@@ -544,6 +620,7 @@ class _Options:
     hang_timeout: float | None
     progress: Progress
     engine: EngineOptions
+    batching: Batching | None
 
 
 class _Loading:

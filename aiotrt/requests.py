@@ -240,7 +240,8 @@ class Requests:
         kind = request.kind
 
         def copy() -> list[Any]:
-            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
+            parts = request.parts(program, list(zip(views, dtypes, strict=True)))
+            return [own(view, dtype, kind) for view, dtype in parts]
 
         if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
             # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
@@ -270,7 +271,7 @@ class Requests:
 
     def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
         assert slot.program is not None
-        packed = slot.program.names.pack(results)
+        packed = request.pack(slot.program, results)
 
         def resolve() -> None:
             self._executor.counters.completed += 1

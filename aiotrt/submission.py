@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-import numpy as np
 import torch
 
 from aiotrt.completion import Lane
@@ -26,6 +25,7 @@ from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 __all__ = [
     "Request",
     "Slot",
+    "allocate",
     "await_gates",
     "copy_in",
     "follow",
@@ -35,6 +35,8 @@ __all__ = [
     "submit_lease",
     "submit_request",
 ]
+
+T = TypeVar("T")
 
 _log: Final = logging.getLogger("aiotrt")
 _kept: Final[list[object]] = []
@@ -108,6 +110,30 @@ class Request:
             return range(len(self.shapes))
         return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
 
+    # What a batch, which is many callers' request, does otherwise...
+
+    def granted(self) -> None:
+        """It has its slot. A batch decides only now who is in it."""
+
+    def mark_consumed(self, stream: Stream) -> None:
+        """Say on the inputs when they will have been read, where somebody wants to know."""
+        if self.origin is not None and wants_consumed(self.arguments):
+            mark_consumed(self.arguments, stream.record())
+
+    def allocate_results(self, device: Device, slot: Slot, program: Program) -> None:
+        """Device memory for results, which the slot's stream may write from now on."""
+        assert self.origin is not None
+        self.results = allocate(device, self.origin, program.outputs)
+        follow(slot, self.origin)  # which may still use what was in the results' memory before
+
+    def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
+        """What each result is copied from, of the program's outputs or views of them."""
+        return outputs
+
+    def pack(self, program: Program, results: Sequence[object]) -> Any:
+        """What the future is resolved with."""
+        return program.names.pack(results)
+
 
 class Slot:
     """What one slot consists of; its state is in the machine.
@@ -147,7 +173,7 @@ def copy_in(request: Request, program: Program) -> None:
         if argument.host is not None:
             view = program.input_views[i]
             assert view is not None
-            np.copyto(view, argument.host)
+            argument.write(view)
 
 
 def submit_request(device: Device, slot: Slot, request: Request, program: Program) -> None:
@@ -163,18 +189,16 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
     for i, argument in enumerate(request.arguments):
         if argument.tensor is not None:
             if i not in request.bound:
-                stream.copy(program.inputs[i], argument.tensor)
+                for destination, source in argument.copies(program.inputs[i]):
+                    stream.copy(destination, source)
         elif not device.unified:
             stream.copy(program.inputs[i], program.staged_input(i))
     program.launch()
-    if request.origin is not None and wants_consumed(request.arguments):
-        mark_consumed(request.arguments, stream.record())
+    request.mark_consumed(stream)
     if request.kind is Kind.DEVICE:
-        assert request.origin is not None
         # Only now: the device is busy meanwhile; and without a graph the shapes may depend on the data.
-        _allocate_results(device, request, program)
-        follow(slot, request.origin)  # which may still use what was in the results' memory before
-        for result, output in zip(request.results, program.outputs, strict=True):
+        request.allocate_results(device, slot, program)
+        for result, output in zip(request.results, request.parts(program, program.outputs), strict=True):
             stream.copy(result, output)
     elif not device.unified:
         _copy_out(stream, program)
@@ -282,18 +306,16 @@ def _copy_out(stream: Stream, program: Program) -> None:
         stream.copy(staged, output)
 
 
-def _allocate_results(device: Device, request: Request, program: Program) -> None:
-    """Device memory for results, allocated in the order of the caller's stream.
+def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Device memory for copies of `outputs`, allocated in the order of the caller's stream.
 
     The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be the
     caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's last
     kernels read it.
     """
 
-    def allocate() -> list[torch.Tensor]:
-        return [device.empty(output.shape, output.dtype) for output in program.outputs]
+    def empty() -> list[torch.Tensor]:
+        return [device.empty(output.shape, output.dtype) for output in outputs]
 
-    origin = request.origin
-    assert origin is not None
     is_current = origin.handle == device.current_stream().handle
-    request.results = allocate() if is_current else device.call(origin, allocate)
+    return empty() if is_current else device.call(origin, empty)

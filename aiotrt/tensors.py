@@ -113,6 +113,16 @@ class Argument:
         self.host = host
         self.tensor = tensor
 
+    def write(self, view: Array) -> None:
+        """Copy a host input into the program's staging memory: a plain copy, by this thread."""
+        assert self.host is not None
+        np.copyto(view, self.host)
+
+    def copies(self, buffer: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """What must be copied on the device to bring a device input into the program's buffer: to where, from where."""
+        assert self.tensor is not None
+        return ((buffer, self.tensor),)
+
 
 class InputSpecs:
     """The inputs of one model: declared by its engine, or fixed by the first example that the engine accepts.
@@ -122,6 +132,7 @@ class InputSpecs:
         parameters: what a first example is matched against, where the engine declares nothing.
         holds: whether a tensor is in the model's device's memory.
         device: that device's name in torch, for messages.
+        of_items: whether these are single items of a batch, without its axis.
     """
 
     def __init__(
@@ -130,11 +141,14 @@ class InputSpecs:
         parameters: Parameters,
         holds: Callable[[torch.Tensor], bool],
         device: torch.device,
+        *,
+        of_items: bool = False,
     ) -> None:
         self.specs: Specs | None = None if specs is None else tuple(specs)
-        self._parameters = parameters
+        self.parameters = parameters
         self._holds = holds
         self._device = device
+        self._of_items = of_items
 
     def known(self) -> Specs:
         """The inputs, which must be known.
@@ -217,7 +231,7 @@ class InputSpecs:
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
         """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
         names = [*(self._name(i) for i in range(len(values))), *named]
-        known = self._parameters
+        known = self.parameters
         if not names:
             raise InputError("the model takes at least one input, got none")
         for name in names:
@@ -239,10 +253,10 @@ class InputSpecs:
         return (*given, *sorted(specs[len(values) :], key=lambda spec: (rank.get(spec.name, len(rank)), spec.name)))
 
     def _name(self, i: int) -> str:
-        known = self._parameters.positional
+        known = self.parameters.positional
         if i < len(known):
             return known[i]
-        if self._parameters.any_position:
+        if self.parameters.any_position:
             return f"input_{i}"
         plural = "s" * (len(known) != 1)
         raise InputError(f"the model takes {len(known)} input{plural} ({', '.join(known)}), got more")
@@ -300,11 +314,12 @@ class InputSpecs:
             _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
         return argument
 
-    @staticmethod
-    def _refuse_shape(spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
+    def _refuse_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
         if len(shape) != len(spec.shape):
             hint = ""
-            if len(shape) == len(spec.shape) - 1:
+            if self._of_items:
+                hint = "with batching a call is for a single item, which has no batch axis"
+            elif len(shape) == len(spec.shape) - 1:
                 hint = "for one item of a batch add a dimension with x[None]"
             _refuse(spec, f"rank {len(shape)}, shape {shape}", hint)
         limits = ""

@@ -43,6 +43,12 @@ SAYS: dict[str, list[str]] = {
         r"without consumed\(\): write before read: 'a graph' may come before 'torch\.clone' is done; missing: .*",
         r"with consumed\(\): no race",
     ],
+    "batching": [
+        r"65 served, 35 made way for newer ones",
+        r"each got its own \(10,\) array: True",
+        r"urgent: class \d; too late: dropped",
+        r"batches by size: \{1: 2, 16: 4\}, 0 rows of padding",
+    ],
     "cancellation_and_timeouts": [
         r"gave up after \d+\.\d ms: 1 cancelled, 1 slot draining",
         r"the next call got the right answer after \d+ ms: True",

@@ -22,7 +22,7 @@ from tests.tools import Affine, TwoOutputs, count, executor_of, frame
 GOOD = frame(2)
 
 
-async def refused(model: aiotrt.Model, *inputs: object, says: tuple[str, ...], **named: object) -> None:
+async def refused(model: aiotrt.Model, *inputs: object, says: tuple[str, ...], **named: Any) -> None:
     """The call raises an `InputError` that says all of this, and it is as if it had never been made."""
     before = model.statistics()
     with pytest.raises(aiotrt.InputError) as caught:

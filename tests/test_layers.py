@@ -17,7 +17,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
     {"errors"},
-    {"slots", "prediction", "timers", "run", "tensors"},
+    {"slots", "prediction", "batching", "timers", "run", "tensors"},
     {"building.files", "building.log"},
     {"building.products", "building.progress", "building.profiles", "building.source", "building.sidecar"},
     {"building.network"},
@@ -31,7 +31,8 @@ LAYERS = [
     {"handshake"},
     {"submission"},
     {"executor", "requests"},
-    {"buffers", "mapping"},
+    {"stacking"},
+    {"buffers", "mapping", "gathering"},
     {"lease"},
     {"model"},
 ]
@@ -45,13 +46,15 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion", "timers", "run", "submission", "executor", "requests", "buffers", "lease", "mapping", "model"},
+    "asyncio": {"completion", "timers", "run", "submission", "executor", "requests", "buffers", "lease", "mapping", "model"}
+    | {"stacking", "gathering"},
 }
 #: Pure modules, and all that they may import.
 PURE = {
     "errors": set(),
     "slots": {"enum", "collections", "typing"},
     "prediction": {"enum", "typing"},
+    "batching": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
 }
 
 

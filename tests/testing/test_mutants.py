@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import pytest
+import torch
 
 from aiotrt import submission
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.graphs import Program
 from aiotrt.submission import Request, Slot
-from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedStream
 from tests import test_laws_simulated as laws
 
@@ -69,12 +69,11 @@ def produce_event_is_recorded_before_the_copy_out() -> Iterator[None]:
 def results_belong_to_the_wrong_stream() -> Iterator[None]:
     streams: dict[int, Stream] = {}
 
-    def results(device: Device, request: Request, program: Program) -> None:
-        if request.origin is not None and request.kind is Kind.DEVICE:
-            wrong = streams.setdefault(id(device), device.stream())
-            request.results = device.call(wrong, lambda: [device.empty(o.shape, o.dtype) for o in program.outputs])
+    def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        wrong = streams.setdefault(id(device), device.stream())
+        return device.call(wrong, lambda: [device.empty(output.shape, output.dtype) for output in outputs])
 
-    with mock.patch("aiotrt.submission._allocate_results", results):
+    with mock.patch("aiotrt.submission.allocate", allocate):
         yield
 
 

@@ -1,0 +1,425 @@
+"""Dynamic batching, decided: who goes into the next batch, who is dropped, what size it is padded to, who may wait.
+
+Rule 1: every such decision is made in this file.
+Rule 2: this file touches no device, no tensor, no event loop and no clock: times come in, and what follows goes out, so that
+all of it can be tested by enumeration.
+
+Theory of operation. Whoever waits is an `Entry`. Entries of one *group* can be stacked (equal shapes); each has a priority
+class, 0 being the most urgent. `Queue.take` is asked for a batch when a slot is free, and never otherwise: while the device
+is busy entries gather, and that is all the waiting there is, unless `max_delay` allows more.
+
+The next batch is that of the oldest entry of the most urgent class, filled up with others of its group, urgent ones first,
+then older ones. A class whose oldest entry was passed over by `patience` batches goes before more urgent ones once. So no
+group starves, since heads are taken in order of arrival, and no class does: the oldest entry of a class is passed over at
+most ``patience`` times plus once per other class.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, NamedTuple, TypeVar, get_args
+
+from aiotrt.errors import InputError
+
+__all__ = ["Batching", "Deadlines", "Entry", "Overload", "Plan", "Queue", "choose_sizes", "padded"]
+
+Overload = Literal["wait", "reject", "drop_oldest", "latest"]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How single items become batches; for ``load(..., batching=Batching())``.
+
+    Callers pass single items and get single results. **An item has no batch axis**: items are stacked on a new axis 0, and
+    results are split on axis 0, so the engine must take its inputs, and give all of its outputs, with the batch as their
+    first extent. A batch is launched as soon as a slot is free, with whoever waits then; while all slots are busy, items
+    gather. It is padded to one of `sizes`, by repeating its last item, so that the number of graphs is bounded.
+
+    Attributes:
+        max_size: how many items a batch may have.
+        max_delay: seconds that a batch which is not full may be held although a slot is free. 0 is best nearly always.
+        sizes: what batches are padded to, instead of the powers of two up to `max_size` and `max_size` itself. No batch has
+            more items than the largest.
+        overload: what happens to an item that comes when `max_queue` items wait. "reject": it gets `QueueFullError`. "wait":
+            it waits at the door until the queue, which is never shorter than a full batch, has a place. "drop_oldest": the
+            oldest item of the least urgent class gets `QueueFullError` in its place. "latest": like that, but never more
+            than one full batch waits.
+        priorities: how many classes there are. A call's ``priority=`` is 0, the most urgent, to ``priorities - 1``.
+        patience: how many batches may pass over the oldest item of a class in favour of more urgent ones.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_size: int = 16
+    max_delay: float = 0.0
+    sizes: Sequence[int] | None = None
+    overload: Overload = "reject"
+    priorities: int = 2
+    patience: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_size", "priorities", "patience"):
+            if not _is_count(getattr(self, name)):
+                raise InputError(f"batching: {name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        delay: object = self.max_delay
+        if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < math.inf:
+            raise InputError(f"batching: max_delay must be a number of seconds of at least 0, got {delay!r}")
+        if self.overload not in get_args(Overload):
+            raise InputError(f"batching: overload must be one of {', '.join(get_args(Overload))}, got {self.overload!r}")
+        if self.sizes is not None:
+            sizes = tuple(self.sizes)
+            if not sizes or not all(map(_is_count, sizes)):
+                raise InputError(f"batching: sizes must be integers of at least 1, got {self.sizes!r}")
+            object.__setattr__(self, "sizes", tuple(sorted(set(sizes))))  # a value, whatever becomes of the caller's list
+
+
+def choose_sizes(batching: Batching, least: int = 1, most: int | None = None) -> tuple[int, ...]:
+    """The sizes that batches are padded to, ascending.
+
+    Args:
+        batching: what is wanted.
+        least: the smallest batch that the engine takes.
+        most: the largest.
+
+    Raises:
+        InputError: the engine takes none of these.
+    """
+    limit = batching.max_size if most is None else min(batching.max_size, most)
+    if batching.sizes is not None:
+        sizes = [size for size in batching.sizes if least <= size and (most is None or size <= most)]
+    else:
+        limit = max(limit, least)  # an engine that takes no fewer is padded up to what it takes
+        sizes = [1 << i for i in range(limit.bit_length()) if least <= 1 << i <= limit]
+        if limit not in sizes and (most is None or limit <= most):
+            sizes.append(limit)
+    if not sizes:
+        raise InputError(
+            f"batching: sizes={batching.sizes} has none that the engine takes: "
+            f"batches of {least} to {'any number' if most is None else most}"
+        )
+    # A size above the first that holds a full batch would never be used.
+    return tuple(sizes[: bisect.bisect_left(sizes, limit) + 1])
+
+
+def padded(count: int, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` that holds `count` items."""
+    return sizes[bisect.bisect_left(sizes, count)]
+
+
+class Entry:
+    """Somebody who waits; compared by identity.
+
+    Args:
+        group: what it can be stacked with: entries whose group is equal.
+        priority: its class.
+        arrival: when it came.
+        deadline: when it is of no use any more; None for never.
+
+    Attributes:
+        due: when it should be held back no longer; `Queue.add` sets it.
+        place: where it waits: "queue" or "door", None when it does not.
+    """
+
+    __slots__ = ("arrival", "deadline", "due", "group", "place", "priority")
+
+    def __init__(self, group: Hashable, priority: int, arrival: float, deadline: float | None = None) -> None:
+        self.group = group
+        self.priority = priority
+        self.arrival = arrival
+        self.deadline = deadline
+        self.due = arrival
+        self.place: Literal["queue", "door"] | None = None
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Plan(NamedTuple, Generic[E]):
+    """What `Queue.take` decided.
+
+    Attributes:
+        items: who is in the batch, the one that it was made for first; empty for no batch.
+        size: what it is padded to; 0 for no batch.
+        expired: who was dropped, because the deadline has passed.
+        until: where there is no batch, when to ask again; None when somebody new must come first.
+    """
+
+    items: list[E]
+    size: int
+    expired: list[E]
+    until: float | None
+
+
+class Queue(Generic[E]):
+    """Who waits, in order.
+
+    Args:
+        batching: the options.
+        sizes: what batches are padded to, ascending.
+        max_waiting: how many may wait (while all slots are busy); None for no bound.
+    """
+
+    def __init__(self, batching: Batching, sizes: Sequence[int], max_waiting: int | None) -> None:
+        self.sizes = tuple(sizes)
+        self.limit = min(batching.max_size, self.sizes[-1])
+        if batching.overload == "latest":
+            max_waiting = self.limit if max_waiting is None else min(max_waiting, self.limit)
+        elif batching.overload == "wait" and max_waiting is not None:
+            max_waiting = max(max_waiting, self.limit)  # or what stands at the door could never fill a batch
+        self.max_waiting = max_waiting
+        self._delay = batching.max_delay
+        self._overload = batching.overload
+        self._queue: _Lines[E] = _Lines(batching.priorities, batching.patience)
+        self._door: _Lines[E] = _Lines(batching.priorities, batching.patience)
+        self._groups: dict[Hashable, list[OrderedDict[E, None]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._door)
+
+    def __iter__(self) -> Iterator[E]:
+        yield from self._queue
+        yield from self._door
+
+    @property
+    def groups(self) -> int:
+        """How many groups are waiting in the queue."""
+        return len(self._groups)
+
+    def add(self, entry: E, *, bounded: bool = True, spare: int = 0) -> list[E]:
+        """Somebody comes.
+
+        Args:
+            entry: who.
+            bounded: whether `max_waiting` applies.
+            spare: how many more may wait just now: one for each free slot, which is about to take it.
+
+        Returns:
+            Who was dropped for it.
+
+        Raises:
+            OverflowError: there is no place for it. Nothing changed.
+        """
+        entry.due = entry.arrival + self._delay
+        if entry.deadline is not None:
+            # Half of the time it has is for running: an item held up to its deadline would be lost on an idle device.
+            entry.due = min(entry.due, entry.arrival + max(0.0, entry.deadline - entry.arrival) / 2)
+        dropped: list[E] = []
+        if bounded and self._is_full(spare):
+            if self._overload == "wait":
+                entry.place = "door"
+                self._door.add(entry)
+                return dropped
+            if self._overload == "reject":
+                raise OverflowError
+            victim = self._queue.last()
+            if victim is None or victim.priority < entry.priority:
+                raise OverflowError
+            self._leave(victim)
+            dropped.append(victim)
+        self._enter(entry)
+        return dropped
+
+    def remove(self, entry: E) -> None:
+        """`entry` waits no longer, wherever it was; nothing happens if it does not wait."""
+        if entry.place == "door":
+            entry.place = None
+            self._door.remove(entry)
+        elif entry.place == "queue":
+            self._leave(entry)
+            self._admit()
+
+    def clear(self) -> list[E]:
+        """Everybody leaves; returned in order."""
+        everybody = list(self)
+        for entry in everybody:
+            entry.place = None
+        self._queue.clear()
+        self._door.clear()
+        self._groups.clear()
+        return everybody
+
+    def take(self, now: float, *, is_gone: Callable[[E], bool] = lambda _: False, hold: bool = True) -> Plan[E]:
+        """A slot is free: who goes?
+
+        Args:
+            now: the time.
+            is_gone: who no longer wants to, though nobody removed it yet. Such are dropped.
+            hold: whether a batch that is not full may be held back for `max_delay`.
+        """
+        expired: list[E] = []
+        items: list[E] = []
+        heads = self._queue.heads()
+        while not items and (head := self._head(now, hold)) is not None:
+            for entry in self._fill(head):
+                self._leave(entry)
+                if is_gone(entry):
+                    continue
+                if entry.deadline is not None and entry.deadline <= now:
+                    expired.append(entry)
+                else:
+                    items.append(entry)
+                if len(items) == self.limit:
+                    break
+            self._admit()
+        if items:
+            self._queue.served(heads)
+            return Plan(items, padded(len(items), self.sizes), expired, None)
+        return Plan([], 0, expired, min((entry.due for entry in self._queue), default=None))
+
+    def _is_full(self, spare: int) -> bool:
+        return self.max_waiting is not None and len(self._queue) >= self.max_waiting + spare
+
+    def _enter(self, entry: E) -> None:
+        entry.place = "queue"
+        self._queue.add(entry)
+        lines = self._groups.get(entry.group)
+        if lines is None:
+            lines = self._groups[entry.group] = [OrderedDict() for _ in range(self._queue.classes)]
+        lines[entry.priority][entry] = None
+
+    def _leave(self, entry: E) -> None:
+        entry.place = None
+        self._queue.remove(entry)
+        lines = self._groups[entry.group]
+        del lines[entry.priority][entry]
+        if not any(lines):  # shapes come and go: without this each one ever seen would stay
+            del self._groups[entry.group]
+
+    def _admit(self) -> None:
+        while len(self._door) and not self._is_full(0):
+            heads = self._door.heads()
+            entry = next(self._door.by_turn())
+            self._door.remove(entry)
+            self._door.served(heads)
+            self._enter(entry)
+
+    def _head(self, now: float, hold: bool) -> E | None:
+        """Whom the next batch is made for."""
+        held: set[Hashable] = set()
+        for entry in self._queue.by_turn():
+            if not hold or not self._delay or (entry.group not in held and self._is_ready(entry.group, now)):
+                return entry
+            held.add(entry.group)
+        return None
+
+    def _is_ready(self, group: Hashable, now: float) -> bool:
+        lines = self._groups[group]
+        return sum(map(len, lines)) >= self.limit or any(entry.due <= now for line in lines for entry in line)
+
+    def _fill(self, head: E) -> Iterator[E]:
+        """The head's group, each of which must leave before the next is asked for."""
+        lines = self._groups[head.group]
+        yield head  # first, whatever its class: one that has waited too long must not be crowded out of its own batch
+        for line in lines:
+            while line:
+                yield next(iter(line))
+
+
+class Deadlines(Generic[E]):
+    """Entries by deadline, the next one first; memory is proportional to those that count."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, E]] = []
+        self._live: set[int] = set()
+        self._added = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def add(self, entry: E) -> None:
+        """Watch this one, which must have a deadline."""
+        assert entry.deadline is not None
+        self._added += 1
+        heapq.heappush(self._heap, (entry.deadline, self._added, entry))
+        self._live.add(id(entry))
+
+    def discard(self, entry: E) -> None:
+        """Watch it no longer."""
+        self._live.discard(id(entry))
+        # Marked, and swept when the marked outnumber the others: most entries are done long before their deadline.
+        if len(self._heap) > 2 * len(self._live) + _SWEEP:
+            self._heap = [item for item in self._heap if id(item[2]) in self._live]
+            heapq.heapify(self._heap)
+
+    def next(self) -> float | None:
+        """The earliest deadline."""
+        while self._heap and id(self._heap[0][2]) not in self._live:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def expired(self, now: float) -> list[E]:
+        """Who is past its deadline; watched no longer."""
+        found = []
+        while (deadline := self.next()) is not None and deadline <= now:
+            entry = heapq.heappop(self._heap)[2]
+            self._live.discard(id(entry))
+            found.append(entry)
+        return found
+
+
+_SWEEP: Final = 16
+
+
+class _Lines(Generic[E]):
+    """One first-come-first-served line per class, and whose turn it is. Anybody may leave in constant time."""
+
+    def __init__(self, classes: int, patience: int) -> None:
+        self.classes = classes
+        self._patience = patience
+        self._lines: list[OrderedDict[E, None]] = [OrderedDict() for _ in range(classes)]
+        self._passed = [0] * classes  # batches since the oldest of this class became so
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[E]:
+        for line in self._lines:
+            yield from line
+
+    def add(self, entry: E) -> None:
+        self._lines[entry.priority][entry] = None
+        self._count += 1
+
+    def remove(self, entry: E) -> None:
+        del self._lines[entry.priority][entry]
+        self._count -= 1
+
+    def clear(self) -> None:
+        for line in self._lines:
+            line.clear()
+        self._passed = [0] * self.classes
+        self._count = 0
+
+    def last(self) -> E | None:
+        """The oldest of the least urgent class: who can be missed best."""
+        return next((next(iter(line)) for line in reversed(self._lines) if line), None)
+
+    def by_turn(self) -> Iterator[E]:
+        """Everybody, in the order in which it is their turn to be a batch's head."""
+        overdue = [c for c, passed in enumerate(self._passed) if passed >= self._patience]
+        overdue.sort(key=lambda c: -self._passed[c])
+        for c in overdue:
+            yield from self._lines[c]
+        for c, line in enumerate(self._lines):
+            if c not in overdue:
+                yield from line
+
+    def heads(self) -> list[E | None]:
+        """The oldest of each class."""
+        return [next(iter(line), None) for line in self._lines]
+
+    def served(self, heads: Iterable[E | None]) -> None:
+        """A batch was made, and these were the oldest before it."""
+        for c, (line, head) in enumerate(zip(self._lines, heads, strict=True)):
+            self._passed[c] = self._passed[c] + 1 if head is not None and next(iter(line), None) is head else 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

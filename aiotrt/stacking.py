@@ -1,0 +1,244 @@
+"""Several callers' items as one request: stacked on the way in, split on the way out.
+
+To the executor a batch is a request like any other: what it does otherwise stands here. Host items are copied straight into
+the rows of the slot's staging memory, device items into the rows of the graph's own input buffer, on the slot's stream,
+which has waited for each caller's. Each result is a copy of its own, of one row, in memory that it shares with nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from aiotrt.batching import Entry
+from aiotrt.devices import Device, Event, Stream
+from aiotrt.errors import EngineError
+from aiotrt.graphs import Program
+from aiotrt.handshake import mark_consumed, wants_consumed
+from aiotrt.submission import Request, Slot, allocate, follow
+from aiotrt.tensors import Argument, Kind, Specs
+
+__all__ = ["Batch", "Call", "Stacked", "check_extents"]
+
+T = TypeVar("T")
+
+
+class Call(Entry):
+    """One caller's item, from its submission to its result.
+
+    Attributes:
+        future: resolved with the item's results.
+        arguments: the checked inputs, kept alive until the device is done with them.
+        specs: what they were checked against.
+        kind: what the results should be.
+        origin: the caller's current stream, when inputs or results are on the device.
+        ready: events that the inputs carry.
+        batch: the batch that it went with, until that or it has ended.
+    """
+
+    __slots__ = ("arguments", "batch", "future", "kind", "origin", "ready", "specs")
+
+    def __init__(
+        self,
+        future: asyncio.Future[Any],
+        arguments: Sequence[Argument],
+        specs: Specs,
+        kind: Kind,
+        *,
+        group: Hashable,
+        priority: int,
+        arrival: float,
+        deadline: float | None,
+    ) -> None:
+        super().__init__(group, priority, arrival, deadline)
+        self.future = future
+        self.arguments = arguments
+        self.specs = specs
+        self.kind = kind
+        self.origin: Stream | None = None
+        self.ready: list[Event] = []
+        self.batch: Batch | None = None
+
+
+class Stacked(Argument):
+    """One input of a batch: the items' arguments on a new axis 0, the last one repeated up to the batch's size.
+
+    Args:
+        items: at least one, all on the host or all on the device, of equal shapes.
+        size: of the batch.
+    """
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Sequence[Argument], size: int) -> None:
+        first = items[0]
+        shape = (size, *first.shape)
+        # Never read: it says where the input is, and how much there is to copy.
+        host = None if first.host is None else np.broadcast_to(first.host, shape)
+        super().__init__(shape, None, host, first.tensor)
+        self.items = items
+
+    def write(self, view: np.ndarray[Any, np.dtype[Any]]) -> None:
+        """Copy each item into its row."""
+        last = len(self.items) - 1
+        for i, item in enumerate(self.items):
+            assert item.host is not None
+            # An ellipsis, or the row of an item without extents would be a number and not a view.
+            np.copyto(view[i, ...] if i < last else view[i:, ...], item.host)
+
+    def copies(self, buffer: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Each item goes to its row."""
+        tensors = [item.tensor for item in self.items if item.tensor is not None]
+        tensors += tensors[-1:] * (self.shape[0] - len(tensors))
+        return [(buffer[i], tensor) for i, tensor in enumerate(tensors)]
+
+
+class Batch(Request):
+    """A request that many callers wait for. It may stand in line empty: `assemble` fills it when its slot is granted.
+
+    Args:
+        loop: the model's.
+        assemble: fills this batch with whoever should go now; or cancels its future, and then the slot goes on.
+        settle: is told how a member ended: with its result, or an error; nothing for a member that had gone.
+
+    Attributes:
+        calls: its members.
+        left: how many of them still want their result.
+    """
+
+    __slots__ = ("_assemble", "_outcome", "_taken", "calls", "left", "size")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        assemble: Callable[[Batch], None],
+        settle: Callable[[Call, object, BaseException | None], None],
+    ) -> None:
+        self._outcome = _Outcome(settle, loop)
+        super().__init__(self._outcome, (), (), (), Kind.NUMPY, is_lease=False)
+        self.calls: list[Call] = []
+        self.left = 0
+        self.size = 0
+        self._assemble = assemble
+        self._taken: list[Call] = []
+
+    def fill(self, calls: list[Call], size: int, specs: Specs) -> None:
+        """These go; all of one group."""
+        self.calls = self._outcome.calls = calls
+        self.left = len(calls)
+        self.size = size
+        self.specs = specs
+        self.kind = calls[0].kind
+        self.arguments = [Stacked(items, size) for items in zip(*[call.arguments for call in calls], strict=True)]
+        self.shapes = tuple([argument.shape for argument in self.arguments])
+        for call in calls:
+            call.batch = self
+
+    def granted(self) -> None:
+        """Now is when it is decided who goes."""
+        if not self.calls:
+            self._assemble(self)
+
+    def order(self, slot: Slot) -> None:
+        """After every caller's stream, and every event that an item carries."""
+        for origin in self._origins():
+            follow(slot, origin)
+        for call in self.calls:
+            for event in call.ready:
+                slot.stream.wait(event)
+
+    def mark_consumed(self, stream: Stream) -> None:
+        """One event for all items."""
+        marked = [call.arguments for call in self.calls if call.origin is not None and wants_consumed(call.arguments)]
+        if marked:
+            event = stream.record()
+            for arguments in marked:
+                mark_consumed(arguments, event)
+
+    def allocate_results(self, device: Device, slot: Slot, program: Program) -> None:
+        """Each member's, in the order of its own stream."""
+        check_extents(program, self.size)
+        self._taken = self.calls
+        self.results = []
+        for i, call in enumerate(self.calls):
+            assert call.origin is not None
+            self.results += allocate(device, call.origin, [output[i] for output in program.outputs])
+        for origin in self._origins():
+            follow(slot, origin)
+
+    def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
+        """A row for each member and output."""
+        check_extents(program, self.size)
+        if self.kind is not Kind.DEVICE:
+            self._taken = [call for call in self.calls if not call.future.done()]  # the others' rows need no copying
+        rows = {id(call): i for i, call in enumerate(self.calls)}
+        return [_row(output, rows[id(call)]) for call in self._taken for output in outputs]
+
+    def pack(self, program: Program, results: Sequence[object]) -> Any:
+        """Each member with its own."""
+        count = len(program.names.names)
+        return [
+            (call, program.names.pack(results[i * count : (i + 1) * count])) for i, call in enumerate(self._taken)
+        ]  # fmt: skip
+
+    def _origins(self) -> Iterable[Stream]:
+        return {call.origin.handle: call.origin for call in self.calls if call.origin is not None}.values()
+
+
+class _Outcome(asyncio.Future[Any]):
+    """A batch's future. Nobody awaits it: it tells the members, in the same turn of the loop in which it is told.
+
+    It holds the members and not the batch: a cycle would keep everybody's inputs until the next garbage collection.
+    """
+
+    def __init__(
+        self, settle: Callable[[Call, object, BaseException | None], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(loop=loop)
+        self.calls: list[Call] = []
+        self._settle = settle
+
+    def set_result(self, result: Sequence[tuple[Call, object]]) -> None:
+        """Tell the members, with what `Batch.pack` returned."""
+        super().set_result(None)
+        calls, self.calls = self.calls, []
+        for call, value in result:
+            self._settle(call, value, None)
+        for call in calls:  # those that had gone before their rows were copied are settled too; the others are already
+            self._settle(call, None, None)
+
+    def set_exception(self, error: type | BaseException) -> None:
+        """Tell the members."""
+        super().set_result(None)  # the members are told, so this one must not complain that nobody looked
+        assert isinstance(error, BaseException)
+        calls, self.calls = self.calls, []
+        for call in calls:
+            self._settle(call, None, error)
+
+
+def check_extents(program: Program, size: int) -> None:
+    """A batch's outputs can be split.
+
+    Raises:
+        EngineError: one cannot; the message names it.
+    """
+    for name, output in zip(program.names.names, program.outputs, strict=True):
+        if output.ndim == 0 or output.shape[0] != size:
+            raise EngineError(
+                f"output {name!r} has shape {tuple(output.shape)} for a batch of {size}: with batching, the first extent of "
+                "every output must be the batch's; mend it in postprocess=, or load without batching="
+            )
+
+
+def _row(output: T, i: int) -> T:
+    """Row `i` of a tensor, or of a host view that comes with its dtype."""
+    if isinstance(output, tuple):
+        view, dtype = output
+        row: Any = (view[i, ...], dtype)
+    else:
+        row = output[i]  # type: ignore[index]
+    return row  # type: ignore[no-any-return]

@@ -1,0 +1,378 @@
+"""Who goes into the next batch: by enumeration, and against a plain model under Hypothesis."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import aiotrt
+from aiotrt.batching import Batching, Deadlines, Entry, Queue, choose_sizes, padded
+
+
+def entry(group: object = "a", priority: int = 0, arrival: float = 0.0, deadline: float | None = None) -> Entry:
+    return Entry(group, priority, arrival, deadline)
+
+
+def queue(max_waiting: int | None = None, **options: Any) -> Queue[Entry]:
+    batching = Batching(**options)
+    return Queue(batching, choose_sizes(batching), max_waiting)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_size": 0}, "max_size must be an integer of at least 1, got 0"),
+        ({"max_size": True}, "max_size must be an integer"),
+        ({"max_delay": -1}, "max_delay must be a number of seconds of at least 0, got -1"),
+        ({"max_delay": math.nan}, "max_delay"),
+        ({"max_delay": math.inf}, "max_delay"),
+        ({"max_delay": "1"}, "max_delay"),
+        ({"sizes": []}, "sizes must be integers"),
+        ({"sizes": [2, 0]}, "sizes must be integers"),
+        ({"overload": "hope"}, "overload must be one of wait, reject, drop_oldest, latest, got 'hope'"),
+        ({"priorities": 0}, "priorities"),
+        ({"patience": 0}, "patience"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(aiotrt.InputError, match=message):
+        Batching(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most", "sizes"),
+    [
+        ({}, 1, None, (1, 2, 4, 8, 16)),
+        ({"max_size": 1}, 1, None, (1,)),
+        ({"max_size": 6}, 1, None, (1, 2, 4, 6)),
+        ({"max_size": 16}, 1, 10, (1, 2, 4, 8, 10)),
+        ({"max_size": 16}, 3, None, (4, 8, 16)),
+        ({"max_size": 16}, 6, 6, (6,)),  # an engine for one size of batch
+        ({"max_size": 4}, 6, 6, (6,)),  # which is larger than batches shall be: they are padded
+        ({"max_size": 4}, 5, None, (5,)),
+        ({"sizes": [8, 1, 3, 3]}, 1, None, (1, 3, 8)),
+        ({"sizes": [1, 3, 8, 32], "max_size": 4}, 1, None, (1, 3, 8)),
+        ({"sizes": [1, 8, 32]}, 2, 16, (8,)),
+    ],
+)
+def test_sizes(options: dict[str, Any], least: int, most: int | None, sizes: tuple[int, ...]) -> None:
+    assert choose_sizes(Batching(**options), least, most) == sizes
+
+
+def test_an_engine_that_takes_none_of_the_sizes() -> None:
+    with pytest.raises(aiotrt.InputError, match=r"sizes=\(1, 2\) has none that the engine takes: batches of 4 to 8"):
+        choose_sizes(Batching(sizes=[1, 2]), 4, 8)
+
+
+@given(st.integers(1, 70), st.integers(1, 12), st.one_of(st.none(), st.integers(0, 70)))
+def test_sizes_hold_every_batch_and_fit_the_engine(max_size: int, least: int, more: int | None) -> None:
+    most = None if more is None else least + more
+    sizes = choose_sizes(Batching(max_size=max_size), least, most)
+    assert sorted(set(sizes)) == list(sizes)
+    assert all(least <= size and (most is None or size <= most) for size in sizes)
+    assert sizes[-1] >= min(max_size, most or max_size)
+    assert len(sizes) <= 8  # however large: the number of graphs is bounded
+    for count in range(1, sizes[-1] + 1):
+        assert padded(count, sizes) == min(size for size in sizes if size >= count)
+
+
+def test_first_come_first_served_between_groups() -> None:
+    q = queue(max_size=2)
+    items = [entry(group) for group in "abacbb"]
+    for item in items:
+        q.add(item)
+    a, b, a2, c, b2, b3 = items
+    assert [q.take(0.0).items for _ in range(5)] == [[a, a2], [b, b2], [c], [b3], []]
+    assert q.groups == 0
+
+
+def test_urgent_ones_first_and_the_rest_of_the_batch_is_for_anybody() -> None:
+    q = queue(max_size=3)
+    slow, other, urgent = entry("a", 1), entry("b", 1), entry("a", 0)
+    for item in (slow, other, urgent):
+        q.add(item)
+    plan = q.take(0.0)
+    assert (plan.items, plan.size) == ([urgent, slow], 2)
+    assert q.take(0.0).items == [other]
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("same_group", [True, False])
+def test_no_class_starves(patience: int, classes: int, same_group: bool) -> None:
+    """Under any load of more urgent ones, the oldest of a class is passed over at most `patience` times and a few."""
+    q = queue(max_size=2, priorities=classes, patience=patience)
+    tail = [entry("t", classes - 1) for _ in range(3)]
+    for item in tail:
+        q.add(item)
+    batches = 0
+    waited = []
+    while any(item.place for item in tail):
+        for priority, _ in itertools.product(range(classes - 1), range(4)):
+            q.add(entry("t" if same_group else priority, priority))
+        before = {id(item) for item in tail if item.place}
+        taken = q.take(0.0).items
+        batches += 1
+        if before - {id(item) for item in tail if item.place}:
+            assert taken[0] in tail or same_group
+            waited.append(batches)
+            batches = 0
+        assert batches <= patience + classes
+    assert max(waited) <= patience + classes
+
+
+def test_the_gone_and_the_expired_are_dropped_at_assembly() -> None:
+    q = queue(max_size=2)
+    items = [entry(deadline=deadline) for deadline in (None, 1.0, 2.0, None, 1.0, None)]
+    for item in items:
+        q.add(item)
+    q.remove(items[3])
+    plan = q.take(1.0, is_gone=lambda item: item is items[0])
+    assert plan.items == [items[2], items[5]]
+    assert plan.expired == [items[1], items[4]]
+    assert len(q) == 0
+    assert q.take(1.0) == ([], 0, [], None)
+
+
+def test_a_batch_of_expired_ones_only_is_none() -> None:
+    q = queue()
+    items = [entry(deadline=1.0), entry("b", deadline=1.0)]
+    for item in items:
+        q.add(item)
+    assert q.take(1.0) == ([], 0, items, None)
+
+
+def test_max_delay_holds_a_batch_that_is_not_full() -> None:
+    q = queue(max_size=2, max_delay=1.0)
+    first, other = entry("a", arrival=0.0), entry("b", arrival=0.25)
+    q.add(first)
+    q.add(other)
+    assert q.take(0.5) == ([], 0, [], 1.0)
+    second = entry("b", arrival=0.75)
+    q.add(second)
+    assert q.take(0.75).items == [other, second], "a full one need not wait for one that is held"
+    assert q.take(0.75).until == 1.0
+    assert q.take(1.0).items == [first]
+    q.add(entry(arrival=2.0))
+    assert q.take(2.0, hold=False).items, "nothing is held when the model is closing"
+
+
+def test_max_delay_leaves_half_of_the_time_to_the_deadline_for_running() -> None:
+    q = queue(max_delay=1.0)
+    q.add(entry(arrival=0.0, deadline=0.5))
+    assert q.take(0.0).until == 0.25
+    assert q.take(0.25).items
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_reject(spare: int) -> None:
+    q = queue(2, overload="reject")
+    for _ in range(2 + spare):
+        assert q.add(entry(), spare=spare) == []
+    late = entry()
+    with pytest.raises(OverflowError):
+        q.add(late, spare=spare)
+    assert late.place is None
+    assert len(q) == 2 + spare
+    q.add(late, bounded=False)
+    assert len(q) == 3 + spare
+
+
+def test_drop_oldest_drops_the_oldest_of_the_least_urgent() -> None:
+    q = queue(3, overload="drop_oldest")
+    urgent, old, young = entry(priority=0), entry(priority=1), entry(priority=1)
+    for item in (urgent, old, young):
+        q.add(item)
+    assert q.add(entry(priority=1)) == [old]
+    assert old.place is None
+    assert q.add(entry(priority=0)) == [young]
+    for _ in range(1):
+        q.add(entry(priority=0))
+    with pytest.raises(OverflowError):
+        q.add(entry(priority=1))
+    assert q.add(entry(priority=0)) == [urgent]
+
+
+def test_latest_keeps_the_next_batch_and_no_more() -> None:
+    q = queue(100, overload="latest", max_size=2)
+    items = [entry(arrival=i) for i in range(5)]
+    assert [q.add(item) for item in items] == [[], [], [items[0]], [items[1]], [items[2]]]
+    assert q.take(9.0).items == items[3:]
+
+
+def test_wait_lets_in_by_class_and_in_order() -> None:
+    q = queue(1, overload="wait", max_size=2)
+    inside, later, urgent = [entry(), entry()], entry(priority=1), entry(priority=0)
+    for item in (*inside, later, urgent):
+        q.add(item)
+    assert [item.place for item in (*inside, later, urgent)] == ["queue", "queue", "door", "door"]
+    q.remove(inside[0])
+    assert (later.place, urgent.place) == ("door", "queue")
+    assert q.take(0.0).items == [inside[1], urgent]
+    assert q.take(0.0).items == [later]
+
+
+def test_ten_thousand_shapes_leave_nothing_behind() -> None:
+    q = queue(max_size=4)
+    items = [entry(i % 2500) for i in range(10_000)]
+    for item in items:
+        q.add(item)
+    for item in items[::3]:
+        q.remove(item)
+    while q.take(0.0).items:
+        pass
+    assert (len(q), q.groups, list(q)) == (0, 0, [])
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """The queue against plain lists."""
+
+    @initialize(
+        max_size=st.integers(1, 4),
+        overload=st.sampled_from(["wait", "reject", "drop_oldest", "latest"]),
+        bound=st.one_of(st.none(), st.integers(0, 6)),
+        delay=st.sampled_from([0.0, 2.0]),
+        classes=st.integers(1, 3),
+        patience=st.integers(1, 4),
+    )
+    def begin(self, max_size: int, overload: Any, bound: int | None, delay: float, classes: int, patience: int) -> None:
+        self.options = Batching(
+            max_size=max_size, overload=overload, max_delay=delay, priorities=classes, patience=patience
+        )  # fmt: skip
+        self.queue: Queue[Entry] = Queue(self.options, choose_sizes(self.options), bound)
+        self.now = 0.0
+        self.waiting: list[Entry] = []
+        self.gone: set[int] = set()
+        self.passed: dict[int, int] = {}
+
+    @rule(group=st.integers(0, 2), priority=st.integers(0, 2), deadline=st.one_of(st.none(), st.integers(0, 6)))
+    def add(self, group: int, priority: int, deadline: int | None) -> None:
+        item = entry(
+            group, min(priority, self.options.priorities - 1), self.now, None if deadline is None else self.now + deadline
+        )
+        inside = [other for other in self.waiting if other.place == "queue"]
+        bound = self.queue.max_waiting
+        try:
+            dropped = self.queue.add(item)
+        except OverflowError:
+            assert bound is not None
+            assert len(inside) >= bound
+            assert self.options.overload != "wait"
+            return
+        self.waiting.append(item)
+        for victim in dropped:
+            assert self.options.overload in ("drop_oldest", "latest")
+            worst = max(other.priority for other in inside)
+            assert victim is next(other for other in inside if other.priority == worst), "the oldest of the least urgent"
+            assert victim.priority >= item.priority
+            self.waiting.remove(victim)
+
+    @rule(pick=st.integers(0, 50))
+    def remove(self, pick: int) -> None:
+        if self.waiting:
+            self.queue.remove(self.waiting.pop(pick % len(self.waiting)))
+
+    @rule(pick=st.integers(0, 50))
+    def go(self, pick: int) -> None:
+        """Cancelled, and nobody has removed it yet."""
+        if self.waiting:
+            self.gone.add(id(self.waiting[pick % len(self.waiting)]))
+
+    @rule(seconds=st.integers(0, 3))
+    def later(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule(hold=st.booleans())
+    def take(self, hold: bool) -> None:
+        before = list(self.waiting)
+        heads = self.heads()
+        plan = self.queue.take(self.now, is_gone=lambda item: id(item) in self.gone, hold=hold)
+        self.waiting = [item for item in before if item.place is not None]
+        left = [item for item in before if item.place is None]
+        assert {id(item) for item in left} >= {id(item) for item in (*plan.items, *plan.expired)}
+        assert len({id(item) for item in plan.items}) == len(plan.items) <= self.options.max_size
+        assert len({item.group for item in plan.items}) <= 1
+        for item in left:
+            expired = item.deadline is not None and item.deadline <= self.now
+            if id(item) in self.gone:
+                assert item not in plan.items
+                assert item not in plan.expired
+            elif expired:
+                assert item in plan.expired
+                assert item not in plan.items
+            else:
+                assert item in plan.items
+                assert item not in plan.expired
+        if not plan.items:
+            assert plan.size == 0
+            if not hold or self.options.max_delay == 0:
+                assert not self.waiting, "a free slot, and somebody who waits"
+            elif self.waiting:
+                assert plan.until is not None
+                assert plan.until > self.now
+            return
+        assert plan.size == padded(len(plan.items), self.queue.sizes)
+        inside = [item for item in before if item in plan.items or item.place == "queue"]
+        for one in plan.items[1:]:  # within a class and group, who came first goes first
+            for other in inside:
+                if other.place and (other.group, other.priority) == (one.group, one.priority):
+                    assert before.index(other) > before.index(one) or other.place != "queue" or one.arrival <= other.arrival
+        for priority, head in heads.items():
+            self.passed[priority] = self.passed.get(priority, 0) + 1 if head.place == "queue" else 0
+            if self.options.max_delay == 0 and hold is False:
+                assert self.passed[priority] <= self.options.patience + self.options.priorities
+
+    def heads(self) -> dict[int, Entry]:
+        heads: dict[int, Entry] = {}
+        for item in self.queue:
+            if item.place == "queue":
+                heads.setdefault(item.priority, item)
+        return heads
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        assert {id(item) for item in self.queue} == {id(item) for item in self.waiting}
+        assert len(self.queue) == len(self.waiting)
+        inside = [item for item in self.waiting if item.place == "queue"]
+        assert self.queue.groups == len({item.group for item in inside})
+        bound = self.queue.max_waiting
+        if bound is not None:
+            assert len(inside) <= bound
+            if len(inside) < bound:
+                assert all(item.place == "queue" for item in self.waiting), "at the door, and there is a place"
+
+
+QueueMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestQueueMachine = QueueMachine.TestCase
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=200))
+@settings(deadline=None)
+def test_deadlines(steps: list[tuple[bool, int]]) -> None:
+    deadlines: Deadlines[Entry] = Deadlines()
+    live: list[Entry] = []
+    now = 0.0
+    for adds, number in steps:
+        if adds:
+            live.append(entry(deadline=now + number))
+            deadlines.add(live[-1])
+        elif number < 20:
+            if live:
+                deadlines.discard(live.pop(number % len(live)))
+        else:
+            now += number - 20
+            expired = deadlines.expired(now)
+            assert all(one.deadline is not None and one.deadline <= now for one in expired)
+            assert sorted(map(id, expired)) == sorted(id(one) for one in live if (one.deadline or 0) <= now)
+            live = [one for one in live if (one.deadline or 0) > now]
+        assert len(deadlines) == len(live)
+        assert deadlines.next() == min((one.deadline for one in live if one.deadline is not None), default=None)
+        assert len(deadlines._heap) <= 2 * len(live) + 17, "memory for those who are done"
