@@ -266,8 +266,8 @@ class Hub:
     # When to look...
 
     def _first_look(self, now: float, lane: Lane) -> float:
-        if self.progress is Progress.PREDICT:
-            head = lane.pending[0]
+        head = lane.pending[0]
+        if self.progress is Progress.PREDICT and head.estimate.is_trusted:
             return first_look(now, self._started(head, lane) + head.estimate.seconds, self._lateness)
         if self.progress is Progress.SPIN:
             return now
@@ -278,7 +278,7 @@ class Hub:
             return now
         head = lane.pending[0]
         started = self._started(head, lane)
-        if self.progress is Progress.INTERVAL:
+        if self.progress is Progress.INTERVAL or not head.estimate.is_trusted:
             return next_look(now, started, started, 0.0)
         predicted = started + head.estimate.seconds
         if head.looks == 1 and now < predicted and not self._spin:

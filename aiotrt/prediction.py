@@ -24,6 +24,7 @@ SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking
 OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
+AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
 
 
@@ -36,12 +37,19 @@ class Progress(enum.Enum):
 
 
 class Estimate:
-    """How long one kind of work takes on the device, in seconds; 0.0 until something was learned."""
+    """How long one kind of work takes on the device.
 
-    __slots__ = ("_late", "seconds")
+    Attributes:
+        seconds: the estimate; 0.0 until something was learned.
+        is_trusted: whether the last time agreed with it. One that is not must not be slept on: after a stall it may be a
+            thousand times too long, and the next caller would wait as long.
+    """
+
+    __slots__ = ("_late", "is_trusted", "seconds")
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.is_trusted = False
         self._late = 0  # looks in a row that came too late to say when
 
     def between(self, low: float, high: float) -> None:
@@ -52,8 +60,9 @@ class Estimate:
         """
         self._late = 0
         seconds = (low + high) / 2
-        if self.seconds == 0.0:
-            self.seconds = seconds
+        was_trusted, self.is_trusted = self.is_trusted, self.seconds / AGREE <= seconds <= self.seconds * AGREE
+        if self.seconds == 0.0 or not (was_trusted or self.is_trusted):
+            self.seconds = seconds  # twice in a row: it has changed
         else:
             self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
 
@@ -62,6 +71,8 @@ class Estimate:
         if self.seconds == 0.0:
             self.seconds = seconds
             return
+        if seconds < self.seconds / AGREE:
+            self.is_trusted = False
         # Look earlier next time, until a look comes too early and says when; and ever more so. The first completion may have
         # been seen very late, and steps that stay small would take hundreds of calls to find that out. The first steps are
         # small all the same: mostly it was the timer that was late, and an estimate that is too low costs a late look too.

@@ -112,10 +112,30 @@ async def test_once_learned_it_is_looked_for_just_before_its_time() -> None:
     assert work.seen_at - (world.now - 0.002) < 0.0005
 
 
-async def test_work_that_takes_longer_than_ever_is_found_within_a_share_of_the_wait() -> None:
+def learned(seconds: float) -> Estimate:
+    """What is known of work that has always taken so long."""
+    estimate = Estimate()
+    for _ in range(2):
+        estimate.between(seconds, seconds)
+    return estimate
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 50])
+async def test_after_a_stall_the_next_completion_is_found_as_soon_as_ever(before: int) -> None:
+    """One long time among short ones, or the very first, must not be slept on: the next caller would wait as long."""
     world = World()
     lane, estimate = Lane(), Estimate()
-    estimate.between(0.001, 0.001)
+    for duration in [0.001] * before + [1.0] + [0.001] * 5:
+        start = world.now
+        work = Work(world, duration).watch(lane, estimate=estimate)
+        await world.advance(duration * 1.1 + 0.001)
+        assert work.outcomes == [None]
+        assert work.seen_at - start - duration < 0.04 * duration + 50e-6
+
+
+async def test_work_that_takes_longer_than_ever_is_found_within_a_share_of_the_wait() -> None:
+    world = World()
+    lane, estimate = Lane(), learned(0.001)
     start = world.now
     work = Work(world, 0.100).watch(lane, estimate=estimate)
     await world.advance(0.2)
@@ -290,9 +310,7 @@ async def test_many_lanes_cost_one_query_each_when_due() -> None:
     world = World()
     works = []
     for _ in range(500):
-        estimate = Estimate()
-        estimate.between(0.010, 0.010)
-        works.append(Work(world, 0.010).watch(Lane(), estimate=estimate))
+        works.append(Work(world, 0.010).watch(Lane(), estimate=learned(0.010)))
     await world.advance(0.020)
     assert all(work.outcomes == [None] for work in works)
     assert world.hub.polls <= 500 * 6

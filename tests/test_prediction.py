@@ -114,3 +114,19 @@ def test_a_stall_at_the_first_sleep_is_soon_forgotten() -> None:
         assert due > 0.0
         lateness.learn(due, 20e-6)
     assert lateness.allowance(1e-3) < 0.5e-3
+
+
+def test_an_estimate_is_trusted_once_the_next_time_agrees_and_until_one_does_not() -> None:
+    estimate = Estimate()
+    estimate.between(0.001, 0.001)
+    assert not estimate.is_trusted
+    estimate.between(0.0011, 0.0011)
+    assert estimate.is_trusted
+    estimate.between(1.0, 1.0)
+    assert not estimate.is_trusted
+    estimate.between(0.001, 0.001)
+    assert estimate.seconds == 0.001
+    estimate.between(0.001, 0.001)
+    assert estimate.is_trusted
+    estimate.at_most(0.0001)
+    assert not estimate.is_trusted
