@@ -260,7 +260,7 @@ class _Builder:
             self._stream.synchronize()
             return program
         except BaseException:
-            # What runs still uses what is freed here; and a device that is broken has told so already, and may use it for ever.
+            # What runs still uses what is freed here. A broken device has told so already, and may use it for ever.
             with contextlib.suppress(Exception):
                 self._stream.synchronize()
                 for closer in self._closers:

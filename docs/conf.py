@@ -35,7 +35,8 @@ _elsewhere = [
     "array", "asyncio", "collections", "concurrent", "contextlib", "dataclasses", "datetime", "enum", "logging", "os",
     "pathlib", "threading", "types",
     # other packages
-    "anyio", "cuda", "numpy", "np", "onnx", "onnxruntime", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "torch",
+    "anyio", "cuda", "fastapi", "numpy", "np", "onnx", "onnxruntime", "prometheus_client", "starlette", "tensorrt",
+    "tensorrt_lean", "tensorrt_rtx", "torch",
 ]  # fmt: skip
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),

@@ -1,0 +1,121 @@
+"""``aiotrt serve``: models over HTTP, as the Open Inference Protocol has it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aiotrt.cli.build import parse_size
+from aiotrt.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from aiotrt.serving.kserve import ModelSettings, ServerSettings
+
+__all__ = ["register", "run"]
+
+_EXAMPLES: Final = """\
+examples:
+  aiotrt serve detector.onnx
+      http://127.0.0.1:8000/v2/models/detector/infer
+
+  aiotrt serve text=detector.engine direction=classifier.engine --port 9000 --slots 3 --batching
+  aiotrt serve --config models.toml --host 0.0.0.0 --token-file token
+"""
+
+
+def register(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], parents: Sequence[argparse.ArgumentParser]
+) -> None:
+    """Add the command to the program's."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve models over HTTP",
+        description="Serve models over HTTP: the Open Inference Protocol (KServe v2), which Triton's clients speak.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents,
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="FILE, or NAME=FILE; without a name the file's own")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML with [server] and [models.NAME]; options win")
+    parser.add_argument("--host", help="the address to bind to (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="default: 8000; 0 for any that is free")
+    parser.add_argument("--token-file", metavar="FILE", type=Path, help="a token that clients must send; or AIOTRT_TOKEN")
+    parser.add_argument("--max-body", metavar="SIZE", help="of one request, such as 64M (the default)")
+    parser.add_argument("--drain-delay", metavar="SECONDS", type=float, help="from SIGTERM until nothing more is accepted")
+    parser.add_argument("--drain-timeout", metavar="SECONDS", type=float, help="for requests to finish then (default: 30)")
+    models = parser.add_argument_group("for the models named here")
+    models.add_argument("--device", help="auto (the default), host, cuda or cuda:N")
+    models.add_argument("--slots", type=int, help="requests on the device at once (default: 2)")
+    models.add_argument("--max-queue", type=int, help="requests that may wait before 503 (default: 1024)")
+    models.add_argument("--threads", type=int, help="of one run on the host (default: 1)")
+    models.add_argument("--batching", action="store_true", help="requests are items without a batch axis, and make batches")
+    models.add_argument(
+        "--shape",
+        metavar="SHAPE",
+        action="append",
+        default=[],
+        help="capture ahead, such as 1x3x640x640; for a single input",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    from aiotrt.serving.kserve import serve
+
+    settings = settings_from(arguments)
+
+    def started(address: str) -> None:
+        names = ", ".join(model.name for model in settings.models)
+        print(f"serving {names} at {address}", flush=True)
+        if settings.token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            print("anybody who can reach this address may use it: there is no token", flush=True)
+
+    try:
+        return serve(settings, started=started)
+    except OSError as error:
+        raise EngineError(f"cannot serve at {settings.host} port {settings.port}: {error}") from error
+
+
+def settings_from(arguments: argparse.Namespace) -> ServerSettings:
+    """What the command line and the configuration file say together.
+
+    Raises:
+        InputError: one of them says something that cannot be.
+    """
+    from aiotrt.serving.kserve import ServerSettings, read_config, token_from
+
+    server, models = read_config(arguments.config) if arguments.config is not None else ({}, [])
+    for name in ("host", "port", "token_file", "drain_delay", "drain_timeout"):
+        if getattr(arguments, name) is not None:
+            server[name] = getattr(arguments, name)
+    if arguments.max_body is not None:
+        server["max_body"] = parse_size(arguments.max_body)
+    models += [_model(text, arguments) for text in arguments.models]
+    token = token_from(server.pop("token_file", None))
+    settings = ServerSettings(tuple(models), token=token, **server)
+    for model in settings.models:
+        if not model.path.is_file():
+            raise InputError(f"model {model.name!r}: there is no file {model.path}")
+    return settings
+
+
+def _model(text: str, arguments: argparse.Namespace) -> ModelSettings:
+    from aiotrt.serving.kserve import ModelSettings
+
+    name, _, file = text.rpartition("=")
+    path = Path(file)
+    options: dict[str, Any] = {
+        option: getattr(arguments, option)
+        for option in ("device", "slots", "max_queue", "threads")
+        if getattr(arguments, option) is not None
+    }
+    if arguments.batching:
+        options["batching"] = True
+    try:
+        warmup = [tuple(map(int, shape.split("x"))) for shape in arguments.shape]
+    except ValueError as error:
+        raise InputError(f"--shape: expected a shape such as 1x3x640x640, got {arguments.shape}") from error
+    return ModelSettings(name or path.stem, path, warmup, dict(options))

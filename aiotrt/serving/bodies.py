@@ -1,0 +1,365 @@
+"""Request bodies: images and arrays, as dependencies. Read with a limit on the loop, decoded in a thread.
+
+Nothing that a client sends is trusted: sizes are checked against what was sent before memory is allocated for them, and
+nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import contextlib
+import io
+import math
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from itertools import chain
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import numpy.typing as npt
+import orjson
+from PIL import Image, ImageOps
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message
+
+from aiotrt.errors import InputError
+from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
+
+__all__ = [
+    "array_body",
+    "array_request",
+    "decode_array",
+    "decode_image",
+    "image_body",
+    "image_request",
+    "numbers",
+    "off_loop",
+    "read_body",
+]
+
+T = TypeVar("T")
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Array: TypeAlias = npt.NDArray[Any]
+
+#: What an image may be: formats that people send, and whose decoders are fuzzed by many.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+#: Of an .npy file's head; numpy writes less than 128 bytes.
+_NPY_HEAD: Final = 4096
+#: JSON is parsed under the interpreter lock, in a thread or not: this much takes some 10 ms.
+_MAX_JSON: Final = 4 << 20
+_limiters: dict[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = {}
+
+
+def image_body(
+    *,
+    max_bytes: int = 20 << 20,
+    max_pixels: int = 50_000_000,
+    mode: Literal["RGB", "L", "RGBA"] = "RGB",
+    field: str = "file",
+    timeout: float = 30.0,
+) -> Callable[[Request], Coroutine[Any, Any, Pixels]]:
+    """A dependency: the image in the body, as pixels (height, width, channels), turned as the camera was held.
+
+    The body is the image file itself (``image/*`` or ``application/octet-stream``), a form with the file in `field`
+    (``multipart/form-data``), or JSON: ``{"image": "<base64>"}``, where a ``data:`` URL will do too.
+
+    Args:
+        max_bytes: of the body; more is 413.
+        max_pixels: of the image, checked before it is unpacked; more is 413.
+        mode: Pillow's name for what the pixels should be.
+        field: the form's field.
+        timeout: seconds that sending the body may take; more is 408.
+    """
+
+    async def dependency(request: Request) -> Pixels:
+        kind = _media_type(request)
+        if kind == "multipart/form-data":
+            data = await _uploaded(request, field, max_bytes, timeout)
+        elif kind in ("", "application/octet-stream", "application/json") or kind.startswith("image/"):
+            data = await read_body(request, max_bytes, timeout)
+        else:
+            raise UnsupportedMediaTypeError(
+                f"expected an image, multipart/form-data or application/json, got content type {kind!r}"
+            )
+        if kind == "application/json":
+            data = await off_loop(lambda: _image_in_json(data), len(data))
+        return await off_loop(lambda: decode_image(data, max_pixels, mode))
+
+    return dependency
+
+
+def array_body(
+    dtype: npt.DTypeLike | None = None, *, max_bytes: int = 64 << 20, field: str = "file", timeout: float = 30.0
+) -> Callable[[Request], Coroutine[Any, Any, Array]]:
+    """A dependency: the array in the body.
+
+    The body is an ``.npy`` file (``application/x-npy`` or ``application/octet-stream``), a form with one in `field`
+    (``multipart/form-data``), or JSON: nested lists of numbers, by themselves or as ``{"array": ...}``, of at most 4 MiB.
+
+    Args:
+        dtype: what it must be; JSON is converted to it. None for whatever an ``.npy`` file says, and float32 for JSON.
+        max_bytes: of the body; more is 413.
+        field: the form's field.
+        timeout: seconds that sending the body may take; more is 408.
+    """
+    wanted = None if dtype is None else np.dtype(dtype)
+
+    async def dependency(request: Request) -> Array:
+        kind = _media_type(request)
+        if kind == "application/json":
+            data = await read_body(request, min(max_bytes, _MAX_JSON), timeout)
+            return await off_loop(lambda: _array_in_json(data, wanted or np.dtype(np.float32)), len(data))
+        if kind == "multipart/form-data":
+            data = await _uploaded(request, field, max_bytes, timeout)
+        elif kind in ("", "application/octet-stream", "application/x-npy"):
+            data = await read_body(request, max_bytes, timeout)
+        else:
+            raise UnsupportedMediaTypeError(
+                f"expected application/x-npy, multipart/form-data or application/json, got content type {kind!r}"
+            )
+        array = decode_array(data)
+        if wanted is not None and array.dtype != wanted:
+            raise InputError(f"the array: expected dtype {wanted}, got {array.dtype}")
+        return array
+
+    return dependency
+
+
+def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") -> Pixels:
+    """Pixels of an image file. Takes a while; for a thread.
+
+    Raises:
+        InputError: it is not an image, or damaged.
+        BodyTooLargeError: it has more than `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BodyTooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are taken")
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(image.convert(mode))
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many unrelated classes for one and the same: a bad file
+        raise InputError(f"the body is not an image that can be read ({len(data):,} bytes): {error}") from error
+
+
+def decode_array(data: bytes | bytearray) -> Array:
+    """The array in an ``.npy`` file, without a copy where `data` can be written to.
+
+    Raises:
+        InputError: it is not one, or its head does not agree with its length.
+    """
+    file = io.BytesIO(data[: _NPY_HEAD + 16])
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, is_fortran, dtype = read(file, max_header_size=_NPY_HEAD)
+    except Exception as error:  # the head is a Python literal: reading it can fail in every way that parsing can
+        raise InputError(f"the body is not an .npy file ({len(data):,} bytes): {error}") from error
+    if dtype.kind not in "biuf" or dtype.subdtype is not None:
+        raise InputError(f"the array: expected numbers or booleans, got dtype {dtype}")
+    start = file.tell()
+    size = math.prod(shape) * dtype.itemsize  # of Python's integers, which do not overflow
+    if any(extent < 0 for extent in shape) or len(shape) > 32 or size != len(data) - start:
+        raise InputError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
+    flat = np.frombuffer(data, dtype, math.prod(shape), start)
+    array = flat.reshape(shape, order="F" if is_fortran else "C")
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+
+
+def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Array:
+    """An array of JSON's numbers or booleans, nested or (where `shape` is known) flat.
+
+    Args:
+        name: for messages.
+        data: as JSON has it.
+        dtype: what to make of it; nothing is rounded but to the precision of a floating-point type.
+        shape: its extents, which flat data cannot say.
+
+    Raises:
+        InputError: it is ragged, of other types, out of range, or does not have that shape.
+    """
+    if not isinstance(data, list):
+        raise InputError(f"{name}: expected a list of numbers, got {_said(data)}")
+    extents = [len(data)]
+    types = set(map(type, data))
+    while types == {list}:
+        lengths = set(map(len, data))
+        if len(lengths) > 1 or len(extents) >= 32:
+            raise InputError(f"{name}: the lists differ in length, or are nested too deep")
+        extents.append(lengths.pop())
+        data = list(chain.from_iterable(data))
+        types = set(map(type, data))
+    found = tuple(extents)
+    if shape is not None and found not in (shape, (math.prod(shape),)):
+        raise InputError(f"{name}: expected data of shape {shape}, flat or nested, got shape {found}")
+    flat = _leaves(name, data, types, dtype)
+    return flat.reshape(found if shape is None else shape)
+
+
+def _leaves(name: str, data: list[Any], types: set[type], dtype: np.dtype[Any]) -> Array:
+    allowed: set[type]
+    if dtype.kind == "b":
+        allowed = {bool}
+    elif dtype.kind in "iu":
+        allowed = {int}
+    else:
+        allowed = {int, float}
+    if not types <= allowed:
+        wrong = next(item for item in data if type(item) not in allowed)
+        raise InputError(f"{name}: expected only {' and '.join(sorted(t.__name__ for t in allowed))}, got {_said(wrong)}")
+    if dtype.kind in "iu" and data:
+        limits = np.iinfo(dtype)
+        low, high = min(data), max(data)
+        if low < limits.min or high > limits.max:
+            raise InputError(f"{name}: {low if low < limits.min else high} does not fit into {dtype}")
+    if dtype.kind != "f":
+        return np.array(data, dtype)
+    with np.errstate(over="ignore"):
+        array = np.array(data, np.float64).astype(dtype)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: a number does not fit into {dtype}")
+    return array
+
+
+async def read_body(request: Request, limit: int, timeout: float | None = None) -> bytearray:
+    """The body.
+
+    Raises:
+        BodyTooLargeError: it is, or says it is, over `limit` bytes.
+        BodyTimeoutError: it did not arrive within `timeout` seconds.
+    """
+    body = bytearray()
+    async with _arriving(timeout):
+        receive = limited(request, limit)
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise InputError("the client disconnected before it had sent the whole body")
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                return body
+
+
+def limited(request: Request, limit: int) -> Callable[[], Coroutine[Any, Any, Message]]:
+    """The request's `receive`, which raises `BodyTooLargeError` where the body passes `limit` bytes."""
+    length = request.headers.get("content-length", "")
+    announced = int(length) if length.isascii() and length.isdecimal() else 0
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive() if announced <= limit else {"body": b""}
+        received += len(message.get("body", b""))
+        if max(received, announced) > limit:
+            raise BodyTooLargeError(f"the body has more than {limit:,} bytes, which is all that is taken")
+        return dict(message)
+
+    return receive
+
+
+async def off_loop(function: Callable[[], T], size: int | None = None) -> T:
+    """Run something that takes a while in a thread, or at once where it is for less than 16 KiB."""
+    if size is not None and size < 16 << 10:
+        return function()
+    loop = asyncio.get_running_loop()
+    limiter = _limiters.get(loop)
+    if limiter is None:
+        # Not anyio's own, which handlers in threads share: those may wait for what is decoded here.
+        for other in [other for other in _limiters if other.is_closed()]:
+            del _limiters[other]
+        limiter = _limiters[loop] = anyio.CapacityLimiter(max(2, len(os.sched_getaffinity(0))))
+    return await anyio.to_thread.run_sync(function, limiter=limiter)
+
+
+@contextlib.asynccontextmanager
+async def _arriving(seconds: float | None) -> AsyncIterator[None]:
+    """`asyncio.timeout` that says whose fault it is."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise BodyTimeoutError(f"the body did not arrive within {seconds:g} seconds") from error
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _uploaded(request: Request, field: str, limit: int, timeout: float) -> bytearray:
+    """The file in one field of a form."""
+    form_request = Request(request.scope, limited(request, limit))
+    async with _arriving(timeout):
+        try:
+            form = await form_request.form(max_files=1, max_fields=8)
+        except HTTPException as error:
+            raise InputError(f"the form cannot be read: {error.detail}") from error
+    try:
+        file = form.get(field)
+        if not isinstance(file, UploadFile):
+            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {sorted(form)}")
+        return bytearray(await file.read())
+    finally:
+        await form.close()
+
+
+def _image_in_json(data: bytearray) -> bytearray:
+    found = _json(data)
+    text = found.get("image") if isinstance(found, Mapping) else None
+    if not isinstance(text, str):
+        raise InputError('expected JSON like {"image": "<base64>"}')
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return bytearray(binascii.a2b_base64(text, strict_mode=True))
+    except ValueError as error:
+        raise InputError(f'"image" is not base64: {error}') from error
+
+
+def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
+    found = _json(data)
+    if isinstance(found, Mapping):
+        if list(found) != ["array"]:
+            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {list(found)[:8]}')
+        found = found["array"]
+    return numbers("the array", found, dtype)
+
+
+def _json(data: bytearray) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"the body is not JSON: {error}") from error
+
+
+def _said(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _binary(media_types: tuple[str, ...], field: str, json: Mapping[str, Any]) -> dict[str, Any]:
+    file = {"type": "string", "format": "binary"}
+    content: dict[str, Any] = {kind: {"schema": file} for kind in media_types}
+    content["multipart/form-data"] = {"schema": {"type": "object", "properties": {field: file}, "required": [field]}}
+    content["application/json"] = {"schema": json}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+#: For a route's ``openapi_extra=``: what `image_body` and `array_body` take, so that the description and its page say it.
+image_request: Final = _binary(
+    ("image/jpeg", "image/png", "application/octet-stream"),
+    "file",
+    {"type": "object", "properties": {"image": {"type": "string", "format": "byte"}}, "required": ["image"]},
+)
+array_request: Final = _binary(
+    ("application/x-npy",),
+    "file",
+    {"type": "object", "properties": {"array": {"type": "array", "items": {}}}, "required": ["array"]},
+)

@@ -1,0 +1,128 @@
+"""Errors as HTTP answers: which status, what the body says, and when to come back."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+
+from aiotrt.errors import (
+    AiotrtError,
+    DeviceError,
+    EngineError,
+    InputError,
+    ModelBrokenError,
+    ModelClosedError,
+    QueueFullError,
+)
+
+__all__ = [
+    "BodyTimeoutError",
+    "BodyTooLargeError",
+    "BusyError",
+    "Problem",
+    "UnsupportedMediaTypeError",
+    "add_exception_handlers",
+    "problem",
+]
+
+_log: Final = logging.getLogger("aiotrt")
+
+
+class BodyTooLargeError(InputError):
+    """A request's body is over the limit; 413."""
+
+
+class UnsupportedMediaTypeError(InputError):
+    """A request's body is of a kind that is not taken here; 415."""
+
+
+class BodyTimeoutError(AiotrtError, TimeoutError):
+    """A client took too long to send its request; 408."""
+
+
+class BusyError(AiotrtError):
+    """The server has as many request bytes in memory as it may; 503."""
+
+
+#: The first that fits, in this order. A `TimeoutError` is a deadline of the application's own, as `asyncio.timeout` sets.
+_STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
+    (BodyTooLargeError, 413, "too_large"),
+    (UnsupportedMediaTypeError, 415, "unsupported_media_type"),
+    (BodyTimeoutError, 408, "request_timeout"),
+    (InputError, 422, "invalid_input"),
+    (QueueFullError, 503, "queue_full"),
+    (BusyError, 503, "busy"),
+    (ModelBrokenError, 503, "model_broken"),
+    (ModelClosedError, 503, "model_closed"),
+    (DeviceError, 503, "device_error"),
+    (TimeoutError, 504, "deadline_exceeded"),
+    (EngineError, 500, "engine_error"),
+    (AiotrtError, 500, "server_error"),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as a client sees it.
+
+    Attributes:
+        status: the HTTP status.
+        kind: a word for programs.
+        message: a sentence for people.
+        retry_after: whole seconds after which it is worth trying again, if it is.
+    """
+
+    status: int
+    kind: str
+    message: str
+    retry_after: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer's headers say about it."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def problem(error: Exception, wait: float = 1.0) -> Problem:
+    """What to answer.
+
+    Args:
+        error: what was raised.
+        wait: in how many seconds the queue will have moved, where it is full.
+    """
+    status, name = next(((status, name) for kind, status, name in _STATUS if isinstance(error, kind)), (500, "server_error"))
+    message = str(error)
+    if status == 504:
+        message = message or "the deadline passed before the result was there"
+    elif status == 500:
+        # What our own code or the engine says may name files and functions: the log gets it, the client does not.
+        _log.error("a request failed", exc_info=error)
+        message = "the model failed for this input" if name == "engine_error" else "the server failed"
+    is_full = isinstance(error, (QueueFullError, BusyError))
+    return Problem(status, name, message, min(max(math.ceil(wait), 1), 60) if is_full else None)
+
+
+def add_exception_handlers(app: Starlette) -> None:
+    """Let `app` (FastAPI or Starlette) answer aiotrt's errors, and deadlines, with their status and JSON.
+
+    The body is ``{"detail": "a sentence", "type": "a_word"}``; 503 for a full queue has ``Retry-After``, from the rate at
+    which the models were measured to complete requests.
+    """
+    for kind in (AiotrtError, TimeoutError):
+        app.add_exception_handler(kind, _answer)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    found = problem(error, _wait(request))
+    return JSONResponse({"detail": found.message, "type": found.kind}, found.status, found.headers)
+
+
+def _wait(connection: HTTPConnection) -> float:
+    models: Any = getattr(connection.state, "aiotrt", None)
+    return 1.0 if models is None else float(models.monitor.seconds_to_wait())

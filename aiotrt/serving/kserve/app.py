@@ -1,0 +1,363 @@
+"""The Open Inference Protocol (KServe v2) over HTTP, as an application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import orjson
+import torch
+from fastapi import APIRouter, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+import aiotrt
+from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
+from aiotrt.model import Model
+from aiotrt.serving.bodies import off_loop
+from aiotrt.serving.disconnect import CancelOnDisconnect
+from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
+from aiotrt.serving.health import livez, metrics, readyz
+from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
+from aiotrt.serving.kserve.datatypes import of_torch
+from aiotrt.serving.kserve.guards import BearerToken, Budget
+from aiotrt.serving.kserve.settings import ServerSettings
+from aiotrt.serving.models import Models, Standing, running
+from aiotrt.tensors import TensorSpec
+
+__all__ = ["create_app"]
+
+#: There is one version of each model: what its file is.
+_VERSION: Final = "1"
+_EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
+#: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
+_CHUNK: Final = 256 << 10
+
+
+def create_app(settings: ServerSettings, *, on_failure: Callable[[BaseException], None] | None = None) -> FastAPI:
+    """The application. ``app.state.models`` are its models.
+
+    Args:
+        settings: what it serves, and how.
+        on_failure: called when a model that was to be loaded at the start cannot be.
+    """
+    server = _Server(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        first = [model.name for model in settings.models if model.is_loaded]
+
+        async def load_first() -> None:
+            try:
+                for name in first:
+                    await server.models.load(name)
+            except Exception as error:
+                if on_failure is not None:
+                    on_failure(error)
+
+        async with running(server.models, wait=False, loading=load_first):
+            yield {"aiotrt": server.models}
+
+    app = FastAPI(
+        title="aiotrt",
+        version=aiotrt.__version__,
+        description="The Open Inference Protocol, version 2.",
+        lifespan=lifespan,
+        # Their pages come from elsewhere, and a server that serves models has no business to send browsers there.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.models = server.models
+    app.include_router(server.routes())
+    for path, endpoint in (("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
+        app.add_route(path, endpoint, include_in_schema=False)
+    for kind in (AiotrtError, TimeoutError, HTTPException):
+        app.add_exception_handler(kind, server.answer_error)
+    app.add_middleware(CancelOnDisconnect)
+    if settings.token is not None:
+        app.add_middleware(BearerToken, token=settings.token)
+    return app
+
+
+class _Server:
+    """The routes, and what they share."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._outputs: dict[str, list[TensorSpec]] = {}
+        self._batching = {model.name for model in settings.models if model.options.get("batching", False) is not False}
+        self._budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
+        self.models = Models(
+            {model.name: model.maker() for model in settings.models},
+            close_timeout=settings.drain_timeout,
+            opened=self._opened,
+            required=[model.name for model in settings.models if model.is_loaded],
+        )
+
+    def routes(self) -> APIRouter:
+        router = APIRouter()
+        add = functools.partial(router.add_api_route, response_class=JSONResponse)
+        add("/v2", self.server_metadata, tags=["server"])
+        add("/v2/health/live", self.server_live, tags=["server"])
+        add("/v2/health/ready", self.server_ready, tags=["server"])
+        for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+            add(prefix, self.model_metadata, tags=["model"])
+            add(f"{prefix}/ready", self.model_ready, tags=["model"])
+            add(f"{prefix}/infer", self.infer, methods=["POST"], tags=["model"], openapi_extra=_REQUEST)
+        add("/v2/repository/index", self.index, methods=["POST"], tags=["repository"])
+        if self._settings.repository:
+            add("/v2/repository/models/{name}/load", self.load, methods=["POST"], tags=["repository"])
+            add("/v2/repository/models/{name}/unload", self.unload, methods=["POST"], tags=["repository"])
+        return router
+
+    # The server...
+
+    async def server_metadata(self) -> dict[str, Any]:
+        """The server's name, version and extensions."""
+        return {"name": "aiotrt", "version": aiotrt.__version__, "extensions": list(_EXTENSIONS)}
+
+    async def server_live(self) -> dict[str, bool]:
+        """Whether the event loop turns."""
+        return {"live": True}
+
+    async def server_ready(self, request: Request) -> Response:
+        """Whether all models can be called."""
+        return JSONResponse({"ready": self.models.is_ready}, 200 if self.models.is_ready else 503)
+
+    # A model...
+
+    async def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """A model's inputs and outputs. Extents that may differ from call to call are -1."""
+        model = self._model(name, version)
+        return {
+            "name": name,
+            "versions": [_VERSION],
+            "platform": f"aiotrt_{model.statistics().device.partition(':')[0]}",
+            "inputs": [_described(spec) for spec in model.inputs or ()],
+            "outputs": [_described(spec) for spec in self._outputs[name]],
+        }
+
+    async def model_ready(self, name: str, version: str | None = None) -> Response:
+        """Whether a model can be called."""
+        self._check(name, version)
+        standing, reason = self.models.standing(name)
+        is_ready = standing is Standing.READY
+        said = {"name": name, "ready": is_ready, **({} if is_ready else {"error": reason})}
+        return JSONResponse(said, 200 if is_ready else 503)
+
+    async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
+        """Run a model."""
+        model = self._model(name, version)
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
+        with self._budget.reserve(request):
+            called = await self._parse(request)
+            outputs = self._outputs[name]
+            wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
+            deadline = min(called.deadline or math.inf, self._settings.max_deadline)
+            options: dict[str, Any] = {}
+            if name in self._batching:
+                # Where a request that is late is dropped before it reaches the device.
+                options = {"deadline": deadline, "priority": called.priority}
+            elif called.priority is not None:
+                raise InputError(f"model {name!r} makes no batches, and so has no priorities")
+            async with asyncio.timeout(deadline):
+                results = await model(*_in_order(model, called), **options)
+            found = results if isinstance(results, tuple) else (results,)
+            by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
+            head: dict[str, object] = {"model_name": name, "model_version": _VERSION}
+            if called.id:
+                head["id"] = called.id
+
+            def encoded() -> tuple[bytes, list[memoryview]]:
+                return encode(head, [(o, is_binary, result_tensor(by_name[o])) for o, is_binary in wanted])
+
+            # Bytes are sent from where they are; numbers are written as text, which takes a while.
+            is_short = all(is_binary or by_name[output].numel() < 1024 for output, is_binary in wanted)
+            return _InferResponse(*await off_loop(encoded, 0 if is_short else None))
+
+    # The repository...
+
+    async def index(self, request: Request) -> list[dict[str, str]]:
+        """All models, loaded or not; ``{"ready": true}`` for those that can be called."""
+        fields = await self._small_json(request)
+        entries = []
+        for name in self.models.names():
+            standing, reason = self.models.standing(name)
+            if standing is Standing.READY or not fields.get("ready", False):
+                entries.append({"name": name, "version": _VERSION, "state": standing.value, "reason": reason})
+        return entries
+
+    async def load(self, request: Request, name: str) -> dict[str, Any]:
+        """Load a model that the server was started with, as it was told then."""
+        self._check(name, None)
+        fields = await self._small_json(request)
+        if fields.get("parameters"):
+            raise InputError("a model is loaded as the server was told to: parameters are not taken")
+        await self.models.load(name)
+        return {}
+
+    async def unload(self, request: Request, name: str) -> dict[str, Any]:
+        """Unload a model; calls that are under way end first."""
+        self._check(name, None)
+        await self._small_json(request)
+        await self.models.unload(name)
+        self._outputs.pop(name, None)
+        return {}
+
+    # Errors...
+
+    async def answer_error(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        found = problem(error, self.models.monitor.seconds_to_wait())
+        # What is wrong with a request is always 400 here, as in other servers of this protocol.
+        status = 400 if found.status == 422 else found.status
+        return JSONResponse({"error": found.message}, status, found.headers)
+
+    # Helpers...
+
+    def _check(self, name: str, version: str | None) -> None:
+        try:
+            self.models.standing(name)
+        except UsageError as error:
+            raise HTTPException(404, f"there is no model {name[:80]!r}") from error
+        if version not in (None, "", _VERSION):
+            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {_VERSION}")
+
+    def _model(self, name: str, version: str | None) -> Model:
+        self._check(name, version)
+        model = self.models[name]
+        if not model.is_ready:
+            raise ModelBrokenError(f"model {name!r} is broken")  # before a body is read for nothing
+        return model
+
+    async def _parse(self, request: Request) -> InferRequest:
+        body = await self._budget.read(request)
+        length = header_length(request.headers.get("inference-header-content-length"), len(body))
+        if length > self._settings.max_json:
+            raise BodyTooLargeError(
+                f"the request has {length:,} bytes of JSON, at most {self._settings.max_json:,} are taken: "
+                "send tensors with the binary extension"
+            )
+        # Tensors that come as bytes are not copied, unless they stand where no number of their size can.
+        return await off_loop(lambda: parse(body, length), length if length % 8 == 0 else len(body))
+
+    async def _small_json(self, request: Request) -> dict[str, Any]:
+        body = await Budget(0, 64 << 10, self._settings.body_timeout).read(request)
+        try:
+            fields = orjson.loads(body or b"{}")
+        except orjson.JSONDecodeError as error:
+            raise InputError(f"the request is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InputError("the request must be a JSON object")
+        return fields
+
+    async def _opened(self, name: str, model: Model) -> None:
+        is_item = name in self._batching
+        self._outputs[name] = [
+            replace(spec, shape=spec.shape[1:], minimum=None, maximum=None) if is_item else spec for spec in _outputs(model)
+        ]
+
+
+class _InferResponse(Response):
+    """JSON, and bytes after it, sent from where they are and piece by piece, as the client takes them."""
+
+    media_type = "application/json"
+
+    def __init__(self, json: bytes, chunks: list[memoryview]) -> None:
+        self._parts = [memoryview(json), *chunks]
+        super().__init__(media_type="application/octet-stream" if chunks else "application/json")
+        self.headers["content-length"] = str(sum(map(len, self._parts)))
+        if chunks:
+            self.headers["inference-header-content-length"] = str(len(json))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts:
+            for start in range(0, len(part), _CHUNK):
+                await send({"type": "http.response.body", "body": bytes(part[start : start + _CHUNK]), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    datatype = of_torch(spec.dtype)
+    return {
+        "name": spec.name,
+        "datatype": "UNKNOWN" if datatype is None else datatype.name,
+        "shape": [-1 if extent is None else extent for extent in spec.shape],
+    }
+
+
+def _outputs(model: Model) -> Sequence[TensorSpec]:
+    """What the model gives: engines that come from files all declare it."""
+    # `Model` does not show it. Without the names nobody could ask for an output, since one that is alone comes bare.
+    executor: Any = model._executor
+    specs: Sequence[TensorSpec] = executor.recipe.engine.outputs
+    return specs
+
+
+def _in_order(model: Model, called: InferRequest) -> list[torch.Tensor]:
+    """The inputs in the model's order: by name, one that is called ``deadline`` would be taken for the call's."""
+    given = {one.name: one.tensor for one in called.inputs}
+    specs = model.inputs or ()
+    names = [spec.name for spec in specs]
+    if set(names) != set(given):
+        listing = ", ".join(map(str, specs))
+        raise InputError(f"the model's inputs are {listing}; the request has {', '.join(map(repr, given))}"[:2000])
+    return [given[name] for name in names]
+
+
+def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
+    """Names, and whether as bytes."""
+    if not called.outputs:
+        return [(output.name, called.is_binary) for output in outputs]
+    names = [output.name for output in outputs]
+    for requested in called.outputs:
+        if requested.name not in names:
+            raise InputError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
+    return [(requested.name, requested.is_binary) for requested in called.outputs]
+
+
+_TENSOR: Final = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"type": "string"},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "datatype": {"type": "string"},
+        "parameters": {"type": "object"},
+        "data": {"type": "array", "items": {}},
+    },
+}
+_OUTPUT: Final = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+}
+_REQUEST: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["inputs"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "parameters": {"type": "object"},
+                        "inputs": {"type": "array", "minItems": 1, "items": _TENSOR},
+                        "outputs": {"type": "array", "items": _OUTPUT},
+                    },
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}

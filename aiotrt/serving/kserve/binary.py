@@ -1,0 +1,321 @@
+"""Requests and answers of the Open Inference Protocol, from bytes and to bytes: JSON tensors, and the binary extension.
+
+A body of the binary extension is JSON, as long as the header ``Inference-Header-Content-Length`` says, and then the bytes of
+those tensors whose JSON has ``binary_data_size`` instead of ``data``, one after the other, without padding, little-endian.
+Pure functions. Nothing is believed: names, types, extents, products, lengths and numbers are checked before memory is
+allocated for them, with Python's integers, which do not overflow, and every answer to nonsense is an `InputError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import orjson
+import torch
+
+from aiotrt.errors import InputError
+from aiotrt.serving.bodies import numbers
+from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
+
+__all__ = ["InferRequest", "Input", "Requested", "encode", "header_length", "parse", "result_tensor"]
+
+_MOST_TENSORS: Final = 256
+_MOST_DIMENSIONS: Final = 32
+_LONGEST_NAME: Final = 1024
+#: Parameters that ask for what is not done here. To ignore them would be to give another answer than was asked for.
+_REFUSED: Final = {
+    "sequence_id": "sequences of requests",
+    "sequence_start": "sequences of requests",
+    "sequence_end": "sequences of requests",
+    "shared_memory_region": "tensors in shared memory",
+    "classification": "the classification extension",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input.
+
+    Attributes:
+        name: the model's name for it.
+        datatype: what the client says it is.
+        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned.
+    """
+
+    name: str
+    datatype: Datatype
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Requested:
+    """One output that was asked for, and whether as bytes."""
+
+    name: str
+    is_binary: bool
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One request.
+
+    Attributes:
+        id: the client's own name for the request, which the answer repeats; empty for none.
+        inputs: at least one, with different names.
+        outputs: those that were asked for; empty for all.
+        is_binary: whether outputs that nobody asked for by name come as bytes.
+        deadline: seconds that the client is ready to wait, if it says.
+        priority: the class, 0 for the most urgent; None for the model's usual one. In requests, as in Triton's, these are 1
+            and 0.
+    """
+
+    id: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[Requested, ...]
+    is_binary: bool
+    deadline: float | None
+    priority: int | None
+
+
+def header_length(header: str | None, length: int) -> int:
+    """How many bytes of a body of `length` are JSON.
+
+    Args:
+        header: what ``Inference-Header-Content-Length`` says, if it is there; without it, all are.
+        length: of the body.
+
+    Raises:
+        InputError: it is not a number, or more than the body has.
+    """
+    if header is None:
+        return length
+    if not (header.isascii() and header.isdecimal() and len(header) < 20):
+        raise InputError(f"Inference-Header-Content-Length must be a number of bytes, got {header[:40]!r}")
+    if int(header) > length:
+        raise InputError(f"Inference-Header-Content-Length is {int(header):,}, and the whole body has {length:,} bytes")
+    return int(header)
+
+
+def parse(body: bytes | bytearray | memoryview, json_length: int | None = None) -> InferRequest:
+    """A request's body.
+
+    Args:
+        body: all of it. Tensors are views of it where they can be, so it must not change as long as they are in use.
+        json_length: how many bytes at its front are JSON; None for all.
+
+    Raises:
+        InputError: anything about it is wrong; the message says what.
+    """
+    view = memoryview(body)
+    json_length = len(view) if json_length is None else json_length
+    try:
+        request = orjson.loads(view[:json_length])
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"the request is not JSON: {error}") from error
+    fields = _mapping("the request", request)
+    parameters = _parameters("the request", fields)
+    name = fields.get("id", "")
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        raise InputError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
+    rest = _Rest(view, json_length)
+    inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
+    rest.check_empty()
+    binary_by_default = _flag("the request", parameters, "binary_data_output", default=False)
+    outputs = tuple(_requested(entry, binary_by_default) for entry in _list("outputs", fields.get("outputs", [])))
+    for what, names in (("input", [i.name for i in inputs]), ("output", [o.name for o in outputs])):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"{what} {twice!r} is there twice")
+    return InferRequest(name, inputs, outputs, binary_by_default, _deadline(parameters), _priority(parameters))
+
+
+def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.Tensor]]) -> tuple[bytes, list[memoryview]]:
+    """An answer's body: its JSON, and the bytes that follow it. Without such, it is no binary answer.
+
+    Args:
+        head: the answer but for its outputs.
+        outputs: name, whether as bytes, and a tensor on the host. Not copied where it is contiguous.
+
+    Raises:
+        InputError: a tensor cannot be sent in this way.
+    """
+    entries: list[dict[str, object]] = []
+    chunks: list[memoryview] = []
+    for name, is_binary, tensor in outputs:
+        datatype = of_torch(tensor.dtype)
+        if datatype is None:
+            raise InputError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
+        entry: dict[str, object] = {"name": name, "datatype": datatype.name, "shape": list(tensor.shape)}
+        if is_binary:
+            data = _bytes(tensor)
+            chunks.append(data)
+            entry["parameters"] = {"binary_data_size": len(data)}
+        else:
+            entry["data"] = _json_numbers(name, tensor)
+        entries.append(entry)
+    return orjson.dumps({**head, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY), chunks
+
+
+def result_tensor(result: object) -> torch.Tensor:
+    """A model's result on the host as a tensor, whatever kind it is."""
+    return result.cpu() if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
+
+
+class _Rest:
+    """The bytes after the JSON, taken from the front."""
+
+    def __init__(self, body: memoryview, start: int) -> None:
+        self._body = body
+        self._at = start
+
+    def take(self, name: str, size: int) -> tuple[memoryview, int]:
+        left = len(self._body) - self._at
+        if size > left:
+            raise InputError(f"input {name!r} has binary_data_size {size:,}, and {left:,} bytes of the body are left for it")
+        self._at += size
+        return self._body, self._at - size
+
+    def check_empty(self) -> None:
+        left = len(self._body) - self._at
+        if left:
+            raise InputError(f"{left:,} bytes at the end of the body belong to no input")
+
+
+def _input(entry: object, rest: _Rest) -> Input:
+    fields = _mapping("an input", entry)
+    name = _name("input", fields)
+    what = f"input {name!r}"
+    datatype = _datatype(what, fields.get("datatype"))
+    shape = _shape(what, fields.get("shape"))
+    size = math.prod(shape) * datatype.stored.itemsize
+    parameters = _parameters(what, fields)
+    if "binary_data_size" not in parameters:
+        if "data" not in fields:
+            raise InputError(f"{what} has neither data nor the parameter binary_data_size")
+        array = numbers(what, fields["data"], datatype.numbers, shape)
+        tensor = torch.from_numpy(array)
+        return Input(name, datatype, tensor.to(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
+    if "data" in fields:
+        raise InputError(f"{what} has both data and the parameter binary_data_size")
+    announced = parameters["binary_data_size"]
+    if not _is_count(announced):
+        raise InputError(f"{what}: binary_data_size must be a number of bytes, got {_said(announced)}")
+    if announced != size:
+        raise InputError(
+            f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, binary_data_size is {announced:,}"
+        )
+    body, start = rest.take(name, size)
+    array = np.frombuffer(body, datatype.stored, math.prod(shape), start).reshape(shape)
+    if not array.flags.aligned or not array.flags.writeable or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))  # what torch cannot view
+    if datatype.torch is torch.bool and array.size and array.view(np.uint8).max() > 1:
+        raise InputError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
+    tensor = torch.from_numpy(array)
+    return Input(name, datatype, tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
+
+
+def _requested(entry: object, binary_by_default: bool) -> Requested:
+    fields = _mapping("an output", entry)
+    name = _name("output", fields)
+    what = f"output {name!r}"
+    return Requested(name, _flag(what, _parameters(what, fields), "binary_data", default=binary_by_default))
+
+
+def _deadline(parameters: Mapping[str, object]) -> float | None:
+    """In seconds: of ``deadline_ms``, or of ``timeout`` in microseconds, which is Triton's."""
+    seconds = None
+    for name, unit in (("deadline_ms", 1e-3), ("timeout", 1e-6)):
+        value = parameters.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+            raise InputError(f"the parameter {name} must be a positive number, got {_said(value)}")
+        seconds = min(value * unit, math.inf if seconds is None else seconds)
+    return seconds
+
+
+def _priority(parameters: Mapping[str, object]) -> int | None:
+    value = parameters.get("priority", 0)
+    if not _is_count(value):
+        raise InputError(f"the parameter priority must be an integer of at least 0, got {_said(value)}")
+    assert isinstance(value, int)
+    return value - 1 if value else None
+
+
+def _mapping(what: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{what} must be a JSON object, got {_said(value)}")
+    return value
+
+
+def _list(what: str, value: object, least: int = 0) -> list[object]:
+    if not isinstance(value, list) or not least <= len(value) <= _MOST_TENSORS:
+        raise InputError(f"{what} must be a list of {least} to {_MOST_TENSORS} tensors, got {_said(value)}")
+    return value
+
+
+def _name(what: str, fields: Mapping[str, object]) -> str:
+    name = fields.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        raise InputError(f"an {what}'s name must be a string of 1 to {_LONGEST_NAME} characters, got {_said(name)}")
+    return name
+
+
+def _datatype(what: str, name: object) -> Datatype:
+    datatype = DATATYPES.get(name) if isinstance(name, str) else None
+    if datatype is None:
+        if name == "BYTES":
+            raise InputError(f"{what} is BYTES, strings; the models here take numbers only")
+        raise InputError(f"{what}: datatype must be one of {', '.join(DATATYPES)}, got {_said(name)}")
+    return datatype
+
+
+def _shape(what: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS or not all(map(_is_count, value)):
+        raise InputError(f"{what}: shape must be a list of at most {_MOST_DIMENSIONS} extents, got {_said(value)}")
+    return tuple(value)
+
+
+def _parameters(what: str, fields: Mapping[str, object]) -> Mapping[str, object]:
+    parameters = _mapping(f"{what}'s parameters", fields.get("parameters", {}))
+    for name, meaning in _REFUSED.items():
+        if parameters.get(name):
+            raise InputError(f"{what} has the parameter {name}: this server does not have {meaning}")
+    return parameters
+
+
+def _flag(what: str, parameters: Mapping[str, object], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{what}: the parameter {name} must be true or false, got {_said(value)}")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _said(value: object) -> str:
+    """Part of it, however long it is."""
+    if isinstance(value, (list, dict)):
+        return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return "nothing" if value is None else repr(value)[:60]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    return memoryview(array)
+
+
+def _json_numbers(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any] | list[object]:
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.float()
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"output {name!r} has NaN or infinite numbers, which JSON cannot hold: ask for it with binary_data")
+    array = tensor.contiguous().reshape(-1).numpy()
+    return array.tolist() if array.size == 0 else array

@@ -1,0 +1,128 @@
+"""uvicorn around the application: signals, draining, and an end that comes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+
+from aiotrt.serving.kserve.app import create_app
+from aiotrt.serving.kserve.settings import ServerSettings
+from aiotrt.serving.models import Models
+
+__all__ = ["serve"]
+
+_log: Final = logging.getLogger("aiotrt")
+#: Of a request's line and headers; more is 400.
+_MAX_HEAD: Final = 32 << 10
+
+
+def serve(settings: ServerSettings, *, started: Callable[[str], None] | None = None) -> int:
+    """Serve until a signal comes: SIGTERM, or Ctrl-C.
+
+    Then ``/readyz`` says no; after `drain_delay` no connection is accepted any more; requests may finish for
+    `drain_timeout`; what is left is cancelled, and the models are closed. A second signal does not wait.
+
+    Args:
+        settings: what to serve, and how.
+        started: called with the address when connections are accepted.
+
+    Returns:
+        0 after SIGTERM, 130 after Ctrl-C.
+
+    Raises:
+        AiotrtError: a model could not be loaded.
+        OSError: the address cannot be bound to.
+    """
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=fail)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="h11",  # it bounds what it keeps of headers that do not end; the faster one does not
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=settings.max_connections,
+        h11_max_incomplete_event_size=_MAX_HEAD,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
+    )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.create_server((settings.host, settings.port), family=family, backlog=config.backlog) as listener:
+        address = listener.getsockname()[:2]
+        server = _Server(config, app, settings.drain_delay, started and (lambda: started(_url(*address))))
+        server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    models: Models = app.state.models
+    if not models.is_closed:
+        # Threads that wait for a device which does not finish would keep the interpreter from ending, for ever.
+        _log.error("the device does not finish: ending without it")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 130 if server.signal == signal.SIGINT else 0
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which says first that it is about to end, and does not end the process by the signal that ended it."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, delay: float, started: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._models: Models = app.state.models
+        self._delay = delay
+        self._started = started
+        self.signal: int | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._started is not None:
+            self._started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self.signal = sig
+        self._models.drain()
+        if self._delay:
+            # A thread, since this runs between any two instructions, and the loop's own timers are not for that.
+            timer = threading.Timer(self._delay, lambda: setattr(self, "should_exit", True))
+            timer.daemon = True
+            timer.start()
+        else:
+            self.should_exit = True

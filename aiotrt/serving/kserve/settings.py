@@ -1,0 +1,188 @@
+"""What ``aiotrt serve`` is told: on the command line, and in a file in TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from aiotrt.batching import Batching
+from aiotrt.errors import InputError
+from aiotrt.model import Model, load
+
+__all__ = ["ModelSettings", "ServerSettings", "read_config", "token_from"]
+
+#: Of `load`, those that make sense in a file: no functions, and nothing that is the server's own.
+_OPTIONS: Final = frozenset(
+    (
+        "device", "slots", "max_queue", "graphs", "graph_cache_entries", "graph_cache_bytes", "hang_timeout", "progress",
+        "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
+    )
+)  # fmt: skip
+#: Of a model: letters that need no quoting in a URL.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One model.
+
+    Attributes:
+        name: under which it is served.
+        path: its file.
+        warmup: shapes to capture ahead: for a single input a list of shapes, else a list of objects from name to shape.
+        options: for `aiotrt.load`; ``batching`` is an object with what `Batching` takes, or true for its defaults.
+        is_loaded: whether it is loaded as the server starts, or only when a client asks for it.
+    """
+
+    name: str
+    path: Path
+    warmup: Sequence[Any] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    is_loaded: bool = True
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"model name {self.name!r}: expected letters, digits, '.', '_' and '-', beginning with a letter or digit; "
+                "give it one with NAME=FILE"
+            )
+        unknown = set(self.options) - _OPTIONS
+        if unknown:
+            raise InputError(
+                f"model {self.name!r}: unknown option {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
+            )
+        if not isinstance(self.warmup, (list, tuple)):
+            raise InputError(f"model {self.name!r}: warmup must be a list of shapes, got {self.warmup!r}")
+        self.maker()  # what is wrong with the options is said now, not when a client loads the model
+
+    def maker(self) -> Callable[[], Model]:
+        """A function that loads it."""
+        try:
+            entries = [
+                # Not the shape by itself: one of a single extent would be taken for an input.
+                {name: tuple(shape) for name, shape in entry.items()} if isinstance(entry, Mapping) else (tuple(entry),)
+                for entry in self.warmup
+            ]
+        except TypeError as error:
+            raise InputError(f"model {self.name!r}: warmup must be a list of shapes, got {self.warmup!r}") from error
+
+        batching = self.options.get("batching", False)
+        try:
+            made = Batching(**(batching if isinstance(batching, Mapping) else {})) if batching is not False else None
+        except TypeError as error:
+            raise InputError(f"model {self.name!r}: batching: {error}") from error
+
+        def make() -> Model:
+            return load(self.path, warmup=entries, **{**self.options, "batching": made})
+
+        _ = make()  # a `Model` that nobody opens holds nothing
+        return make
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The server.
+
+    Attributes:
+        models: what it serves.
+        host: the address that it binds to.
+        port: 0 for any that is free.
+        token: what clients must send as ``Authorization: Bearer``; None for no such thing.
+        max_body: bytes of one request.
+        max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
+        max_bodies: bytes of all requests that are in memory at once.
+        body_timeout: seconds that a client may take to send a body.
+        max_deadline: seconds after which a request is answered 504, whatever its client said.
+        max_connections: how many clients at once; more are answered 503.
+        drain_delay: seconds between SIGTERM and the end of accepting, for load balancers to see `/readyz`.
+        drain_timeout: seconds that requests may take to finish then.
+        repository: whether clients may load and unload the models that are named here; never others.
+    """
+
+    models: tuple[ModelSettings, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = field(default=None, repr=False)
+    max_body: int = 64 << 20
+    max_json: int = 4 << 20
+    max_bodies: int = 1 << 30
+    body_timeout: float = 30.0
+    max_deadline: float = 60.0
+    max_connections: int = 1000
+    drain_delay: float = 0.0
+    drain_timeout: float = 30.0
+    repository: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_body", "max_json", "max_bodies", "max_connections", "body_timeout", "max_deadline"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise InputError(f"{name} must be a positive number, got {value!r}")
+        for name in ("drain_delay", "drain_timeout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                raise InputError(f"{name} must be a number of seconds, got {value!r}")
+        port: object = self.port
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+            raise InputError(f"port must be a number from 0 to 65535, got {port!r}")
+        names = [model.name for model in self.models]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"model {twice!r} is named twice; give one of them another name with NAME=FILE")
+        if not names:
+            raise InputError("no model to serve: name a file, or a --config with [models.NAME]")
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
+    """A configuration file: the options of ``[server]``, and the models of ``[models.NAME]``.
+
+    Paths in it are relative to it.
+
+    Raises:
+        InputError: it is missing, not TOML, or has something that is not known.
+    """
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+    server, models = found.pop("server", {}), found.pop("models", {})
+    tables = [server, models, *(models.values() if isinstance(models, dict) else ())]
+    if found or not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"{path}: expected the tables [server] and [models.NAME], and no others")
+    if "token" in server:
+        raise InputError(f"{path}: a token does not belong into a file that is shown around; use token_file")
+    known = {f.name for f in dataclasses.fields(ServerSettings)} - {"models", "token"} | {"token_file"}
+    unknown = set(server) - known
+    if unknown:
+        raise InputError(f"{path}: [server] has an unknown option {min(unknown)!r}; there are {', '.join(sorted(known))}")
+    if "token_file" in server:
+        server["token_file"] = path.parent / server["token_file"]
+    settings = []
+    for name, options in models.items():
+        file = options.pop("path", None)
+        if not isinstance(file, str):
+            raise InputError(f"{path}: [models.{name}] needs a path")
+        warmup, is_loaded = options.pop("warmup", ()), options.pop("load", True)
+        settings.append(ModelSettings(name, path.parent / file, warmup, options, bool(is_loaded)))
+    return server, settings
+
+
+def token_from(file: Path | None) -> str | None:
+    """The token in a file, or in the variable ``AIOTRT_TOKEN``: on the command line everybody could read it.
+
+    Raises:
+        InputError: the file cannot be read, or the token is too short to be one.
+    """
+    try:
+        token = os.environ.get("AIOTRT_TOKEN") if file is None else file.read_text().strip()
+    except OSError as error:
+        raise InputError(f"the token: {error}") from error
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
+        raise InputError("the token must have at least 16 printable ASCII characters")
+    return token

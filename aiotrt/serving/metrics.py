@@ -1,0 +1,93 @@
+"""Metrics for Prometheus, read from `Model.statistics` when they are asked for: nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from aiotrt.model import Model, Statistics
+
+__all__ = ["ModelsCollector"]
+
+_OUTCOMES: Final = ("completed", "failed", "cancelled", "rejected", "expired")
+_STATES: Final = ("free", "claimed", "preparing", "in_flight", "readable", "draining", "broken")
+#: Field of `Statistics`, name, and what it is.
+_COUNTERS: Final = (
+    ("replays", "aiotrt_graph_replays", "Launches of captured graphs."),
+    ("fallback_runs", "aiotrt_graph_fallback_runs", "Launches that were not one graph."),
+    ("captures", "aiotrt_graph_captures", "Graphs, or what stands in for one, that were built."),
+    ("evictions", "aiotrt_graph_evictions", "Graphs that were given up for others."),
+    ("padding", "aiotrt_batch_padding", "Rows of batches that held no item of their own."),
+)
+_GAUGES: Final = (
+    ("waiting", "aiotrt_queue_waiting", "Callers in line for a slot."),
+    ("graphs", "aiotrt_graphs", "Graphs that are kept now."),
+    ("graph_bytes", "aiotrt_graph_bytes", "Bytes of device memory that they keep."),
+)
+
+
+class ModelsCollector(Collector):
+    """What `Model.statistics` says of each model.
+
+    Args:
+        models: those that are open now, by name.
+        names: of all, open or not.
+    """
+
+    def __init__(self, models: Callable[[], Mapping[str, Model]], names: Callable[[], Iterable[str]]) -> None:
+        self._models = models
+        self._names = names
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is announced: without this the registry would collect at once, before any model is open."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """All of them, now."""
+        models = dict(self._models())
+        now = {name: model.statistics() for name, model in models.items()}
+        ready = GaugeMetricFamily("aiotrt_model_ready", "Whether a call now could succeed.", labels=["model"])
+        for name in self._names():
+            ready.add_metric([name], name in models and models[name].is_ready)
+        yield ready
+        requests = CounterMetricFamily("aiotrt_requests", "Calls and leases, by outcome.", labels=["model", "outcome"])
+        slots = GaugeMetricFamily("aiotrt_slots", "Slots, by state.", labels=["model", "state"])
+        fallbacks = GaugeMetricFamily(
+            "aiotrt_graph_fallbacks", "Different reasons for which something runs without a graph.", labels=["model"]
+        )
+        batches = CounterMetricFamily("aiotrt_batches", "Batches, by how many items they held.", labels=["model", "items"])
+        for name, statistics in now.items():
+            for items, count in statistics.batches.items():
+                batches.add_metric([name, str(items)], count)
+            for outcome in _OUTCOMES:
+                requests.add_metric([name, outcome], getattr(statistics, outcome))
+            for state in _STATES:
+                slots.add_metric([name, state], getattr(statistics, state))
+            fallbacks.add_metric([name], len(statistics.fallbacks))
+        yield from (requests, slots, fallbacks, batches)
+        for field, title, text in _COUNTERS:
+            counter = CounterMetricFamily(title, text, labels=["model"])
+            for name, statistics in now.items():
+                counter.add_metric([name], getattr(statistics, field))
+            yield counter
+        for field, title, text in _GAUGES:
+            gauge = GaugeMetricFamily(title, text, labels=["model"])
+            for name, statistics in now.items():
+                gauge.add_metric([name], getattr(statistics, field))
+            yield gauge
+        yield from _hub(now)
+
+
+def _hub(now: Mapping[str, Statistics]) -> Iterable[Metric]:
+    """Models on one loop share its hub, and so each of them has the same numbers of it."""
+    polls = max((statistics.polls for statistics in now.values()), default=0)
+    wakes = max((statistics.wakes for statistics in now.values()), default=0)
+    yield CounterMetricFamily("aiotrt_completion_polls", "Event queries that the loop's hub made.", value=polls)
+    yield CounterMetricFamily("aiotrt_completion_wakes", "Times that the hub's timer fired.", value=wakes)
+    launches = sum(statistics.replays + statistics.fallback_runs for statistics in now.values())
+    yield GaugeMetricFamily(
+        "aiotrt_polls_per_completion", "Event queries for each launch, since the start.", value=polls / max(launches, 1)
+    )
