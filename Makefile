@@ -76,10 +76,7 @@ gpu-tests: gpu-ready
 	@$(PYTHON) -m pytest -m gpu $(PYTESTARGS)
 
 gpu-benchmarks: gpu-ready
-	@set -e; for file in benchmarks/bench_*.py; do \
-		test -e "$$file" || { echo "no benchmarks/bench_*.py"; break; }; \
-		echo "== $$file"; name=$${file##*/}; $(PYTHON) -m "benchmarks.$${name%.py}"; \
-	done
+	@$(PYTHON) -m benchmarks
 
 # Without tests that ask a stream that is held, which blocks under the tool; that break a capture or the device on purpose,
 # which it reports; and on one loop, since it is slow.

@@ -1,172 +1,57 @@
-"""Does the event loop stay free while a real model keeps the processors busy?
+"""How late does the loop run while as many short launches are made as it can make?
 
-    python -m benchmarks.bench_loop_lag [--quick] [--out DIR]
+    python -m benchmarks loop_lag
 
-64 awaiters on the host device, the PP-OCRv4 text detector at 320 by 320 pixels, its engine on one thread, 1 and 2 slots.
-Every result must have the same bits as calling the engine directly with that awaiter's input. The 99th percentile of the
-loop's lag must be within 5 ms of the idle loop's, on two cores. For comparison, the same through `asyncio.to_thread`.
-
-The process keeps to two cores if there are more.
+On CUDA: 64 and 256 awaiters on 4 slots, beside the ways without aiotrt. The 99th percentile of the loop's lag must be within
+200 us of the idle loop's. On the host device, where the lag is the processors', it is a real network's: see `host_loop_lag`.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import os
-import statistics
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+from benchmarks.bench_completion import waited
+from benchmarks.measure import Spread
+from benchmarks.rows import Bench, Part, Row, verdict
+from benchmarks.waits import CALL, EXECUTOR, SLEEP_0, Work
 
-import aiotrt
-from benchmarks.measure import RESULTS, Heartbeat, Spread, Usage, idle_lag, loops, median_of, run_on, write
-from examples import ocr
+__all__ = ["LOOP_LAG"]
 
-AWAITERS: Final = 64
-TO_THREAD: Final = "to_thread"
-WAYS: Final = {"1 slot": 1, "2 slots": 2, TO_THREAD: 0}  # and how many slots
-BAR: Final = 5e-3  # seconds that the lag's p99 may be over the idle loop's
-CORES: Final = 2
-
-console: Final = Console()
+#: On CUDA: length in us, awaiters, and way.
+SATURATED: Final = (
+    (20, 64, CALL), (20, 256, CALL), (50, 64, CALL), (200, 64, CALL), (1000, 64, CALL),
+    (200, 64, EXECUTOR), (200, 64, SLEEP_0),
+)  # fmt: skip
+SLOTS: Final = 4
+BAR: Final = 200e-6  # seconds that the lag's p99 may be over the idle loop's
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run. Times in seconds; `others` is how many cores other programs used meanwhile."""
-
-    idle: Spread
-    lag: Spread
-    rate: float
-    cpu: float
-    others: float | None
-    wrong: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting: its runs, and the medians of what is judged."""
-
-    loop: str
-    way: str
-    runs: list[Run]
-    over_idle: float
-    wrong: int
-
-    @property
-    def meets(self) -> bool:
-        """Whether it meets the bar."""
-        return self.over_idle <= BAR and self.wrong == 0
+def loop_lag(bench: Bench) -> Iterator[Row]:
+    """The loop of a saturated GPU."""
+    plan = bench.plan(seconds=0.1, least=64)
+    for length, awaiters, way in bench.each("loop_lag", SATURATED):
+        work = Work(bench.device, length / 1e6)
+        for loop in bench.loops:
+            measured = bench.run(loop, waited(way, work, SLOTS, awaiters, plan, lag=10))
+            setting = {"us": length, "slots": SLOTS, "awaiters": awaiters}
+            if measured is not None:
+                yield Row("loop_lag", loop, way, setting, work.seconds, measured[0], lag=measured[1])
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one short run of each, to see that it works; no results")
-    parser.add_argument("--out", type=Path, help=f"folder for the results; {RESULTS.name} beside this file if not quick")
-    arguments = parser.parse_args()
-    try:
-        file = ocr.detector_file()
-    except FileNotFoundError as error:
-        console.print(f"skipped: {error}")
-        return
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
-    inputs = detector_inputs()
-    session = ocr.direct_session(file)
-    expected = [session(x) for x in inputs]
-    rounds, runs = (1, 1) if arguments.quick else (4, 5)
-    rows = []
-    with console.status("starting") as status:
-        for loop in loops():
-            for way in WAYS:
-                status.update(f"{loop}, {way}")
-                measured = run_on(loop, measure(way, file, inputs, expected, rounds, runs))
-                over_idle = median_of(run.lag for run in measured).p99 - median_of(run.idle for run in measured).p99
-                rows.append(Row(loop, way, measured, over_idle, sum(run.wrong for run in measured)))
-    folder = arguments.out or (None if arguments.quick else RESULTS)
-    if folder is not None:
-        results = {"quick": arguments.quick, "awaiters": AWAITERS, "bar_seconds": BAR, "rows": rows}
-        console.print(f"results: {write('loop-lag', results, folder)}")
-    show(rows)
-
-
-def detector_inputs() -> list[ocr.Floats]:
-    """One for each awaiter: pieces of the scanned page, each at another place."""
-    page = ocr.scanned_page(scale=2)
-    places = [(y, x) for y in range(0, 64, 8) for x in range(0, 448, 56)]
-    return [ocr.normalise(page[y : y + 320, x : x + 320]) for y, x in places[:AWAITERS]]
-
-
-async def measure(
-    way: str, file: Path, inputs: Sequence[ocr.Floats], expected: Sequence[ocr.Floats], rounds: int, runs: int
-) -> list[Run]:
-    """Several runs of one way, after one round that does not count."""
-    if way == TO_THREAD:
-        session = ocr.direct_session(file)
-        return await measure_calls(lambda x: asyncio.to_thread(session, x), inputs, expected, rounds, runs)
-    async with aiotrt.load(file, device="host", slots=WAYS[way], threads=1, warmup=[inputs[0]]) as model:
-        return await measure_calls(model, inputs, expected, rounds, runs)
-
-
-async def measure_calls(
-    call: Callable[[ocr.Floats], Awaitable[Any]],
-    inputs: Sequence[ocr.Floats],
-    expected: Sequence[ocr.Floats],
-    rounds: int,
-    runs: int,
-) -> list[Run]:
-    """The loop's lag when idle, and while every awaiter makes `rounds` calls."""
-
-    async def awaiter(i: int, results: list[Any]) -> None:
-        for _ in range(rounds):
-            result = await call(inputs[i])
-            results.append((i, result))
-
-    await asyncio.gather(*(call(x) for x in inputs))
-    measured = []
-    for _ in range(runs):
-        idle = await idle_lag()
-        results: list[Any] = []
-        async with Heartbeat() as heartbeat:
-            with Usage() as usage:
-                await asyncio.gather(*(awaiter(i, results) for i in range(len(inputs))))
-        wrong = sum(not np.array_equal(result, expected[i]) for i, result in results)
-        rate = len(results) / usage.seconds
-        measured.append(Run(idle, heartbeat.spread, rate, usage.cpu, usage.others, wrong))
-    return measured
-
-
-def show(rows: Sequence[Row]) -> None:
-    """The rows as a table, medians over the runs."""
-    table = Table(title=f"{AWAITERS} awaiters; lag in ms, medians of {len(rows[0].runs)} runs", title_justify="left")
-    for heading in ("loop", "way"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("calls/s", "p50", "p99", "idle p99", "over", "wrong"):
-        table.add_column(heading, justify="right")
-    table.add_column("bar")
+def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
+    """Against the idle loop of the same run."""
     for row in rows:
-        lag, idle = median_of(run.lag for run in row.runs), median_of(run.idle for run in row.runs)
-        table.add_row(
-            row.loop,
-            row.way,
-            f"{statistics.median(run.rate for run in row.runs):,.0f}",
-            *(f"{1e3 * span:,.1f}" for span in (lag.p50, lag.p99, idle.p99, row.over_idle)),
-            str(row.wrong),
-            "" if row.way == TO_THREAD else "meets" if row.meets else "misses",
-        )
-    console.print(table)
-    console.print("over: the lag's p99 over the idle loop's. wrong: results that differ from the engine's own in any bit.")
-    others = [run.others for row in rows for run in row.runs if run.others is not None]
-    if others and max(others) > 0.2:
-        console.print(f"Other programs used {statistics.median(others):.1f} cores meanwhile, at most {max(others):.1f}.")
+        if row.way == CALL and row.lag is not None:
+            over = row.lag.p99 - idle[row.loop].p99
+            row.verdict = verdict([] if over <= BAR else [f"p99 {1e6 * over:.0f} us over the idle loop's"])
+
+
+LOOP_LAG: Final[Part] = Part("loop_lag", "how late the loop runs while a model is busy", loop_lag, judge)
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.suite import main
+
+    sys.exit(main(["loop_lag", *sys.argv[1:]]))

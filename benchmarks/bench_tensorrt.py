@@ -1,6 +1,7 @@
 """What does awaiting a TensorRT engine cost, next to TensorRT by itself and to polygraphy's runner?
 
-    python -m benchmarks.bench_tensorrt [--network NAME]... [--loop NAME] [--quick] [--out DIR]
+    python -m benchmarks tensorrt
+    python -m benchmarks.bench_tensorrt [--network NAME]... [--loop NAME] [--limit SECONDS] [--quick] [--out DIR]
 
 Four networks at FP16, on one GPU, in one run. One awaiter: bare TensorRT (enqueue and synchronise; replay of a captured
 graph and synchronise; the same with host input and results), polygraphy's `TrtRunner` if it is installed, and aiotrt with
@@ -17,6 +18,7 @@ import argparse
 import gc
 import importlib
 import importlib.util
+import math
 import os
 import statistics
 import tempfile
@@ -35,10 +37,20 @@ from rich.table import Table
 
 import aiotrt
 from benchmarks.bare import Bare
-from benchmarks.bench_completion import drive
-from benchmarks.measure import RESULTS, Heartbeat, Spread, Usage, idle_lag, loops, median_of, run_on, write
+from benchmarks.measure import (
+    RESULTS,
+    Heartbeat,
+    Request,
+    Spread,
+    Usage,
+    drive,
+    idle_lag,
+    loops,
+    median_of,
+    run_on,
+    write,
+)  # fmt: skip
 from benchmarks.networks import NETWORKS, Array, MissingError, Network
-from benchmarks.waits import Request
 
 AWAITERS: Final = 64
 SLOTS: Final = (1, 2, 4)
@@ -328,14 +340,16 @@ def arrays(result: object) -> list[Array]:
     return [value.cpu().numpy() if isinstance(value, torch.Tensor) else np.array(value) for value in results]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--network", choices=list(NETWORKS), action="append", help="these only; by default four of them")
     parser.add_argument("--loop", choices=list(loops()), default=list(loops())[-1], help="by default uvloop, if installed")
     parser.add_argument("--quick", action="store_true", help="one short run of each, to see that it works; no results")
     parser.add_argument("--out", type=Path, help=f"folder for the results; {RESULTS.name} beside this file if not quick")
-    arguments = parser.parse_args()
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further network is begun")
+    arguments = parser.parse_args(words)
+    deadline = time.monotonic() + arguments.limit
     if not torch.cuda.is_available() or importlib.util.find_spec("tensorrt_rtx") is None:
         console.print("skipped: it takes an NVIDIA GPU and tensorrt_rtx")
         return
@@ -347,6 +361,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as engines, console.status("starting") as status:
         os.environ["AIOTRT_CACHE_DIR"] = engines  # what is compiled for these engines is of no use to anybody later
         for name in arguments.network or MEASURED:
+            if time.monotonic() > deadline:
+                skipped[name] = {"all": f"the {arguments.limit:.0f} s were up"}
+                continue
             status.update(f"{name}: building")
             started = time.perf_counter()
             try:

@@ -14,20 +14,36 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 import aiotrt
 
-__all__ = ["RESULTS", "Heartbeat", "Spread", "Usage", "idle_lag", "loops", "machine", "median_of", "run_on", "write"]
+__all__ = [
+    "RESULTS",
+    "Heartbeat",
+    "Request",
+    "Spread",
+    "Usage",
+    "as_record",
+    "drive",
+    "idle_lag",
+    "loops",
+    "machine",
+    "median_of",
+    "run_on",
+    "write",
+]
 
 T = TypeVar("T")
+
+Request: TypeAlias = Callable[[], Awaitable[object]]
 
 RESULTS: Final = Path(__file__).parent / "results"
 BEAT: Final = 2e-3  # seconds between heartbeats
@@ -135,6 +151,27 @@ class Usage:
             self.others = max(0.0, (busy - self._busy) / self.seconds - self.cpu)
 
 
+async def drive(request: Request | Sequence[Request], awaiters: int, count: int) -> list[float]:
+    """So many requests from so many awaiters, in equal shares; returns how long each took.
+
+    Of several requests each awaiter has one.
+    """
+    seconds: list[float] = []
+    requests = [request] if callable(request) else request
+
+    async def awaiter(request: Request) -> None:
+        for _ in range(max(1, count // awaiters)):
+            started = time.perf_counter()
+            await request()
+            seconds.append(time.perf_counter() - started)
+
+    if awaiters == 1:
+        await awaiter(requests[0])
+    else:
+        await asyncio.gather(*(awaiter(requests[i % len(requests)]) for i in range(awaiters)))
+    return seconds
+
+
 def loops() -> dict[str, Callable[[], asyncio.AbstractEventLoop] | None]:
     """The event loops that are installed, by name."""
     found: dict[str, Callable[[], asyncio.AbstractEventLoop] | None] = {"asyncio": None}
@@ -160,6 +197,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "aiotrt": aiotrt.__version__,
         **{name: _version(name) for name in ("torch", "onnxruntime", "uvloop", "cuda-bindings", "numpy")},
+        **{name: version for name in ("numba-cuda", "tensorrt-rtx", "torchvision") if (version := _version(name))},
         "gpu": None,
     }
     if torch.cuda.is_available():
@@ -167,13 +205,20 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's results with machine, versions and date, of the types that JSON has."""
+    date = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    record: dict[str, Any] = json.loads(
+        json.dumps({"benchmark": name, "date": date, "machine": machine(), **results}, default=asdict)
+    )
+    return record
+
+
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``; the last run's stay."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    date = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    record = {"benchmark": name, "date": date, "machine": machine(), **results}
-    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(as_record(name, results), indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,0 +1,196 @@
+"""What does a wrong prediction cost?
+
+    python -m benchmarks jitter
+
+One awaiter and work whose length changes from call to call, unforeseeably: log-normal, bimodal, drifting; queued behind a
+neighbour's work, which the call's inputs depend on; and beside another process on the same device. For every way of finding
+completion that there is, and for a blocking `synchronize`. The bar: "predict", the default, is nowhere worse than
+"interval".
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import numpy as np
+import torch
+
+import aiotrt
+from aiotrt.devices import Stream
+from benchmarks.hold import Hold, MissingKernelError
+from benchmarks.measure import Heartbeat, Spread, Usage
+from benchmarks.rows import Bench, Part, Plan, Row, Run, verdict
+from benchmarks.waits import FLOOR, Line, Progress
+
+__all__ = ["JITTER"]
+
+MODES: Final[tuple[Progress, ...]] = get_args(Progress)
+SECOND: Final = "second process"
+SCENARIOS: Final = ("constant", "log-normal", "bimodal", "drifting", "queued", SECOND)
+BASE: Final = {"cuda": 300e-6, "host": 1e-3}  # seconds, on average
+COUNT: Final = 100
+QUICK_COUNT: Final = 8
+
+#: One call's lengths: its own, and the neighbour's that it is queued behind.
+Lengths = tuple[float, float]
+
+
+def lengths(scenario: str, base: float, count: int) -> list[Lengths]:
+    """The same ones for every way."""
+    random = np.random.default_rng(7)
+    if scenario == "log-normal":
+        own = base * np.minimum(5, random.lognormal(-0.125, 0.5, count))
+    elif scenario == "bimodal":
+        own = base * np.where(random.random(count) < 0.15, 4, 0.5)
+    elif scenario == "drifting":
+        own = base * (1 + 0.8 * np.sin(2 * math.pi * np.arange(count) / 80))
+    else:
+        own = np.full(count, base)
+    before = random.uniform(0, 2 * base, count) if scenario == "queued" else np.zeros(count)
+    return [(float(a), float(b)) for a, b in zip(own, before, strict=True)]
+
+
+def jitter(bench: Bench) -> Iterator[Row]:
+    """Every scenario, by every mode."""
+    try:
+        hold = Hold(bench.device)
+    except MissingKernelError as error:
+        bench.skipped["jitter"] = str(error)
+        return
+    plan = bench.plan()
+    for scenario in SCENARIOS:
+        if bench.is_over:
+            bench.skipped[scenario] = "the time was up"
+            continue
+        calls = Calls(hold, lengths(scenario, BASE[bench.device], QUICK_COUNT if bench.quick else COUNT))
+        settings = [(loop, way) for loop in bench.loops for way in (FLOOR, *MODES)]
+        with neighbour(bench.device, scenario == SECOND):
+            for loop, way in bench.each(f"jitter, {scenario}", settings):
+                found = bench.run(loop, measured(calls, way, plan))
+                # The runs' latencies are over the lengths asked for; what a launch takes beside them is the device's too.
+                if found is not None:
+                    yield Row("jitter", loop, way, {"scenario": scenario}, hold.base, found[0], lag=found[1])
+
+
+class Calls:
+    """One run: calls of these lengths, one after the other."""
+
+    def __init__(self, hold: Hold, lengths: Sequence[Lengths]) -> None:
+        self.hold = hold
+        self._lengths = lengths
+        self._inputs = [(hold.seconds(own), hold.seconds(before)) for own, before in lengths]
+
+    async def over(self, request: Callable[[torch.Tensor], Any], ahead_of_it: Stream) -> list[float]:
+        """How much longer than its length each call takes."""
+        over = []
+        for (own, before), (x, ahead) in zip(self._lengths, self._inputs, strict=True):
+            started = time.perf_counter()
+            if before:
+                ahead_of_it.run(partial(self.hold, ahead))
+            await request(x)
+            over.append(time.perf_counter() - started - own - before)
+        return over
+
+
+async def measured(calls: Calls, way: str, plan: Plan) -> tuple[list[Run], Spread]:
+    """Several runs, after one that does not count, and one beside a heartbeat."""
+    async with opened(calls.hold, way) as (request, ahead):
+        await calls.over(request, ahead)
+        runs = []
+        for _ in range(plan.runs):
+            with Usage() as usage:
+                over = await calls.over(request, ahead)
+            runs.append(Run(Spread.of(over), len(over) / usage.seconds, usage.cpu, usage.others))
+        async with Heartbeat() as heartbeat:
+            await calls.over(request, ahead)
+        return runs, heartbeat.spread
+
+
+@asynccontextmanager
+async def opened(hold: Hold, way: str) -> AsyncIterator[tuple[Callable[[torch.Tensor], Any], Stream]]:
+    """A function that runs once, with this input, and a stream whose work that run waits for."""
+    example, current = hold.seconds(0.0), hold.device.current_stream()
+    if way != FLOOR:
+        mode = next(mode for mode in MODES if mode == way)
+        async with aiotrt.load(
+            hold, device=hold.device.name, slots=1, warmup=[example], outputs="device", progress=mode
+        ) as model:
+            # Device inputs are ordered after the caller's current stream. The host device has none: there a neighbour can
+            # only be ahead on the slot's own stream.
+            assert model._executor is not None
+            yield model, model._executor.slots[0].stream if hold.device.unified else current
+        return
+    line, mark = Line(hold.device, hold, example), hold.device.event()
+
+    async def blocking(x: torch.Tensor) -> None:
+        line.stream.wait(current.record(mark))
+        line.stream.copy(line.input, x)
+        line.submit()
+        line.block()
+
+    yield blocking, current
+    line.close()
+
+
+@contextmanager
+def neighbour(device: str, is_there: bool) -> Iterator[None]:
+    """Another process on the device, while the block runs."""
+    if not is_there:
+        yield
+        return
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.neighbour", device],
+        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()  # it is ready, or has failed
+        if process.poll() is not None:
+            raise RuntimeError("the neighbour process failed")
+        yield
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
+    """The default against "interval" of the same run."""
+    for row in rows:
+        if row.way != "predict":
+            continue
+        beside = {other.way: other for other in rows if (other.loop, other.setting) == (row.loop, row.setting)}
+        if (interval := beside.get("interval")) is None:
+            continue
+        misses = []
+        for name, own, other in (
+            ("p50", row.overhead.p50, interval.overhead.p50),
+            ("p99", row.overhead.p99, interval.overhead.p99),
+        ):
+            # Within what the runs of one mode differ among themselves they are equal.
+            low, high = interval.spread[name]
+            if own - other > max(2e-6, (high - low) / 2):
+                misses.append(f"{name} {1e6 * (own - other):.1f} us worse than interval")
+        row.verdict = verdict(misses)
+
+
+JITTER: Final[Part] = Part("jitter", "durations that nobody can predict, for every progress mode", jitter, judge)
+
+
+if __name__ == "__main__":
+    from benchmarks.suite import main
+
+    sys.exit(main(["jitter", *sys.argv[1:]]))

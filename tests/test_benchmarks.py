@@ -1,0 +1,388 @@
+"""The benchmarks run, on the host device and in a hurry; what they write can be read, judged, tabulated and drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_stages, suite, tables, waits
+from benchmarks.bench_completion import COMPLETION, THROUGHPUT
+from benchmarks.bench_endurance import ENDURANCE
+from benchmarks.bench_host_input import AIOTRT, HOST_INPUT, JUDGED, LOOP
+from benchmarks.bench_jitter import JITTER
+from benchmarks.bench_loop_lag import LOOP_LAG
+from benchmarks.bench_scaling import SCALING
+from benchmarks.bench_stages import CudaProbe, Stamps
+from benchmarks.measure import Spread, as_record, write
+from benchmarks.rows import MEETS, Row, Run
+from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
+
+PARTS = [name for name in suite.PARTS if name != "loop_lag"]  # whose rows on the host device are its own
+
+#: What every file has, and every row.
+FILE = {"benchmark": str, "date": str, "machine": dict, "device": str, "quick": bool, "idle_lag": dict, "rows": list}
+SPREAD = {"p50": float, "p99": float, "worst": float, "count": int}
+ROW = {
+    "part": str, "loop": str, "way": str, "setting": dict, "runs": list, "facts": dict, "verdict": str, "latency": dict,
+    "overhead": dict, "rate": float, "cpu": float, "cpu_seconds": float, "spread": dict,
+}  # fmt: skip
+
+
+def check(record: dict[str, Any]) -> None:
+    has(record, FILE)
+    assert not record["failed"]
+    assert {"cpu", "cores", "os", "python", "torch", "aiotrt", "gpu"} <= record["machine"].keys()
+    for row in record["rows"]:
+        has(row, ROW)
+        assert row["device_seconds"] is None or row["device_seconds"] > 0
+        assert row["rate"] > 0
+        for spread in (row["latency"], row["overhead"], *(run["latency"] for run in row["runs"])):
+            has(spread, SPREAD)
+        for low, high in row["spread"].values():
+            assert low <= high
+
+
+def has(found: dict[str, Any], wanted: dict[str, type]) -> None:
+    for name, kind in wanted.items():
+        assert isinstance(found[name], kind), name
+
+
+def quickly(name: str, folder: Path, *more: str) -> int:
+    return suite.main([name, "--device", "host", "--quick", "--out", str(folder), *more])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_runs_and_writes_what_can_be_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickly(name, tmp_path) == 0
+    record = tables.load(tmp_path / f"{name}-host.json")
+    check(record)
+    assert record["rows"]
+    assert {row["loop"] for row in record["rows"]} - {"none"} <= {"asyncio", "uvloop"}
+    printed = capsys.readouterr().out
+    for table in tables.tables_of(record):
+        assert tables.as_text(table) in printed
+        assert all(len(line) == len(table.headings) for line in table.rows)
+
+
+def test_the_loops_lag_on_the_host_device(tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    assert quickly("loop_lag", tmp_path) == 0
+    assert os.sched_getaffinity(0) == before
+    if (path := tmp_path / "loop-lag.json").exists():  # it takes the demo's model
+        assert [len(table.rows) for table in tables.tables_of(tables.load(path))] == [3]
+
+
+def test_several_parts_run_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert suite.main(["stages", "tensorrt", "--device", "host", "--quick", "--out", str(tmp_path)]) == 0
+    check(tables.load(tmp_path / "stages-host.json"))
+    printed = capfd.readouterr().out
+    assert "== stages: " in printed
+    assert "skipped: tensorrt takes CUDA" in printed
+
+
+def test_stages_add_up(tmp_path: Path) -> None:
+    quickly("stages", tmp_path)
+    for row in tables.load(tmp_path / "stages-host.json")["rows"]:
+        facts = row["facts"]
+        assert list(facts["stages"]) == list(bench_stages.NAMES)
+        assert all(seconds >= 0 for seconds in facts["stages"].values())
+        assert sum(facts["stages"].values()) == pytest.approx(facts["await"], abs=1e-9)
+
+
+def test_no_time_means_no_rows_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickly("completion", tmp_path, "--limit", "0") == 0
+    record = tables.load(tmp_path / "completion-host.json")
+    assert not record["rows"]
+    assert record["skipped"] == {"completion, us: 1000": "the 0 s were up"}
+    assert "not measured: completion, us: 1000" in capsys.readouterr().out
+
+
+def test_a_way_that_fails_is_told_and_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(lines: Sequence[waits.Line]) -> Any:
+        raise RuntimeError("of all days")
+
+    monkeypatch.setitem(waits._WAITS, POLLER, broken)
+    assert quickly("completion", tmp_path) == 1
+    record = tables.load(tmp_path / "completion-host.json")
+    assert {f"completion, 1000 us: {loop}, {POLLER}" for loop in ("asyncio", "uvloop")} == record["failed"].keys()
+    assert {row["way"] for row in record["rows"]} == {FLOOR, EXECUTOR, "sleep(0)", "sleep(1 ms)", CALL, "aiotrt lease"}
+    assert "of all days" in capsys.readouterr().out
+
+
+def test_a_part_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(["speed"])
+    assert "there is no part 'speed'; there are completion, " in capsys.readouterr().err
+
+
+# Verdicts...
+
+
+def row(
+    part: str, way: str, setting: Mapping[str, float | str], latency: float, *,
+    loop: str = "uvloop", p99: float | None = None, rate: float = 1e3, cpu: float = 0.01, ceiling: float | None = None,
+    device: float | None = 1e-3, lag: float | None = None, facts: dict[str, Any] | None = None,
+) -> Row:  # fmt: skip
+    run = Run(Spread(latency, latency if p99 is None else p99, latency, 10), rate, cpu, None)
+    late = None if lag is None else Spread(lag, lag, lag, 10)
+    return Row(part, loop, way, setting, device, [run] * 5, ceiling, late, facts or {})
+
+
+IDLE = {loop: Spread(1e-4, 2e-4, 3e-4, 10) for loop in ("asyncio", "uvloop")}
+
+
+def test_completion_is_judged_by_the_floor_and_the_executor() -> None:
+    at = {"us": 1000}
+    beside = [row("completion", FLOOR, at, 1.010e-3, cpu=1), row("completion", EXECUTOR, at, 1.200e-3, cpu=1)]
+    good = row("completion", CALL, at, 1.018e-3)
+    slow = row("completion", CALL, at, 1.060e-3, p99=1.2e-3, cpu=0.2)
+    said = (
+        "misses: 50.0 us over the floor, not 10; 20% of a core, not 9%; p99 200 us, not 100; "
+        "0.30 of the executor's overhead, not a quarter; 0.20 of the executor's CPU, not a tenth"
+    )
+    for found, wanted in ((good, MEETS), (slow, said)):
+        COMPLETION.judge([*beside, found], IDLE)
+        assert found.verdict == wanted
+    assert not any(other.verdict for other in beside)
+
+
+def test_throughput_is_judged_by_the_ceiling() -> None:
+    rows = [
+        row("throughput", CALL, {"us": us, "slots": slots, "awaiters": 64}, 1e-3, rate=rate, ceiling=50e3, loop=loop)
+        for us, slots, rate, loop in (
+            (50, 2, 49_600, "asyncio"), (50, 2, 49_000, "asyncio"), (50, 4, 41_000, "uvloop"), (50, 4, 30_000, "uvloop"),
+            (50, 4, 30_000, "asyncio"), (200, 4, 48_000, "uvloop"), (200, 4, 45_000, "uvloop"), (200, 8, 1, "uvloop"),
+        )
+    ]  # fmt: skip
+    THROUGHPUT.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [
+        MEETS, "misses: 98.0% of the ceiling, not 99%", MEETS, "misses: 30,000 awaits/s, not 40,000",
+        "", MEETS, "misses: 90.0% of the ceiling, not 95%", "",
+    ]  # fmt: skip
+
+
+def test_host_inputs_are_judged_by_the_blocking_loop() -> None:
+    one: dict[str, float | str] = {"bytes": JUDGED, "memory": "pageable", "slots": 1}
+    four = {**one, "slots": 4}
+    rows = [
+        row("host_input", LOOP, one, 200e-6, loop="none"),
+        row("host_input", LOOP, four, 200e-6, loop="none", rate=5e3, ceiling=10e3),
+        row("host_input", AIOTRT, one, 203e-6),
+        row("host_input", AIOTRT, one, 230e-6, loop="asyncio"),
+        row("host_input", AIOTRT, four, 1e-3, rate=9e3, ceiling=10e3),
+        row("host_input", AIOTRT, four, 1e-3, rate=4e3, ceiling=10e3, cpu=2, loop="asyncio"),
+        row("host_input", AIOTRT, {**one, "memory": "pinned"}, 1.0),
+    ]
+    HOST_INPUT.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [
+        "", "", MEETS, "misses: 30.0 us over the blocking loop, not 5", MEETS,
+        "misses: 0.80 of the blocking loop's rate; 40% of the ceiling, not 80%; 200% CPU, not 150%", "",
+    ]  # fmt: skip
+
+
+def test_the_default_is_judged_by_interval() -> None:
+    at: dict[str, float | str] = {"scenario": "bimodal"}
+    interval = row("jitter", "interval", at, 30e-6, device=1e-6)
+    for predict, wanted in (
+        (row("jitter", "predict", at, 31e-6, device=1e-6), MEETS),
+        (row("jitter", "predict", at, 40e-6, p99=20e-6, device=1e-6), "misses: p50 10.0 us worse than interval"),
+    ):
+        JITTER.judge([interval, predict], IDLE)
+        assert predict.verdict == wanted
+
+
+def test_scaling_is_judged_by_the_first_of_its_axis() -> None:
+    rows = [
+        row("scaling", CALL, {"axis": "waiters", "n": n}, 1e-3, cpu=cpu) for n, cpu in ((1, 0.1), (64, 0.05), (256, 0.13))
+    ]
+    SCALING.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [MEETS, MEETS, "misses: 1.30 times the CPU of 1, not 1.2"]
+
+
+def test_lag_is_judged_by_the_idle_loop() -> None:
+    rows = [row("loop_lag", CALL, {"us": 20}, 1e-3, lag=lag) for lag in (3e-4, 9e-4)]
+    LOOP_LAG.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [MEETS, "misses: p99 700 us over the idle loop's"]
+
+
+def test_memory_must_not_grow() -> None:
+    rows = [
+        row(
+            "endurance",
+            CALL,
+            {"phase": "awaits"},
+            1e-3,
+            facts={"is_complete": complete, "growth": {"rss": rss, "device": device}},
+        )
+        for complete, rss, device in ((True, 1 << 20, 0), (True, 1 << 24, 1 << 21), (False, 1 << 30, 1 << 30))
+    ]
+    ENDURANCE.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [
+        MEETS, "misses: device memory grew by 2.0 MiB; resident memory grew by 16.0 MiB, not 8", "",
+    ]  # fmt: skip
+
+
+# Tables and plots, from stored results...
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A folder with small results."""
+    folder = tmp_path / "results"
+    single = [
+        row("completion", way, {"us": us}, us * 1e-6 + over, device=us * 1e-6, lag=3e-4)
+        for us in (100, 1000)
+        for way, over in ((FLOOR, 5e-6), (CALL, 8e-6))
+    ]
+    COMPLETION.judge(single, IDLE)
+    single[-1].verdict = "misses: for this test"
+    many = [
+        row("throughput", CALL, {"us": 50, "slots": 2, "awaiters": awaiters}, 1e-3, rate=rate, ceiling=2e4, lag=3e-4)
+        for awaiters, rate in ((1, 8e3), (64, 1.9e4))
+    ]
+    for name, rows in (("completion-cuda", single), ("throughput-cuda", many)):
+        write(name, {"device": "cuda", "quick": False, "idle_lag": IDLE, "failed": {}, "skipped": {}, "rows": rows}, folder)
+        check(json.loads((folder / f"{name}.json").read_text()))
+    return folder
+
+
+def test_tables_are_written_between_the_marks(stored: Path, tmp_path: Path) -> None:
+    document = tmp_path / "performance.md"
+    marks = "".join(
+        f"<!-- table {name} -->\nold figures\n<!-- end of table -->\n"
+        for name in ("completion-cuda", "throughput-cuda", "jitter-cuda", "not-like-for-like")
+    )
+    document.write_text(f"Before.\n\n{marks}\nAfter.\n")
+    options = ["--results", str(stored), "--docs", str(document)]
+    assert suite.main(["table", "--check", *options]) == 1
+    assert "old figures" in document.read_text()
+    assert suite.main(["table", *options]) == 0
+    text = document.read_text()
+    assert text.startswith("Before.\n\n<!-- table completion-cuda -->\n\n")
+    assert text.endswith("<!-- end of table -->\n\nAfter.\n")
+    assert "old figures" not in text
+    assert "| way | 100 us | 1,000 us |\n| --- | ---: | ---: |\n" in text
+    assert f"| {CALL} | 8.0 / 8.0 (1.0 %) | 8.0 / 8.0 (1.0 %) |" in text
+    assert "The bars: meets 1 of 2 bars:\n\n- us 1000, uvloop, aiotrt call: misses: for this test" in text
+    assert "| 2, 64, aiotrt call | 19,000 (95 %) |" in text
+    assert "*Not measured yet: there is no `benchmarks/results/jitter-cuda.json`.*" in text
+    assert "- `synchronize` blocks the loop" in text
+    assert suite.main(["table", "--check", *options]) == 0
+
+
+def test_the_documentation_has_the_tables_of_the_stored_results() -> None:
+    assert suite.main(["table", "--check"]) == 0, "python -m benchmarks table"
+
+
+def test_plots_come_from_the_files_alone(stored: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plots"
+    assert suite.main(["plot", *map(str, sorted(stored.glob("*.json"))), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        f"{what}-cuda-uvloop.svg" for what in ("latency", "cpu", "lag", "throughput")
+    }
+
+
+def test_plots_without_matplotlib(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert suite.main(["plot", str(stored / "completion-cuda.json"), "--out", str(tmp_path / "plots")]) == 1
+    assert "plots need matplotlib" in capsys.readouterr().out
+
+
+# What takes a GPU, as far as it goes without one...
+
+
+def test_every_call_of_the_driver_exists() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    for name in (
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuEventQuery",
+        "cuEventSynchronize",
+        "cuEventDestroy",
+        "cuStreamSynchronize",
+        "cuLaunchHostFunc",
+    ):
+        assert callable(getattr(driver, name))
+    assert int(driver.CUhostFn(4096)) == 4096
+    flags = driver.CUevent_flags
+    assert flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value == 3
+
+
+def test_the_host_callback_wakes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, why = waits._notify()
+    if why is not None:
+        pytest.skip(why)
+
+    class Driver:
+        """Calls the C function from the stream's thread, as the driver does from one of its own."""
+
+        CUhostFn = int
+
+        @staticmethod
+        def cuLaunchHostFunc(stream: Any, function: int, data: int) -> tuple[int]:  # noqa: N802  # the driver's name
+            assert function
+            stream.run(lambda: library.notify(data))
+            return (0,)
+
+    monkeypatch.setattr(waits, "_cuda", lambda: SimpleNamespace(driver=Driver))
+    work = waits.Work("host", 1e-3)
+
+    async def run() -> None:
+        lines = [waits.Line(work.device, work.function) for _ in range(2)]
+        for line in lines:
+            stream: Any = line.stream
+            stream.driver = stream
+        async with waits._WAITS[waits.CALLBACK](lines) as requests:
+            for _ in range(3):
+                await asyncio.wait_for(asyncio.gather(*(request() for request in requests)), 10)
+        for line in lines:
+            line.close()
+
+    asyncio.run(run())
+
+
+def test_the_devices_clock_is_put_beside_the_hosts() -> None:
+    # The device's clock began at 100 s of the host's and goes 50 ppm fast; an anchor is seen 2 to 12 us around its time.
+    probe = CudaProbe.__new__(CudaProbe)
+
+    def device(host: float) -> float:
+        return (host - 100) * (1 + 50e-6)
+
+    at = [100 + 0.001 * i for i in range(300)]
+    probe._anchors = [device(host) for host in at]
+    probe._earliest = [host - 2e-6 - 3e-6 * (i % 3) for i, host in enumerate(at)]
+    probe._latest = [host + 2e-6 + 3e-6 * (i % 2) for i, host in enumerate(at)]
+    probe._times = [(device(host + 100e-6), device(host + 300e-6)) for host in at]
+    taken = [Stamps() for _ in at]
+    error = probe.finish(taken)
+    assert error < 3e-6
+    for host, stamps in zip(at, taken, strict=True):
+        assert stamps.begun == pytest.approx(host + 100e-6, abs=error + 1e-6)
+        assert stamps.ended - stamps.begun == pytest.approx(200e-6, abs=1e-7)
+
+
+def test_every_baseline_says_what_is_not_alike() -> None:
+    assert set(waits.BASELINES) <= set(waits.NOT_LIKE_FOR_LIKE)
+    assert set(waits.BASELINES) == set(waits._WAITS)
+    for way in (waits.TORCH, waits.CALLBACK, waits.NUMBA, waits.EXECUTOR_ASLEEP):
+        assert waits.unavailable(way, "host") == "it takes CUDA"
+    if importlib.util.find_spec("numba") is None:
+        assert "cannot be imported" in (waits.unavailable(waits.NUMBA, "cuda") or "")
+
+
+def test_a_record_is_plain() -> None:
+    record = as_record("x", {"rows": [row("completion", CALL, {"us": 1}, 1e-3)]})
+    assert json.loads(json.dumps(record)) == record
