@@ -245,7 +245,8 @@ class Hold:
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
         self._event: Event | None = None  # the last launch's
-        self._unordered: Event | None = None  # likewise, while the caller's current stream does not wait for it
+        self._unordered: Event | None = None  # likewise, while it is not known to be complete
+        self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
         self._state = GraphState()
         self._left = False
@@ -330,17 +331,21 @@ class Hold:
             raise self._failed(event, error, None, orders) from error
         self._launched(event, future)
         self._unordered = event
+        self._ordered.clear()
         if future is None:  # else it is waited for, and its completion orders all that follows
             self.order()
         return event
 
     def order(self) -> None:
         """Make the current stream wait, on the device, for the last launch."""
-        event, self._unordered = self._unordered, None
+        event = self._unordered
         if event is None:
             return
         try:
-            self.executor.device.current_stream().wait(event)
+            current = self.executor.device.current_stream()
+            if current.handle not in self._ordered:
+                current.wait(event)
+                self._ordered.add(current.handle)
         except Exception as error:
             raise self.executor.failed(error, "while the current stream was made to wait for a launch") from error
 

@@ -12,18 +12,10 @@ import torch
 
 import aiotrt
 from aiotrt.slots import State
-from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice
-from tests.simulated import run_simulated
+from aiotrt.testing import FaultKind, SimulatedDevice
+from tests.simulated import Striker, run_simulated
 from tests.test_laws_simulated import SHAPE, load, right
 from tests.tools import count, executor_of, frame
-
-
-class Striker(FaultInjector):
-    """Fails at the next use of a verb, when told to."""
-
-    def strike(self, verb: str, kind: FaultKind, *, after: int = 0) -> None:
-        use = self.uses[verb] + 1 + after
-        self._faults[verb, use] = Fault(verb, use, kind)
 
 
 def simulated(program: Callable[[Striker], Coroutine[Any, Any, None]], *, seed: int = 1) -> None:
@@ -156,8 +148,8 @@ def test_launch_raises_only_our_own_errors() -> None:
     async def program(device: Striker) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model, model.lease() as lease:
             lease.inputs[0][...] = frame(1)
-            for verb, after in (("event", 0), ("wait", 1)):
-                device.strike(verb, FaultKind.PASSING, after=after)
+            for verb in ("event", "wait"):
+                device.strike(verb, FaultKind.PASSING)
                 with pytest.raises(aiotrt.AiotrtError):
                     lease.launch()
                 await asyncio.sleep(0.1)

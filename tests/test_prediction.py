@@ -117,16 +117,11 @@ def test_a_stall_at_the_first_sleep_is_soon_forgotten() -> None:
 
 
 def test_an_estimate_is_trusted_once_the_next_time_agrees_and_until_one_does_not() -> None:
-    estimate = Estimate()
-    estimate.between(0.001, 0.001)
-    assert not estimate.is_trusted
-    estimate.between(0.0011, 0.0011)
-    assert estimate.is_trusted
-    estimate.between(1.0, 1.0)
-    assert not estimate.is_trusted
-    estimate.between(0.001, 0.001)
-    assert estimate.seconds == 0.001
-    estimate.between(0.001, 0.001)
-    assert estimate.is_trusted
+    estimate, trusted = Estimate(), []
+    for seconds in (0.001, 0.0011, 1.0, 0.001, 0.001):
+        estimate.between(seconds, seconds)
+        trusted.append(estimate.is_trusted)
+    assert trusted == [False, True, False, False, True]
+    assert estimate.seconds == 0.001  # the stall was forgotten at once
     estimate.at_most(0.0001)
     assert not estimate.is_trusted

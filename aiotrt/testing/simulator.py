@@ -91,6 +91,7 @@ class SimulatedDevice(BaseDevice):
     def stream(self) -> SimulatedStream:
         """A new stream."""
         self.verb("stream")
+        self.prepare_thread()
         stream = SimulatedStream(self, f"stream {len(self._streams)}")
         self._streams[stream.handle] = stream
         return stream
@@ -163,6 +164,7 @@ class SimulatedDevice(BaseDevice):
         """Call `function` with `stream` current; what it submits happens later."""
         assert isinstance(stream, SimulatedStream), stream
         self.verb("call")
+        self.prepare_thread()
         with self._entered(_Scope(stream, explicit=True)), torch.no_grad():
             return function()
 
@@ -173,7 +175,8 @@ class SimulatedDevice(BaseDevice):
             self.detector.observe(self.detector.mark(stream.actor))
 
     def prepare_thread(self) -> None:
-        """Nothing to do: `workers` are prepared."""
+        """Bind the device's context to the calling thread: see `needs_context`."""
+        self._local.is_prepared = True
 
     def is_on_stream(self) -> bool:
         """Never: plain Python is not work on a stream, what it submits is."""
@@ -268,6 +271,15 @@ class SimulatedDevice(BaseDevice):
         self._collect()
         if self.broken is not None:
             raise self.broken
+
+    def needs_context(self, what: str) -> None:
+        """A call of the driver's, not of torch's, which binds the context by itself: a worker thread must have prepared.
+
+        Raises:
+            DeviceError: it has not.
+        """
+        if self.time.is_worker and not getattr(self._local, "is_prepared", False):
+            raise DeviceError(f"{what} in a thread that was not prepared", code=201, name="cudaErrorDeviceUninitialized")
 
     def block(self, condition: Callable[[], bool], what: str) -> None:
         """Block the thread in virtual time, or until the device breaks.

@@ -109,6 +109,15 @@ class SimulatedStream:
         if event._record is not None:
             self.follow(event._record)
 
+    def query(self) -> bool:
+        """Whether it is idle, and the device is not broken."""
+        device = self.device
+        device.time.checkpoint("query")
+        if device.broken is not None or self._queue:
+            return False
+        device.detector.observe(device.detector.mark(self.actor))
+        return True
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Submit a copy between tensors of the device, or pinned ones, of equal shape and dtype.
 
@@ -117,6 +126,7 @@ class SimulatedStream:
         """
         device = self.device
         device.verb("copy")
+        device.needs_context("copying a tensor")
         if destination.shape != source.shape or destination.dtype is not source.dtype:
             raise ValueError(f"cannot copy {source.dtype} {source.shape} to {destination.dtype} {destination.shape}")
         with device.raw():
@@ -145,6 +155,7 @@ class SimulatedStream:
 
     def close(self) -> None:
         """Let it go; work submitted earlier still completes."""
+        self.device.needs_context("closing a stream")
         self._is_closed = True
 
     # Used by the device...
@@ -256,6 +267,7 @@ class SimulatedGraph:
         """Submit one replay: one operation, after the last one of this graph."""
         assert isinstance(stream, SimulatedStream), stream
         self._device.verb("launch")
+        self._device.needs_context("launching a graph")
         if self._is_closed:
             raise UsageError("this graph is closed")
         if self._last is not None:

@@ -179,6 +179,11 @@ class VirtualTime:
         """How many worker threads there are."""
         return len(self._workers)
 
+    @property
+    def is_worker(self) -> bool:
+        """Whether the calling thread is a worker thread."""
+        return getattr(self._thread, "worker", None) is not None
+
     def enable(self, what: str, run: Callable[[], None], duration: float | None = None) -> None:
         """From now on `run` may be called, nominally after `duration` seconds (None: what the schedule says)."""
         when = self.now + (self.schedule.duration(what) if duration is None else duration)
@@ -230,8 +235,10 @@ class VirtualTime:
     def checkpoint(self, what: str) -> None:
         """A worker thread may lose the processor here; any other thread goes on."""
         worker: _Worker | None = getattr(self._thread, "worker", None)
-        if worker is None or self._is_over:
+        if worker is None:
             return
+        if self._is_over:  # without this, a thread that goes round in a circle would never end
+            raise _Abandoned
         if self.schedule.preempts(what):
             self.enable(f"resume {worker.name}", worker.resume)
             worker.park()
