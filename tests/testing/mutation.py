@@ -1,0 +1,238 @@
+"""Changes to single statements of the runtime, made in place while a program runs, and taken back after it.
+
+A mutation is an edit of a module's syntax tree. The edited module is compiled, and the code object of the one function that
+holds the edit is put into the live function. So everybody who imported that function runs the edited code, nothing is
+reloaded, nothing is written to disk, and a mutation costs some milliseconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Mutation", "Place", "applied", "deletions", "instrumented", "places", "source_of"]
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node of a module's tree.
+
+    Attributes:
+        module: the module.
+        name: of the function that it stands in, inner functions included.
+        outer: name and first line of the outermost function around it, whose code object holds it.
+        line: its line.
+        text: its source, on one line.
+        index: the how manieth node of the tree it is.
+    """
+
+    module: types.ModuleType
+    name: str
+    outer: tuple[str, int]
+    line: int
+    text: str
+    index: int
+
+    @property
+    def file(self) -> str:
+        """The module's file, as one writes it."""
+        return self.module.__name__.replace(".", "/") + ".py"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.name}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit.
+
+    Attributes:
+        place: the node that is edited.
+        what: the edit, in words.
+        edit: from the node to what takes its place.
+    """
+
+    place: Place
+    what: str
+    edit: Callable[[ast.AST], ast.AST] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+@functools.cache
+def source_of(module: types.ModuleType) -> str:
+    """The module's source, as it was when first asked for."""
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
+    """All nodes with their ancestors, always in the same order."""
+
+    def walk(node: ast.AST, above: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
+        yield node, above
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, (*above, node))
+
+    return walk(tree, ())
+
+
+@functools.cache
+def _tree(module: types.ModuleType) -> ast.Module:
+    return ast.parse(source_of(module))
+
+
+def places(module: types.ModuleType) -> Iterator[tuple[Place, ast.AST, tuple[ast.AST, ...]]]:
+    """Every node inside a function, with its ancestors."""
+    for index, (node, above) in enumerate(_nodes(_tree(module))):
+        functions = [a for a in above if isinstance(a, Function)]
+        if not functions or not hasattr(node, "lineno"):
+            continue
+        outer = functions[0]
+        if any(node is part or part in above for part in (*outer.decorator_list, outer.args, outer.returns)):
+            continue  # evaluated when the function is made, not when it runs
+        names = [a.name for a in above if isinstance(a, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        upto = above.index(outer)
+        qualified = ".".join([a.name for a in above[:upto] if isinstance(a, ast.ClassDef)] + [outer.name])
+        first = min([outer.lineno, *[d.lineno for d in outer.decorator_list]])
+        line = int(node.lineno)
+        text = " ".join(ast.unparse(node).split())
+        yield Place(module, ".".join(names), (qualified, first), line, text, index), node, above
+
+
+def deletions(module: types.ModuleType) -> Iterator[Mutation]:
+    """The removal of each statement that acts: that calls something, or changes an attribute or an item."""
+    for place, node, _ in places(module):
+        if _acts(node):
+            yield Mutation(place, "removed", lambda node: ast.copy_location(ast.Pass(), node))
+
+
+def _acts(node: ast.AST) -> bool:
+    match node:
+        case ast.Expr(value=ast.Call() | ast.Await()):
+            return True
+        case ast.AugAssign() | ast.Delete():
+            return True
+        case ast.Assign(targets=targets):
+            return any(_is_state(target) for target in targets)
+        case ast.AnnAssign(target=target, value=ast.AST()):
+            return _is_state(target)
+        case _:
+            return False
+
+
+def _is_state(target: ast.expr) -> bool:
+    if isinstance(target, ast.Tuple):
+        return any(map(_is_state, target.elts))
+    return isinstance(target, (ast.Attribute, ast.Subscript))
+
+
+# Applying...
+
+
+@contextlib.contextmanager
+def applied(mutation: Mutation) -> Iterator[None]:
+    """The runtime has this mutation."""
+    place = mutation.place
+    code = _compiled(place.module, {place.index: mutation.edit})
+    function = _live(place.module)[place.outer]
+    before = function.__code__
+    function.__code__ = _codes(code)[place.outer]
+    try:
+        yield
+    finally:
+        function.__code__ = before
+
+
+@contextlib.contextmanager
+def instrumented(mutations: list[Mutation], note: Callable[[int], None]) -> Iterator[None]:
+    """Call `note(i)` whenever the statement of the i-th mutation is about to run."""
+    before: list[tuple[types.FunctionType, types.CodeType]] = []
+    try:
+        for module in dict.fromkeys(mutation.place.module for mutation in mutations):
+            mine = {m.place.index: i for i, m in enumerate(mutations) if m.place.module is module}
+            module.__dict__["__note__"] = note
+            codes = _codes(_compiled(module, {index: functools.partial(_noted, i) for index, i in mine.items()}))
+            live = _live(module)
+            for outer in dict.fromkeys(m.place.outer for m in mutations if m.place.module is module):
+                function = live[outer]
+                before.append((function, function.__code__))
+                function.__code__ = codes[outer]
+        yield
+    finally:
+        for function, code in before:
+            function.__code__ = code
+            function.__globals__.pop("__note__", None)
+
+
+def _noted(i: int, node: ast.AST) -> ast.AST:
+    call = ast.Expr(ast.Call(ast.Name("__note__", ast.Load()), [ast.Constant(i)], []))
+    assert isinstance(node, ast.stmt)
+    return ast.If(ast.Constant(value=True), [call, node], [])
+
+
+class _Editor(ast.NodeTransformer):
+    def __init__(self, edits: dict[int, Callable[[ast.AST], ast.AST]]) -> None:
+        self._edits = edits  # by identity of the node
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        edit = self._edits.get(id(node))
+        node = self.generic_visit(node)
+        return node if edit is None else edit(node)
+
+
+def _compiled(module: types.ModuleType, edits: dict[int, Callable[[ast.AST], ast.AST]]) -> types.CodeType:
+    tree = copy.deepcopy(_tree(module))
+    by_identity = {id(node): edits[index] for index, (node, _) in enumerate(_nodes(tree)) if index in edits}
+    assert len(by_identity) == len(edits)
+    edited = ast.fix_missing_locations(_Editor(by_identity).visit(tree))
+    assert isinstance(edited, ast.Module)
+    assert module.__file__ is not None
+    return compile(edited, module.__file__, "exec", dont_inherit=True)
+
+
+def _codes(code: types.CodeType) -> dict[tuple[str, int], types.CodeType]:
+    """All code objects, by name and first line."""
+    found = {}
+    todo = [code]
+    while todo:
+        one = todo.pop()
+        found[one.co_qualname, one.co_firstlineno] = one
+        todo += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+    return found
+
+
+@functools.cache
+def _live(module: types.ModuleType) -> dict[tuple[str, int], types.FunctionType]:
+    """The functions of a module and its classes, by name and first line."""
+    found = {}
+    todo: list[object] = list(vars(module).values())
+    seen: set[int] = set()
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, type):
+            if thing.__module__ == module.__name__:
+                todo += vars(thing).values()
+        elif isinstance(thing, property):
+            todo += [thing.fget, thing.fset]
+        elif isinstance(thing, (classmethod, staticmethod)):
+            todo.append(thing.__func__)
+        elif isinstance(thing, types.FunctionType):
+            thing = inspect.unwrap(thing)
+            assert isinstance(thing, types.FunctionType)
+            if thing.__code__.co_filename == module.__file__:
+                found[thing.__code__.co_qualname, thing.__code__.co_firstlineno] = thing
+    return found
