@@ -78,12 +78,14 @@ gpu-tests: gpu-ready
 gpu-benchmarks: gpu-ready
 	@$(PYTHON) -m benchmarks
 
-# Without tests that ask a stream that is held, which blocks under the tool; that break a capture or the device on purpose,
-# which it reports; and on one loop, since it is slow.
-sanitize: gpu-ready ## on a GPU machine: the laws and leases under compute-sanitizer's memcheck
-	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu tests/gpu/test_cuda_laws.py tests/test_lease.py \
-		-k "asyncio and not b1_ and not b3_ and not fault and not captured" $(PYTESTARGS)
+# Without tests that hold a stream while they ask another, which blocks under the tools; that break a capture or the device on
+# purpose, which they report; and on one loop, since it is slow. racecheck and initcheck look at the kernels' own accesses.
+TOOL ?= memcheck
+sanitize: gpu-ready ## on a GPU machine: laws, graphs and results under compute-sanitizer (TOOL=memcheck, racecheck, initcheck)
+	compute-sanitizer --tool $(TOOL) --report-api-errors no --error-exitcode 1 \
+		$(PYTHON) -m pytest -m gpu tests/gpu/test_cuda_laws.py tests/gpu/test_cuda_graphs.py tests/test_results.py \
+		-k "not uvloop and not debug and not eager and not b1_ and not b3_ and not b14_ and not abandoned and not fault \
+		and not captured" $(PYTESTARGS)
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) docs/_build build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

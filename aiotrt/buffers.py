@@ -231,6 +231,16 @@ class _Orders(NamedTuple):
     consumers: dict[int, Stream]
 
 
+class _Launch:
+    """One launch: its produce event, and whether somebody outside may have that, and ask it at any time."""
+
+    __slots__ = ("event", "is_given")
+
+    def __init__(self, event: Event, *, is_given: bool) -> None:
+        self.event = event
+        self.is_given = is_given
+
+
 class Hold:
     """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
 
@@ -244,8 +254,9 @@ class Hold:
         self._request = request
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
-        self._event: Event | None = None  # the last launch's
-        self._unordered: Event | None = None  # likewise, while it is not known to be complete
+        self._last: _Launch | None = None
+        self._unordered: _Launch | None = None  # likewise, while it is not known to be complete
+        self._spares: list[Event] = []  # complete, and nobody else has them
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
         self._state = GraphState()
@@ -276,12 +287,12 @@ class Hold:
 
     def check_launched(self) -> None:
         """Raise unless something was launched."""
-        if self._event is None:
+        if self._last is None:
             raise UsageError("nothing was launched in this lease yet: call launch() or await replay() first")
 
     def check_settled(self, what: str) -> None:
         """Raise unless the last launch is complete, so that the host may touch `what`."""
-        if self._event is not None and not self._is_complete(self._event):
+        if self._last is not None and not self._is_complete(self._last.event):
             raise UsageError(
                 f"{what}: the last launch is not complete, and the host must not touch this before it is: await it"
             )
@@ -324,27 +335,25 @@ class Hold:
         event: Event | None = None
         orders = self._take_orders()
         try:
-            event = executor.device.event()
+            event = self._spares.pop() if self._spares and future is not None else executor.device.event()
             current = executor.device.current_stream()
             self._submit(event, current, orders)
         except Exception as error:
             raise self._failed(event, error, None, orders) from error
-        self._launched(event, future)
-        self._unordered = event
-        self._ordered.clear()
+        self._launched(_Launch(event, is_given=future is None), future)
         if future is None:  # else it is waited for, and its completion orders all that follows
             self.order()
         return event
 
     def order(self) -> None:
         """Make the current stream wait, on the device, for the last launch."""
-        event = self._unordered
-        if event is None:
+        launch = self._unordered
+        if launch is None:
             return
         try:
             current = self.executor.device.current_stream()
             if current.handle not in self._ordered:
-                current.wait(event)
+                current.wait(launch.event)
                 self._ordered.add(current.handle)
         except Exception as error:
             raise self.executor.failed(error, "while the current stream was made to wait for a launch") from error
@@ -369,7 +378,7 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is None:
-                self._launched(event, future)
+                self._launched(_Launch(event, is_given=False), future, ordered=current)
             else:
                 self._failed(event, error, future, orders)
 
@@ -387,7 +396,7 @@ class Hold:
         if executor.broken is None and event is not None:
             try:
                 self.slot.stream.record(event)
-                self._launched(event, future, explained)
+                self._launched(_Launch(event, is_given=False), future, failure=explained)
             except Exception as second:
                 executor.lost_track(second)
         elif future is not None and not future.done():
@@ -402,15 +411,27 @@ class Hold:
 
     def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:
         from_host = [i for i, written_by_host in orders.sources.items() if written_by_host]
-        consumers = {current.handle: current} | orders.consumers
-        submit_lease(self.executor.device, self.slot, self.program, event, consumers.values(), from_host, self.kind)
+        consumers = ({current.handle: current} | orders.consumers).values() if orders.consumers else (current,)
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
-    def _launched(self, event: Event, future: asyncio.Future[None] | None, failure: AiotrtError | None = None) -> None:
-        self._event = event
+    def _launched(
+        self,
+        launch: _Launch,
+        future: asyncio.Future[None] | None,
+        *,
+        ordered: Stream | None = None,
+        failure: AiotrtError | None = None,
+    ) -> None:
+        self._last = self._unordered = launch
+        self._ordered.clear()
+        if ordered is not None:
+            self._ordered.add(ordered.handle)
 
         def done(error: BaseException | None) -> None:
-            if self._unordered is event:
+            if self._unordered is launch:
                 self._unordered = None
+            if not launch.is_given:
+                self._spares.append(launch.event)
             if future is None or future.done():
                 return
             error = failure or error
@@ -419,11 +440,13 @@ class Hold:
             else:
                 future.set_exception(self.executor.explain(error, "while it ran"))
 
-        self.executor.launched(self.slot, event, done)
+        self.executor.launched(self.slot, launch.event, done)
 
     def _check_written(self) -> None:
         specs = self.executor.specs.specs
         assert specs is not None
+        if len(self._ever_written) == len(specs):
+            return
         for i, spec in enumerate(specs):
             if i not in self._ever_written:
                 raise UsageError(f"input {spec.name!r} was never written in this lease: write it before the first launch")
@@ -441,8 +464,11 @@ class Hold:
 
     def handed_out(self, output: torch.Tensor) -> torch.Tensor:
         """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
-        assert self._event is not None
-        return carry(output.detach(), self._event, self._state)
+        launch = self._unordered
+        if launch is None:
+            return carry(output.detach(), self.executor.complete, self._state)
+        launch.is_given = True  # so the event stays this launch's
+        return carry(output.detach(), launch.event, self._state)
 
     # Leaving...
 

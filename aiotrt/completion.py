@@ -271,15 +271,19 @@ class Hub:
             return first_look(now, self._started(head, lane) + head.estimate.seconds, self._lateness)
         if self.progress is Progress.SPIN:
             return now
-        return next_look(now, now, now, 0.0)
+        return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)
 
     def _next_look(self, now: float, lane: Lane) -> float:
         if self.progress is Progress.SPIN:
             return now
         head = lane.pending[0]
         started = self._started(head, lane)
-        if self.progress is Progress.INTERVAL or not head.estimate.is_trusted:
+        if self.progress is Progress.INTERVAL:
             return next_look(now, started, started, 0.0)
+        if not head.estimate.is_trusted:
+            # A bounded spin from its start on: work that is shorter than the shortest sleep would be found late each time,
+            # and nothing would ever be learned about it.
+            return next_look(now, started, started, self._spin)
         predicted = started + head.estimate.seconds
         if head.looks == 1 and now < predicted and not self._spin:
             # The first look came early, and there is no spinning until the time comes: sleep until just then.

@@ -39,7 +39,7 @@ from aiotrt.errors import (
     UsageError,
 )
 from aiotrt.graphs import Program, ProgramCache, Recipe
-from aiotrt.handshake import bound_inputs, ready_events
+from aiotrt.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
 from aiotrt.requests import Requests
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
@@ -143,8 +143,10 @@ class Executor:
         )
         if kind is Kind.DEVICE or request.kind is Kind.DEVICE:
             request.origin = self.device.current_stream()
-            request.ready = ready_events(arguments)
-            request.bound = bound_inputs(arguments)
+            if carries_anything(arguments):
+                request.ready = ready_events(arguments)
+                request.bound = bound_inputs(arguments)
+                request.is_marked = wants_consumed(arguments)
         self._enter(request, bounded)
         return request
 
@@ -168,12 +170,13 @@ class Executor:
             ModelClosedError: it is closed or closing.
             ModelBrokenError: something broke it, see its `__cause__`.
         """
-        if self.is_forked:  # first: after a fork no loop is running here, as asyncio sees it
+        if self._forks != _forks:  # first: after a fork no loop is running here, as asyncio sees it
             raise UsageError(
                 f"{self.recipe.engine.name} was loaded before a fork; neither CUDA nor threads survive one: "
                 "load the model in the child process, or start it with the 'spawn' method"
             )
-        check_loop(self.loop, self.recipe.engine.name)
+        if asyncio._get_running_loop() is not self.loop:
+            check_loop(self.loop, self.recipe.engine.name)
         if self.closing:
             raise ModelClosedError(f"{self.recipe.engine.name} is closed")
         if self.broken is not None:
@@ -193,7 +196,8 @@ class Executor:
 
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
-            grant = self.machine.request(request, prefer=self.cache.holders(request.key), bounded=bounded)
+            prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()
+            grant = self.machine.request(request, prefer=prefer, bounded=bounded)
         except OverflowError:
             self.counters.rejected += 1
             raise QueueFullError(

@@ -2,7 +2,8 @@
 
 A program is fixed input buffers, what runs, and fixed output buffers. What runs is one graph, where everything can be
 captured; else a sequence of steps, each a graph or plain calls, with the reason why. Copies between the caller and the
-buffers are not captured: they are submitted before and after, so that one capture serves host and device callers alike.
+buffers are not captured, so that one capture serves host and device callers alike; a launch is told of them, and a device
+may make them part of the graph.
 
 The cache is pure bookkeeping: it says what to evict, and the executor, who knows when the device is done, evicts.
 Its key is the slot, the shapes, and the addresses of inputs that a caller wants read where they are. The engine is the
@@ -16,12 +17,12 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from aiotrt.devices import CaptureError, Device, Graph, Stream
+from aiotrt.devices import CaptureError, Copies, Device, Graph, Stream
 from aiotrt.devices.base import write_back
 from aiotrt.engines import Engine, Execution
 from aiotrt.errors import AiotrtError, EngineError
@@ -32,6 +33,7 @@ __all__ = ["Program", "ProgramCache", "Recipe"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = list[torch.Tensor]
+Step: TypeAlias = "Graph | _Eager"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Program:
         blocking: whether a launch occupies the calling thread, and so belongs in a worker.
         estimate: what was learned about its duration.
         nbytes: bytes of device memory that it keeps, buffers included.
+        spare: results for the next caller, and the stream in whose order they were allocated.
     """
 
     def __init__(
@@ -89,7 +92,8 @@ class Program:
         inputs: Tensors,
         outputs: Tensors,
         names: OutputNames,
-        steps: Sequence[Callable[[], None]],
+        stream: Stream,
+        steps: Sequence[Step],
         closers: Sequence[Callable[[], None]],
         fallbacks: Sequence[str],
         nbytes: int,
@@ -104,18 +108,22 @@ class Program:
         self.blocking = bool(fallbacks) and device.submits_from_threads
         self.estimate = Estimate()
         self.nbytes = nbytes
+        self.spare: tuple[int, Tensors] | None = None
         self.staged_inputs: list[torch.Tensor | None] = [None] * len(inputs)  # pinned; the buffers themselves if unified
         self.staged_outputs: list[torch.Tensor | None] = [None] * len(outputs)
         self.input_views: list[Array | None] = [None] * len(inputs)  # numpy views of the above
         self.output_views: list[Array | None] = [None] * len(outputs)
         self._device = device
+        self._stream = stream
         self._steps = tuple(steps)
         self._closers = tuple(closers)
 
-    def launch(self) -> None:
-        """Submit it once; its stream's order does the rest."""
-        for step in self._steps:
-            step()
+    def launch(self, before: Copies = (), after: Copies = ()) -> None:
+        """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest."""
+        first, *others = self._steps
+        first.launch(self._stream, before, () if others else after)
+        for step in others:
+            step.launch(self._stream, (), after if step is others[-1] else ())
 
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
         """Whether pinned memory is there for these inputs, and for the outputs."""
@@ -282,8 +290,8 @@ class _Builder:
         steps, outputs, fallbacks = self._steps(whole, engine, inputs)
         buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
         return Program(
-            device, self._slot, self._key, inputs, outputs, OutputNames(self._names), steps, self._closers, fallbacks,
-            nbytes=buffers + self._graph_bytes + execution.nbytes,
+            device, self._slot, self._key, inputs, outputs, OutputNames(self._names), self._stream, steps, self._closers,
+            fallbacks, nbytes=buffers + self._graph_bytes + execution.nbytes,
         )  # fmt: skip
 
     def _allocate(self) -> Tensors:
@@ -365,7 +373,7 @@ class _Builder:
 
     def _steps(
         self, whole: Callable[[Tensors], Tensors], engine: Callable[[Tensors], Tensors], inputs: Tensors
-    ) -> tuple[list[Callable[[], None]], Tensors, list[str]]:
+    ) -> tuple[list[Step], Tensors, list[str]]:
         """As one graph if that can be; what runs, what it writes, and why it is not one graph."""
         recipe = self._recipe
         reason = recipe.engine.uncapturable if recipe.graphs else "graphs=False"
@@ -379,47 +387,52 @@ class _Builder:
                 return self._piecewise(engine, inputs)
         return *self._eager(whole, inputs), [reason]
 
-    def _captured(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Callable[[], None]], Tensors]:
-        stream = self._stream
-        graph: Graph
-        graph, outputs = self._recipe.device.capture(stream, lambda: settled(function(inputs), inputs))
+    def _captured(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors]:
+        graph, outputs = self._recipe.device.capture(self._stream, lambda: settled(function(inputs), inputs), inputs)
         self._closers.insert(0, graph.close)  # before the execution, whose memory and kernels it refers to
         self._graph_bytes += graph.nbytes
-        return [lambda: graph.launch(stream)], outputs
+        return [graph], outputs
 
-    def _eager(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Callable[[], None]], Tensors]:
-        stream = self._stream
-        outputs = self._recipe.device.call(stream, lambda: [t.clone() for t in settled(function(inputs), inputs)])
+    def _eager(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors]:
+        outputs = self._recipe.device.call(self._stream, lambda: [t.clone() for t in settled(function(inputs), inputs)])
         self._graph_bytes += sum(t.nbytes for t in outputs)
+        return [_Eager(lambda: write_back(outputs, settled(function(inputs), inputs)))], outputs
 
-        def run() -> None:
-            write_back(outputs, settled(function(inputs), inputs))
-
-        return [lambda: stream.run(run)], outputs
-
-    def _piecewise(
-        self, engine: Callable[[Tensors], Tensors], inputs: Tensors
-    ) -> tuple[list[Callable[[], None]], Tensors, list[str]]:
+    def _piecewise(self, engine: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors, list[str]]:
         recipe = self._recipe
         pieces: list[tuple[str, Callable[[Tensors], Tensors]]] = [("engine " + recipe.engine.name, engine)]
         if recipe.preprocess is not None:
             pieces.insert(0, ("preprocess", self._pre))
         if recipe.postprocess is not None:
             pieces.append(("postprocess", self._post))
-        steps: list[Callable[[], None]] = []
+        steps: list[Step] = []
         fallbacks = []
         values = inputs
         for name, function in pieces:
             try:
                 more, values = self._captured(function, values)
                 for step in more:  # a capture computes nothing: the next piece would be warmed up on garbage
-                    step()
+                    step.launch(self._stream)
             except CaptureError as error:
                 more, values = self._eager(function, values)
                 fallbacks.append(f"{name} could not be captured: {error}")
             steps += more
         # Nothing failed by itself, yet the whole could not be captured: still not one graph, and the reader is told so.
         return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
+
+
+class _Eager:
+    """Work that is submitted anew for every launch."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+        for destination, source in before:
+            stream.copy(destination, source)
+        stream.run(self._function)
+        for destination, source in after:
+            stream.copy(destination, source)
 
 
 @contextlib.contextmanager

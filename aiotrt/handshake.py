@@ -22,7 +22,7 @@ import torch
 from aiotrt.devices import Event
 from aiotrt.tensors import Argument
 
-__all__ = ["GraphState", "bound_inputs", "carry", "mark_consumed", "ready_events", "wants_consumed"]
+__all__ = ["GraphState", "bound_inputs", "carries_anything", "carry", "mark_consumed", "ready_events", "wants_consumed"]
 
 
 class GraphState:
@@ -50,6 +50,11 @@ class GraphState:
         return events
 
 
+def carries_anything(arguments: Sequence[Argument]) -> bool:
+    """Whether an input has any attributes at all; if not, the other functions here find nothing."""
+    return bool(_owners(arguments))
+
+
 def ready_events(arguments: Sequence[Argument]) -> list[Event]:
     """What device inputs wait for."""
     return [event for owner in _owners(arguments) if (event := getattr(owner, "_trt_ready_event", None)) is not None]
@@ -57,8 +62,6 @@ def ready_events(arguments: Sequence[Argument]) -> list[Event]:
 
 def bound_inputs(arguments: Sequence[Argument]) -> dict[int, torch.Tensor]:
     """Device inputs whose own memory the graph shall read; one that is not in plain order is copied all the same."""
-    if not any(getattr(owner, "_trt_reuse_as_input_buffer", False) for owner in _owners(arguments)):
-        return {}
     return {
         i: argument.tensor
         for i, argument in enumerate(arguments)

@@ -6,6 +6,7 @@ except the functions that say they are a worker thread's; and a slot's memory is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from aiotrt.executor import Executor
 
 __all__ = ["Requests"]
+
+_log: Final = logging.getLogger("aiotrt")
 
 #: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
@@ -122,7 +125,6 @@ class Requests:
             self._stage(slot, request, slot.program)
 
     def _stage(self, slot: Slot, request: Request, program: Program) -> None:
-        host = [argument.host for argument in request.arguments if argument.host is not None]
         if request.is_lease:
             slot.launches = 0
             if not request.future.done():  # cancelled in this very turn: its task lets the slot go when it runs
@@ -130,7 +132,7 @@ class Requests:
         elif program.blocking:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
-        elif sum(view.nbytes for view in host) > COPY_ON_LOOP_BYTES:
+        elif sum([argument.host.nbytes for argument in request.arguments if argument.host is not None]) > COPY_ON_LOOP_BYTES:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: copy_in(request, program), self._staged)
         else:
@@ -156,6 +158,15 @@ class Requests:
             self._executor.move(slot, Move.LAUNCH)
             self._executor.count(program)
             self._watch(slot, program)
+            self._prepare_next(request, program)
+
+    def _prepare_next(self, request: Request, program: Program) -> None:
+        try:
+            request.allocate_spare(self._executor.device, program)
+        except DeviceError as error:
+            self._executor.device.fail(error)
+        except Exception as error:  # out of memory: whoever needs it will say so
+            _log.debug("no memory for the next results: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
         event = slot.event

@@ -159,7 +159,7 @@ class Batch(Request):
             for arguments in marked:
                 mark_consumed(arguments, event)
 
-    def allocate_results(self, device: Device, slot: Slot, program: Program) -> None:
+    def allocate_results(self, device: Device, program: Program) -> None:
         """Each member's, in the order of its own stream."""
         check_extents(program, self.size)
         self._taken = self.calls
@@ -167,8 +167,9 @@ class Batch(Request):
         for i, call in enumerate(self.calls):
             assert call.origin is not None
             self.results += allocate(device, call.origin, [output[i] for output in program.outputs])
-        for origin in self._origins():
-            follow(slot, origin)
+
+    def allocate_spare(self, device: Device, program: Program) -> None:
+        """None: who is in the next batch is not known."""
 
     def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
         """A row for each member and output."""

@@ -3,7 +3,8 @@
 Rule 1: nothing here decides or waits. The executor and the lease say when, and own the slot while this runs, on the loop's
 thread or, for programs without a graph, on a worker's.
 Rule 2: the order is always the same. Wait for the consumers of what the slot held before; wait for the caller's stream;
-copy in; launch; copy out; and last of all record the produce event, so that it covers everything.
+copy in; launch; copy out; and last of all record the produce event, so that it covers everything. Copies are given to the
+launch, which on CUDA has them in the graph.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, Final, TypeVar
 import torch
 
 from aiotrt.completion import Lane
-from aiotrt.devices import Device, Event, Stream
+from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.graphs import Program
-from aiotrt.handshake import mark_consumed, wants_consumed
+from aiotrt.handshake import mark_consumed
 from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 
 __all__ = [
@@ -53,6 +54,7 @@ class Request:
         bound: inputs that the graph shall read where they are.
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
+        is_marked: whether to say on the inputs when they will have been read.
         is_queued: whether it stands in line.
         is_warmup: whether it only prepares slots.
         is_revoked: whether the model was closed under a lease.
@@ -63,8 +65,8 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "bound", "future", "is_lease", "is_queued", "is_revoked", "is_warmup", "kind", "origin", "ready",
-        "results", "shapes", "slot", "specs",
+        "arguments", "bound", "future", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind", "origin",
+        "ready", "results", "shapes", "slot", "specs",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +86,7 @@ class Request:
         self.bound: dict[int, torch.Tensor] = {}
         self.kind = kind
         self.is_lease = is_lease
+        self.is_marked = False
         self.is_queued = False
         self.is_warmup = False
         self.is_revoked = False
@@ -98,7 +101,7 @@ class Request:
         return self.shapes, tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
 
     def order(self, slot: Slot) -> None:
-        """Make the slot's stream wait for what the device inputs depend on."""
+        """Make the slot's stream wait for what the device inputs depend on, and for who had the results' memory before."""
         if self.origin is not None:
             follow(slot, self.origin)
             for event in self.ready:
@@ -117,14 +120,22 @@ class Request:
 
     def mark_consumed(self, stream: Stream) -> None:
         """Say on the inputs when they will have been read, where somebody wants to know."""
-        if self.origin is not None and wants_consumed(self.arguments):
+        if self.is_marked:
             mark_consumed(self.arguments, stream.record())
 
-    def allocate_results(self, device: Device, slot: Slot, program: Program) -> None:
-        """Device memory for results, which the slot's stream may write from now on."""
+    def allocate_results(self, device: Device, program: Program) -> None:
+        """Device memory for results; `order` says when the slot's stream may write it."""
         assert self.origin is not None
-        self.results = allocate(device, self.origin, program.outputs)
-        follow(slot, self.origin)  # which may still use what was in the results' memory before
+        spare, program.spare = program.spare, None
+        if spare is not None and spare[0] == self.origin.handle:
+            self.results = spare[1]
+        else:
+            self.results = allocate(device, self.origin, program.outputs)
+
+    def allocate_spare(self, device: Device, program: Program) -> None:
+        """The same for whoever is next, while the device is at work: mostly that is the same caller again."""
+        if self.results and program.captured and self.origin is not None:
+            program.spare = self.origin.handle, allocate(device, self.origin, program.outputs)
 
     def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
         """What each result is copied from, of the program's outputs or views of them."""
@@ -184,24 +195,30 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
         Exception: the program runs without a graph, and raised. Part of the work may be on the stream.
     """
     stream = slot.stream
-    _open_gates(slot)
-    request.order(slot)
+    if slot.gates:
+        _open_gates(slot)
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, argument in enumerate(request.arguments):
         if argument.tensor is not None:
             if i not in request.bound:
-                for destination, source in argument.copies(program.inputs[i]):
-                    stream.copy(destination, source)
+                before += argument.copies(program.inputs[i])
         elif not device.unified:
-            stream.copy(program.inputs[i], program.staged_input(i))
-    program.launch()
-    request.mark_consumed(stream)
-    if request.kind is Kind.DEVICE:
-        # Only now: the device is busy meanwhile; and without a graph the shapes may depend on the data.
-        request.allocate_results(device, slot, program)
-        for result, output in zip(request.results, request.parts(program, program.outputs), strict=True):
-            stream.copy(result, output)
-    elif not device.unified:
-        _copy_out(stream, program)
+            before.append((program.inputs[i], program.staged_input(i)))
+    if program.captured:
+        if request.kind is Kind.DEVICE:
+            request.allocate_results(device, program)
+        request.order(slot)
+        program.launch(before, _copies_out(device, request, program))
+        request.mark_consumed(stream)
+    else:
+        request.order(slot)
+        program.launch(before)
+        request.mark_consumed(stream)
+        if request.kind is Kind.DEVICE:
+            request.allocate_results(device, program)  # only now: the shapes may depend on the data
+            request.order(slot)
+        for destination, source in _copies_out(device, request, program):
+            stream.copy(destination, source)
     stream.record(slot.event)
 
 
@@ -229,13 +246,16 @@ def submit_lease(
     """
     for stream in consumers:
         follow(slot, stream)
-    _open_gates(slot)
-    if not device.unified:
-        for i in from_host:
-            slot.stream.copy(program.inputs[i], program.staged_input(i))
-    program.launch()
-    if kind is not Kind.DEVICE and not device.unified:
-        _copy_out(slot.stream, program)
+    if slot.gates:
+        _open_gates(slot)
+    before = () if device.unified else [(program.inputs[i], program.staged_input(i)) for i in from_host]
+    to_host = kind is not Kind.DEVICE and not device.unified
+    if program.captured:
+        program.launch(before, _staged_out(program) if to_host else ())
+    else:
+        program.launch(before)
+        for destination, source in _staged_out(program) if to_host else ():
+            slot.stream.copy(destination, source)
     slot.stream.record(event)
 
 
@@ -298,12 +318,20 @@ def _open_gates(slot: Slot) -> None:
         del slot.gates[0]  # only now: a gate whose wait failed must still hold the next launch
 
 
-def _copy_out(stream: Stream, program: Program) -> None:
+def _copies_out(device: Device, request: Request, program: Program) -> Copies:
+    if request.kind is Kind.DEVICE:
+        return list(zip(request.results, request.parts(program, program.outputs), strict=True))
+    return () if device.unified else _staged_out(program)
+
+
+def _staged_out(program: Program) -> Copies:
     if not program.captured:
         program.stage((), outputs=True)  # on a worker thread, then; a launch without a graph may have changed a shape
+    copies = []
     for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
         assert staged is not None
-        stream.copy(staged, output)
+        copies.append((staged, output))
+    return copies
 
 
 def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -85,11 +85,13 @@ class TensorSpec:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape is within the spec."""
-        return (
-            len(shape) == len(self.shape)
-            and all(want is None or want == got for want, got in zip(self.shape, shape, strict=True))
-            and (self.minimum is None or all(low <= got for low, got in zip(self.minimum, shape, strict=True)))
-            and (self.maximum is None or all(got <= high for high, got in zip(self.maximum, shape, strict=True)))
+        if len(shape) != len(self.shape):
+            return False
+        for want, got in zip(self.shape, shape, strict=True):
+            if want is not None and want != got:
+                return False
+        return (self.minimum is None or all(low <= got for low, got in zip(self.minimum, shape, strict=True))) and (
+            self.maximum is None or all(got <= high for high, got in zip(self.maximum, shape, strict=True))
         )
 
 

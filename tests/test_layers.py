@@ -24,7 +24,7 @@ LAYERS = [
     {"building.builder"},
     {"building.cache"},
     {"building"},
-    {"devices.base", "devices.host", "devices.cuda", "devices.instruments", "devices"},
+    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.instruments", "devices"},
     {"engines.base", "engines.module", "engines.onnx", "engines", "completion"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"graphs"},
@@ -40,7 +40,7 @@ LAYERS = [
 UPPER = {"testing", "verification", "cli", "serving", "video", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
-    "cuda": {"devices.cuda", "devices.instruments"},
+    "cuda": {"devices.cuda", "devices.cuda_graphs", "devices.instruments"},
     "tensorrt": {"engines.tensorrt_runtime"},
     "tensorrt_rtx": {"engines.tensorrt_runtime"},
     "tensorrt_lean": {"engines.tensorrt_runtime"},

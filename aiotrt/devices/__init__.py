@@ -8,11 +8,11 @@ from typing import Final
 
 import torch
 
-from aiotrt.devices.base import CaptureError, Device, Event, Graph, Stream
+from aiotrt.devices.base import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.host import HostDevice, HostEvent
 from aiotrt.errors import MissingDependencyError, UsageError
 
-__all__ = ["CaptureError", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
+__all__ = ["CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
 
 _devices: Final[dict[str, Device]] = {}
 _devices_lock: Final = threading.Lock()

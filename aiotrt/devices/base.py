@@ -18,15 +18,18 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
 from aiotrt.errors import DeviceError
 
-__all__ = ["BaseDevice", "CaptureError", "Device", "Event", "Graph", "Stream", "write_back"]
+__all__ = ["BaseDevice", "CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "write_back"]
 
 T = TypeVar("T")
+
+#: What to copy, each to where and from where.
+Copies: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Event(Protocol):
@@ -89,8 +92,12 @@ class Graph(Protocol):
         """Bytes of device memory that it keeps beside its inputs, for outputs and intermediates."""
         ...
 
-    def launch(self, stream: Stream) -> None:
-        """Submit one replay to `stream`."""
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+        """Submit to `stream` the copies `before`, one replay, and the copies `after`, in this order.
+
+        As `Stream.copy` does. On CUDA whole copies into the `inputs` that the capture was told of, and out of what it
+        returned, are part of the graph, and cost next to nothing.
+        """
         ...
 
     def close(self) -> None:
@@ -153,10 +160,17 @@ class Device(Protocol):
         """Uninitialised page-locked host memory. Blocks."""
         ...
 
-    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[Graph, list[torch.Tensor]]:
         """Warm up `body` on `stream`, then capture it there.
 
         Blocks. One capture at a time in the process, thread-local mode, garbage collection held off.
+
+        Args:
+            stream: where; the graph may be launched anywhere.
+            body: submits the work, and returns what it writes.
+            inputs: buffers that copies given to `Graph.launch` will go to.
 
         Returns:
             The graph, and the tensors that every launch of it writes.

@@ -1,7 +1,8 @@
 """The CUDA device: torch for tensors, events and capture; `cuda.bindings` for streams, launches and copies.
 
-Only this file imports CUDA bindings. torch's own way to launch on a stream is to make it current first, which costs more
-(16 us, measured on an H200) than the launch itself (2.8 us), so the hot path goes to the driver with the stream's handle.
+Only this file and `cuda_graphs` import CUDA bindings. torch's own way to launch on a stream is to make it current first,
+which costs more (16 us, measured on an H200) than the launch itself (2.8 us), so the hot path goes to the driver with the
+stream's handle.
 
 Two rules keep captures safe, here and elsewhere in the process. Captures are in thread-local mode, one at a time, on
 streams that nobody else can have (torch's own streams come from a pool that is handed round, so an innocent bystander
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,15 @@ from typing import Any, Final, Self, TypeVar
 import torch
 from cuda.bindings import driver, runtime
 
-from aiotrt.devices.base import BaseDevice, CaptureError, Event, Graph, Stream
+from aiotrt.devices.base import BaseDevice, CaptureError, Copies, Event, Graph, Stream
+from aiotrt.devices.cuda_graphs import CopyingGraph, is_plain
 from aiotrt.errors import AiotrtError, DeviceError
 
 __all__ = ["CudaDevice", "CudaGraph", "CudaStream", "prepare_thread", "query"]
 
 T = TypeVar("T")
+
+_log: Final = logging.getLogger("aiotrt")
 
 ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; says nothing about the event
 #: Codes that say no to one call and leave the context sound; any other one is a fault of the device.
@@ -109,8 +114,7 @@ class CudaStream:
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.nbytes == 0:  # whose address may be null
             return
-        plain = source.is_contiguous() and not source.is_conj() and not source.is_neg()  # lazy flags: not in the bytes
-        if plain and destination.is_contiguous() and destination.dtype is source.dtype:
+        if is_plain(source) and destination.is_contiguous() and destination.dtype is source.dtype:
             _check(
                 "copying a tensor",
                 driver.cuMemcpyAsync(destination.data_ptr(), source.data_ptr(), destination.nbytes, self.driver),
@@ -141,29 +145,39 @@ class CudaGraph:
 
     Args:
         graph: torch's graph, which owns the memory.
+        copying: made of it, where that is possible; else torch replays.
         random: what it draws random numbers with, if it does.
         nbytes: what the capture added to the memory that torch reserves.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, random: _Random | None, nbytes: int) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, copying: CopyingGraph | None, random: _Random | None, nbytes: int
+    ) -> None:
         self.nbytes = nbytes
         self._graph = graph
+        self._copying = copying
         self._random = random
-        raw = getattr(graph, "raw_cuda_graph_exec", None)  # absent from older torch
-        self._exec: Any = None if random is not None or raw is None else driver.CUgraphExec(int(raw()))
 
-    def launch(self, stream: Stream) -> None:
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
         assert isinstance(stream, CudaStream), stream
-        if self._exec is not None:
-            _check("launching a graph", driver.cuGraphLaunch(self._exec, stream.driver))
+        if self._copying is not None:
+            before, after = self._copying.set(before, after)
+        for destination, source in before:
+            stream.copy(destination, source)
+        if self._copying is not None:
+            _check("launching a graph", driver.cuGraphLaunch(self._copying.handle, stream.driver))
         elif self._random is None:
             stream.run(self._graph.replay)
         else:
             with self._random.drawn():
                 stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
+        for destination, source in after:
+            stream.copy(destination, source)
 
     def close(self) -> None:
-        self._exec = None
+        if self._copying is not None:
+            self._copying.close()
+            self._copying = None
         self._graph.reset()
 
 
@@ -220,7 +234,9 @@ class CudaDevice(BaseDevice):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
-    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[Graph, list[torch.Tensor]]:
         assert isinstance(stream, CudaStream), stream
         with _capture_lock, torch.cuda.device(self.index), torch.cuda.stream(stream.torch), torch.no_grad():
             self.prepare_thread()
@@ -232,11 +248,11 @@ class CudaDevice(BaseDevice):
                 stream.torch.synchronize()
             random = _Random(self.index, draws=generator.get_offset() != offset)
             reserved = torch.cuda.memory_reserved(self.index)
-            graph = torch.cuda.CUDAGraph()
+            graph = _graph(random)
             with _no_collection(), random.captured():
                 outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
-            return CudaGraph(graph, random if random.draws else None, nbytes), outputs
+            return CudaGraph(graph, _copying(graph, inputs, outputs), random if random.draws else None, nbytes), outputs
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         return _capture_lock
@@ -357,6 +373,29 @@ class _Random:
         with self._drawing:
             self._generator.graphsafe_set_state(self._sequence)
             self._elsewhere.pop(self._index, None)
+
+
+def _graph(random: _Random) -> torch.cuda.CUDAGraph:
+    """A graph to capture into; one that draws is torch's to replay, any other is kept as it is captured."""
+    if not random.draws:
+        with contextlib.suppress(TypeError):  # an older torch
+            return torch.cuda.CUDAGraph(keep_graph=True)
+    return torch.cuda.CUDAGraph()
+
+
+def _copying(
+    graph: torch.cuda.CUDAGraph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> CopyingGraph | None:
+    try:
+        raw = int(graph.raw_cuda_graph())
+    except (AttributeError, RuntimeError):  # an older torch; or it was not kept
+        return None
+    try:
+        return CopyingGraph(raw, inputs, outputs, _check)
+    except RuntimeError as error:  # a node that no child graph may have
+        _log.debug("a graph is replayed by torch: %s", error)
+        graph.instantiate()
+        return None
 
 
 def _record(

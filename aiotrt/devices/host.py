@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import BaseDevice, Event, Graph, Stream, write_back
+from aiotrt.devices.base import BaseDevice, Copies, Event, Graph, Stream, write_back
 from aiotrt.errors import UsageError
 
 __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
@@ -185,19 +185,23 @@ class HostGraph:
         self._last: threading.Event | None = None  # set when the last launch has ended
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
-    def launch(self, stream: Stream) -> None:
-        before, self._last = self._last, threading.Event()
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+        for destination, source in before:
+            stream.copy(destination, source)
+        earlier, self._last = self._last, threading.Event()
         ended = self._last
 
         def replay() -> None:
-            if before is not None:
-                before.wait()  # a graph never overlaps itself, on whatever streams it is launched
+            if earlier is not None:
+                earlier.wait()  # a graph never overlaps itself, on whatever streams it is launched
             try:
                 write_back(self._outputs, self._body())
             finally:
                 ended.set()
 
         stream.run(replay)
+        for destination, source in after:
+            stream.copy(destination, source)
 
     def close(self) -> None:
         pass
@@ -248,7 +252,9 @@ class HostDevice(BaseDevice):
 
     pinned = empty
 
-    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[Graph, list[torch.Tensor]]:
         outputs = [t.clone(memory_format=torch.contiguous_format) for t in self.call(stream, body)]
         return HostGraph(body, outputs), outputs
 

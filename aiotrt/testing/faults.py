@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import CaptureError, Device, Event, Graph, Stream
+from aiotrt.devices.base import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.testing.simulator import SimulatedDevice
 
@@ -143,10 +143,12 @@ class FaultInjector:
         self.use_verb("pinned")
         return self.device.pinned(shape, dtype)
 
-    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[Graph, list[torch.Tensor]]:
         """As the device; fails before the warm-up."""
         self.use_verb("capture")
-        graph, outputs = self.device.capture(_unwrap(stream), body)
+        graph, outputs = self.device.capture(_unwrap(stream), body, inputs)
         return _Graph(self, graph), outputs
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
@@ -254,9 +256,13 @@ class _Graph:
         self._injector = injector
         self._graph = graph
 
-    def launch(self, stream: Stream) -> None:
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+        for destination, source in before:
+            stream.copy(destination, source)
         self._injector.use_verb("launch")
         self._graph.launch(_unwrap(stream))
+        for destination, source in after:
+            stream.copy(destination, source)
 
     def close(self) -> None:
         self._graph.close()

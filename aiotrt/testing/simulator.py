@@ -135,7 +135,9 @@ class SimulatedDevice(BaseDevice):
             self.detector.allocated(span.block)
         return tensor
 
-    def capture(self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]]) -> tuple[Graph, list[torch.Tensor]]:
+    def capture(
+        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+    ) -> tuple[Graph, list[torch.Tensor]]:
         """Run `body` once to warm up, then once to see what it submits. Blocks.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from aiotrt.devices.base import Event, Stream
+from aiotrt.devices.base import Copies, Event, Stream
 from aiotrt.errors import UsageError
 from aiotrt.testing.hazards import Clock, Stack, where
 from aiotrt.testing.intercept import Work
@@ -263,9 +263,11 @@ class SimulatedGraph:
         self._last: Record | None = None
         self._is_closed = False
 
-    def launch(self, stream: Stream) -> None:
-        """Submit one replay: one operation, after the last one of this graph."""
+    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+        """Submit the copies, and one replay: one operation, after the last one of this graph."""
         assert isinstance(stream, SimulatedStream), stream
+        for destination, source in before:
+            stream.copy(destination, source)
         self._device.verb("launch")
         self._device.needs_context("launching a graph")
         if self._is_closed:
@@ -282,6 +284,8 @@ class SimulatedGraph:
 
         stream.put(Work("a graph", run, tuple(reads), tuple(writes)))
         self._last = stream.mark()
+        for destination, source in after:
+            stream.copy(destination, source)
 
     def close(self) -> None:
         """Free it; its last launch must have completed, and the host must have seen that."""
