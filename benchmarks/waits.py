@@ -240,9 +240,11 @@ def unavailable(way: str, device: str) -> str | None:
         return _notify()[1]
     if way == NUMBA:
         try:
-            importlib.import_module("numba.cuda")
+            handle = importlib.import_module("numba.cuda").external_stream(0).handle
         except Exception as error:  # it is somebody else's, and may fail as it likes
             return f"numba.cuda cannot be imported: {error}"
+        if not hasattr(handle, "value"):
+            return "async_done of this numba.cuda needs a handle's value, which these CUDA bindings' handles have not"
     return None
 
 

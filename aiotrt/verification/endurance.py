@@ -12,6 +12,7 @@ from typing import Final
 from aiotrt.devices.instruments import Memory, memory
 from aiotrt.slots import State
 from aiotrt.verification.bench import Bench, Sample, together, within
+from aiotrt.verification.laws import HOLD, held
 from aiotrt.verification.report import CheckFailed, Finding
 
 __all__ = ["cancellation", "endurance"]
@@ -32,7 +33,8 @@ async def cancellation(bench: Bench) -> Finding:
     started = time.perf_counter()
     await within(bench.model(*samples[0].inputs), "a call")
     usual = time.perf_counter() - started
-    cancelled = completed = kept = 0
+    cancelled = await _cancel_on_device(bench, samples)
+    completed = kept = 0
 
     async def use(sample: Sample, leased: bool) -> None:
         if not leased:
@@ -78,6 +80,21 @@ async def cancellation(bench: Bench) -> Finding:
     return Finding(
         f"{cancelled} cancelled, {completed} done before that, {kept} left alone and right; all slots free", figures
     )
+
+
+async def _cancel_on_device(bench: Bench, samples: list[Sample]) -> int:
+    """Cancel a call on each slot while the device has it, which is seldom met by chance; returns how many."""
+    streams = [slot.stream for slot in bench.executor.slots]
+    inputs = [samples[i % len(samples)].inputs for i in range(bench.options.slots)]
+    async with held(bench, streams, True), bench.started(inputs) as calls:
+        for _ in range(int(HOLD / 1e-3)):
+            if bench.executor.machine.count(State.IN_FLIGHT) == len(calls):
+                break
+            await asyncio.sleep(1e-3)
+        for call in calls:
+            call.cancel()
+        await within(asyncio.gather(*calls, return_exceptions=True), "a cancelled call")
+    return len(calls)
 
 
 async def _all_free(bench: Bench, figures: dict[str, int]) -> None:

@@ -20,7 +20,7 @@ from aiotrt.submission import Request
 from aiotrt.verification.bench import Bench, Sample, as_tensors, digest, within
 from aiotrt.verification.report import CheckFailed, Finding, NotApplicable
 
-__all__ = ["callers", "completion", "gate", "inputs"]
+__all__ = ["HOLD", "callers", "completion", "gate", "held", "inputs"]
 
 #: Seconds for which the device is held. Whoever does not wait for it is done long before.
 HOLD: Final = 0.2
@@ -36,7 +36,7 @@ async def completion(bench: Bench) -> Finding:
     streams = [slot.stream for slot in bench.executor.slots]
     for hold in (False, True):
         async with (
-            _held(bench, streams, hold) as latch,
+            held(bench, streams, hold) as latch,
             bench.started([sample.inputs for sample in samples]) as calls,
         ):
             if hold:
@@ -57,7 +57,7 @@ async def completion(bench: Bench) -> Finding:
         async with bench.model.lease(sample.case.named) as slot:
             for buffer, value in zip(slot.inputs, sample.inputs, strict=True):
                 buffer[...] = value
-            async with _held(bench, streams, hold) as latch:
+            async with held(bench, streams, hold) as latch:
                 event = slot.launch()
                 if hold:
                     await asyncio.sleep(HOLD)
@@ -91,7 +91,7 @@ async def _gate(bench: Bench, side: Stream, first: Sample, second: Sample, hold:
         # All slots but one are taken, so that the next call needs the one that is consumed.
         for _ in range(bench.options.slots - 1):
             await stack.enter_async_context(model.lease(first.case.named))
-        async with _held(bench, [], hold) as latch:
+        async with held(bench, [], hold) as latch:
             async with model.lease(first.case.named) as slot:
                 for buffer, value in zip(slot.inputs, first.inputs, strict=True):
                     buffer[...] = value
@@ -146,7 +146,7 @@ async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hol
             side.copy(value, source)
         return bench.executor.submit(values, {})
 
-    async with _held(bench, [side], hold) as latch:
+    async with held(bench, [side], hold) as latch:
         request = bench.device.call(side, start)
         try:
             if hold:
@@ -178,7 +178,7 @@ async def callers(bench: Bench) -> Finding:
             placed = {id(sample): await bench.on_device(sample.inputs) for sample in samples}
         for hold in (False, True):
             async with (
-                _held(bench, streams, hold) as latch,
+                held(bench, streams, hold) as latch,
                 bench.started([placed[id(sample)] for sample in order]) as calls,
             ):
                 await asyncio.sleep(0)  # all are submitted now
@@ -194,7 +194,7 @@ async def callers(bench: Bench) -> Finding:
 
 
 @contextlib.asynccontextmanager
-async def _held(bench: Bench, streams: Sequence[Stream], hold: bool) -> AsyncIterator[Latch]:
+async def held(bench: Bench, streams: Sequence[Stream], hold: bool) -> AsyncIterator[Latch]:
     """A latch that holds `streams`; without `hold` it is open from the start, for the rehearsal."""
     stuck = threading.Event()
     async with Latch(bench.device) as latch:
