@@ -39,6 +39,8 @@ examples:
 _HEAD: Final = (1 << 20) + 4096
 #: Operators shown in the table; --json has all.
 _OPERATORS: Final = 8
+#: Layers shown in the table; --json has all.
+_LAYERS: Final = 8
 
 
 def register(
@@ -159,6 +161,7 @@ def describe_loaded(path: Path) -> dict[str, Any]:
             ],
             "slot_memory": engine.workspace,
             "layers": engine.layers,
+            "layer_names": engine.layer_names(),
         }
     finally:
         engine.close()
@@ -231,7 +234,11 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("loaded with", loaded["runtime"]))
         rows += _border_rows(loaded)
         rows.append(("memory", f"{_size(loaded['slot_memory'])} of activations for each slot, beside the weights"))
-        rows.append(("layers", f"{loaded['layers']:,}"))
+        names = loaded["layer_names"]
+        rows.append(("layers", f"{loaded['layers']:,}" + ", the names not recorded" * (not names)))
+        rows += [("layer", _short(name)) for name in names[:_LAYERS]]
+        if len(names) > _LAYERS:
+            rows.append(("", f"and {len(names) - _LAYERS:,} more: see --json"))
     if record is None:
         if loaded is None:
             rows.append(("record", "none: only TensorRT on a GPU can tell inputs and outputs; there, add --load"))

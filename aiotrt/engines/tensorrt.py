@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -208,6 +209,20 @@ class TensorRTEngine:
                     f"{self._path}: tensor {name!r} is laid out as {form!r}, not row-major; "
                     "build the engine with linear formats for its inputs and outputs"
                 )
+
+    def layer_names(self) -> list[str]:
+        """The names of its layers, as far as it was built to record them and the product tells.
+
+        Raises:
+            EngineError: TensorRT does not tell.
+        """
+        engine, form = self._engine, self._product.api.LayerInformationFormat.JSON
+        assert engine is not None, "closed"
+        if not hasattr(self._product.api, "EngineInspector"):
+            return []
+        what = f"{self._path}: reading the layers"
+        said = self._product.ask(what, lambda: json.loads(engine.create_engine_inspector().get_engine_information(form)))
+        return [layer if isinstance(layer, str) else str(layer["Name"]) for layer in said.get("Layers", ())]
 
     # Running...
 

@@ -19,6 +19,7 @@ import torch
 
 __all__ = [
     "DTYPES",
+    "INSPECTOR_SURFACE",
     "PROTOCOLS",
     "RTX_SURFACE",
     "SURFACE",
@@ -112,6 +113,13 @@ class CudaEngine(Protocol):
     # TensorRT-RTX takes either; the others take the strategy in every version.
     def create_execution_context(self, how: Enumerator | RuntimeConfig, /) -> ExecutionContext | None: ...
     def create_runtime_config(self) -> RuntimeConfig: ...
+    def create_engine_inspector(self) -> EngineInspector: ...
+
+
+class EngineInspector(Protocol):
+    """What tells of an engine's layers."""
+
+    def get_engine_information(self, format: Enumerator, /) -> str: ...  # noqa: A002
 
 
 class Runtime(Protocol):
@@ -152,6 +160,12 @@ class AllocationStrategies(Protocol):
     USER_MANAGED: Enumerator
 
 
+class InformationFormats(Protocol):
+    """`LayerInformationFormat`."""
+
+    JSON: Enumerator
+
+
 class SpecializationStrategies(Protocol):
     """`DynamicShapesKernelSpecializationStrategy`; TensorRT-RTX only."""
 
@@ -168,6 +182,7 @@ class Api(Protocol):
     TensorIOMode: TensorModes
     TensorLocation: TensorLocations
     ExecutionContextAllocationStrategy: AllocationStrategies
+    LayerInformationFormat: InformationFormats
 
     def Runtime(self, logger: Any, /) -> Runtime: ...  # noqa: N802
 
@@ -193,6 +208,8 @@ PROTOCOLS: Final[dict[str, type]] = {
     "TensorIOMode": TensorModes,
     "TensorLocation": TensorLocations,
     "ExecutionContextAllocationStrategy": AllocationStrategies,
+    "EngineInspector": EngineInspector,
+    "LayerInformationFormat": InformationFormats,
     "IRuntimeConfig": RuntimeConfig,
     "IRuntimeCache": RuntimeCache,
     "DynamicShapesKernelSpecializationStrategy": SpecializationStrategies,
@@ -210,10 +227,12 @@ SURFACE: Final[dict[str, tuple[str, ...]]] = {
     **{
         holder: tuple(name for name in _names(protocol) if name not in RTX_SURFACE.get(holder, ()))
         for holder, protocol in PROTOCOLS.items()
-        if holder not in ("IRuntimeConfig", "IRuntimeCache", "DynamicShapesKernelSpecializationStrategy")
+        if holder not in ("IRuntimeConfig", "IRuntimeCache", "DynamicShapesKernelSpecializationStrategy", "EngineInspector")
     },
     "DataType": tuple(DTYPES),
 }
+#: And of every product but the lean runtime, which does not tell of layers.
+INSPECTOR_SURFACE: Final[dict[str, tuple[str, ...]]] = {"EngineInspector": _names(EngineInspector)}
 
 
 def missing_names(api: object, surface: dict[str, tuple[str, ...]]) -> list[str]:

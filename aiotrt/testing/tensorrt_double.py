@@ -16,6 +16,7 @@ its own: a checksum.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import weakref
 from collections import Counter
@@ -32,6 +33,7 @@ from aiotrt.testing.tensorrt_network import (
     ExecutionContextAllocationStrategy,
     ILogger,
     IOutputAllocator,
+    LayerInformationFormat,
     MisuseError,
     Network,
     TensorIOMode,
@@ -61,6 +63,7 @@ class TensorRTDouble:
     DataType = DataType
     TensorIOMode = TensorIOMode
     TensorLocation = TensorLocation
+    LayerInformationFormat = LayerInformationFormat
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     ILogger = ILogger
     IOutputAllocator = IOutputAllocator
@@ -81,6 +84,7 @@ class TensorRTDouble:
         self.enqueued: list[int] = []
         self.Runtime = type("Runtime", (Runtime,), {"_double": self})
         self.ICudaEngine = CudaEngine
+        self.EngineInspector = EngineInspector
         self.IExecutionContext = ExecutionContext
         if product == "tensorrt_rtx":
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
@@ -214,6 +218,19 @@ class RuntimeConfig:
         self.strategy = ExecutionContextAllocationStrategy(strategy)
 
 
+class EngineInspector:
+    """`EngineInspector`."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def get_engine_information(self, format: LayerInformationFormat, /) -> str:  # noqa: A002
+        """The one layer there is, named after what it gives."""
+        if format is not LayerInformationFormat.JSON:
+            raise MisuseError("the adapter asks for JSON")
+        return json.dumps({"Layers": [f"compute {self._network.outputs[0].name}"]})
+
+
 class CudaEngine(Part):
     """`ICudaEngine`."""
 
@@ -319,6 +336,10 @@ class CudaEngine(Part):
     def create_runtime_config(self) -> RuntimeConfig | None:
         """How to make a context."""
         return None if self.point("create_runtime_config") else RuntimeConfig(self.double)
+
+    def create_engine_inspector(self) -> EngineInspector:
+        """What tells of its layers."""
+        return EngineInspector(self.network)
 
     def _border(self, name: str) -> Border:
         border = self.network.border(name)

@@ -17,6 +17,7 @@ __all__ = [
     "Extents",
     "ILogger",
     "IOutputAllocator",
+    "LayerInformationFormat",
     "MisuseError",
     "Network",
     "Severity",
@@ -71,6 +72,13 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
     USER_MANAGED = 2
+
+
+class LayerInformationFormat(enum.Enum):
+    """How layers are told of."""
+
+    ONELINE = 0
+    JSON = 1
 
 
 class DynamicShapesKernelSpecializationStrategy(enum.Enum):

@@ -251,7 +251,7 @@ def test_inspect_what_only_tensorrt_tells(
     assert main(["inspect", str(path), "--load", "--json"]) == 0
     loaded = json.loads(capsys.readouterr().out)["loaded"]
     assert loaded["profiles"][0] == {"x": [[1, 3], [2, 3], [4, 3]]}
-    assert (loaded["slot_memory"], loaded["layers"]) == (192, 1)
+    assert (loaded["slot_memory"], loaded["layers"], loaded["layer_names"]) == (192, 1, ["compute y"])
 
 
 def test_inspect_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

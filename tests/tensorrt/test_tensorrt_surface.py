@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.engines.tensorrt_api import DTYPES, PROTOCOLS, RTX_SURFACE, SURFACE, missing_names
+from aiotrt.engines.tensorrt_api import DTYPES, INSPECTOR_SURFACE, PROTOCOLS, RTX_SURFACE, SURFACE, missing_names
 from aiotrt.testing.tensorrt_double import TensorRTDouble
 
 ADAPTER = [
@@ -30,7 +30,7 @@ ACCEPTED = {
     "bytes": r"[Bb]uffer",
     "Sequence[int]": r"Sequence\[.*Int",
     "RuntimeCache": r"IRuntimeCache",
-    "Enumerator": r"Strategy|Severity",
+    "Enumerator": r"Strategy|Severity|Format",
     "Enumerator | RuntimeConfig": r"Strategy|IRuntimeConfig",
     "Any": r".",
 }
@@ -42,7 +42,8 @@ def product(name: str) -> ModuleType:
 
 
 def names() -> list[tuple[str, str]]:
-    return [(holder, name) for surface in (SURFACE, RTX_SURFACE) for holder, names in surface.items() for name in names]
+    surfaces = (SURFACE, RTX_SURFACE, INSPECTOR_SURFACE)
+    return [(holder, name) for surface in surfaces for holder, names in surface.items() for name in names]
 
 
 def methods() -> list[tuple[str, str]]:
@@ -53,6 +54,7 @@ def methods() -> list[tuple[str, str]]:
 def test_every_name_exists(name: str) -> None:
     module = product(name)
     assert missing_names(module, SURFACE) == []
+    assert (missing_names(module, INSPECTOR_SURFACE) == []) == (name != "tensorrt_lean")
     if name == "tensorrt_rtx":
         assert missing_names(module, RTX_SURFACE) == []
 
@@ -62,6 +64,8 @@ def test_every_name_exists(name: str) -> None:
 def test_every_call_takes_what_it_is_given(name: str, holder: str, method: str) -> None:
     module = product(name)
     if method in RTX_SURFACE.get(holder, ()) and name != "tensorrt_rtx":
+        return
+    if holder in INSPECTOR_SURFACE and name == "tensorrt_lean":
         return
     documentation = getattr(module, holder).__dict__[method].__doc__
     signatures = re.findall(rf"{method}\((.*)\) ->", documentation)
