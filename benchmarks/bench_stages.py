@@ -32,6 +32,7 @@ import torch
 
 import aiotrt
 from aiotrt.completion import Lane
+from aiotrt.devices import Copies
 from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from benchmarks.measure import Spread
@@ -156,9 +157,9 @@ def wrapped(probe: Probe, executor: Executor) -> Iterator[None]:
     launch, hub = Program.launch, executor.hub
     watch = hub.watch
 
-    def stamped_launch(program: Program) -> None:
+    def stamped_launch(program: Program, before: Copies = (), after: Copies = ()) -> None:
         probe.now.launched = time.perf_counter()
-        launch(program)
+        launch(program, before, after)
 
     def stamped_watch(lane: Lane, query: Callable[[], bool], on_done: Callable[..., None], **options: Any) -> None:
         def stamped_query() -> bool:
