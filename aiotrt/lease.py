@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from aiotrt.buffers import Buffer, Buffers, Hold
 from aiotrt.devices import Event
-from aiotrt.errors import AiotrtError, UsageError
+from aiotrt.errors import AiotrtError, ModelClosedError, UsageError
 from aiotrt.executor import Executor
 from aiotrt.tensors import Kind, Shapes, Specs
 
@@ -50,7 +50,8 @@ class Lease:
             self._executor.abandon(request)
             raise
         slot = request.slot
-        assert slot is not None
+        if slot is None:  # it was granted, and in the same turn of the loop the model was closed without waiting for leases
+            raise ModelClosedError(f"{self._executor.recipe.engine.name} was closed before this lease could be entered")
         program = slot.program
         assert program is not None
         hold = self._hold = Hold(self._executor, slot, request, program)

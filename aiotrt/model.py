@@ -211,6 +211,7 @@ class Model:
         self._opening: asyncio.Task[None] | None = None
         self._awaiting = 0
         self._is_closed = False
+        self._freeing: asyncio.Future[None] | None = None
         self._close_lock = anyio.Lock()
         self._warmup_lock = anyio.Lock()
 
@@ -421,26 +422,28 @@ class Model:
             self._opening.cancel()
             await asyncio.wait([self._opening])
         executor = self._executor
-        if executor is None or self._is_closed:
+        if executor is None:
             self._is_closed = True
             return
         check_loop(executor.loop, executor.recipe.engine.name)
-        executor.refuse()
-        if self._gatherer is not None:
-            self._gatherer.flush()
-        if not drain:
-            executor.drop()
+        if self._freeing is None:
+            executor.refuse()
+            if self._gatherer is not None:
+                self._gatherer.flush()
+            if not drain:
+                executor.drop()
         async with self._close_lock:
             if self._executor is None:
                 return  # another closer was first
-            await executor.idle()
-            await executor.consumed()
-            self._is_closed = True
-            executor.detach()
-            if self._gatherer is not None:
-                self._gatherer.close()
-            with anyio.CancelScope(shield=True):  # bounded: nothing is on the device any more
-                await _in_thread(executor.free)
+            if self._freeing is None:
+                await executor.idle()
+                await executor.consumed()
+                self._is_closed = True
+                executor.detach()
+                if self._gatherer is not None:
+                    self._gatherer.close()
+                self._freeing = _start_thread(executor.free)
+            await asyncio.shield(self._freeing)  # a closer that is cancelled must not take it from the others
             self._executor = self._gatherer = None
 
     def __repr__(self) -> str:
@@ -661,12 +664,17 @@ def _kind(outputs: object) -> Kind | None:
 
 
 async def _in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking function in a thread of its own, not one of somebody else's; cancelled, it runs on alone."""
+    """Run a blocking function in a thread of its own; cancelled, it runs on alone, if it has begun."""
+    return await _start_thread(function)
+
+
+def _start_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """The same, whoever waits for it: a thread of its own, not one of somebody else's pool."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="aiotrt-load")
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, function)
+        return asyncio.get_running_loop().run_in_executor(pool, function)
     finally:
-        pool.shutdown(wait=False)
+        pool.shutdown(wait=False)  # what it was given still runs
 
 
 def _is_shape(value: object) -> bool:
