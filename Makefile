@@ -23,8 +23,8 @@ help: ## show this list
 venv: $(READY) ## make the environment, or bring it up to date
 
 # torch first and by exact version: where a CPU build of that version is at hand, pip takes it, and what follows is
-# satisfied by it. rapidocr-onnxruntime without its dependencies, and whatever Python it asks for: the demo reads the
-# ONNX models inside it as files, and OpenCV and the rest of what it would pull in are of no use here.
+# satisfied by it. rapidocr-onnxruntime and scikit-video without their dependencies, and whatever Python they ask for: the
+# ONNX models and the video inside them are read as files, and OpenCV and the rest of what they would pull in is of no use here.
 $(READY):
 	@echo "installing into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aiotrt needs Python 3.11 or newer: make PYTHON=...")'
@@ -32,7 +32,7 @@ $(READY):
 	@rm -f $(VENV)/ready-*
 	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP_INSTALL) --editable '.[dev]'
-	@$(PIP_INSTALL) --no-deps --ignore-requires-python rapidocr-onnxruntime
+	@$(PIP_INSTALL) --no-deps --ignore-requires-python rapidocr-onnxruntime scikit-video
 	@touch $@
 
 demo: $(READY) ## see it run; no GPU needed

@@ -26,7 +26,7 @@ from typing import Final, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from aiotrt.errors import InputError
 
-__all__ = ["Batching", "Deadlines", "Entry", "Overload", "Plan", "Queue", "choose_sizes", "padded"]
+__all__ = ["Batching", "Deadlines", "Entry", "Overload", "Pace", "Plan", "Queue", "choose_sizes", "padded"]
 
 Overload = Literal["wait", "reject", "drop_oldest", "latest"]
 
@@ -51,6 +51,10 @@ class Batching:
             than one full batch waits.
         priorities: how many classes there are. A call's ``priority=`` is 0, the most urgent, to ``priorities - 1``.
         patience: how many batches may pass over the oldest item of a class in favour of more urgent ones.
+        shed: whether a call with a deadline is refused at once when, at the pace that was measured, its result would come
+            too late. A call that finds a free slot never is.
+        stack: False to stack nothing: a call is what it is without batching, each runs by itself, `lease` is refused, and
+            what there is of all this are deadlines, priorities, `overload` and `shed`. `max_size` is 1 then.
 
     Raises:
         InputError: a value is out of range.
@@ -62,6 +66,8 @@ class Batching:
     overload: Overload = "reject"
     priorities: int = 2
     patience: int = 8
+    shed: bool = True
+    stack: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_size", "priorities", "patience"):
@@ -77,6 +83,13 @@ class Batching:
             if not sizes or not all(map(_is_count, sizes)):
                 raise InputError(f"batching: sizes must be integers of at least 1, got {self.sizes!r}")
             object.__setattr__(self, "sizes", tuple(sorted(set(sizes))))  # a value, whatever becomes of the caller's list
+        for name in ("shed", "stack"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"batching: {name} must be True or False, got {getattr(self, name)!r}")
+        if not self.stack:
+            if self.sizes is not None:
+                raise InputError(f"batching: with stack=False there are no batches, and so no sizes={self.sizes!r}")
+            object.__setattr__(self, "max_size", 1)
 
 
 def choose_sizes(batching: Batching, least: int = 1, most: int | None = None) -> tuple[int, ...]:
@@ -185,6 +198,10 @@ class Queue(Generic[E]):
     def __iter__(self) -> Iterator[E]:
         yield from self._queue
         yield from self._door
+
+    def ahead(self, priority: int) -> int:
+        """How many wait that go before one of this class who comes now."""
+        return self._queue.ahead(priority) + self._door.ahead(priority)
 
     @property
     def groups(self) -> int:
@@ -366,6 +383,73 @@ class Deadlines(Generic[E]):
 _SWEEP: Final = 16
 
 
+class Pace:
+    """How long batches take, from their slot to their results; and so, when one who comes now would have a result.
+
+    Under overload everybody whom it lets in has just time enough, so an error is a result that comes too late, for which
+    the device has worked; hence the average and twice the deviation. One time that is out of the way is not believed: it was
+    a stall, or a capture. Two in a row are, and then nothing is said until a third agrees; nor while a slot is free: who
+    finds one is how it is found out that times have changed.
+
+    Args:
+        slots: how many batches may be under way at once.
+        limit: how many items a batch may have.
+    """
+
+    def __init__(self, slots: int, limit: int) -> None:
+        self._slots = slots
+        self._limit = limit
+        self._mean = 0.0
+        self._deviation = 0.0
+        self._is_known = False  # whether two times have agreed, which the average is of
+        self._strange = 0  # times in a row that were out of the way
+        self._running: dict[int, float] = {}  # since when; the oldest first
+        self._begun = 0
+
+    def begin(self, now: float) -> int:
+        """A batch has its slot. Returns what `end` wants to know."""
+        self._begun += 1
+        self._running[self._begun] = now
+        return self._begun
+
+    def end(self, number: int, now: float | None) -> None:
+        """Its results are there; or for None, there will be none, and nothing was learned."""
+        began = self._running.pop(number)
+        if now is None:
+            return
+        seconds = now - began
+        if self._mean / _AGREE <= seconds <= self._mean * _AGREE:
+            self._is_known, self._strange = True, 0
+            self._deviation += _WEIGHT * (abs(seconds - self._mean) - self._deviation)
+            self._mean += _WEIGHT * (seconds - self._mean)
+        elif self._mean and not self._strange:
+            self._strange = 1
+        else:
+            self._is_known, self._strange = False, 0
+            self._mean, self._deviation = seconds, seconds / 8
+
+    def seconds(self, ahead: int, free: int, now: float) -> float:
+        """In how many seconds one who comes now would have a result; 0.0 where nothing is known.
+
+        Args:
+            ahead: how many go before.
+            free: how many slots are.
+            now: the time.
+        """
+        batches = ahead // self._limit - free  # that go before, besides those that go at once
+        if batches < 0 or not self._is_known:
+            return 0.0
+        began = next(iter(self._running.values()), now)
+        # Slots become free one after the other, spread over the time that each is busy.
+        turns = 1 + batches / self._slots
+        return max(began + self._mean - now, 0.0) + turns * self._mean + turns * 2 * self._deviation
+
+
+#: Of a new time in the average; and how many times longer or shorter than that it may be without being out of the way.
+_WEIGHT: Final = 0.1
+_AGREE: Final = 4.0
+
+
 class _Lines(Generic[E]):
     """One first-come-first-served line per class, and whose turn it is. Anybody may leave in constant time."""
 
@@ -396,6 +480,10 @@ class _Lines(Generic[E]):
             line.clear()
         self._passed = [0] * self.classes
         self._count = 0
+
+    def ahead(self, priority: int) -> int:
+        """How many there are of this class, and of more urgent ones."""
+        return sum(map(len, self._lines[: priority + 1]))
 
     def last(self) -> E | None:
         """The oldest of the least urgent class: who can be missed best."""

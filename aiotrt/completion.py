@@ -58,14 +58,22 @@ class _Pending:
 
 
 class Lane:
-    """The pending events of one stream, in order."""
+    """The pending events of one stream, in order.
 
-    __slots__ = ("entry", "last_done", "pending")
+    Attributes:
+        pending: them.
+        last_done: when the last one was seen to be complete.
+        ran: for how many seconds it had run by then.
+        late: how many of them may have passed since it was complete: since the look before, or what is above the estimate.
+        entry: its live entry in the heap; any other one there is stale.
+    """
+
+    __slots__ = ("entry", "last_done", "late", "pending", "ran")
 
     def __init__(self) -> None:
         self.pending: deque[_Pending] = deque()
-        self.last_done = 0.0
-        self.entry: tuple[float, int, Lane] | None = None  # its live entry in the heap; any other one there is stale
+        self.last_done = self.ran = self.late = 0.0
+        self.entry: tuple[float, int, Lane] | None = None
 
 
 class Hub:
@@ -239,10 +247,13 @@ class Hub:
             now = self._clock()
             if error is None:
                 started = self._started(head, lane)
+                lane.ran = now - started
                 if head.looks:
-                    head.estimate.between(head.looked - started, now - started)
+                    lane.late = now - max(head.looked, started)
+                    head.estimate.between(head.looked - started, lane.ran)
                 else:
-                    head.estimate.at_most(now - started)
+                    lane.late = max(lane.ran - head.estimate.seconds, 0.0) if head.estimate.seconds else 0.0
+                    head.estimate.at_most(lane.ran)
             lane.last_done = now
             self._report(head, error)
         # Empty. Whoever watches next enlists the lane again.

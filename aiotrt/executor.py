@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from aiotrt.handshake import bound_inputs, carries_anything, ready_events, wants
 from aiotrt.requests import Requests
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
-from aiotrt.submission import Request, Slot, has_passed, keep_for_ever, retire
+from aiotrt.submission import Request, Slot, Times, has_passed, keep_for_ever, retire
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]
@@ -63,6 +64,8 @@ class Counters:
     replays: int = 0  # launches of programs that are one graph
     fallback_runs: int = 0  # launches of programs that are not
     captures: int = 0  # programs built
+    hits: int = 0  # requests whose program was there
+    misses: int = 0  # requests whose program had to be built first
     evictions: int = 0
 
 
@@ -109,6 +112,9 @@ class Executor:
         self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
+        #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, its
+        #: future says, and when, its `times`.
+        self.observer: Callable[[Any], None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
@@ -205,6 +211,9 @@ class Executor:
                 f"{self.machine.waiting} of max_queue={self.machine.max_waiting} places in line are taken; call again later"
             ) from None
         self.counters.submitted += not request.is_warmup
+        if self.observer is not None and not request.is_warmup:
+            request.times = Times(time.perf_counter())
+            self.observer(request)
         if grant is None:
             request.is_queued = True
         else:
@@ -225,6 +234,8 @@ class Executor:
                 slot.request = request
                 request.slot = slot
                 request.is_queued = False
+                if request.times is not None:
+                    request.times.granted = time.perf_counter()
                 request.granted()
                 self.requests.begin(slot, request)
         finally:

@@ -12,19 +12,33 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiotrt.batching import Batching, Deadlines, Queue, choose_sizes
+from aiotrt.batching import Batching, Deadlines, Pace, Queue, choose_sizes
 from aiotrt.errors import DeadlineError, EngineError, InputError, QueueFullError
 from aiotrt.executor import Executor
 from aiotrt.handshake import ready_events
 from aiotrt.slots import State
-from aiotrt.stacking import Batch, Call
+from aiotrt.stacking import Batch, Call, Single
+from aiotrt.submission import Times
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
-__all__ = ["Gatherer", "ItemCounters"]
+__all__ = ["Gatherer", "ItemCounters", "OverloadedError"]
+
+
+class OverloadedError(DeadlineError):
+    """A call was refused at once, since its result would come after its deadline. Nothing was submitted; try later.
+
+    Attributes:
+        seconds: how much too late it would come.
+    """
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass
@@ -65,16 +79,21 @@ class Gatherer:
         declared = executor.specs.specs
         self._executor = executor
         self._batching = batching
-        self.specs = specs(None if declared is None else _of_items(executor.recipe.engine.name, declared))
-        self.sizes = choose_sizes(batching, *_extents(declared or ()))
+        if batching.stack:
+            self.specs = specs(None if declared is None else _of_items(executor.recipe.engine.name, declared))
+            self.sizes = choose_sizes(batching, *_extents(declared or ()))
+        else:
+            self.specs, self.sizes = executor.specs, (1,)
         self.counters = ItemCounters()
         self._queue: Queue[Call] = Queue(batching, self.sizes, max_queue)
         self._deadlines: Deadlines[Call] = Deadlines()
+        self._pace = Pace(len(executor.slots), self._queue.limit)
         self._loop = executor.loop
         self._open: Batch | None = None  # stands in the executor's line
         self._soon: asyncio.Handle | None = None
         self._held: asyncio.TimerHandle | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_due = math.inf  # uvloop's handles do not say, of what is due at once
         executor.on_failure.append(self._fail)
 
     @property
@@ -103,6 +122,7 @@ class Gatherer:
         Raises:
             InputError: the item does not fit. Nothing was submitted; so too for all below.
             DeadlineError: `deadline` has passed already.
+            OverloadedError: at the pace that was measured, it will have passed before the result is there.
             QueueFullError: `bounded`, and the queue is full.
             ModelClosedError, ModelBrokenError, UsageError: as for `Executor.submit`.
         """
@@ -134,8 +154,13 @@ class Gatherer:
             self.counters.submitted += 1
             self.counters.expired += 1
             raise self._too_late(call)
+        if deadline is not None and self._batching.shed:
+            self._check_pace(deadline, priority, now)
         self._add(call, bounded)
         self.counters.submitted += 1
+        if executor.observer is not None:
+            call.times = Times(time.perf_counter())
+            executor.observer(call)
         if call.deadline is not None:
             self._deadlines.add(call)
             self._set_alarm()
@@ -156,11 +181,13 @@ class Gatherer:
     def learn(self) -> None:
         """What the engine has accepted in batches is what items must be from now on."""
         accepted = self._executor.specs.specs
-        if self.specs.specs is None and accepted is not None:
+        if self.specs.specs is None and accepted is not None and self._batching.stack:
             self.specs.settle(_of_items(self._executor.recipe.engine.name, accepted))
 
-    def stacked(self, specs: Specs, shapes: Shapes) -> list[tuple[Specs, Shapes, int]]:
-        """For items of these specs and shapes: those of each size of batch, and the size."""
+    def stacked(self, specs: Specs, shapes: Shapes) -> list[tuple[Specs, Shapes, int | None]]:
+        """For items of these specs and shapes: those of each size of batch, and the size; None where nothing is stacked."""
+        if not self._batching.stack:
+            return [(specs, shapes, None)]
         return [(self._of_batches(specs), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
 
     def _check(self, deadline: object, priority: object) -> int:
@@ -174,6 +201,16 @@ class Gatherer:
         if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority < classes:
             raise InputError(f"priority must be an integer from 0, the most urgent, to {classes - 1}, got {priority!r}")
         return priority
+
+    def _check_pace(self, deadline: float, priority: int, now: float) -> None:
+        seconds = self._pace.seconds(self._queue.ahead(priority), self._free(), now)
+        if seconds > deadline:
+            self.counters.rejected += 1
+            raise OverloadedError(
+                f"{self._executor.recipe.engine.name}: {len(self._queue)} items wait, and a result is expected in "
+                f"{seconds:.3g} s, which is after deadline={deadline:.3g} s; call again later",
+                seconds - deadline,
+            )
 
     def _add(self, call: Call, bounded: bool) -> None:
         try:
@@ -208,7 +245,8 @@ class Gatherer:
     def _pump(self) -> None:
         """Whoever waits goes, or stands in line by an empty batch."""
         while self._open is None and len(self._queue):
-            batch = Batch(self._loop, self._granted, self._settle)
+            kind = Batch if self._batching.stack else Single
+            batch = kind(self._loop, self._granted, self._settle)
             if not self._free():
                 self._open = batch
             elif not self._assemble(batch):
@@ -235,9 +273,21 @@ class Gatherer:
                 self._held = self._loop.call_at(plan.until, self._release)
             return False
         batch.fill(plan.items, plan.size, self._of_batches(plan.items[0].specs))
-        self.counters.batches[len(plan.items)] += 1
-        self.counters.padding += plan.size - len(plan.items)
+        number = self._pace.begin(self._loop.time())
+        batch.future.add_done_callback(lambda future: self._ended(number, future))
+        if self._batching.stack:
+            self.counters.batches[len(plan.items)] += 1
+            self.counters.padding += plan.size - len(plan.items)
+        if self._executor.observer is not None:
+            now = time.perf_counter()
+            for call in plan.items:
+                if call.times is not None:
+                    call.times.granted = now
         return True
+
+    def _ended(self, number: int, future: asyncio.Future[bool]) -> None:
+        # A batch that failed, or that nobody waits for any more, may have been much quicker than others.
+        self._pace.end(number, None if future.cancelled() or not future.result() else self._loop.time())
 
     def _release(self) -> None:
         self._held = None
@@ -286,12 +336,12 @@ class Gatherer:
         """One timer for all deadlines."""
         due = self._deadlines.next()
         if self._alarm is not None:
-            if due == self._alarm.when():
+            if due == self._alarm_due:
                 return
             self._alarm.cancel()
             self._alarm = None
         if due is not None and due < math.inf:
-            self._alarm = self._loop.call_at(due, self._ring)
+            self._alarm, self._alarm_due = self._loop.call_at(due, self._ring), due
 
     def _ring(self) -> None:
         self._alarm = None
@@ -332,6 +382,8 @@ class Gatherer:
     # Helpers...
 
     def _of_batches(self, specs: Specs) -> Specs:
+        if not self._batching.stack:
+            return specs
         accepted = self._executor.specs.specs
         if accepted is not None and specs is self.specs.specs:
             return accepted

@@ -158,6 +158,8 @@ class Statistics:
         replays: launches of captured graphs.
         fallback_runs: launches that were not one graph.
         captures: graphs (or what stands in for one) built.
+        hits: requests (with batching, batches) whose graph was there.
+        misses: requests for which one had to be built first. Warm-up counts for neither.
         graphs: how many are kept now.
         graph_bytes: bytes of device memory that they keep.
         evictions: how many were given up for others.
@@ -187,6 +189,8 @@ class Statistics:
     replays: int
     fallback_runs: int
     captures: int
+    hits: int
+    misses: int
     graphs: int
     graph_bytes: int
     evictions: int

@@ -7,6 +7,7 @@ except the functions that say they are a worker thread's; and a slot's memory is
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,6 +54,9 @@ class Requests:
                 self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
                 return
         program = self._executor.cache.get(slot.index, request.key)
+        if not request.is_warmup:
+            self._executor.counters.hits += program is not None
+            self._executor.counters.misses += program is None
         if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
             self._prepared(slot, request, program)
         else:
@@ -225,6 +229,9 @@ class Requests:
         state = self._executor.machine.states[slot.index]
         if state is State.BROKEN:
             return
+        times = request.times
+        if times is not None:
+            times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
         if isinstance(error, DeviceError):
             if not isinstance(error, DeviceHangError):
                 self._executor.device.fail(error)

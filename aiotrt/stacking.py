@@ -18,11 +18,11 @@ from aiotrt.batching import Entry
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.errors import EngineError
 from aiotrt.graphs import Program
-from aiotrt.handshake import mark_consumed, wants_consumed
-from aiotrt.submission import Request, Slot, allocate, follow
+from aiotrt.handshake import bound_inputs, mark_consumed, wants_consumed
+from aiotrt.submission import Request, Slot, Times, allocate, follow
 from aiotrt.tensors import Argument, Kind, Specs
 
-__all__ = ["Batch", "Call", "Stacked", "check_extents"]
+__all__ = ["Batch", "Call", "Single", "Stacked", "check_extents"]
 
 T = TypeVar("T")
 
@@ -38,9 +38,11 @@ class Call(Entry):
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
         batch: the batch that it went with, until that or it has ended.
+        times: what happened when; None where nobody observes.
+        span: what an observer keeps with it.
     """
 
-    __slots__ = ("arguments", "batch", "future", "kind", "origin", "ready", "specs")
+    __slots__ = ("arguments", "batch", "future", "kind", "origin", "ready", "span", "specs", "times")
 
     def __init__(
         self,
@@ -62,6 +64,8 @@ class Call(Entry):
         self.origin: Stream | None = None
         self.ready: list[Event] = []
         self.batch: Batch | None = None
+        self.times: Times | None = None
+        self.span: Any = None
 
 
 class Stacked(Argument):
@@ -133,10 +137,23 @@ class Batch(Request):
         self.size = size
         self.specs = specs
         self.kind = calls[0].kind
-        self.arguments = [Stacked(items, size) for items in zip(*[call.arguments for call in calls], strict=True)]
+        self.arguments = self.joined(calls)
         self.shapes = tuple([argument.shape for argument in self.arguments])
         for call in calls:
             call.batch = self
+
+    def joined(self, calls: Sequence[Call]) -> Sequence[Argument]:
+        """The members' inputs as the batch's."""
+        return [Stacked(items, self.size) for items in zip(*[call.arguments for call in calls], strict=True)]
+
+    def split(self, program: Program, outputs: Sequence[T]) -> Sequence[Sequence[T]]:
+        """Each member's part of these outputs.
+
+        Raises:
+            EngineError: they have no row for each.
+        """
+        check_extents(program, self.size)
+        return [[_row(output, i) for output in outputs] for i in range(len(self.calls))]
 
     def granted(self) -> None:
         """Now is when it is decided who goes."""
@@ -161,23 +178,22 @@ class Batch(Request):
 
     def allocate_results(self, device: Device, program: Program) -> None:
         """Each member's, in the order of its own stream."""
-        check_extents(program, self.size)
         self._taken = self.calls
         self.results = []
-        for i, call in enumerate(self.calls):
+        for call, outputs in zip(self.calls, self.split(program, program.outputs), strict=True):
             assert call.origin is not None
-            self.results += allocate(device, call.origin, [output[i] for output in program.outputs])
+            self.results += allocate(device, call.origin, outputs)
 
     def allocate_spare(self, device: Device, program: Program) -> None:
         """None: who is in the next batch is not known."""
 
     def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
-        """A row for each member and output."""
-        check_extents(program, self.size)
+        """A part for each member and output."""
+        split = self.split(program, outputs)
         if self.kind is not Kind.DEVICE:
-            self._taken = [call for call in self.calls if not call.future.done()]  # the others' rows need no copying
-        rows = {id(call): i for i, call in enumerate(self.calls)}
-        return [_row(output, rows[id(call)]) for call in self._taken for output in outputs]
+            self._taken = [call for call in self.calls if not call.future.done()]  # the others' need no copying
+        taken = set(map(id, self._taken))
+        return [part for call, parts in zip(self.calls, split, strict=True) if id(call) in taken for part in parts]
 
     def pack(self, program: Program, results: Sequence[object]) -> Any:
         """Each member with its own."""
@@ -188,6 +204,23 @@ class Batch(Request):
 
     def _origins(self) -> Iterable[Stream]:
         return {call.origin.handle: call.origin for call in self.calls if call.origin is not None}.values()
+
+
+class Single(Batch):
+    """A batch of one call, which has its batch axis already, or none: nothing is stacked, and nothing split."""
+
+    __slots__ = ()
+
+    def joined(self, calls: Sequence[Call]) -> Sequence[Argument]:
+        """The call's inputs."""
+        (call,) = calls
+        if call.origin is not None:
+            self.bound = bound_inputs(call.arguments)
+        return call.arguments
+
+    def split(self, program: Program, outputs: Sequence[T]) -> Sequence[Sequence[T]]:
+        """All is the call's."""
+        return [outputs]
 
 
 class _Outcome(asyncio.Future[Any]):
@@ -205,7 +238,7 @@ class _Outcome(asyncio.Future[Any]):
 
     def set_result(self, result: Sequence[tuple[Call, object]]) -> None:
         """Tell the members, with what `Batch.pack` returned."""
-        super().set_result(None)
+        super().set_result(True)
         calls, self.calls = self.calls, []
         for call, value in result:
             self._settle(call, value, None)
@@ -214,7 +247,7 @@ class _Outcome(asyncio.Future[Any]):
 
     def set_exception(self, error: type | BaseException) -> None:
         """Tell the members."""
-        super().set_result(None)  # the members are told, so this one must not complain that nobody looked
+        super().set_result(False)  # the members are told, so this one must not complain that nobody looked
         assert isinstance(error, BaseException)
         calls, self.calls = self.calls, []
         for call in calls:

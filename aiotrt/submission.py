@@ -26,6 +26,7 @@ from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 __all__ = [
     "Request",
     "Slot",
+    "Times",
     "allocate",
     "await_gates",
     "copy_in",
@@ -41,6 +42,24 @@ T = TypeVar("T")
 
 _log: Final = logging.getLogger("aiotrt")
 _kept: Final[list[object]] = []
+
+
+class Times:
+    """What happened when to a request, or to an item of a batch, that somebody observes.
+
+    Attributes:
+        entered: when it came in; this and the next two are moments of `time.perf_counter`.
+        granted: when it left the queue: it had its slot, or its place in a batch. 0.0 until then.
+        seen: when it was seen to be complete on the device. 0.0 until then, and always of an item.
+        ran: for how many seconds it had run by then, as the hub saw it.
+        late: how many of them may have passed since it was complete.
+    """
+
+    __slots__ = ("entered", "granted", "late", "ran", "seen")
+
+    def __init__(self, entered: float) -> None:
+        self.entered = entered
+        self.granted = self.seen = self.ran = self.late = 0.0
 
 
 class Request:
@@ -62,11 +81,13 @@ class Request:
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
         results: device results of the caller's own.
+        times: what happened when; None where nobody observes.
+        span: what an observer keeps with it.
     """
 
     __slots__ = (
         "arguments", "bound", "future", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind", "origin",
-        "ready", "results", "shapes", "slot", "specs",
+        "ready", "results", "shapes", "slot", "span", "specs", "times",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +115,8 @@ class Request:
         self.origin: Stream | None = None
         self.ready: list[Event] = []
         self.results: list[torch.Tensor] = []
+        self.times: Times | None = None
+        self.span: Any = None
 
     @property
     def key(self) -> Key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import weakref
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.gathering import OverloadedError
 from aiotrt.slots import State
+from aiotrt.stacking import Batch, Call
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
 
 pytestmark = pytest.mark.asyncio
@@ -251,6 +254,18 @@ async def test_leases_are_refused_and_arguments_checked(device: str) -> None:
         assert (await plain(frame(1), **named) == 3).all(), "without batching, a name like any other"
 
 
+async def test_deadlines_that_are_due_at_once(device: str) -> None:
+    async with load(device, warmup=frame(0)) as model:
+        with held(model):
+            first = calls(model, [0])
+            await until(lambda: count(model, State.IN_FLIGHT) == 1)
+            late = [asyncio.ensure_future(model(frame(i), deadline=i * 1e-5)) for i in (3, 1, 2)]
+            results = await asyncio.gather(*late, return_exceptions=True)
+            assert all(isinstance(result, aiotrt.DeadlineError) for result in results)
+            assert (model.statistics().expired, model.statistics().waiting) == (3, 0)
+        assert right(await first[0], 0)
+
+
 async def test_priorities(device: str) -> None:
     async with load(device, max_size=2, warmup=frame(0)) as model:
         order: list[float] = []
@@ -386,3 +401,128 @@ async def test_the_batch_takes_the_last_moment(device: str) -> None:
             early[0].cancel()
         assert all(map(right, await asyncio.gather(*first, *late), [0, 2, 3]))
         assert model.statistics().batches == {1: 1, 2: 1}
+
+
+# --- without stacking ---------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_stacked_and_a_call_is_what_it_is_without_batching(device: str) -> None:
+    warmup = [(frame(0), frame(0))]
+    async with load(device, TwoOutputs(), stack=False, slots=2, warmup=warmup) as model:
+        assert model.statistics().captures == 2, "one for each slot: there are no sizes"
+        assert model.inputs is not None
+        assert [len(spec.shape) for spec in model.inputs] == [2, 2]
+        results = await asyncio.gather(*[model(frame(value), y=frame(2)) for value in range(20)])
+        for value, (total, product) in enumerate(results):
+            assert np.array_equal(total, frame(value + 2))
+            assert np.array_equal(product, frame(value * 2))
+            assert total.base is None
+        tensors = await model(torch.ones(4, 1), torch.ones(4, 1), deadline=60, priority=0)
+        assert torch.equal(tensors.total, torch.full((4, 1), 2.0))
+        statistics = model.statistics()
+        assert (statistics.completed, statistics.replays, statistics.batches, statistics.padding) == (21, 21, {}, 0)
+        with pytest.raises(aiotrt.UsageError):
+            model.lease()
+    async with load(device, lambda x: x.sum(), stack=False) as model:
+        assert (await model(frame(1))) == 6, "an output needs no batch axis"
+        with pytest.raises(aiotrt.InputError):
+            await model(frame(1)[0])
+        assert np.array_equal(await asyncio.gather(*[model(frame(value)) for value in range(5)]), [0, 6, 12, 18, 24])
+
+
+@pytest.mark.parametrize("overload", ["reject", "drop_oldest", "latest", "wait"])
+async def test_policies_deadlines_and_priorities_without_stacking(device: str, overload: str) -> None:
+    async with load(device, stack=False, max_queue=3, overload=overload, warmup=[frame(0)]) as model:
+        with held(model):
+            first = calls(model, [0])
+            await until(lambda: count(model, State.IN_FLIGHT) == 1)
+            late = calls(model, [99], deadline=0.01)
+            with pytest.raises(aiotrt.DeadlineError):
+                await late[0]
+            assert model.statistics().waiting == 0, "what is late never reaches the device"
+            rest = calls(model, range(1, 7)) + calls(model, [7], priority=0)
+            await turns()
+            assert model.statistics().waiting == {"reject": 3, "drop_oldest": 3, "latest": 1, "wait": 7}[overload]
+        results = await asyncio.gather(*first, *rest, return_exceptions=True)
+        served = [value for value, result in enumerate(results) if not isinstance(result, BaseException)]
+        assert all(right(results[value], value) for value in served)
+        assert served == {
+            "reject": [0, 1, 2, 3], "drop_oldest": [0, 5, 6, 7], "latest": [0, 7], "wait": [0, 1, 2, 3, 4, 5, 6, 7]
+        }[overload]  # fmt: skip
+        assert all(isinstance(result, aiotrt.QueueFullError) for result in results if isinstance(result, BaseException))
+
+
+async def test_an_engine_that_fails_without_stacking_fails_that_call(device: str) -> None:
+    def picky(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 3:
+            raise ValueError("three")
+        return x + 1
+
+    async with load(device, picky, stack=False) as model:
+        with pytest.raises(aiotrt.EngineError, match="three"):
+            await model(frame(1, (3, 1)))
+        assert (await model(frame(1))).tolist() == frame(2).tolist()
+
+
+# --- shedding -----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_would_be_too_late_is_refused_at_once(device: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        models = [load(device, max_size=2, warmup=frame(0), shed=shed) for shed in (True, False)]
+        model, other = [await stack.enter_async_context(one) for one in models]
+        for one in (model, other):
+            assert one._gatherer is not None
+            pace = one._gatherer._pace
+            for _ in range(200):
+                pace.end(pace.begin(0.0), 10.0)  # as if batches had taken ten seconds
+            with held(one):
+                first = calls(one, [0], deadline=15)  # a free slot takes anybody: how else would it be found out
+                await until(lambda one=one: count(one, State.IN_FLIGHT) == 1)  # type: ignore[misc]
+                rest = calls(one, [1], deadline=100) + calls(one, [2])
+                hasty = calls(one, [3], deadline=15)
+                await turns()
+                assert hasty[0].done() is (one is model)
+                patient = calls(one, [4], deadline=35)
+            results = await asyncio.gather(*first, *rest, *patient)
+            assert all(map(right, results, (0, 1, 2, 4)))
+            if one is other:
+                assert right(await hasty[0], 3)
+            else:
+                with pytest.raises(OverloadedError, match=r"a result is expected in \d+.* after deadline=15 s") as caught:
+                    await hasty[0]
+                assert isinstance(caught.value, aiotrt.DeadlineError)
+                assert 10 < caught.value.seconds <= 15 + 1, "the batch on the device, the next one, its own"
+                assert (model.statistics().rejected, model.statistics().expired) == (1, 0)
+            assert not pace._running
+
+
+# --- observing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_observer_is_told_of_items_and_batches(device: str) -> None:
+    async with load(device, max_size=4, warmup=frame(0)) as model:
+        told: list[Any] = []
+        executor_of(model).observer = told.append
+        await asyncio.gather(*[model(frame(value)) for value in range(6)])
+        items, batches = told[:6], told[6:]
+        assert [len(batch.calls) for batch in batches] == [4, 2]
+        assert [call for batch in batches for call in batch.calls] == items
+        assert all(call.future.done() and call.times.entered <= call.times.granted for call in items)
+        assert all(batch.future.result() is True and batch.times.granted < batch.times.seen for batch in batches)
+        assert all(0 <= batch.times.late <= batch.times.ran < 60 for batch in batches)
+        with held(model):
+            gone = calls(model, [1, 2])
+            await until(lambda: count(model, State.IN_FLIGHT) == 1)
+            late = calls(model, [3], deadline=0.01)
+            with pytest.raises(aiotrt.DeadlineError):
+                await late[0]
+            for one in gone:
+                one.cancel()
+            await turns()
+        gone_items = [one for one in told[8:] if isinstance(one, Call)]
+        gone_batches = [one for one in told[8:] if isinstance(one, Batch)]
+        assert [one.future.cancelled() for one in gone_items] == [True, True, False]
+        assert gone_batches[0].future.cancelled(), "nobody waits for the batch"
+        assert gone_items[2].times is not None
+        assert gone_items[2].times.granted == 0.0, "it never left the queue"

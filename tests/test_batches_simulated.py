@@ -44,12 +44,13 @@ def balanced(model: aiotrt.Model) -> bool:
     return s.waiting == 0 and ended <= s.submitted <= ended + evicted
 
 
+@pytest.mark.parametrize("stack", [True, False])
 @pytest.mark.parametrize("group", GROUPS)
-def test_concurrent_items_get_their_own_results(group: int) -> None:
+def test_concurrent_items_get_their_own_results(group: int, stack: bool) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         slots = choose.randint(1, 3)
         warmup = frame(0) if choose.random() < 0.5 else ()
-        async with load(device, slots=slots, max_size=choose.randint(1, 5), warmup=warmup) as model:
+        async with load(device, slots=slots, max_size=choose.randint(1, 5), warmup=warmup, stack=stack) as model:
             kept: list[tuple[float, torch.Tensor]] = []
 
             async def call(value: float) -> None:
@@ -82,7 +83,7 @@ def test_concurrent_items_get_their_own_results(group: int) -> None:
 
             await asyncio.gather(*[call(value) for value in range(25)])
             assert model.statistics().completed == 25
-            assert sum(size * n for size, n in model.statistics().batches.items()) == 25
+            assert sum(size * n for size, n in model.statistics().batches.items()) == (25 if stack else 0)
             await settle(model, slots)
             await asyncio.get_running_loop().run_in_executor(None, device.synchronize)
             assert all(right(device.read(copy), value) for value, copy in kept)
@@ -217,6 +218,20 @@ def test_deadlines_in_line_and_on_the_device() -> None:
             assert 0.02 <= took["device"] < 0.021
             assert model.statistics().batches == {1: 1, 2: 1}, "the expired one never went"
             assert balanced(model)
+
+    simulated(program)
+
+
+def test_the_pace_is_learned_in_virtual_time() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            assert model._gatherer is not None
+            loop, pace = asyncio.get_running_loop(), model._gatherer._pace
+            began = loop.time()
+            for value in range(40):
+                assert right(await model(frame(value)), value)
+            assert 0 < pace._mean < (loop.time() - began) / 10
+            assert not pace._running
 
     simulated(program)
 

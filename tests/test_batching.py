@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+import random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import aiotrt
-from aiotrt.batching import Batching, Deadlines, Entry, Queue, choose_sizes, padded
+from aiotrt.batching import Batching, Deadlines, Entry, Pace, Queue, choose_sizes, padded
 
 
 def entry(group: object = "a", priority: int = 0, arrival: float = 0.0, deadline: float | None = None) -> Entry:
@@ -38,6 +40,9 @@ def queue(max_waiting: int | None = None, **options: Any) -> Queue[Entry]:
         ({"overload": "hope"}, "overload must be one of wait, reject, drop_oldest, latest, got 'hope'"),
         ({"priorities": 0}, "priorities"),
         ({"patience": 0}, "patience"),
+        ({"shed": 1}, "shed must be True or False, got 1"),
+        ({"stack": None}, "stack must be True or False, got None"),
+        ({"stack": False, "sizes": [1]}, "with stack=False there are no batches"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
@@ -376,3 +381,143 @@ def test_deadlines(steps: list[tuple[bool, int]]) -> None:
         assert len(deadlines) == len(live)
         assert deadlines.next() == min((one.deadline for one in live if one.deadline is not None), default=None)
         assert len(deadlines._heap) <= 2 * len(live) + 17, "memory for those who are done"
+
+
+# --- shedding -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_queue_says_who_goes_before() -> None:
+    line = queue(max_waiting=2, max_size=2, overload="wait", priorities=3)
+    for priority in (1, 0, 2, 1, 1):
+        line.add(entry(priority=priority))
+    assert len(line) == 5, "two in the queue, and three at the door"
+    assert [line.ahead(priority) for priority in range(3)] == [1, 4, 5]
+
+
+def paced(slots: int, limit: int, *seconds: float) -> Pace:
+    """Batches have taken this long, one after the other; it is now 0.0, and all slots have just been taken."""
+    pace = Pace(slots, limit)
+    for long in seconds:
+        pace.end(pace.begin(-long), 0.0)
+    for _ in range(slots):
+        pace.begin(0.0)
+    return pace
+
+
+def test_a_result_is_expected_after_those_before_it() -> None:
+    pace = paced(1, 4, *[0.1] * 200)
+    assert pace.seconds(0, 0, 0.0) == pytest.approx(0.2), "the batch on the device, and its own"
+    assert pace.seconds(3, 0, 0.04) == pytest.approx(0.16), "likewise, some time later"
+    assert pace.seconds(4, 0, 0.0) == pytest.approx(0.3), "and one more before it"
+    assert pace.seconds(0, 0, 5.0) == pytest.approx(0.1), "what is late may be there any moment"
+
+
+def test_several_slots_become_free_in_turn() -> None:
+    pace = paced(4, 1, *[0.1] * 200)
+    assert [pace.seconds(ahead, 0, 0.0) for ahead in (0, 1, 4)] == pytest.approx([0.2, 0.225, 0.3])
+
+
+def test_times_that_vary_are_allowed_for() -> None:
+    steady, varied = (paced(1, 1, *[0.1 - by, 0.1 + by] * 100) for by in (0.0, 0.02))
+    assert varied.seconds(0, 0, 0.0) == pytest.approx(steady.seconds(0, 0, 0.0) + 2 * 0.02, abs=0.01)
+
+
+def test_who_finds_a_free_slot_is_always_admitted() -> None:
+    pace = Pace(2, 4)
+    for _ in range(2):
+        pace.end(pace.begin(0.0), 9.0)
+    assert [pace.seconds(ahead, 2, 0.0) for ahead in (0, 3, 4, 7)] == [0.0] * 4
+    assert pace.seconds(8, 2, 0.0) > 18.0
+
+
+@pytest.mark.parametrize("times", [(), (0.1,), (3.0, 0.1), (3.0, 0.1, 0.1), (0.1, 0.1, 5.0, 5.0), (5.0, 5.0, 0.1, 0.1)])
+def test_nothing_is_expected_before_two_times_agree(times: tuple[float, ...]) -> None:
+    """In the beginning, after a capture, and after a change."""
+    assert paced(1, 1, *times).seconds(1000, 0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("strange", [0.001, 5.0])
+def test_one_time_that_is_out_of_the_way_is_not_believed(strange: float) -> None:
+    usual = paced(1, 1, 0.1, 0.1, 0.1).seconds(3, 0, 0.0)
+    assert paced(1, 1, 0.1, 0.1, strange, 0.1).seconds(3, 0, 0.0) == pytest.approx(usual)
+    assert paced(1, 1, 0.1, 0.1, 0.1, strange).seconds(3, 0, 0.0) == pytest.approx(usual)
+
+
+def test_a_batch_that_failed_teaches_nothing_and_is_over() -> None:
+    pace = paced(1, 1, 0.1, 0.1)
+    before = pace.seconds(0, 0, 0.0)
+    pace.end(3, None)
+    assert pace.seconds(0, 0, 0.0) == before
+    assert not pace._running
+
+
+@pytest.mark.parametrize("change", [0.2, 0.6, 1.6, 5.0])
+def test_the_pace_follows_a_change(change: float) -> None:
+    pace = paced(1, 1, *[0.1] * 50)
+    for _ in range(40):
+        pace.end(pace.begin(0.0), 0.1 * change)
+    assert pace._mean == pytest.approx(0.1 * change, rel=0.02)
+    assert pace._is_known
+
+
+def offered(load: float, deadline: float, *, slots: int, limit: int, shed: bool, spread: float = 0.03) -> dict[str, float]:
+    """What becomes of items that come at `load` times what a device can do, in times of what it can do.
+
+    The device does one batch after the other, each in about 10 ms, of which the logarithms have that `spread`. Ten seconds
+    are played, after one in which the pace is found out.
+    """
+    choose = random.Random(1)
+    line, pace = queue(4096, max_size=limit), Pace(slots, limit)
+    rate = limit / 0.01
+    outcomes = {"in time": 0, "too late": 0, "refused": 0, "expired": 0}
+    free, device = slots, 0.0
+    events: list[tuple[float, int, tuple[int, list[Entry]] | None]] = [(0.0, 0, None)]
+    for number in itertools.count(1):
+        if not events:
+            break
+        now, _, done = heapq.heappop(events)
+        if done is not None:
+            free += 1
+            pace.end(done[0], now)
+            for one in done[1]:
+                assert one.deadline is not None
+                outcomes["in time" if now <= one.deadline else "too late"] += one.arrival >= 1
+        else:
+            if now < 11:
+                heapq.heappush(events, (now + choose.expovariate(rate * load), number, None))
+            if shed and pace.seconds(line.ahead(0), free, now) > deadline:
+                outcomes["refused"] += now >= 1
+            else:
+                line.add(entry(arrival=now, deadline=now + deadline), spare=free)
+        while free and len(line):
+            plan = line.take(now)
+            outcomes["expired"] += sum(one.arrival >= 1 for one in plan.expired)
+            if plan.items:
+                free -= 1
+                device = max(device, now) + 0.01 * choose.lognormvariate(0, spread)
+                heapq.heappush(events, (device, -number, (pace.begin(now), plan.items)))
+    return {name: count / (10 * rate) for name, count in outcomes.items()}
+
+
+@pytest.mark.parametrize(
+    ("slots", "limit", "deadline"), [(1, 4, 0.1), (1, 16, 0.05), (2, 4, 0.1), (2, 8, 0.05), (4, 1, 0.1)]
+)
+@pytest.mark.parametrize("load", [2.0, 5.0])
+def test_under_overload_those_let_in_are_in_time(slots: int, limit: int, deadline: float, load: float) -> None:
+    found = offered(load, deadline, slots=slots, limit=limit, shed=True)
+    assert found["in time"] > 0.97
+    assert found["too late"] + found["expired"] < 0.03
+    # Without it the device is as busy, with what is too late already when it is done.
+    assert offered(load, deadline, slots=slots, limit=limit, shed=False)["in time"] < 0.1
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_under_overload_where_times_vary_much_most_of_what_is_done_is_in_time(slots: int) -> None:
+    found = offered(2.0, 0.1, slots=slots, limit=4, shed=True, spread=0.35)  # two of three within 7 to 14 ms
+    assert found["in time"] > 0.9
+    assert found["too late"] + found["expired"] < 0.03
+
+
+def test_below_capacity_nobody_is_refused() -> None:
+    found = offered(0.7, 0.1, slots=2, limit=8, shed=True)
+    assert found["refused"] == found["too late"] == found["expired"] == 0

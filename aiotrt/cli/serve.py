@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def started(address: str) -> None:
         names = ", ".join(model.name for model in settings.models)
-        print(f"serving {names} at {address}", flush=True)
+        print(f"serving {names} at {address} (in a browser, a status page)", flush=True)
         if settings.token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
             print("anybody who can reach this address may use it: there is no token", flush=True)
 

@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f"aiotrt.serving needs {error.name}; pip install 'aiotrt[serving]'") from error
 
-from aiotrt.serving.bodies import array_body, array_request, image_body, image_request
+from aiotrt.serving.bodies import array_body, array_request, decode_array, decode_image, image_body, image_request
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import (
     BodyTimeoutError,
@@ -39,6 +39,7 @@ from aiotrt.serving.errors import (
 )
 from aiotrt.serving.health import install, livez, metrics, readyz
 from aiotrt.serving.models import Models, Source, Standing, get, lifespan, models_of
+from aiotrt.serving.status import status_page
 
 __all__ = [
     "BodyTimeoutError",
@@ -52,6 +53,8 @@ __all__ = [
     "add_exception_handlers",
     "array_body",
     "array_request",
+    "decode_array",
+    "decode_image",
     "get",
     "image_body",
     "image_request",
@@ -61,4 +64,5 @@ __all__ = [
     "metrics",
     "models_of",
     "readyz",
+    "status_page",
 ]

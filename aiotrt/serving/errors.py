@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from aiotrt.errors import (
     AiotrtError,
+    DeadlineError,
     DeviceError,
     EngineError,
     InputError,
@@ -20,6 +21,7 @@ from aiotrt.errors import (
     ModelClosedError,
     QueueFullError,
 )
+from aiotrt.gathering import OverloadedError
 
 __all__ = [
     "BodyTimeoutError",
@@ -58,6 +60,7 @@ _STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (InputError, 422, "invalid_input"),
     (QueueFullError, 503, "queue_full"),
     (BusyError, 503, "busy"),
+    (OverloadedError, 503, "overloaded"),
     (ModelBrokenError, 503, "model_broken"),
     (ModelClosedError, 503, "model_closed"),
     (DeviceError, 503, "device_error"),
@@ -99,12 +102,15 @@ def problem(error: Exception, wait: float = 1.0) -> Problem:
     status, name = next(((status, name) for kind, status, name in _STATUS if isinstance(error, kind)), (500, "server_error"))
     message = str(error)
     if status == 504:
-        message = message or "the deadline passed before the result was there"
+        if not message or isinstance(error, DeadlineError):  # the same, whoever found it out
+            message = "the deadline passed before the result was there"
     elif status == 500:
         # What our own code or the engine says may name files and functions: the log gets it, the client does not.
         _log.error("a request failed", exc_info=error)
         message = "the model failed for this input" if name == "engine_error" else "the server failed"
-    is_full = isinstance(error, (QueueFullError, BusyError))
+    if isinstance(error, OverloadedError):
+        wait = error.seconds
+    is_full = isinstance(error, (QueueFullError, BusyError, OverloadedError))
     return Problem(status, name, message, min(max(math.ceil(wait), 1), 60) if is_full else None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from aiotrt.model import Model, Statistics
@@ -19,6 +19,8 @@ _COUNTERS: Final = (
     ("replays", "aiotrt_graph_replays", "Launches of captured graphs."),
     ("fallback_runs", "aiotrt_graph_fallback_runs", "Launches that were not one graph."),
     ("captures", "aiotrt_graph_captures", "Graphs, or what stands in for one, that were built."),
+    ("hits", "aiotrt_graph_hits", "Requests, or batches, whose graph was there."),
+    ("misses", "aiotrt_graph_misses", "Requests, or batches, for which a graph had to be built first."),
     ("evictions", "aiotrt_graph_evictions", "Graphs that were given up for others."),
     ("padding", "aiotrt_batch_padding", "Rows of batches that held no item of their own."),
 )
@@ -59,7 +61,10 @@ class ModelsCollector(Collector):
             "aiotrt_graph_fallbacks", "Different reasons for which something runs without a graph.", labels=["model"]
         )
         batches = CounterMetricFamily("aiotrt_batches", "Batches, by how many items they held.", labels=["model", "items"])
+        sizes = HistogramMetricFamily("aiotrt_batch_size", "Items of a batch.", labels=["model"])
         for name, statistics in now.items():
+            if statistics.batches:
+                sizes.add_metric([name], *_histogram(statistics.batches))
             for items, count in statistics.batches.items():
                 batches.add_metric([name, str(items)], count)
             for outcome in _OUTCOMES:
@@ -67,7 +72,7 @@ class ModelsCollector(Collector):
             for state in _STATES:
                 slots.add_metric([name, state], getattr(statistics, state))
             fallbacks.add_metric([name], len(statistics.fallbacks))
-        yield from (requests, slots, fallbacks, batches)
+        yield from (requests, slots, fallbacks, batches, sizes)
         for field, title, text in _COUNTERS:
             counter = CounterMetricFamily(title, text, labels=["model"])
             for name, statistics in now.items():
@@ -79,6 +84,17 @@ class ModelsCollector(Collector):
                 gauge.add_metric([name], getattr(statistics, field))
             yield gauge
         yield from _hub(now)
+
+
+def _histogram(counts: Mapping[int, int]) -> tuple[list[tuple[str, float]], float]:
+    """What Prometheus wants of these: how many there are up to each bound, and their sum."""
+    buckets: list[tuple[str, float]] = []
+    bound = 1
+    while not buckets or bound < 2 * max(counts):
+        buckets.append((str(float(bound)), float(sum(count for size, count in counts.items() if size <= bound))))
+        bound *= 2
+    total = float(sum(counts.values()))
+    return [*buckets, ("+Inf", total)], float(sum(size * count for size, count in counts.items()))
 
 
 def _hub(now: Mapping[str, Statistics]) -> Iterable[Metric]:

@@ -21,6 +21,7 @@ from aiotrt.errors import AiotrtError, InputError, ModelClosedError, UsageError
 from aiotrt.model import Model, load
 from aiotrt.serving.metrics import ModelsCollector
 from aiotrt.serving.monitor import Monitor
+from aiotrt.serving.observing import Durations, Observer, tracing_of
 
 __all__ = ["Models", "Source", "Standing", "get", "lifespan", "models_of"]
 
@@ -84,6 +85,7 @@ class Models:
         self.registry = CollectorRegistry() if registry is None else registry
         self.monitor = Monitor(self.open, self.registry)
         self.registry.register(ModelsCollector(self.open, self.names))
+        self._durations = Durations(self.registry)
         self.is_draining = False
         self.is_closed = False
 
@@ -144,6 +146,7 @@ class Models:
             entry.standing, entry.reason = Standing.LOADING, "it is being loaded and warmed up"
             try:
                 model = await entry.make()
+                Observer(name, self._durations, self.monitor.history.took, tracing_of(name)).observe(model)
                 if self._opened is not None:
                     try:
                         await self._opened(name, model)

@@ -1,4 +1,4 @@
-"""A heartbeat on the event loop: how late it is, and how fast each model completes requests."""
+"""A heartbeat on the event loop: how late it is, how fast each model completes requests, and what happened lately."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Final, Self
 from prometheus_client import CollectorRegistry, Histogram
 
 from aiotrt.model import Model
+from aiotrt.serving.history import History
 
 __all__ = ["Monitor"]
 
@@ -44,9 +45,13 @@ class Monitor:
         models: those that are open now, by name.
         registry: where the histogram of the loop's lag goes.
         period: seconds between beats.
+
+    Attributes:
+        history: what happened lately.
     """
 
     def __init__(self, models: Callable[[], Mapping[str, Model]], registry: CollectorRegistry, period: float = 0.1) -> None:
+        self.history = History()
         self._models = models
         self._period = period
         self._paces: dict[str, _Pace] = {}
@@ -89,10 +94,12 @@ class Monitor:
             due = time.perf_counter() + self._period
             await asyncio.sleep(self._period)
             now = time.perf_counter()
-            self._lag.observe(max(now - due, 0.0))
+            lag = max(now - due, 0.0)
+            self._lag.observe(lag)
+            found = {name: model.statistics() for name, model in self._models().items()}
+            self.history.look(found, lag, now, time.time())
             busy: set[str] = set()
-            for name, model in self._models().items():
-                statistics = model.statistics()
+            for name, statistics in found.items():
                 if statistics.waiting:
                     busy.add(name)
                 pace = self._paces.setdefault(name, _Pace(statistics.completed, now))

@@ -82,6 +82,7 @@ NPY = {"content-type": "application/x-npy"}
 # --- life ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_loop
 async def test_a_model_lives_as_long_as_its_application_and_inside_the_own_lifespan() -> None:
     seen: list[Any] = []
 
@@ -173,6 +174,7 @@ async def test_loading_behind_that_fails_is_said_by_readyz(caplog: pytest.LogCap
     assert "loading failed" in caplog.text
 
 
+@pytest.mark.every_loop
 async def test_an_application_that_ends_before_its_models_are_loaded() -> None:
     def never() -> aiotrt.Model:
         return aiotrt.load(Affine(), device="host", warmup=[np.zeros((n, 3), np.float32) for n in range(1, 2000)])
@@ -294,6 +296,7 @@ async def test_bad_image_bodies() -> None:
             assert says in answer.json()["detail"], request
 
 
+@pytest.mark.every_loop
 async def test_a_client_that_sends_its_body_too_slowly_is_answered_408() -> None:
     async with served(application()) as client:
         head = b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
@@ -328,6 +331,7 @@ async def test_a_full_queue_is_503_with_a_time_to_come_back() -> None:
         assert answer.headers["retry-after"] == "1"  # no rate was measured yet
 
 
+@pytest.mark.every_loop
 async def test_the_time_to_come_back_follows_the_measured_rate() -> None:
     app = FastAPI(lifespan=serving.lifespan(affine=affine(slots=1)))
     async with served(app) as client:
@@ -350,6 +354,7 @@ async def test_the_time_to_come_back_follows_the_measured_rate() -> None:
         assert (models.monitor.rate("affine") or 0) > 10
 
 
+@pytest.mark.every_loop
 async def test_a_deadline_is_504_and_the_slot_comes_back() -> None:
     async with served(application(slots=1)) as client:
         models = await models_behind(client)
@@ -414,6 +419,7 @@ async def passes(request: Request, call_next: Any) -> Any:
     return await call_next(request)
 
 
+@pytest.mark.every_loop
 @pytest.mark.parametrize("around", ["nothing", "inside", "outside", "both"])
 async def test_a_call_whose_client_has_gone_leaves_the_queue(around: str) -> None:
     app = FastAPI(lifespan=serving.lifespan(affine=affine(slots=1)))
@@ -448,6 +454,7 @@ async def test_a_call_whose_client_has_gone_leaves_the_queue(around: str) -> Non
         assert (await client.post("/affine", json=X.tolist())).status_code == 200
 
 
+@pytest.mark.every_loop
 async def test_background_tasks_are_not_for_the_client_and_go_on() -> None:
     app = FastAPI()
     done = asyncio.Event()
@@ -468,6 +475,7 @@ async def test_background_tasks_are_not_for_the_client_and_go_on() -> None:
             await done.wait()
 
 
+@pytest.mark.every_loop
 async def test_a_handler_that_catches_its_cancellation_and_a_body_in_parts() -> None:
     seen: list[object] = []
 
@@ -494,6 +502,7 @@ async def test_a_handler_that_catches_its_cancellation_and_a_body_in_parts() -> 
         await until_slow(lambda: seen == [300_000, "caught"])
 
 
+@pytest.mark.every_loop
 async def test_a_cancellation_that_is_not_the_clients_passes_through() -> None:
     started = asyncio.Event()
 
@@ -515,6 +524,7 @@ async def test_a_cancellation_that_is_not_the_clients_passes_through() -> None:
         await task
 
 
+@pytest.mark.every_loop
 async def test_two_hundred_clients_killed_at_any_time_leave_all_slots_free() -> None:
     async with served(application(slots=2)) as client:
         model = (await models_behind(client))["affine"]
@@ -534,6 +544,7 @@ async def test_two_hundred_clients_killed_at_any_time_leave_all_slots_free() -> 
 # --- health and metrics -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_loop
 async def test_readyz_while_draining_and_metrics() -> None:
     async with served(application(slots=3)) as client:
         models = await models_behind(client)

@@ -139,6 +139,7 @@ async def test_every_datatype(tmp_path: Path, binary: bool) -> None:
             np.testing.assert_array_equal(found, array)
 
 
+@pytest.mark.every_loop
 async def test_a_hundred_requests_at_once_get_their_own_results(tmp_path: Path) -> None:
     path = onnx_models.relu(tmp_path / "relu.onnx", ("?", "?"))
     async with serving(tmp_path, ModelSettings("relu", path, options={"device": "host"})) as (_, client):
@@ -195,6 +196,7 @@ async def test_the_repository(tmp_path: Path) -> None:
             await client.load_model("../../etc/passwd")
 
 
+@pytest.mark.every_loop
 async def test_unloading_waits_for_what_is_under_way(tmp_path: Path) -> None:
     async with serving(tmp_path) as (http, client):
         with held(model_behind(http)) as latch:
@@ -210,6 +212,7 @@ async def test_unloading_waits_for_what_is_under_way(tmp_path: Path) -> None:
         np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
 
 
+@pytest.mark.every_loop
 async def test_deadlines_full_queues_and_priorities(tmp_path: Path) -> None:
     async with serving(tmp_path, max_deadline=1.0) as (http, client):
         model = model_behind(http)
@@ -224,12 +227,38 @@ async def test_deadlines_full_queues_and_priorities(tmp_path: Path) -> None:
             assert answer.headers["retry-after"] == "1"
             with pytest.raises(InferenceServerException, match="deadline passed"):
                 await first  # the server's own limit
-        with pytest.raises(InferenceServerException, match="has no priorities"):
-            await client.infer("double", [given(X)], priority=2)
+        with pytest.raises(InferenceServerException, match="priority must be an integer from 0"):
+            await client.infer("double", [given(X)], priority=3)
         await until_slow(lambda: model.statistics().free == 1)
         await client.infer("double", [given(X)])
 
 
+@pytest.mark.every_loop
+async def test_without_batching_urgent_requests_go_first_and_the_late_are_dropped(tmp_path: Path) -> None:
+    path = onnx_models.relu(tmp_path / "relu.onnx", ("?", 4))
+    model = ModelSettings("line", path, [[1, 4]], {"device": "host", "slots": 1})
+    async with serving(tmp_path, model) as (http, client):
+        line, order = model_behind(http, "line"), []
+
+        async def one(i: int, priority: int) -> None:
+            await client.infer("line", [given(np.full((1, 4), i, np.float32))], priority=priority)
+            order.append(i)
+
+        with held(line):
+            calls = [asyncio.create_task(one(0, 2))]
+            await until_slow(lambda: line.statistics().in_flight == 1)
+            for i, priority in ((1, 2), (2, 1)):
+                calls.append(asyncio.create_task(one(i, priority)))
+                await until_waiting(line, i)
+            with pytest.raises(InferenceServerException, match="deadline passed"):
+                await client.infer("line", [given(np.zeros((1, 4), np.float32))], parameters={"deadline_ms": 10})
+            assert (line.statistics().expired, line.statistics().waiting) == (1, 2)
+        await asyncio.gather(*calls)
+        assert order == [0, 2, 1]
+        assert line.statistics().batches == {}, "nothing was stacked"
+
+
+@pytest.mark.every_loop
 async def test_batching(tmp_path: Path) -> None:
     path = onnx_models.relu(tmp_path / "relu.onnx", ("?", 4))
     model = ModelSettings("items", path, [[4]], {"device": "host", "slots": 1, "batching": {"max_size": 8}})
@@ -313,6 +342,7 @@ async def test_nonsense_on_the_socket(tmp_path: Path) -> None:
         assert (await client.infer("double", [given(X)])).as_numpy("y").sum() == 2 * X.sum()
 
 
+@pytest.mark.every_loop
 async def test_slow_clients_hold_up_nobody(tmp_path: Path) -> None:
     async with serving(tmp_path, body_timeout=1.0) as (http, client):
         head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"
@@ -393,6 +423,7 @@ async def test_a_broken_model_and_health(tmp_path: Path) -> None:
         assert await client.is_server_ready()
 
 
+@pytest.mark.every_loop
 async def test_a_client_that_goes_leaves_the_queue(tmp_path: Path) -> None:
     async with serving(tmp_path) as (http, client):
         model = model_behind(http)

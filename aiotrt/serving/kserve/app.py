@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import math
@@ -29,6 +28,7 @@ from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.guards import BearerToken, Budget
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
+from aiotrt.serving.status import status_page
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["create_app"]
@@ -77,6 +77,7 @@ def create_app(settings: ServerSettings, *, on_failure: Callable[[BaseException]
     app.include_router(server.routes())
     for path, endpoint in (("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
         app.add_route(path, endpoint, include_in_schema=False)
+    app.router.routes.extend(status_page().routes)
     for kind in (AiotrtError, TimeoutError, HTTPException):
         app.add_exception_handler(kind, server.answer_error)
     app.add_middleware(CancelOnDisconnect)
@@ -91,7 +92,7 @@ class _Server:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._outputs: dict[str, list[TensorSpec]] = {}
-        self._batching = {model.name for model in settings.models if model.options.get("batching", False) is not False}
+        self._batching = {model.name for model in settings.models if model.batching.stack}
         self._budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
@@ -161,14 +162,7 @@ class _Server:
             outputs = self._outputs[name]
             wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
             deadline = min(called.deadline or math.inf, self._settings.max_deadline)
-            options: dict[str, Any] = {}
-            if name in self._batching:
-                # Where a request that is late is dropped before it reaches the device.
-                options = {"deadline": deadline, "priority": called.priority}
-            elif called.priority is not None:
-                raise InputError(f"model {name!r} makes no batches, and so has no priorities")
-            async with asyncio.timeout(deadline):
-                results = await model(*_in_order(model, called), **options)
+            results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
             found = results if isinstance(results, tuple) else (results,)
             by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
             head: dict[str, object] = {"model_name": name, "model_version": _VERSION}

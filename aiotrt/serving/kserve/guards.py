@@ -16,8 +16,9 @@ from aiotrt.serving.errors import BusyError
 
 __all__ = ["BearerToken", "Budget"]
 
-#: Probes have no token, and learn no more than whether the server is ready.
-_OPEN: Final = frozenset(("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
+#: Probes have no token, and learn no more than whether the server is ready. Nor has who opens the status page, which has
+#: nothing to show before it was given one.
+_OPEN: Final = frozenset(("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
 
 
 class BearerToken:

@@ -36,7 +36,8 @@ class ModelSettings:
         name: under which it is served.
         path: its file.
         warmup: shapes to capture ahead: for a single input a list of shapes, else a list of objects from name to shape.
-        options: for `aiotrt.load`; ``batching`` is an object with what `Batching` takes, or true for its defaults.
+        options: for `aiotrt.load`; ``batching`` is an object with what `Batching` takes, or true for its defaults; without
+            it, nothing is stacked.
         is_loaded: whether it is loaded as the server starts, or only when a client asks for it.
     """
 
@@ -59,7 +60,19 @@ class ModelSettings:
             )
         if not isinstance(self.warmup, (list, tuple)):
             raise InputError(f"model {self.name!r}: warmup must be a list of shapes, got {self.warmup!r}")
+        _ = self.batching
         self.maker()  # what is wrong with the options is said now, not when a client loads the model
+
+    @property
+    def batching(self) -> Batching:
+        """How its requests are queued; each is an item of a batch only if ``batching`` says so."""
+        options = self.options.get("batching", False)
+        if isinstance(options, Mapping):
+            try:
+                return Batching(**options)
+            except TypeError as error:
+                raise InputError(f"model {self.name!r}: batching: {error}") from error
+        return Batching(stack=options is not False)
 
     def maker(self) -> Callable[[], Model]:
         """A function that loads it."""
@@ -72,14 +85,8 @@ class ModelSettings:
         except TypeError as error:
             raise InputError(f"model {self.name!r}: warmup must be a list of shapes, got {self.warmup!r}") from error
 
-        batching = self.options.get("batching", False)
-        try:
-            made = Batching(**(batching if isinstance(batching, Mapping) else {})) if batching is not False else None
-        except TypeError as error:
-            raise InputError(f"model {self.name!r}: batching: {error}") from error
-
         def make() -> Model:
-            return load(self.path, warmup=entries, **{**self.options, "batching": made})
+            return load(self.path, warmup=entries, **{**self.options, "batching": self.batching})
 
         _ = make()  # a `Model` that nobody opens holds nothing
         return make

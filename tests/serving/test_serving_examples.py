@@ -1,0 +1,108 @@
+"""The serving examples run as they stand, as processes of their own, and answer over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import skimage.data
+import websockets.exceptions
+from PIL import Image
+from websockets.sync.client import connect
+
+from tests.serving.test_processes import ROOT, process, until_ready
+
+EXAMPLES = ("fastapi_ocr", "fastapi_read", "websocket_frames", "ray_serve")
+CELL = 16
+
+
+@contextlib.contextmanager
+def example(name: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The example, and where it serves; ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with process(ROOT / "examples" / f"{name}.py", port) as (server, _):
+        url = f"http://127.0.0.1:{port}"
+        until_ready(url)
+        yield server, url
+
+
+def png(pixels: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_two_models_read_a_page() -> None:
+    page = png(Image.fromarray(skimage.data.page()).resize((384 * 2, 192 * 2)))
+    with example("fastapi_read") as (server, url), httpx.Client(base_url=url, trust_env=False, timeout=40) as client:
+        lines = client.post("/text", content=page).json()
+        assert len(lines) == 7
+        said = re.sub(r"[^a-z]", "", "".join(lines).lower())
+        for words in ("regionbasedsegmentation", "firstdeterminemarkersofthecoins", "thesemarkersarepixelsthatwecanlabel"):
+            assert words in said
+        assert client.post("/text", content=png(np.full((64, 64, 3), 255, np.uint8))).json() == []
+        metrics = client.get("/metrics").text
+        assert 'aiotrt_requests_total{model="recogniser",outcome="completed"} 7.0' in metrics
+        assert 'aiotrt_queue_seconds_count{model="recogniser"} 7.0' in metrics
+        names = [model["name"] for model in client.get("/status/status.json").json()["models"]]
+        assert names == ["detector", "recogniser"]
+        server.send_signal(signal.SIGTERM)
+        server.wait(20)
+
+
+def spot(i: int) -> tuple[list[int], bytes]:
+    """Where the brightest cell is in frame `i`, and the frame."""
+    column, row = i % 20, i % 15
+    pixels = np.full((240, 320, 3), 20, np.uint8)
+    pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = 250
+    return [column * CELL, row * CELL], png(pixels)
+
+
+def test_a_video_over_a_websocket_the_latest_frame_wins() -> None:
+    with example("websocket_frames") as (server, url):
+        address = url.replace("http", "ws") + "/frames"
+        with connect(address, proxy=None) as fast, connect(address, proxy=None) as slow:
+            where, frame = spot(3)
+            for number in range(2):  # one at a time: none is skipped
+                slow.send(frame)
+                assert json.loads(slow.recv(20)) == {"frame": number, "skipped": 0, "spot": where}
+            count = 300
+            for data in [spot(i)[1] for i in range(count)]:  # as fast as it goes
+                fast.send(data)
+            answers: list[dict[str, Any]] = []
+            while not answers or answers[-1]["frame"] != count - 1:  # the last one is always looked at
+                answers.append(json.loads(fast.recv(20)))
+            numbers = [answer["frame"] for answer in answers]
+            assert numbers == sorted(set(numbers))
+            assert all(answer["spot"] == spot(answer["frame"])[0] for answer in answers)
+            assert len(answers) + sum(answer["skipped"] for answer in answers) == count
+            assert len(answers) < count
+            slow.send(frame)  # and this one is still served
+            assert json.loads(slow.recv(20))["frame"] == 2
+            slow.send(b"no image")
+            with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+                slow.recv(20)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1003
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert f'outcome="completed"}} {len(answers) + 3:.1f}' in metrics, "what was skipped was never run"
+        server.send_signal(signal.SIGTERM)
+        server.wait(20)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short(name: str) -> None:
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 80
+    assert not re.search(r"sleep\((?!0\))", text), "an example must not sleep until something has probably happened"
