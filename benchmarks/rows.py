@@ -109,6 +109,7 @@ class Bench:
 
     Attributes:
         loops: the event loops to run on.
+        limit: see there.
         skipped: what was not measured, and why.
         failed: what raised, and what.
     """
@@ -121,7 +122,7 @@ class Bench:
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self._setting = ""
-        self._limit = limit
+        self.limit = limit
         self._deadline = time.monotonic() + limit
 
     def plan(self, *, seconds: float = 0.03, least: int = 30) -> Plan:
@@ -139,7 +140,7 @@ class Bench:
             words = setting if isinstance(setting, tuple) else (setting,)
             says = f"{what}: {', '.join(map(str, words))}"
             if self.is_over:
-                self.skipped[says] = f"the {self._limit:.0f} s were up"
+                self.skipped[says] = f"the {self.limit:.0f} s were up"
             else:
                 self.tell(says)
                 self._setting = says

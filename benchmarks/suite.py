@@ -31,8 +31,10 @@ from benchmarks.bench_completion import COMPLETION, THROUGHPUT
 from benchmarks.bench_endurance import ENDURANCE
 from benchmarks.bench_host_input import HOST_INPUT
 from benchmarks.bench_jitter import JITTER
+from benchmarks.bench_live_video import LIVE_VIDEO
 from benchmarks.bench_loop_lag import LOOP_LAG
 from benchmarks.bench_pipeline import PIPELINE
+from benchmarks.bench_rfdetr_video import RFDETR_VIDEO
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import STAGES
 from benchmarks.measure import RESULTS, as_record, idle_lag, run_on, write
@@ -42,13 +44,26 @@ from benchmarks.waits import NOT_LIKE_FOR_LIKE
 __all__ = ["NAMES", "main"]
 
 ROOT: Final = Path(__file__).parent.parent
-DOCS: Final = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+DOCS: Final = (ROOT / "docs" / "performance.md", ROOT / "docs" / "video.md", ROOT / "README.md")
 LIMIT: Final = 55.0  # seconds for a part, after which it begins nothing new
 GRACE: Final = 45.0  # seconds more until a part that hangs is stopped, and says where
 SAVED: Final = 5.0  # seconds between two writings of what there is so far
 
 PARTS: Final = {
-    part.name: part for part in (COMPLETION, STAGES, THROUGHPUT, HOST_INPUT, JITTER, SCALING, LOOP_LAG, PIPELINE, ENDURANCE)
+    part.name: part
+    for part in (
+        COMPLETION,
+        STAGES,
+        THROUGHPUT,
+        HOST_INPUT,
+        JITTER,
+        SCALING,
+        LOOP_LAG,
+        PIPELINE,
+        RFDETR_VIDEO,
+        LIVE_VIDEO,
+        ENDURANCE,
+    )
 }
 TENSORRT: Final = "tensorrt"  # has rows of its own
 NAMES: Final = (*PARTS, TENSORRT)

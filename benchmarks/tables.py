@@ -250,6 +250,48 @@ def _pipeline(record: Record) -> list[Table]:
     ]
 
 
+def _rfdetr_video(record: Record) -> list[Table]:
+    def line(row: Record) -> list[str]:
+        low, high = row["spread"]["rate"]
+        facts = row["facts"]
+        busy = facts["gpu_share"] if facts["gpu_share"] is not None else facts["shares"].get("device")
+        return [
+            row["way"] + ("" if facts["is_right"] else ", OTHER BITS"),
+            f"{row['rate']:,.1f}",
+            f"{low:,.1f} to {high:,.1f}",
+            "" if row["lag"] is None else f"{1e3 * row['lag']['p99']:.2f}",
+            "" if busy is None else _percent(busy),
+            facts["limit"],
+            _percent(row["cpu"]),
+        ]
+
+    headings = ["way", "frames/s", "least to most", "lag p99, ms", "GPU busy", "limited by", "CPU"]
+    first = record["rows"][0]["facts"]
+    return [
+        Table(f"{engine}; {first['network']}; {first['film']}", headings, [line(row) for row in rows])
+        for engine in dict.fromkeys(row["setting"]["engine"] for row in record["rows"])
+        if (rows := [row for row in record["rows"] if row["setting"]["engine"] == engine])
+    ]
+
+
+def _live_video(record: Record) -> list[Table]:
+    facts = record["rows"][0]["facts"]
+    lines = [
+        [
+            name,
+            f"{source['fps']:.1f}",
+            f"{source['frames']:,}",
+            f"{source['dropped']:,}",
+            f"{source['sink_drops']:,}",
+            ", ".join(f"{count} {what}" for what, count in source["reports"].items()),
+            "yes" if source["is_exact"] else "NO",
+        ]
+        for name, source in facts["sources"].items()
+    ]
+    title = f"{facts['seconds']:.0f} s; {facts['film']}; memory {facts['growth'] / 2**20:+.1f} MiB"
+    return [Table(title, ["source", "frames/s", "frames", "dropped", "by its sink", "reports", "adds up"], lines)]
+
+
 def _stages(record: Record) -> list[Table]:
     names = list(record["rows"][0]["facts"]["stages"])
     lines = []
@@ -316,6 +358,8 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "jitter": _jitter,
     "endurance": _endurance,
     "pipeline": _pipeline,
+    "rfdetr_video": _rfdetr_video,
+    "live_video": _live_video,
     "stages": _stages,
     "loop_lag": _loop_lag,
     "loop-lag": _loop_lag,

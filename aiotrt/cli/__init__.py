@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Final
 
 import aiotrt
-from aiotrt.cli import build, inspect, serve, verify
+from aiotrt.cli import build, inspect, serve, verify, video
 from aiotrt.errors import AiotrtError, InputError, UsageError
 
 __all__ = ["main"]
 
 #: In the order of the help. A command has `register(subparsers, parents)`, which sets `run`: arguments to exit status.
-COMMANDS: Final = (build, inspect, serve, verify)
+COMMANDS: Final = (build, inspect, serve, verify, video)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

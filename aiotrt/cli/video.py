@@ -1,0 +1,155 @@
+"""``aiotrt video detect``: a detector over videos, to annotated videos and JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+import aiotrt
+from aiotrt.errors import InputError
+from aiotrt.run import run as run_coroutine
+
+if TYPE_CHECKING:
+    from aiotrt.video import PipelineStatus, Sink
+
+__all__ = ["register", "run"]
+
+_EXAMPLES: Final = """\
+examples:
+  aiotrt video detect street.mp4 --weights rf-detr-seg-nano.pth --out street-found.mp4
+      RF-DETR-Seg-Nano from the package rfdetr, boxes, masks and labels drawn
+
+  aiotrt video detect rtsp://door/live yard.mp4 --model detector.engine --size 384 --out 'found-{source}.mp4' --json -
+      an engine or ONNX file with a DETR's outputs; two sources; a line of JSON for each frame to standard output
+
+Without --weights and --model, RF-DETR has random weights, and what it finds means nothing. The exit status is 1 when a
+source failed; the others are done all the same.
+"""
+
+
+def register(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], parents: Sequence[argparse.ArgumentParser]
+) -> None:
+    """Add the command to the program's."""
+    outer = subparsers.add_parser("video", help="run a model over videos", description="Run a model over videos.")
+    inner = outer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = inner.add_parser(
+        "detect",
+        help="find objects",
+        description="Find objects in videos, and write them down.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents,
+    )
+    parser.add_argument(
+        "sources", metavar="SOURCE", nargs="+", help="a file, a URL such as rtsp://..., or a camera's number"
+    )
+    parser.add_argument("--model", metavar="FILE", type=Path, help=".onnx, .engine or .plan (default: RF-DETR-Seg-Nano)")
+    parser.add_argument("--weights", metavar="FILE", type=Path, help="a checkpoint of RF-DETR-Seg-Nano")
+    parser.add_argument("--size", metavar="PIXELS", type=int, help="of the model's square input (default: 312)")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], help="of the model (default: fp16 on CUDA, else fp32)")
+    parser.add_argument("--labels", metavar="FILE", type=Path, help="names of the classes, one a line, from class 0 on")
+    parser.add_argument("--threshold", metavar="SCORE", type=float, default=0.5, help="the least score (default: 0.5)")
+    parser.add_argument("--top", metavar="N", type=int, default=32, help="the most objects of a frame (default: 32)")
+    parser.add_argument("--out", metavar="FILE", help="annotated video; {source} stands for the source's name")
+    parser.add_argument("--json", metavar="FILE", help="a line of JSON for each frame; - for standard output")
+    parser.add_argument("--device", default="auto", help="auto (the default), host, cuda or cuda:N")
+    parser.add_argument("--slots", metavar="N", type=int, default=3, help="frames on the device at once (default: 3)")
+    parser.add_argument(
+        "--policy", choices=["every_frame", "latest"], help="default: every frame of files, the latest of others"
+    )
+    parser.add_argument("--max-fps", metavar="RATE", type=float, help="the most frames a second of each source")
+    parser.add_argument("--frames", metavar="N", type=int, help="stop after so many frames of each source")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Detect, and say how it went."""
+    for name, least in (("top", 1), ("slots", 1), ("frames", 1), ("size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: expected at least {least}")
+    if arguments.model is not None and arguments.weights is not None:
+        raise InputError("--weights are of RF-DETR, and --model is another model: give one of the two")
+    if arguments.out is not None and len(arguments.sources) > 1 and "{source}" not in arguments.out:
+        raise InputError(f"--out {arguments.out}: put {{source}} into the name, since there are several sources")
+    status = run_coroutine(_detect(arguments))
+    told = sys.stderr if arguments.json == "-" else sys.stdout
+    for name, source in status.sources.items():
+        counts = [f"{source.completed} frames"]
+        counts += [f"{number} {reason}" for reason, number in {**source.drops, **source.reports}.items()]
+        counts += [f"{sink.failed} failed by {sink.name}" for sink in source.sinks if sink.failed]
+        print(f"{name}: {', '.join(counts)}" + (f"; {source.error}" if source.error else ""), file=told)
+    return 1 if any(source.error or any(s.failed for s in source.sinks) for source in status.sources.values()) else 0
+
+
+async def _detect(arguments: argparse.Namespace) -> PipelineStatus:
+    from aiotrt import video
+
+    given = [int(source) if source.isdecimal() else source for source in arguments.sources]
+    sources = [video.open(source, limit=arguments.frames) for source in given]
+    policy = None
+    if arguments.policy is not None or arguments.max_fps is not None:
+        policy = video.Policy(arguments.policy or "every_frame", max_fps=arguments.max_fps)
+    async with video.open(given[0]) as probe:
+        frame = await probe.take()
+        total = probe.frames
+    if frame is None:
+        raise video.SourceError(f"{probe.name}: there is not one frame in it")
+    height, width = frame.shape[:2]
+    if arguments.frames is not None:
+        total = min(total or arguments.frames, arguments.frames)
+    source, dtype = _model(arguments)
+    async with aiotrt.load(
+        source,
+        device=arguments.device,
+        slots=arguments.slots,
+        preprocess=video.Preprocess(arguments.size or 312, dtype),
+        postprocess=video.Postprocess(height, width, top=arguments.top),
+        warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
+    ) as model:
+        for reason in model.statistics().fallbacks:
+            print(f"warning: {reason}", file=sys.stderr)
+        sinks = _sinks(arguments, (height, width), {probe.name: total} if total else {})
+        async with video.Pipeline(model, sources, sinks, policy=policy) as pipeline:
+            await pipeline.wait()
+            return pipeline.status()
+
+
+def _model(arguments: argparse.Namespace) -> tuple[object, torch.dtype]:
+    """What to load, and the dtype of its input."""
+    from aiotrt.video import rfdetr
+
+    device = (
+        "cpu" if arguments.device == "host" or not torch.cuda.is_available() else arguments.device.replace("auto", "cuda")
+    )
+    half = arguments.precision == "fp16" or (arguments.precision is None and device != "cpu")
+    dtype = torch.float16 if half else torch.float32
+    if arguments.model is not None:
+        return arguments.model, dtype
+    return rfdetr.exported(rfdetr.network(arguments.weights), device, dtype), dtype
+
+
+def _sinks(arguments: argparse.Namespace, size: tuple[int, int], totals: dict[str, int]) -> list[Sink]:
+    from aiotrt import video
+
+    def found(output: Any) -> video.Detections:
+        return video.detections(output, size, threshold=arguments.threshold)
+
+    labels = arguments.labels.read_text(encoding="utf-8").splitlines() if arguments.labels is not None else ()
+    sinks: list[Sink] = []
+    if arguments.out is not None:
+        sinks.append(video.VideoFile(arguments.out, video.Annotator(found, labels=labels)))
+    if arguments.json is not None:
+        file = sys.stdout if arguments.json == "-" else arguments.json
+        sinks.append(video.JsonLines(file, lambda output: {"size": size, "found": video.jsonable(found(output))}))
+    if not arguments.quiet and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        sinks.append(video.Progress(totals))
+    return sinks

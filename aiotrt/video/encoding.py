@@ -1,0 +1,210 @@
+"""Frames out again: video files by PyAV, and MJPEG for browsers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import AsyncIterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from aiotrt.errors import MissingDependencyError
+from aiotrt.video.decoding import import_av
+from aiotrt.video.sinks import Draw, Result, Sink, Threaded
+
+if TYPE_CHECKING:
+    from starlette.responses import StreamingResponse
+
+__all__ = ["Mjpeg", "VideoFile"]
+
+TIME_BASE: Final = Fraction(1, 90_000)  # seconds; common rates are whole numbers of it
+BOUNDARY: Final = "frame"
+
+
+class VideoFile(Threaded):
+    """A video file for each source, each frame at its own time, so that a variable frame rate stays one.
+
+    Args:
+        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several.
+        draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
+        codec: FFmpeg's name of the encoder.
+        rate: frames a second where frames bear no time.
+        options: FFmpeg's own, of the encoder.
+
+    Frames are encoded at the first one's size; a frame of another size is scaled to it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        draw: Draw | None = None,
+        *,
+        codec: str = "libx264",
+        rate: float = 30.0,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._path = os.fspath(path)
+        self._draw = draw
+        self._codec = codec
+        self._rate = rate
+        self._options = options or {}
+        self._encoders: dict[str, _Encoder] = {}
+
+    def begin(self) -> None:
+        """Get ready."""
+        import_av()
+
+    def take(self, result: Result) -> None:
+        """See `Threaded`."""
+        frame = result.frame
+        encoder = self._encoders.get(frame.source)
+        if encoder is None:
+            if self._encoders and "{source}" not in self._path:
+                (other,) = self._encoders
+                raise ValueError(f"{self._path} is of source {other!r}: put {{source}} into the path for several sources")
+            path = self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in frame.source))
+            height, width = frame.shape[:2]
+            encoder = self._encoders[frame.source] = _Encoder(path, self._codec, width, height, self._rate, self._options)
+        image = frame.image if self._draw is None else self._draw(frame.image, result.output)
+        encoder.write(image, frame.time)
+
+    def end(self) -> None:
+        """See `Threaded`."""
+        failures = []
+        for encoder in self._encoders.values():
+            try:
+                encoder.close()
+            except Exception as error:  # the others are closed all the same
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+class _Encoder:
+    def __init__(self, path: str, codec: str, width: int, height: int, rate: float, options: dict[str, str]) -> None:
+        av = self._av = import_av()
+        self._rate = rate
+        self._last = -1  # the last frame's time, in TIME_BASE
+        self._first: float | None = None
+        self._file = av.open(path, "w")
+        try:
+            self._stream = self._file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options)
+            # Chroma at half the resolution takes even extents: one row or column is cut off.
+            self._stream.width, self._stream.height = max(2, width - width % 2), max(2, height - height % 2)
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.time_base = TIME_BASE
+            self._stream.codec_context.time_base = TIME_BASE
+        except BaseException:
+            self._file.close()
+            Path(path).unlink(missing_ok=True)
+            raise
+
+    def write(self, image: Any, at: float | None) -> None:
+        ticks = self._last + round(1 / self._rate / TIME_BASE) if self._last >= 0 else 0
+        if at is not None:
+            if self._first is None:
+                self._first = at
+            ticks = round((at - self._first) / TIME_BASE)
+        ticks = max(ticks, self._last + 1)  # a source that came back may begin its time anew
+        self._last = ticks
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        if (frame.width, frame.height) != (self._stream.width, self._stream.height):
+            if abs(frame.width - self._stream.width) <= 1 and abs(frame.height - self._stream.height) <= 1:
+                cut = np.ascontiguousarray(image[: self._stream.height, : self._stream.width])
+                frame = self._av.VideoFrame.from_ndarray(cut, format="rgb24")
+            else:
+                frame = frame.reformat(self._stream.width, self._stream.height)
+        frame.pts = ticks
+        frame.time_base = TIME_BASE
+        self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        try:
+            self._file.mux(self._stream.encode(None))  # what the encoder holds back
+        finally:
+            self._file.close()
+
+
+class Mjpeg(Sink):
+    """The newest frame of each source as JPEG, for browsers: `response` is for a route of FastAPI or Starlette.
+
+    Frames are encoded only while somebody watches. A watcher that is slow skips frames, and holds up nobody.
+
+    Args:
+        draw: what to show; by default the frame as it is.
+        quality: of the JPEGs, from 1 to 95.
+
+    Raises:
+        MissingDependencyError: Pillow is not installed.
+    """
+
+    def __init__(self, draw: Draw | None = None, *, quality: int = 80) -> None:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise MissingDependencyError("MJPEG needs Pillow; pip install 'aiotrt[video]'") from error
+        self._image = Image
+        self._draw = draw
+        self._quality = quality
+        self._watchers: dict[str, set[asyncio.Queue[bytes | None]]] = {}
+        self._is_closed = False
+
+    async def open(self) -> None:
+        """Get ready."""
+        self._is_closed = False
+
+    async def write(self, result: Result) -> None:
+        """See `Sink`."""
+        watchers = self._watchers.get(result.frame.source)
+        if not watchers:
+            return
+        jpeg = await asyncio.to_thread(self._encode, result)
+        for queue in watchers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(jpeg)
+
+    async def aclose(self) -> None:
+        """See `Sink`."""
+        self._is_closed = True
+        for watchers in self._watchers.values():
+            for queue in watchers:
+                if queue.full():
+                    queue.get_nowait()
+                queue.put_nowait(None)
+
+    async def parts(self, source: str) -> AsyncIterator[bytes]:
+        """The body of a ``multipart/x-mixed-replace`` response, until the pipeline ends."""
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(1)
+        watchers = self._watchers.setdefault(source, set())
+        watchers.add(queue)
+        try:
+            while not self._is_closed and (jpeg := await queue.get()) is not None:
+                head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+                yield head.encode() + jpeg + b"\r\n"
+        finally:
+            watchers.discard(queue)
+
+    def response(self, source: str) -> StreamingResponse:
+        """A response that never ends by itself: ``return mjpeg.response("door")`` in a route; ``<img src=...>`` shows it.
+
+        Raises:
+            MissingDependencyError: Starlette is not installed.
+        """
+        try:
+            from starlette.responses import StreamingResponse
+        except ImportError as error:
+            raise MissingDependencyError("a response needs Starlette; pip install 'aiotrt[serving]'") from error
+        kind = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
+        return StreamingResponse(self.parts(source), media_type=kind, headers={"Cache-Control": "no-store"})
+
+    def _encode(self, result: Result) -> bytes:
+        image = result.frame.image if self._draw is None else self._draw(result.frame.image, result.output)
+        file = io.BytesIO()
+        self._image.fromarray(np.ascontiguousarray(image)).save(file, "JPEG", quality=self._quality)
+        return file.getvalue()

@@ -1,0 +1,235 @@
+"""One source's way through a pipeline.
+
+A source has a lane: one task reads it into a mailbox, where the policy drops or holds back; one takes frames out, whenever
+the pipeline lets it, and starts a task for each; one takes the results in the frames' order and hands them to the sinks, of
+which each has a mailbox and a task of its own. So who waits for whom is a matter of mailboxes: a slow sink fills its own,
+and then, where every frame must be kept, its own lane; never another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from aiotrt.errors import DeviceError, ModelBrokenError, ModelClosedError
+from aiotrt.video.boxes import Box
+from aiotrt.video.frames import Frame
+from aiotrt.video.policies import OVERTAKEN, Policy
+from aiotrt.video.reports import Kind, Report
+from aiotrt.video.runners import Outcome, Runner
+from aiotrt.video.sinks import Result, Sink
+from aiotrt.video.sources import Source, SourceState
+from aiotrt.video.status import Meter, SinkStatus, SourceStatus
+
+__all__ = ["Lane"]
+
+
+class Shared(Protocol):
+    """What all lanes of a pipeline have in common.
+
+    Attributes:
+        runner: runs frames.
+        limit: how many frames may be with it at once.
+        permits: one for each.
+    """
+
+    runner: Runner
+    limit: int
+    permits: asyncio.Semaphore
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock that times are by."""
+        ...
+
+    def report(self, report: Report) -> None:
+        """Tell whoever listens."""
+        ...
+
+
+class Lane:
+    """One source's way through the pipeline."""
+
+    def __init__(self, pipeline: Shared, source: Source, policy: Policy, sinks: Iterable[Sink], buffer: int) -> None:
+        self.source = source
+        self.resumed = asyncio.Event()
+        self.resumed.set()
+        self._pipeline = pipeline
+        self._frames: Box[Frame] = Box(policy)
+        delivery = Policy(policy.keep, buffer=buffer)
+        self._outlets = [_Outlet(sink, Box(delivery)) for sink in sinks]
+        self._results: asyncio.Queue[tuple[Frame, asyncio.Task[Outcome | None]] | None] = asyncio.Queue()
+        self._meter = Meter()
+        self._counts: Counter[str] = Counter()
+        self._in_flight = 0
+        self._reader: asyncio.Task[None] | None = None
+        self._is_stopped = False
+        self._error: str | None = None
+        source.clock = pipeline.clock
+        source.listener = pipeline.report
+
+    async def run(self) -> None:
+        """From the first frame to the last result's last sink."""
+        self._room = asyncio.Semaphore(self._pipeline.limit)
+        inferences: set[asyncio.Task[Outcome | None]] = set()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._reader = group.create_task(self._read())
+                # Not in the task itself: one that is cancelled before its first step never comes to its end either.
+                self._reader.add_done_callback(lambda _: self._frames.close())
+                if self._is_stopped:
+                    self._reader.cancel()
+                for outlet in self._outlets:
+                    group.create_task(self._deliver(outlet))
+                group.create_task(self._collect())
+                await self._dispatch(inferences)
+        except BaseExceptionGroup as raised:
+            raise raised.exceptions[0] from None
+        finally:
+            for task in inferences:
+                task.cancel()
+            if inferences:
+                await asyncio.wait(inferences)
+            await self.source.aclose()
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._is_stopped = True
+        self.resumed.set()
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _read(self) -> None:
+        """From the source to the mailbox."""
+        try:
+            while True:
+                await self._frames.room()
+                frame = await self.source.take()
+                if frame is None:
+                    return
+                self._meter.add("decode", frame.decode_seconds)
+                self._frames.put(frame, frame.received)
+        except asyncio.CancelledError:
+            if not self._is_stopped:
+                raise
+        except Exception as error:
+            self._error = str(error)
+            self.source.report(Kind.FAILED, str(error), error)
+
+    async def _dispatch(self, inferences: set[asyncio.Task[Outcome | None]]) -> None:
+        """From the mailbox to the models."""
+        clock, permits = self._pipeline.clock, self._pipeline.permits
+        while await self._frames.something():
+            await self.resumed.wait()
+            if (delay := self._frames.mail.delay(clock())) > 0:
+                await asyncio.sleep(delay)
+                continue
+            await self._room.acquire()
+            await permits.acquire()
+            # Only now: what waits here may have been overtaken, or become stale, meanwhile.
+            frame = self._frames.take(clock()) if self.resumed.is_set() else None
+            if frame is None:
+                permits.release()
+                self._room.release()
+                continue
+            self._meter.add("queue", clock() - frame.received)
+            self._in_flight += 1
+            task = asyncio.create_task(self._infer(frame))
+            inferences.add(task)
+            task.add_done_callback(inferences.discard)
+            self._results.put_nowait((frame, task))
+        self._results.put_nowait(None)
+
+    async def _infer(self, frame: Frame) -> Outcome | None:
+        """One frame; None if a model refused or failed it."""
+        try:
+            return await self._pipeline.runner(frame)
+        except (ModelBrokenError, ModelClosedError, DeviceError):
+            raise
+        except Exception as error:
+            failure = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            if isinstance(failure, (ModelBrokenError, ModelClosedError, DeviceError)):
+                raise failure from None
+            self.source.report(Kind.INFERENCE, f"{frame}: {failure}", failure)
+            return None
+        finally:
+            self._in_flight -= 1
+            self._pipeline.permits.release()
+
+    async def _collect(self) -> None:
+        """Results in the frames' order, to every sink's mailbox."""
+        clock = self._pipeline.clock
+        try:
+            while (entry := await self._results.get()) is not None:
+                frame, task = entry
+                outcome = await task
+                if outcome is None:
+                    self._counts["failed"] += 1
+                else:
+                    now = clock()
+                    self._counts["completed"] += 1
+                    self._meter.completed(now)
+                    if outcome.slot is not None:
+                        self._meter.add("slot", outcome.slot)
+                    self._meter.add("device", outcome.device)
+                    result = Result(frame, outcome.result)
+                    for outlet in self._outlets:
+                        await outlet.box.room()
+                        outlet.box.put(result, now)
+                self._room.release()
+        finally:
+            for outlet in self._outlets:
+                outlet.box.close()
+
+    async def _deliver(self, outlet: _Outlet) -> None:
+        """From a sink's mailbox to the sink."""
+        clock = self._pipeline.clock
+        while await outlet.box.something():
+            result = outlet.box.take(clock())
+            if result is None:
+                continue
+            started = clock()
+            try:
+                await outlet.sink.write(result)
+                outlet.delivered += 1
+            except Exception as error:
+                outlet.failed += 1
+                self.source.report(Kind.SINK, f"{outlet.sink.name} raised for {result.frame}: {error}", error)
+            self._meter.add("sink", clock() - started)
+
+    def status(self, now: float) -> SourceStatus:
+        """How it is."""
+        source = self.source
+        state = source.state.value
+        if not self.resumed.is_set() and source.state is SourceState.RUNNING:
+            state = "paused"
+        return SourceStatus(
+            state=state,
+            error=self._error,
+            frames=source.count,
+            expected=source.frames,
+            waiting=len(self._frames),
+            in_flight=self._in_flight,
+            completed=self._counts["completed"],
+            failed=self._counts["failed"],
+            drops=dict(self._frames.mail.drops),
+            reports={kind.value: count for kind, count in source.counts.items()},
+            fps=self._meter.fps(now),
+            latency=self._meter.latency(),
+            sinks=tuple(
+                SinkStatus(o.sink.name, o.delivered, o.failed, o.box.mail.drops[OVERTAKEN], len(o.box))
+                for o in self._outlets
+            ),
+        )
+
+
+class _Outlet:
+    """One sink, for one source."""
+
+    def __init__(self, sink: Sink, box: Box[Result]) -> None:
+        self.sink = sink
+        self.box = box
+        self.delivered = 0
+        self.failed = 0

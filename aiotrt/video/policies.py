@@ -1,0 +1,117 @@
+"""Which frames are worth a model's time: pure decisions, no clock, no loop.
+
+A `Mailbox` stands between who produces and who takes. What it drops, it counts, by reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeAlias, TypeVar
+
+from aiotrt.errors import InputError
+
+__all__ = ["OVERTAKEN", "STALE", "TOO_MANY", "Mailbox", "Policy"]
+
+T = TypeVar("T")
+
+Keep: TypeAlias = Literal["every_frame", "latest"]
+
+OVERTAKEN: Final = "overtaken"  # a newer one came before it was taken
+STALE: Final = "stale"  # it was older than max_staleness when it would have been taken
+TOO_MANY: Final = "max_fps"  # it came sooner than max_fps allows
+_ROUNDING: Final = 1e-9  # seconds; timestamps are sums of fractions
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What happens to frames when they come faster than they are worked on.
+
+    Args:
+        keep: "every_frame" holds the source back, so none is lost; "latest" drops all but the newest.
+        max_staleness: seconds; what has waited longer when its turn comes is dropped, whatever `keep` says.
+        max_fps: the most frames a second that are taken: with "every_frame" the source is slowed down to it, with "latest"
+            frames between are dropped.
+        buffer: how many may wait; by default 4, and with "latest" 1.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+
+    keep: Keep = "every_frame"
+    max_staleness: float | None = None
+    max_fps: float | None = None
+    buffer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("every_frame", "latest"):
+            raise InputError(f"a policy keeps 'every_frame' or 'latest', not {self.keep!r}")
+        for name, value in (("max_staleness", self.max_staleness), ("max_fps", self.max_fps)):
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be positive or None, got {value!r}")
+        if self.buffer is not None and self.buffer < 1:
+            raise InputError(f"buffer must be at least 1, got {self.buffer!r}")
+
+
+class Mailbox(Generic[T]):
+    """What waits, oldest first.
+
+    Args:
+        policy: what to keep.
+
+    Attributes:
+        drops: how many were dropped, by reason.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._size = policy.buffer or (1 if policy.keep == "latest" else 4)
+        self._waiting: deque[tuple[T, float]] = deque()
+        self._due = float("-inf")  # when max_fps allows the next one
+        self.drops: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be put in; with "latest" always."""
+        return self._policy.keep == "latest" or len(self._waiting) < self._size
+
+    def put(self, item: T, now: float) -> None:
+        """Put one in, which there is room for, received now."""
+        assert self.has_room
+        if self._policy.keep == "latest":
+            if self._delay(now) > 0:
+                self.drops[TOO_MANY] += 1
+                return
+            self._count(now)
+            if len(self._waiting) >= self._size:
+                self._waiting.popleft()
+                self.drops[OVERTAKEN] += 1
+        self._waiting.append((item, now))
+
+    def delay(self, now: float) -> float:
+        """Seconds until the next one may be taken, if there is one; 0 for now."""
+        return self._delay(now) if self._policy.keep == "every_frame" else 0.0
+
+    def take(self, now: float) -> T | None:
+        """The oldest that is not stale, if there is one."""
+        while self._waiting:
+            item, received = self._waiting.popleft()
+            if self._policy.max_staleness is not None and now - received > self._policy.max_staleness:
+                self.drops[STALE] += 1
+                continue
+            if self._policy.keep == "every_frame":
+                self._count(now)
+            return item
+        return None
+
+    def _delay(self, now: float) -> float:
+        return max(0.0, self._due - now) if self._due - now > _ROUNDING else 0.0
+
+    def _count(self, now: float) -> None:
+        """One passes now. On a grid: the next interval begins where this one should have, so jitter does not add up."""
+        if self._policy.max_fps is not None:
+            interval = 1 / self._policy.max_fps
+            self._due = (self._due if self._due > now - interval else now) + interval

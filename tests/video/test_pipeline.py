@@ -1,0 +1,410 @@
+"""Pipelines with functions for models, held by events: who waits for whom, what is lost, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import aiotrt
+from aiotrt import video
+from aiotrt.errors import InputError, UsageError
+from aiotrt.video import Frame, Kind, Pipeline, Policy, Result
+from tests.tools import turns, until
+from tests.video.tools import Remember, number_of, picture, write_video
+
+pytestmark = pytest.mark.asyncio
+
+
+#: Of pipelines, sinks and the sources here; the devices' own stay.
+THREADS = ("aiotrt-video", "aiotrt-sink", "aiotrt-a", "aiotrt-b", "aiotrt-frames")
+
+
+async def number(frame: Frame) -> int:
+    """A model that reads a picture's number."""
+    return number_of(frame.image)
+
+
+def pictures(n: int) -> list[np.ndarray[Any, Any]]:
+    return [picture(i % 32) for i in range(n)]
+
+
+class Gate:
+    """A model that waits until it is let go, frame by frame."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Frame, asyncio.Future[None]]] = []
+
+    async def __call__(self, frame: Frame) -> int:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((frame, future))
+        await future
+        return number_of(frame.image)
+
+    def open(self, which: int = 0) -> None:
+        _, future = self.waiting.pop(which)
+        future.set_result(None)
+
+
+async def nothing_left(before: set[asyncio.Task[Any]]) -> None:
+    await turns(3)
+    assert asyncio.all_tasks() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+
+
+async def test_every_frame_of_every_source_comes_in_order() -> None:
+    before, sink = asyncio.all_tasks(), Remember()
+    async with Pipeline(number, {"a": pictures(20), "b": pictures(7), "c": []}, sink) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status()
+    for name, count in (("a", 20), ("b", 7), ("c", 0)):
+        assert sink.indices(name) == list(range(count))
+        source = status.sources[name]
+        assert (source.state, source.frames, source.completed, source.dropped) == ("ended", count, count, 0)
+    assert [result.output for result in sink.results if result.frame.source == "a"] == list(range(20))
+    assert status.completed == 27
+    assert status.in_flight == 0
+    await nothing_left(before)
+
+
+async def test_leaving_waits_for_the_tail() -> None:
+    sink = Remember()
+    async with Pipeline(number, pictures(30), sink) as pipeline:
+        await until(lambda: len(sink.results) > 3)
+    status = pipeline.status().sources["frames"]
+    assert sink.indices("frames") == list(range(status.frames))
+    assert status.frames >= 4
+
+
+async def test_results_that_overtake_each_other_are_put_in_order() -> None:
+    gate, sink = Gate(), Remember()
+    async with Pipeline(gate, pictures(3), sink, in_flight=3) as pipeline:
+        await until(lambda: len(gate.waiting) == 3)
+        gate.open(2)
+        gate.open(1)
+        await turns(20)
+        assert not sink.results
+        gate.open(0)
+        await pipeline.wait()
+    assert sink.indices("frames") == [0, 1, 2]
+
+
+async def test_no_more_are_in_flight_than_allowed_whoever_they_are_from() -> None:
+    gate = Gate()
+    async with Pipeline(gate, {"a": pictures(5), "b": pictures(5)}, in_flight=3) as pipeline:
+        await until(lambda: len(gate.waiting) == 3)
+        await turns(50)
+        status = pipeline.status()
+        assert len(gate.waiting) == status.in_flight == status.limit == 3
+        sources = status.sources.values()
+        assert all(s.frames == s.completed + s.failed + s.dropped + s.waiting + s.in_flight for s in sources)
+        while pipeline.status().completed < 10:
+            if gate.waiting:
+                gate.open()
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("policy", ["every_frame", "latest"])
+async def test_a_sink_that_stands_still_stalls_nobody_else(policy: Any) -> None:
+    """Of its own source, every frame waits, or the latest stay; of the other, all come."""
+    held, got, other = asyncio.Event(), [], Remember()
+
+    async def slow(result: Result) -> None:
+        await held.wait()
+        got.append(result.frame.index)
+
+    async def frames() -> AsyncIterator[Any]:
+        for i in range(40):
+            if policy == "latest":  # each is done before the next comes, so that what is dropped is the sink's
+                await until(lambda i=i: pipeline.status().completed >= 40 + i)  # type: ignore[misc]
+            yield picture(i % 32)
+
+    sources: dict[str, Any] = {"a": frames, "b": pictures(40)}
+    sinks: dict[str, Any] = {"a": slow, "b": other}
+    pipeline = Pipeline(number, sources, sinks, policy={"a": policy}, sink_buffer=2)
+    async with pipeline:
+        await until(lambda: len(other.results) == 40)
+        if policy == "every_frame":
+            await turns(200)
+            status = pipeline.status().sources["a"]
+            assert 3 <= status.completed < 12
+            assert status.sinks[0].drops == 0
+        else:
+            await until(lambda: pipeline.status().completed == 80)
+            await turns(5)
+            status = pipeline.status().sources["a"]
+            assert status.sinks[0].drops == 37  # one in its hands, two in its mailbox
+        assert status.sinks[0].waiting == 2
+        held.set()
+        await pipeline.wait()
+    assert got == (list(range(40)) if policy == "every_frame" else [0, 38, 39])
+
+
+async def test_two_sinks_of_one_live_source_do_not_wait_for_each_other() -> None:
+    held, fast = asyncio.Event(), Remember()
+
+    async def slow(result: Result) -> None:
+        await held.wait()
+
+    release = asyncio.Event()
+
+    async def frames() -> AsyncIterator[Any]:
+        for i in range(20):
+            await until(lambda i=i: len(fast.results) >= i)  # type: ignore[misc]
+            yield picture(i)
+        await release.wait()
+
+    async with Pipeline(number, video.open(frames, live=True), [slow, fast]) as pipeline:
+        await until(lambda: len(fast.results) == 20)
+        held.set()
+        release.set()
+        await pipeline.wait()
+        slow_status, fast_status = pipeline.status().sources["frames"].sinks
+    assert fast.indices("frames") == list(range(20))
+    assert slow_status.delivered + slow_status.drops == fast_status.delivered == 20
+    assert slow_status.drops == 15  # one in its hands, four in its mailbox
+
+
+async def test_a_sink_that_raises_is_counted_and_called_again() -> None:
+    reports: list[video.Report] = []
+    good = Remember()
+
+    def bad(result: Result) -> None:
+        if result.frame.index % 2:
+            raise ValueError("odd")
+
+    async with Pipeline(number, pictures(10), [bad, good], listener=reports.append) as pipeline:
+        await pipeline.wait()
+        sinks = pipeline.status().sources["frames"].sinks
+    assert (sinks[0].name, sinks[0].delivered, sinks[0].failed) == ("bad", 5, 5)
+    assert len(good.results) == 10
+    assert [report.kind for report in reports] == [Kind.SINK] * 5
+    assert "bad raised for <Frame 1 of frames" in reports[0].detail
+
+
+async def test_broken_sources_end_alone_and_say_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    good, sink = write_video(tmp_path / "good.mp4", range(10)), Remember()
+
+    def raises() -> Any:
+        yield picture(0)
+        raise RuntimeError("lens cap")
+
+    sources = {"missing": tmp_path / "missing.mp4", "text": tmp_path / "text.mp4", "raises": raises, "good": good}
+    async with Pipeline(number, sources, sink) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status()
+    assert {name: source.state for name, source in status.sources.items()} == {
+        "missing": "failed", "text": "failed", "raises": "failed", "good": "ended",
+    }  # fmt: skip
+    assert sink.indices("good") == list(range(10))
+    assert sink.indices("raises") == [0]
+    assert "No such file" in (status.sources["missing"].error or "")
+    assert "lens cap" in (status.sources["raises"].error or "")
+    assert sum("failed" in record.message for record in caplog.records) == 3
+
+
+async def test_a_frame_that_a_model_refuses_is_counted_and_the_next_one_comes() -> None:
+    sink = Remember()
+    reports: list[video.Report] = []
+
+    async def picky(frame: Frame) -> int:
+        if frame.index == 2:
+            raise InputError("not this one")
+        return frame.index
+
+    async with Pipeline(picky, pictures(5), sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status().sources["frames"]
+    assert sink.indices("frames") == [0, 1, 3, 4]
+    assert (status.completed, status.failed) == (4, 1)
+    assert [report.kind for report in reports] == [Kind.INFERENCE]
+
+
+async def test_pause_resume_and_stop() -> None:
+    sink = Remember()
+    async with Pipeline(number, {"a": pictures(500), "b": pictures(50)}, sink) as pipeline:
+        pipeline.pause("a")
+        await until(lambda: len(sink.indices("b")) == 50)
+        await turns(50)
+        count = len(sink.indices("a"))
+        assert pipeline.status().sources["a"].state == "paused"
+        await turns(50)
+        assert len(sink.indices("a")) == count
+        pipeline.resume("a")
+        await until(lambda: len(sink.indices("a")) > count + 5)
+        pipeline.stop("a")
+        await pipeline.wait()
+        status = pipeline.status().sources["a"]
+    assert sink.indices("a") == list(range(status.frames))
+    assert status.frames < 500
+    with pytest.raises(UsageError, match="there is no source 'c'"):
+        pipeline.pause("c")
+
+
+async def test_a_paused_pipeline_can_be_left() -> None:
+    sink = Remember()
+    async with Pipeline(number, pictures(5), sink) as pipeline:
+        pipeline.pause()
+    assert sink.indices("frames") == list(range(pipeline.status().completed))
+
+
+async def test_an_exception_in_the_block_drops_everything_at_once() -> None:
+    before, gate = asyncio.all_tasks(), Gate()
+    with pytest.raises(RuntimeError, match="enough"):
+        async with Pipeline(gate, pictures(9)):
+            await until(lambda: len(gate.waiting) == 2)
+            raise RuntimeError("enough")
+    assert all(future.cancelled() for _, future in gate.waiting)
+    await nothing_left(before)
+
+
+async def test_cancellation_leaves_nothing(tmp_path: Path) -> None:
+    before, path = asyncio.all_tasks(), write_video(tmp_path / "a.mp4", range(20))
+    gate = Gate()
+
+    async def main() -> None:
+        async with Pipeline(gate, [path, video.open(path, name="b", loop=True)], lambda result: None) as pipeline:
+            await pipeline.wait()
+
+    task = asyncio.ensure_future(main())
+    await until(lambda: len(gate.waiting) == 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await nothing_left(before)
+
+
+# With models...
+
+
+async def test_decoded_frames_go_through_leases_and_keep_their_own_results(tmp_path: Path) -> None:
+    """Every result is its frame's, though the slots' buffers are used again and again."""
+    path, sink = write_video(tmp_path / "a.mp4", [i % 32 for i in range(64)], size=(50, 38)), Remember()
+
+    def read(frame: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mean": frame.float().mean(), "image": frame}
+
+    async with aiotrt.load(read, device="host", slots=3) as model:
+        async with Pipeline(model, {"a": path, "b": path}, sink) as pipeline:
+            await pipeline.wait()
+            status = pipeline.status()
+        assert model.statistics().replays == 128
+    assert status.limit == 6
+    for name in ("a", "b"):
+        results = [result for result in sink.results if result.frame.source == name]
+        assert [round(float(r.output.mean) / 8) for r in results] == [i % 32 for i in range(64)]
+        assert all(np.array_equal(r.output.image, r.frame.image) for r in results)
+        assert status.sources[name].latency.keys() >= {"decode", "queue", "slot", "device", "sink"}
+
+
+async def test_a_resolution_that_changes_is_captured_anew(tmp_path: Path) -> None:
+    first = write_video(tmp_path / "1.h264", range(5))
+    second = write_video(tmp_path / "2.h264", range(5, 10), size=(128, 80))
+    (tmp_path / "a.h264").write_bytes(first.read_bytes() + second.read_bytes())
+    sink = Remember()
+    async with aiotrt.load(lambda frame: frame.float().mean(), device="host", slots=1) as model:
+        async with Pipeline(model, tmp_path / "a.h264", sink, listener=lambda report: None) as pipeline:
+            await pipeline.wait()
+    assert [round(float(result.output) / 8) for result in sink.results] == list(range(10))
+    assert pipeline.status().sources["a.h264"].reports == {"resolution": 1}
+
+
+async def test_frames_that_do_not_fit_the_model_are_counted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", range(4))
+    reports: list[video.Report] = []
+    program = torch.export.export(Mean(), (torch.zeros(10, 10, 3, dtype=torch.uint8),))
+    async with aiotrt.load(program, device="host", slots=1) as model:
+        async with Pipeline(model, path, listener=reports.append) as pipeline:
+            await pipeline.wait()
+            status = pipeline.status().sources["a.mp4"]
+    assert (status.completed, status.failed) == (0, 4)
+    assert "(48, 64, 3)" in reports[0].detail
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().mean()
+
+
+async def test_several_models_and_batches_across_sources() -> None:
+    sink = Remember()
+
+    def of_items(x: torch.Tensor) -> torch.Tensor:
+        return x.float().mean(dim=(1, 2, 3))
+
+    async with (
+        aiotrt.load(of_items, device="host", slots=1, batching=aiotrt.Batching(max_size=4)) as batched,
+        aiotrt.load(lambda frame: frame.amax(), device="host", slots=1) as other,
+    ):
+        sources = {f"camera {i}": pictures(16) for i in range(4)}
+        async with Pipeline({"mean": batched, "max": other}, sources, sink) as pipeline:
+            await pipeline.wait()
+        sizes = batched.statistics().batches
+    assert sum(size * count for size, count in sizes.items()) == 64
+    assert max(sizes) > 1  # frames of several calls went together
+    for result in sink.results:
+        assert float(result.output["mean"]) == float(result.output["max"]) == 8 * (result.frame.index % 32)
+
+
+async def test_a_model_that_is_closed_stops_the_pipeline_and_wait_says_so() -> None:
+    before = asyncio.all_tasks()
+    model = await aiotrt.load(lambda frame: frame.float().mean(), device="host", slots=1)
+    stopped = asyncio.Event()
+
+    async def frames() -> AsyncIterator[Any]:
+        yield picture(0)
+        await stopped.wait()
+        for i in range(100):
+            yield picture(i % 32)
+
+    with pytest.raises(aiotrt.ModelClosedError):
+        async with Pipeline(model, {"a": frames, "b": frames}) as pipeline:
+            await until(lambda: pipeline.status().completed == 2)
+            await model.aclose()
+            stopped.set()
+            await pipeline.wait()
+    await nothing_left(before)
+
+
+# Options...
+
+
+async def test_wrong_options() -> None:
+    for arguments, says in (
+        ({"sources": []}, "at least one source"),
+        ({"in_flight": 0}, "in_flight must be at least 1"),
+        ({"policy": {"b": "latest"}}, "there is no source 'b'"),
+        ({"sinks": {"b": print}}, "there is no source 'b'"),
+        ({"sinks": [3]}, "a sink is a Sink, a function"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Pipeline(number, **{"sources": {"a": pictures(1)}, **arguments})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a model"):
+        async with Pipeline(3, pictures(1)):  # type: ignore[arg-type]
+            pass
+
+
+async def test_sources_of_one_name_are_told_apart() -> None:
+    sink = Remember()
+    async with Pipeline(number, [video.open(pictures(2)), video.open(pictures(3))], sink) as pipeline:
+        await pipeline.wait()
+    assert {name: len(sink.indices(name)) for name in pipeline.status().sources} == {"frames 0": 2, "frames 1": 3}
+
+
+async def test_status_is_frozen_and_entering_twice_is_refused() -> None:
+    pipeline = Pipeline(number, pictures(1), policy=Policy(buffer=1))
+    assert pipeline.status().state == "closed"
+    async with pipeline:
+        with pytest.raises(AttributeError):
+            pipeline.status().limit = 3  # type: ignore[misc]
+    assert pipeline.status().state == "ended"
+    with pytest.raises(UsageError, match="entered once"):
+        async with pipeline:
+            pass

