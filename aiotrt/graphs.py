@@ -287,7 +287,12 @@ class _Builder:
         def whole(values: Tensors) -> Tensors:
             return self._post(engine(self._pre(values)))
 
-        steps, outputs, fallbacks = self._steps(whole, engine, inputs)
+        export = getattr(execution, "export", None)  # of a module, which may be capturable in that form
+
+        def exported(reason: str) -> bool:
+            return export is not None and device.call(self._stream, lambda: export(engine_inputs, reason))
+
+        steps, outputs, fallbacks = self._steps(whole, engine, inputs, exported)
         buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
         return Program(
             device, self._slot, self._key, inputs, outputs, OutputNames(self._names), self._stream, steps, self._closers,
@@ -372,7 +377,11 @@ class _Builder:
     # How it runs...
 
     def _steps(
-        self, whole: Callable[[Tensors], Tensors], engine: Callable[[Tensors], Tensors], inputs: Tensors
+        self,
+        whole: Callable[[Tensors], Tensors],
+        engine: Callable[[Tensors], Tensors],
+        inputs: Tensors,
+        exported: Callable[[str], bool],
     ) -> tuple[list[Step], Tensors, list[str]]:
         """As one graph if that can be; what runs, what it writes, and why it is not one graph."""
         recipe = self._recipe
@@ -382,6 +391,11 @@ class _Builder:
                 return *self._captured(whole, inputs), []
             except CaptureError as error:
                 reason = f"{recipe.engine.name} could not be captured: {error}"
+                if exported(str(error)):
+                    try:
+                        return *self._captured(whole, inputs), []
+                    except CaptureError as second:
+                        reason = f"{recipe.engine.name} could not be captured, nor could its export: {second}"
             if recipe.preprocess is not None or recipe.postprocess is not None:
                 # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
                 return self._piecewise(engine, inputs)

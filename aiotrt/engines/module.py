@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,6 +16,8 @@ from aiotrt.errors import EngineError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec, arrange
 
 __all__ = ["ModuleEngine"]
+
+log = logging.getLogger("aiotrt")
 
 
 class ModuleEngine:
@@ -50,6 +56,8 @@ class ModuleEngine:
         self._function: Callable[..., object] = function
         self._described: Callable[..., object] = source.forward if isinstance(source, torch.nn.Module) else function
         self.parameters = Parameters.of(self._described)
+        self._exports: dict[Shapes, Callable[..., object] | None] = {}  # in the module's place; None where it has none
+        self._exporting = threading.Lock()
         self._keywords: tuple[str, ...] = ()
         if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
             self._keywords = tuple(source.example_inputs[1])
@@ -59,8 +67,43 @@ class ModuleEngine:
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> ModuleExecution:
         if self.inputs is not None:  # an exported program takes its inputs just as it was given them then
             count = len(names) - len(self._keywords)
-            return ModuleExecution(self._function, list(range(count)), {k: count + i for i, k in enumerate(self._keywords)})
-        return ModuleExecution(self._function, *arrange(self._described, names))
+            positions, keywords = list(range(count)), {k: count + i for i, k in enumerate(self._keywords)}
+            return ModuleExecution(self, shapes, self._function, positions, keywords)
+        function = self._exports.get(shapes) or self._function
+        return ModuleExecution(self, shapes, function, *arrange(self._described, names))
+
+    def exported(
+        self, shapes: Shapes, args: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor], reason: str
+    ) -> Callable[..., object] | None:
+        """The module's `torch.export` for these shapes; None if it has none. Blocks for seconds, the first time."""
+        if self.inputs is not None or not isinstance(self._function, torch.nn.Module):
+            return None  # an export already, or a function, which might do something else the next time
+        with self._exporting:  # the other slots take what the first one made
+            if shapes not in self._exports:
+                self._exports[shapes] = self._export(tuple(args), dict(named), reason)
+            return self._exports[shapes]
+
+    def _export(self, args: tuple[Any, ...], named: dict[str, Any], reason: str) -> Callable[..., object] | None:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                # Of a copy, with the same parameters: exporting puts stand-ins into a module for a while, and another slot,
+                # or the module's owner, may be calling it.
+                module = self._function
+                assert isinstance(module, torch.nn.Module)
+                shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+                program = torch.export.export(copy.deepcopy(module, shared), args, named, strict=False)
+                function: Callable[..., object] = program.module()
+        except Exception as error:  # whatever exporting finds unusual; the module itself still runs
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("%s could not be captured (%s), nor exported (%s)", self.name, reason, said[0])
+            return None
+        log.warning(
+            "%s could not be captured (%s): its torch.export takes its place, whose results may differ in the last bits",
+            self.name,
+            reason,
+        )
+        return function
 
     def close(self) -> None:
         pass
@@ -71,13 +114,48 @@ class ModuleExecution:
 
     nbytes = 0
 
-    def __init__(self, function: Callable[..., object], positions: Sequence[int], names: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        engine: ModuleEngine,
+        shapes: Shapes,
+        function: Callable[..., object],
+        positions: Sequence[int],
+        names: Mapping[str, int],
+    ) -> None:
+        self._engine = engine
+        self._shapes = shapes
         self._function = function
         self._positions = positions
         self._names = names
+        self._has_raised = False
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> object:
-        return self._function(*[inputs[i] for i in self._positions], **{name: inputs[i] for name, i in self._names.items()})
+        args, named = self._arranged(inputs)
+        try:
+            return self._function(*args, **named)
+        except BaseException:
+            self._has_raised = True
+            raise
+
+    def export(self, inputs: Sequence[torch.Tensor], reason: str) -> bool:
+        """After a capture that failed: run the module's `torch.export` from now on.
+
+        Blocks, for seconds. False if it was not the module that raised, or there is no export of it: nothing changes then.
+
+        Args:
+            inputs: as for a call.
+            reason: why the capture failed, for the log.
+        """
+        if not self._has_raised:
+            return False
+        function = self._engine.exported(self._shapes, *self._arranged(inputs), reason)
+        if function is None:
+            return False
+        self._function, self._has_raised = function, False
+        return True
+
+    def _arranged(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        return [inputs[i] for i in self._positions], {name: inputs[i] for name, i in self._names.items()}
 
     def close(self) -> None:
         pass
