@@ -20,7 +20,7 @@ from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, Sim
 from aiotrt.testing.loop import _Selector
 from aiotrt.testing.streams import Record
 
-__all__ = ["Audit", "Striker", "held_streams", "run_simulated"]
+__all__ = ["Audit", "Striker", "auditing", "held_streams", "run_simulated"]
 
 T = TypeVar("T")
 
@@ -128,21 +128,21 @@ class Audit:
         return result
 
 
-def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector) -> T:
-    """`testing.run`, with the runtime's own host copies checked for races as well, and all models audited."""
-    simulated = device.simulated if isinstance(device, FaultInjector) else device
-    audit = Audit(simulated)
+@contextlib.contextmanager
+def auditing(device: SimulatedDevice) -> Iterator[Audit]:
+    """The runtime's own host copies are checked for races as well, and all models that are opened in here are audited."""
+    audit = Audit(device)
     kept = len(submission._kept)
     select, init, opened, closed = _Selector.select, Executor.__init__, SimulatedGraph.__init__, SimulatedGraph.close
 
     def own(view: Any, dtype: torch.dtype, kind: tensors.Kind) -> Any:
-        simulated.host_read(view, "copying results out")
+        device.host_read(view, "copying results out")
         return tensors.own(view, dtype, kind)
 
     def copy_in(request: submission.Request, program: Program) -> None:
         for argument, view in zip(request.arguments, program.input_views, strict=True):
             if argument.host is not None and view is not None:
-                simulated.host_write(view, "copying inputs in")
+                device.host_write(view, "copying inputs in")
         submission.copy_in(request, program)
 
     def audited_select(self: _Selector, timeout: float | None = None) -> Any:
@@ -185,4 +185,10 @@ def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultI
         opens(ModuleExecution),
     ):
         stack.callback(submission._kept.__delitem__, slice(kept, None))  # for ever is until the end of the simulation
+        yield audit
+
+
+def run_simulated(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector) -> T:
+    """`testing.run`, with the runtime's own host copies checked for races as well, and all models audited."""
+    with auditing(device.simulated if isinstance(device, FaultInjector) else device) as audit:
         return run(audit.audited(main), device)

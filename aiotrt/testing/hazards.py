@@ -20,7 +20,7 @@ import linecache
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
@@ -87,10 +87,13 @@ class Detector:
 
     Attributes:
         found: the hazards so far; of those that look the same, the first.
+        tells_where: whether reports say where accesses were made. To find out costs more than all other bookkeeping: who
+            makes very many runs does without, and repeats the one that fails.
     """
 
     def __init__(self) -> None:
         self.found: list[HazardError] = []
+        self.tells_where = True
         self._names: dict[int, str] = {HOST: "host"}
         self._clocks: dict[int, Clock] = {HOST: {}}
         self._history: dict[Block, list[Access]] = {}
@@ -134,7 +137,7 @@ class Detector:
         clock = self._clocks[actor]
         self._join(actor, self._clocks[HOST])
         epoch = clock[actor] = clock.get(actor, 0) + 1
-        stack = where()
+        stack = self.where()
         name = self._names[actor]
         writes = tuple(writes)
         for span in writes:
@@ -152,7 +155,7 @@ class Detector:
         self._report(
             "record while waited for",
             f"{name} is recorded again although the host found it not complete and may still be waiting for that: it would "
-            f"wait for something else now\npolled\n{describe(polled)}\nrecorded again\n{describe(where())}",
+            f"wait for something else now\npolled\n{describe(polled)}\nrecorded again\n{describe(self.where())}",
             None,
             None,
         )
@@ -169,13 +172,17 @@ class Detector:
 
     def found_early_close(self) -> None:
         """A graph is freed although the host has not seen its last launch complete."""
-        message = f"a graph is freed and the host has not seen its last launch complete\n{describe(where())}"
+        message = f"a graph is freed and the host has not seen its last launch complete\n{describe(self.where())}"
         self._report("use after free", message, None, None)
 
     def knows(self, clock: Clock) -> bool:
         """Whether the host has heard of all that `clock` knows."""
         mine = self._clocks[HOST]
         return all(mine.get(actor, 0) >= epoch for actor, epoch in clock.items())
+
+    def where(self) -> Stack:
+        """Where the calling program stands, if that is to be told."""
+        return where() if self.tells_where else ()
 
     def check(self) -> None:
         """Raise the first hazard found, if any.
@@ -254,13 +261,27 @@ def where() -> Stack:
     stack: list[tuple[str, int, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(stack) < _DEPTH:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package in _RUNNERS:
+        code = frame.f_code
+        known = _roles.get(id(code))
+        if known is None:
+            known = _roles[id(code)] = _role(frame.f_globals.get("__name__", "")), code
+        if known[0] == "told":
+            stack.append((code.co_filename, frame.f_lineno, code.co_name))
+        elif known[0] == "end":
             break
-        if package not in _MACHINERY and not frame.f_globals["__name__"].startswith("aiotrt.testing"):
-            stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return tuple(stack)
+
+
+#: What frames of a code object are in a stack, by its identity; the object is kept, so that nobody else has its identity.
+_roles: Final[dict[int, tuple[str, CodeType]]] = {}
+
+
+def _role(module: str) -> str:
+    package = module.partition(".")[0]
+    if package in _RUNNERS:
+        return "end"
+    return "left out" if package in _MACHINERY or module.startswith("aiotrt.testing") else "told"
 
 
 def describe(stack: Stack) -> str:

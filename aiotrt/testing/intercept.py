@@ -76,26 +76,22 @@ class Interceptor(TorchDispatchMode):
 
     Args:
         target: the device.
-        is_raw: whether to let everything through, because the device itself is at work.
     """
 
-    def __init__(self, target: Target, is_raw: Callable[[], bool]) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
-        self._is_raw = is_raw
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_raw():
-            return func(*args, **kwargs)
         target = self._target
-        call = _Call(func, args, kwargs)
         if func.is_view:
             result = func(*args, **kwargs)
-            if _share_memory(result, call.tensors):
+            if _share_memory(result, args[0]):
                 return result
+        call = _Call(func, args, kwargs)
         if not target.is_mine(call.tensors):
             spans = call.spans(target.memory)
             if any(spans):
@@ -165,7 +161,11 @@ class _Call:
         writes = [s for t in fresh if (s := memory.span(t)) is not None]
 
         def compute() -> None:
-            values = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+            values = func(*args, **kwargs)
+            if isinstance(values, torch.Tensor):
+                aliases[0].copy_(values)
+                return
+            values = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
             for alias, value in zip(aliases, values, strict=True):
                 alias.copy_(value)
 
@@ -207,6 +207,7 @@ def _settled(target: Target, result: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _share_memory(result: Any, tensors: Sequence[torch.Tensor]) -> bool:
-    mine = {t.untyped_storage().data_ptr() for t in tensors}
-    return all(t.untyped_storage().data_ptr() in mine for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+def _share_memory(result: Any, viewed: torch.Tensor) -> bool:
+    mine = viewed.untyped_storage().data_ptr()
+    views = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+    return all(t.untyped_storage().data_ptr() == mine for t in views if isinstance(t, torch.Tensor))

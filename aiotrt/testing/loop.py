@@ -38,11 +38,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     Attributes:
         device: that device.
         virtual_time: its clock.
+        is_woken: whether another thread has woken it since it last began to wait.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device = device
         self.virtual_time: VirtualTime = device.time
+        self.is_woken = False
         self._workers = device.workers(8)
         super().__init__(_Selector(self))
         # The hub of this loop must use its clock and its timers: real ones would sleep.
@@ -60,6 +62,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Run `func` in a worker thread in virtual time, whatever `executor` is, unless it is one of those itself."""
         workers = executor if isinstance(executor, Workers) else self._workers
         return asyncio.wrap_future(workers.submit(func, *args), loop=self)
+
+    def _write_to_self(self) -> None:
+        self.is_woken = True
+        super()._write_to_self()  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the loop and its hubs."""
@@ -95,6 +101,7 @@ class _Selector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """One iteration's wait; `timeout` in seconds of virtual time, None for no timer."""
         time = self._loop.virtual_time
+        self._loop.is_woken = False
         start = time.now
         time.advance(ITERATION)
         found = self._real.select(0)
@@ -102,7 +109,8 @@ class _Selector(selectors.BaseSelector):
             return found
         limit = float("inf") if timeout is None else start + timeout
         while not found and time.step(limit):
-            found = self._real.select(0)  # how a worker thread wakes the loop
+            if self._loop.is_woken or len(self._real.get_map()) > 1:
+                found = self._real.select(0)  # how a worker thread wakes the loop
         if found:
             return found
         if timeout is not None:

@@ -98,6 +98,11 @@ class Memory:
         weakref.finalize(owner, self._dropped.append, (block, block.generation)).atexit = False
         return torch.from_numpy(owner).view(dtype).as_strided(size, stride, 0)
 
+    @property
+    def is_any_dropped(self) -> bool:
+        """Whether `dropped` has anything to tell."""
+        return bool(self._dropped)
+
     def dropped(self) -> list[Block]:
         """The blocks whose owners went since the last call. They are in nobody's hands until `give_back`."""
         blocks = []

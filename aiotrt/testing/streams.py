@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ import torch
 
 from aiotrt.devices.base import Copies, Event, Stream
 from aiotrt.errors import UsageError
-from aiotrt.testing.hazards import Clock, Stack, where
+from aiotrt.testing.hazards import Clock, Stack
 from aiotrt.testing.intercept import Work
-from aiotrt.testing.memory import Span
+from aiotrt.testing.memory import Memory, Span
 
 if TYPE_CHECKING:
     from aiotrt.testing.simulator import SimulatedDevice
@@ -50,7 +50,7 @@ class SimulatedEvent:
         if self._record is None:
             return True
         if not self._record.is_done:
-            self._polled = self._polled or where()
+            self._polled = device.detector.where() if self._polled is None else self._polled
             return False
         self._polled = None
         device.detector.observe(self._record.clock)
@@ -134,13 +134,14 @@ class SimulatedStream:
             to, of = memory.span(destination), memory.span(source)
             if to is None or of is None:
                 raise ValueError("a copy needs device or pinned memory at both ends")
-            aliases = memory.alias(destination), memory.alias(source)
+            copy = _copier(memory, destination, to, source, of)
         what = f"copy of {of.block!r} to {to.block!r}"
-        check = self._host_write_check(what, of)
+        check = self._host_write_check(what, of) if of.block.pinned else None
 
         def run() -> None:
-            check()
-            aliases[0].copy_(aliases[1])
+            if check is not None:
+                check()
+            copy()
 
         self.put(Work(what, run, (of,), (to,)))
 
@@ -223,12 +224,10 @@ class SimulatedStream:
     def _host_write_check(self, what: str, source: Span) -> Callable[[], None]:
         """The host writes pinned memory unseen, through numpy; what it wrote too early shows in the bytes."""
         block = source.block
-        if not block.pinned:
-            return lambda: None
         writes = self.device.pinned_writes
         before = block.memory[source.begin : source.end].copy()
         version, pending = writes.get(block.number, (0, 0))
-        stack = where()
+        stack = self.device.detector.where()
 
         def check() -> None:
             if pending or writes.get(block.number, (0, 0)) != (version, 0):
@@ -242,6 +241,15 @@ class SimulatedStream:
         return f"<{self.name}, {len(self._queue)} pending>"
 
 
+def _copier(memory: Memory, destination: torch.Tensor, to: Span, source: torch.Tensor, of: Span) -> Callable[[], object]:
+    """What copies one into the other, later, without keeping either alive: bytes, where they lie in one piece."""
+    if destination.is_contiguous() and source.is_contiguous() and not source.is_conj() and not source.is_neg():
+        bytes_to, bytes_of = to.block.memory[to.begin : to.end], of.block.memory[of.begin : of.end]
+        return lambda: np.copyto(bytes_to, bytes_of)
+    aliases = memory.alias(destination), memory.alias(source)
+    return lambda: aliases[0].copy_(aliases[1])
+
+
 @dataclass(eq=False)
 class _Wait:
     record: Record
@@ -250,6 +258,17 @@ class _Wait:
 @dataclass(eq=False)
 class _Instant:
     run: Callable[[], None]
+
+
+def _together(works: Sequence[Work]) -> Work:
+    reads = {span: None for work in works for span in work.reads}
+    writes = {span: None for work in works for span in work.writes}
+
+    def run() -> None:
+        for work in works:
+            work.run()
+
+    return Work("a graph", run, tuple(reads), tuple(writes))
 
 
 class SimulatedGraph:
@@ -261,6 +280,7 @@ class SimulatedGraph:
         self.owned: list[torch.Tensor] = []
         self._device = device
         self._last: Record | None = None
+        self._whole: Work | None = None  # all of them as one
         self._is_closed = False
 
     def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
@@ -274,15 +294,9 @@ class SimulatedGraph:
             raise UsageError("this graph is closed")
         if self._last is not None:
             stream.follow(self._last)  # a graph never overlaps itself
-        reads = {span: None for work in self.works for span in work.reads}
-        writes = {span: None for work in self.works for span in work.writes}
-        works = self.works
-
-        def run() -> None:
-            for work in works:
-                work.run()
-
-        stream.put(Work("a graph", run, tuple(reads), tuple(writes)))
+        if self._whole is None:
+            self._whole = _together(self.works)
+        stream.put(self._whole)
         self._last = stream.mark()
         for destination, source in after:
             stream.copy(destination, source)

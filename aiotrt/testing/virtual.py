@@ -191,10 +191,13 @@ class VirtualTime:
 
     def step(self, limit: float = math.inf) -> bool:
         """Let one thing happen, if one is due by the time `limit`; whether it did."""
-        self._unblock()  # the host itself may have made true what somebody waits for
-        due = sorted((a for a in self._actions if a.when <= limit), key=lambda a: (a.when, a.order))
+        if self._blocked:
+            self._unblock()  # the host itself may have made true what somebody waits for
+        due = [a for a in self._actions if a.when <= limit]
         if not due:
             return False
+        if len(due) > 1:
+            due.sort(key=lambda a: (a.when, a.order))
         action = due[self.schedule.choose([a.what for a in due])]
         self._actions.remove(action)
         self.now = max(self.now, action.when)

@@ -1,0 +1,70 @@
+"""The whole runtime on the simulated GPU, driven by a Hypothesis machine; and the machine, tried where there is a defect."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import warnings
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from aiotrt import completion, submission
+from aiotrt.testing import DeadlockError, HazardError
+from tests.machine.rules import Runtime
+from tests.testing.mutation import Mutation, applied, deletions
+
+Runtime.TestCase.settings = settings(
+    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestRuntime = pytest.mark.slow(pytest.mark.timeout(300)(Runtime.TestCase))
+
+#: Statements without which the runtime is wrong, by module, function and how they begin; and what the machine says then.
+DEFECTS = [
+    ("submission", "_open_gates", "slot.stream.wait(", HazardError),
+    ("submission", "Request.order", "follow(slot, self.origin)", HazardError),
+    ("submission", "submit_lease", "slot.stream.record(event)", AssertionError),
+    ("requests", "Requests._finish.resolve", "request.future.set_result(", DeadlockError),
+    ("requests", "Requests._completed", "self._executor.move(slot, Move.COMPLETE)", DeadlockError),
+    ("executor", "Executor.abandon", "self.machine.withdraw(request)", AssertionError),
+    ("executor", "Executor.break_down", "self.reject(request, error)", AssertionError),
+    ("buffers", "Hold.leave", "self.slot.gates.append(", HazardError),
+    ("completion", "Hub._poll", "self._polling = False", DeadlockError),
+]
+
+
+@pytest.fixture
+def _forget() -> Iterator[None]:
+    """What a defect leaves behind, such as models that cannot be closed, is not held against the test."""
+    yield
+    submission._kept.clear()
+    completion._hubs.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+def removed(module: str, function: str, start: str) -> Mutation:
+    every = deletions(importlib.import_module(f"aiotrt.{module}"))
+    (found,) = [m for m in every if m.place.name == function and m.place.text.startswith(start)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("_forget")
+@pytest.mark.parametrize(("module", "function", "start", "error"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])
+def test_the_machine_finds_a_defect(module: str, function: str, start: str, error: type[BaseException]) -> None:
+    search = settings(
+        max_examples=500,
+        stateful_step_count=25,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    with applied(removed(module, function, start)), pytest.raises(error):
+        run_state_machine_as_test(Runtime, settings=search)
