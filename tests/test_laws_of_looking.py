@@ -12,7 +12,7 @@ from aiotrt.completion import Hub, Lane
 from aiotrt.prediction import Estimate, Progress
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import run_simulated
-from tests.test_completion import Timer, Work, World
+from tests.test_completion import Timer, Work, World, learned
 
 asyncio_test = pytest.mark.asyncio
 
@@ -68,9 +68,7 @@ async def test_work_that_became_much_shorter_is_seen_soon_again() -> None:
 async def test_the_timer_is_set_once_for_each_sleep() -> None:
     world = CountingWorld()
     for milliseconds in (10, 20, 30):
-        estimate = Estimate()
-        estimate.between(milliseconds / 1e3, milliseconds / 1e3)
-        Work(world, milliseconds / 1e3).watch(Lane(), estimate=estimate)
+        Work(world, milliseconds / 1e3).watch(Lane(), estimate=learned(milliseconds / 1e3))
     assert CountingTimer.sets == 1
 
 
@@ -82,9 +80,7 @@ async def test_the_timer_is_set_once_after_each_poll_whatever_is_watched_in_it()
     def more(error: BaseException | None) -> None:
         CountingTimer.sets = 0
         for milliseconds in (30, 20, 10):
-            estimate = Estimate()
-            estimate.between(milliseconds / 1e3, milliseconds / 1e3)
-            works.append(Work(world, milliseconds / 1e3).watch(Lane(), estimate=estimate))
+            works.append(Work(world, milliseconds / 1e3).watch(Lane(), estimate=learned(milliseconds / 1e3)))
 
     first = Work(world, 0.0)
     world.hub.watch(Lane(), first.query, more)

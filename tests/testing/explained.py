@@ -1,6 +1,7 @@
 """Statements of the runtime whose removal no law finds, and why: see `seeded_defects`.
 
-By file, function, text and the how manieth of those that are alike there, counted from 0.
+By file, function, text and the how manieth of those that are alike there, counted from 0. "Not needed" means that a reader
+of the runtime may take it out.
 """
 
 from __future__ import annotations
@@ -9,4 +10,97 @@ from typing import Final
 
 __all__ = ["EXPLAINED"]
 
-EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {}
+LOGS: Final = "only writes to the log"
+OPEN: Final = "open: no law finds it yet, and whether it is needed was not looked into"
+
+EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
+    ("submission.py", "has_passed", "_ignore(error)", 0): LOGS,
+    ("submission.py", "await_gates", "_ignore(error)", 0): LOGS,
+    ("submission.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
+    ("requests.py", "Requests._build", "self._executor.device.prepare_thread()", 0): (
+        "not needed: what follows begins with `Device.call`, which prepares its thread, or is torch's, which does too"
+    ),
+    ("requests.py", "Requests._built", "keep_for_ever(program)", 0): (
+        "a build ends when the device is done with it, so dropping it frees nothing that is in use; kept because destroying "
+        "a graph on a broken device can block, which the simulator does not model"
+    ),
+    ("requests.py", "Requests._gates_passed", "slot.gates.clear()", 0): (
+        "saves the next launch a wait for events that are complete"
+    ),
+    ("requests.py", "Requests._prepare_next", "_log.debug('no memory for the next results: %r', error)", 0): LOGS,
+    ("requests.py", "Requests._stage", "slot.launches = 0", 0): (
+        "not needed: launches are told apart by equality, and numbers that only grow do that as well"
+    ),
+    ("executor.py", "Executor.abandon", "self._check_idle()", 0): (
+        "not needed: while somebody stands in line no slot is free, so leaving the line cannot make the model idle"
+    ),
+    ("executor.py", "Executor.drop", "self._check_idle()", 0): (
+        "not needed: for the same reason; and each `move` before it has checked"
+    ),
+    ("executor.py", "Executor._check_idle", "self._idle = None", 0): (
+        "not needed: only closing waits for it, and a model that was idle while it closed never works again"
+    ),
+    ("executor.py", "Executor.work.run", "keep_for_ever((self, result))", 0): (
+        "not needed: a slot with a worker is not free, so `discard` keeps the executor; and a build that came too late is "
+        "complete on the device"
+    ),
+    ("executor.py", "Executor.break_down", "self._granted.clear()", 0): (
+        "not needed: one grant at a time is under way, and it is taken out before its request can break anything"
+    ),
+    ("buffers.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
+    ("buffers.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
+    ("buffers.py", "Hold._launched.done", "self._unordered = None", 0): "saves waits for an event that is complete",
+    ("buffers.py", "Hold._failed", "future.set_exception(explained)", 0): (
+        "not needed: a model that broke has told all replays, and where there is no event the error is raised to the caller"
+    ),
+    ("buffers.py", "Hold.leave", "self._left = True", 1): (
+        "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
+        "their own words"
+    ),
+    ("completion.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
+    ("completion.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
+    ("completion.py", "Hub._look", "lane.entry = None", 0): (
+        "not needed: the entry is out of the heap, and is told from others by identity"
+    ),
+    ("graphs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
+    ("graphs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
+    ("graphs.py", "_Eager.launch", "stream.copy(destination, source)", 1): (
+        "not needed: copies out are given to launches of captured programs only"
+    ),
+    ("model.py", "Model._opened", "task.exception()", 0): (
+        "not needed: `asyncio.shield` looks at the error of a task whose waiter was cancelled"
+    ),
+    ("model.py", "_start_thread", "pool.shutdown(wait=False)", 0): "ends the thread now and not when the pool is collected",
+    ("gathering.py", "Gatherer._assemble", "self._expire(call)", 0): (
+        "not needed: its deadline's alarm is due, rings in the same turn of the loop, and tells it"
+    ),
+    ("gathering.py", "Gatherer._assemble", "self._held = None", 0): "lets go of a timer that was cancelled",
+    ("gathering.py", "Gatherer._release", "self._held = None", 0): "lets go of a timer that has rung",
+    ("gathering.py", "Gatherer._fail", "self._open = None", 0): "lets go of a batch: a model that ended takes no more items",
+    ("gathering.py", "Gatherer._fail", "self.close()", 0): (
+        "not needed: nobody waits any more, so what rings finds nothing to do, and `Model.aclose` closes as well"
+    ),
+    ("gathering.py", "Gatherer.close", "self._soon = self._held = self._alarm = None", 0): (
+        "lets go of timers that were cancelled"
+    ),
+    ("stacking.py", "Batch.allocate_results", "self.results = []", 0): "not needed: a batch is launched once",
+    ("stacking.py", "_Outcome.set_result", "self._settle(call, None, None)", 0): (
+        "not needed: the task of a member that had gone runs next, and says so itself"
+    ),
+    ("model.py", "Model._warm", "request.future.exception()", 0): OPEN,
+    ("gathering.py", "Gatherer.submit", "self._check_pace(deadline, priority, now)", 0): OPEN,
+    ("gathering.py", "Gatherer._ring", "self._alarm = None", 0): OPEN,
+    ("stacking.py", "Single.joined", "self.bound = bound_inputs(call.arguments)", 0): OPEN,
+    ("stacking.py", "_Outcome.set_exception", "super().set_result(False)", 0): OPEN,
+    ("batching.py", "Queue.remove", "entry.place = None", 0): OPEN,
+    ("batching.py", "Queue.remove", "self._door.remove(entry)", 0): OPEN,
+    ("batching.py", "Queue.clear", "self._door.clear()", 0): OPEN,
+    ("batching.py", "Queue.clear", "self._groups.clear()", 0): OPEN,
+    ("batching.py", "Queue._admit", "self._door.served(heads)", 0): OPEN,
+    ("batching.py", "Batching.__post_init__", "object.__setattr__(self, 'max_size', 1)", 0): OPEN,
+    ("batching.py", "Queue._head", "held.add(entry.group)", 0): OPEN,
+    ("batching.py", "Deadlines.discard", "self._heap = [item for item in self._heap if id(item[2]) in self._live]", 0): OPEN,
+    ("batching.py", "Deadlines.discard", "heapq.heapify(self._heap)", 0): OPEN,
+    ("batching.py", "_Lines.clear", "line.clear()", 0): OPEN,
+    ("batching.py", "_Lines.clear", "self._passed = [0] * self.classes", 0): OPEN,
+}

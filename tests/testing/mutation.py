@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
-__all__ = ["Mutation", "Place", "applied", "deletions", "instrumented", "places", "source_of"]
+__all__ = ["REMOVED", "Mutation", "Place", "applied", "deletions", "instrumented", "places", "source_of"]
+
+#: What a mutation says that takes a statement out.
+REMOVED: Final = "removed"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -33,6 +36,7 @@ class Place:
         line: its line.
         text: its source, on one line.
         index: the how manieth node of the tree it is.
+        statement: likewise, the statement that it is or stands in.
     """
 
     module: types.ModuleType
@@ -41,6 +45,7 @@ class Place:
     line: int
     text: str
     index: int
+    statement: int
 
     @property
     def file(self) -> str:
@@ -94,7 +99,9 @@ def _tree(module: types.ModuleType) -> ast.Module:
 
 def places(module: types.ModuleType) -> Iterator[tuple[Place, ast.AST, tuple[ast.AST, ...]]]:
     """Every node inside a function, with its ancestors."""
+    indices: dict[int, int] = {}
     for index, (node, above) in enumerate(_nodes(_tree(module))):
+        indices[id(node)] = index
         functions = [a for a in above if isinstance(a, Function)]
         if not functions or not hasattr(node, "lineno"):
             continue
@@ -107,14 +114,15 @@ def places(module: types.ModuleType) -> Iterator[tuple[Place, ast.AST, tuple[ast
         first = min([outer.lineno, *[d.lineno for d in outer.decorator_list]])
         line = int(node.lineno)
         text = " ".join(ast.unparse(node).split())
-        yield Place(module, ".".join(names), (qualified, first), line, text, index), node, above
+        statement = next(indices[id(a)] for a in (node, *reversed(above)) if isinstance(a, ast.stmt))
+        yield Place(module, ".".join(names), (qualified, first), line, text, index, statement), node, above
 
 
 def deletions(module: types.ModuleType) -> Iterator[Mutation]:
     """The removal of each statement that acts: that calls something, or changes an attribute or an item."""
     for place, node, _ in places(module):
         if _acts(node):
-            yield Mutation(place, "removed", lambda node: ast.copy_location(ast.Pass(), node))
+            yield Mutation(place, REMOVED, lambda node: ast.copy_location(ast.Pass(), node))
 
 
 def _acts(node: ast.AST) -> bool:
@@ -143,11 +151,8 @@ def _is_state(target: ast.expr) -> bool:
 @contextlib.contextmanager
 def applied(mutation: Mutation) -> Iterator[None]:
     """The runtime has this mutation."""
-    place = mutation.place
-    code = _compiled(place.module, {place.index: mutation.edit})
-    function = _live(place.module)[place.outer]
-    before = function.__code__
-    function.__code__ = _codes(code)[place.outer]
+    function, code = _changed(mutation)
+    before, function.__code__ = function.__code__, code
     try:
         yield
     finally:
@@ -155,19 +160,14 @@ def applied(mutation: Mutation) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def instrumented(mutations: list[Mutation], note: Callable[[int], None]) -> Iterator[None]:
-    """Call `note(i)` whenever the statement of the i-th mutation is about to run."""
+def instrumented(mutations: Sequence[Mutation], note: Callable[[Sequence[int]], object]) -> Iterator[None]:
+    """Call `note` with the numbers of all mutations in a statement, whenever it is about to run."""
     before: list[tuple[types.FunctionType, types.CodeType]] = []
     try:
-        for module in dict.fromkeys(mutation.place.module for mutation in mutations):
-            mine = {m.place.index: i for i, m in enumerate(mutations) if m.place.module is module}
-            module.__dict__["__note__"] = note
-            codes = _codes(_compiled(module, {index: functools.partial(_noted, i) for index, i in mine.items()}))
-            live = _live(module)
-            for outer in dict.fromkeys(m.place.outer for m in mutations if m.place.module is module):
-                function = live[outer]
-                before.append((function, function.__code__))
-                function.__code__ = codes[outer]
+        for function, code in _noting(tuple(mutations)):
+            before.append((function, function.__code__))
+            function.__globals__["__note__"] = note
+            function.__code__ = code
         yield
     finally:
         for function, code in before:
@@ -175,10 +175,39 @@ def instrumented(mutations: list[Mutation], note: Callable[[int], None]) -> Iter
             function.__globals__.pop("__note__", None)
 
 
-def _noted(i: int, node: ast.AST) -> ast.AST:
-    call = ast.Expr(ast.Call(ast.Name("__note__", ast.Load()), [ast.Constant(i)], []))
+# Compiling costs more than most runs, and both are mostly done again for the same...
+
+
+@functools.lru_cache(maxsize=1)
+def _changed(mutation: Mutation) -> tuple[types.FunctionType, types.CodeType]:
+    place = mutation.place
+    code = _compiled(place.module, {place.index: mutation.edit})
+    return _live(place.module)[place.outer], _codes(code)[place.outer]
+
+
+@functools.lru_cache(maxsize=1)
+def _noting(mutations: tuple[Mutation, ...]) -> list[tuple[types.FunctionType, types.CodeType]]:
+    found = []
+    for module in dict.fromkeys(mutation.place.module for mutation in mutations):
+        mine: dict[int, list[int]] = {}
+        for i, mutation in enumerate(mutations):
+            if mutation.place.module is module:
+                mine.setdefault(mutation.place.statement, []).append(i)
+        codes = _codes(_compiled(module, {at: functools.partial(_noted, tuple(i)) for at, i in mine.items()}))
+        live = _live(module)
+        outer = dict.fromkeys(mutation.place.outer for mutation in mutations if mutation.place.module is module)
+        found += [(live[name], codes[name]) for name in outer]
+    return found
+
+
+def _noted(numbers: tuple[int, ...], node: ast.AST) -> ast.AST:
+    call = ast.Expr(ast.Call(ast.Name("__note__", ast.Load()), [_constant(numbers)], []))
     assert isinstance(node, ast.stmt)
     return ast.If(ast.Constant(value=True), [call, node], [])
+
+
+def _constant(value: Any) -> ast.Constant:
+    return ast.Constant(value)  # a tuple too, though its hints do not say so
 
 
 class _Editor(ast.NodeTransformer):
@@ -192,7 +221,7 @@ class _Editor(ast.NodeTransformer):
 
 
 def _compiled(module: types.ModuleType, edits: dict[int, Callable[[ast.AST], ast.AST]]) -> types.CodeType:
-    tree = copy.deepcopy(_tree(module))
+    tree = ast.parse(source_of(module))
     by_identity = {id(node): edits[index] for index, (node, _) in enumerate(_nodes(tree)) if index in edits}
     assert len(by_identity) == len(edits)
     edited = ast.fix_missing_locations(_Editor(by_identity).visit(tree))

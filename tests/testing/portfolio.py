@@ -1,7 +1,7 @@
 """All laws of the simulator as functions of a seed, to be tried against a changed runtime.
 
 A law is a test function: of those that take a `group` or a `seed`, each seed is one schedule; of those that try faults, each
-point of failure is one; all others are one.
+point of failure is one; all others are one, state machines of hypothesis too.
 """
 
 from __future__ import annotations
@@ -18,23 +18,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+
 from aiotrt import completion, submission
 from aiotrt.testing import HazardError
+from aiotrt.testing import loop as virtual_loop
 
-__all__ = ["MODULES", "ON_THE_HOST", "DoesNotEndError", "Law", "laws", "outcome", "story"]
+__all__ = ["MODULES", "ON_THE_HOST", "DoesNotEndError", "Law", "laws", "outcome", "prepare", "story"]
 
 MODULES: Final = (
     "tests.test_laws_simulated",
     "tests.test_laws_of_owners_simulated",
     "tests.test_laws_of_memory_simulated",
     "tests.test_laws_of_failure_simulated",
+    "tests.test_laws_of_opening_simulated",
+    "tests.test_laws_of_batches_simulated",
+    "tests.test_laws_of_spares_simulated",
     "tests.test_laws_virtual_host",
     "tests.test_batches_simulated",
     "tests.test_handshake",
     "tests.test_found_simulated",
     "tests.test_completion",
     "tests.test_laws_of_looking",
+    "tests.test_laws_of_hubs",
     "tests.test_slots",
+    "tests.test_laws_of_slots",
+    "tests.test_batching",
+    "tests.test_prediction",
+    "tests.test_laws_of_prediction",
 )
 #: Tests in real time on the host device, for what the simulator does not reach: loading, threads and files of its own.
 ON_THE_HOST: Final = (
@@ -50,7 +62,7 @@ NOT_LAWS: Final = ("every_schedule", "every_step", "every_pair", "equal_seeds", 
 
 #: Seconds of processor time, and of real time, that one schedule may take before it counts as one that does not end.
 PROCESSOR_LIMIT: Final = 2.0
-REAL_LIMIT: Final = 8.0
+REAL_LIMIT: Final = 15.0
 
 
 class DoesNotEndError(AssertionError):
@@ -74,6 +86,16 @@ class Law:
     schedules: int | None = None
 
 
+def prepare() -> None:
+    """For a process that does nothing else than to try laws: failing fast matters more than failing well."""
+    settings.register_profile(
+        "laws", max_examples=30, stateful_step_count=40, phases=[Phase.explicit, Phase.generate], derandomize=True,
+        database=None, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+    settings.load_profile("laws")
+    virtual_loop.PATIENCE = 0.1  # type: ignore[misc]  # threads that an earlier law left do not wake a later one's loop
+
+
 def laws() -> list[Law]:
     """All of them."""
     found: list[Law] = []
@@ -93,6 +115,12 @@ def _laws_of(module: types.ModuleType) -> Iterator[Law]:
         points = [point for point in module.POINTS if point.kind is kind]
         yield Law(f"{law.__name__}[{kind.value}]", short, functools.partial(_nth, law, points), len(points))
     for name, function in vars(module).items():
+        if (
+            inspect.isclass(function)
+            and issubclass(function, RuleBasedStateMachine)
+            and function.__module__ == module.__name__
+        ):
+            yield Law(name, short, functools.partial(_once, functools.partial(_machine, function)), 1)
         if not name.startswith("test_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue
         if any(part in name for part in NOT_LAWS) or "FAULT_LAWS" in function.__code__.co_names:
@@ -149,6 +177,10 @@ def _seeded(law: Callable[..., object], name: str, seed: int) -> None:
 
 def _once(law: Callable[[], object], seed: int) -> None:
     law()
+
+
+def _machine(kind: type[RuleBasedStateMachine]) -> None:
+    run_state_machine_as_test(kind, settings=settings.get_profile("laws"))
 
 
 def _in_a_loop(law: Callable[..., Any], **arguments: object) -> None:

@@ -1,0 +1,367 @@
+"""Items that end in the very moment in which something else happens to them, and what a model with batching leaves behind.
+
+On a simulated device, and audited, as in `test_laws_simulated`. Where two things fall into one turn of the loop, time is
+moved on while the loop stands still: then all timers that are due ring in that turn, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import aiotrt
+from aiotrt.slots import State
+from aiotrt.testing import SimulatedDevice
+from tests.simulated import held_streams
+from tests.test_batches_simulated import balanced, load, simulated
+from tests.test_laws_of_owners_simulated import GROUPS, streams_of
+from tests.test_laws_simulated import SHAPE, right, settle, under_schedules
+from tests.tools import count, executor_of, frame, turns
+
+
+def calls(model: aiotrt.Model, values: range, **options: Any) -> list[asyncio.Task[Any]]:
+    return [asyncio.ensure_future(model(frame(value), **options)) for value in values]
+
+
+def timers() -> int:
+    """How many are set on the running loop."""
+    loop: Any = asyncio.get_running_loop()
+    return sum(not handle.cancelled() for handle in loop._scheduled)
+
+
+async def in_flight(model: aiotrt.Model) -> None:
+    while count(model, State.IN_FLIGHT) == 0:
+        await asyncio.sleep(0)
+
+
+def soon(what: Any) -> None:
+    """Do this first of all that is due when time is moved on."""
+    loop = asyncio.get_running_loop()
+    loop.call_at(loop.time(), what)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_model_that_ends_takes_no_more_items(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        ends = choose.choice(["closes", "breaks"])
+        model = await load(device, slots=1, max_size=2, warmup=frame(0))
+        with held_streams(device, *streams_of(model)):
+            (call,) = calls(model, range(1))
+            await in_flight(model)
+            if ends == "closes":
+                closing = asyncio.ensure_future(model.aclose())
+                await turns()
+                with pytest.raises(aiotrt.ModelClosedError):
+                    await model(frame(1))
+            else:
+                device.fail(aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress"))
+                with pytest.raises(aiotrt.ModelBrokenError):
+                    await model(frame(1))
+                closing = asyncio.ensure_future(model.aclose())
+            submitted = model.statistics().submitted
+        await closing
+        assert submitted == 1
+        if ends == "closes":
+            assert right(await call, 0)
+        else:
+            with pytest.raises(aiotrt.DeviceError):
+                await call
+
+    under_schedules(group, program)
+
+
+def test_whoever_came_earlier_in_this_turn_makes_room_by_going() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=2, max_size=2, max_queue=0, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                items = calls(model, range(4))
+                await turns()
+            results = await asyncio.gather(*items, return_exceptions=True)
+            assert all(map(right, results[:3], range(3)))
+            assert isinstance(results[3], aiotrt.QueueFullError)
+            assert model.statistics().batches == {2: 1, 1: 1}
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_batch_that_everybody_left_in_line_costs_nothing(warm: bool) -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=1, max_size=2, warmup=frame(0) if warm else ()) as model:
+            executor = executor_of(model)
+            async with asyncio.timeout(10.0):
+                with held_streams(device, *streams_of(model)):
+                    (first,) = calls(model, range(1))
+                    while count(model, State.FREE):
+                        await asyncio.sleep(0)
+                    (gone,) = calls(model, range(1, 2))
+                    await turns()
+                    assert executor.machine.waiting == 1
+                    gone.cancel()
+                    await turns()
+                assert right(await first, 0)
+                await settle(model, 1)
+            counters = executor.counters
+            assert (counters.submitted, counters.completed, counters.cancelled, counters.failed) == (2, 1, 1, 0)
+            assert counters.captures == (2 if warm else 1)  # one for each size, or the one that was needed
+            assert balanced(model)
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("moment", ["submitted", "complete", "expired", "broken"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_item_cancelled_in_the_turn_in_which_it_ends_is_counted_once(group: int, moment: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        model = await load(device, slots=1, max_size=2, warmup=frame(0))
+        stays, goes = items = calls(model, range(2), deadline=1.0 if moment == "expired" else 100.0)
+        if moment == "submitted":
+            await asyncio.sleep(0)  # the batch is made in the next turn, and before the cancelled one's task runs
+            goes.cancel()
+        elif moment == "complete":
+            await in_flight(model)
+            device.time.advance(0.1)
+            goes.cancel()
+            executor_of(model).hub._fire()  # finds the batch complete, before the cancelled one's task runs
+        else:
+            with held_streams(device, *streams_of(model)):
+                if moment == "expired":
+                    await in_flight(model)
+                    soon(goes.cancel)
+                    device.time.advance(2.0)
+                else:
+                    flying = items
+                    await in_flight(model)
+                    stays, goes = items = calls(model, range(2), deadline=100.0)
+                    await turns()
+                    goes.cancel()
+                    device.fail(aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress"))
+                    for call in flying:
+                        with pytest.raises(aiotrt.DeviceError):
+                            await call
+                await asyncio.wait(items)
+        with pytest.raises(asyncio.CancelledError):
+            await goes
+        if moment in ("submitted", "complete"):
+            assert right(await stays, 0)
+        else:
+            with pytest.raises(aiotrt.DeadlineError if moment == "expired" else aiotrt.DeviceError):
+                await stays
+        if moment != "broken":
+            await settle(model, 1)
+        statistics = model.statistics()
+        ended = (statistics.completed, statistics.expired, statistics.failed, statistics.cancelled)
+        assert ended == {
+            "submitted": (1, 0, 0, 1), "complete": (1, 0, 0, 1), "expired": (0, 1, 0, 1), "broken": (0, 0, 3, 1),
+        }[moment]  # fmt: skip
+        assert balanced(model)
+        await model.aclose()
+
+    under_schedules(group, program)
+
+
+def test_an_item_whose_deadline_passed_while_the_loop_stood_still_does_not_go() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                (first,) = calls(model, range(1))
+                await in_flight(model)
+                (late,) = calls(model, range(1, 2), deadline=0.05)
+                await turns()
+            device.time.advance(0.1)  # the slot is free before the alarm has rung
+            assert right(await first, 0)
+            with pytest.raises(aiotrt.DeadlineError):
+                await late
+            await settle(model, 1)
+            statistics = model.statistics()
+            assert (statistics.expired, statistics.cancelled, statistics.batches) == (1, 0, {1: 1})
+            assert balanced(model)
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_deadline_is_kept_whatever_its_fraction_and_whatever_came_before(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        loop = asyncio.get_running_loop()
+        async with load(device, slots=1, max_size=1, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                (flying,) = calls(model, range(1))
+                await in_flight(model)
+                for _ in range(30):
+                    due = choose.uniform(0.0, 0.02)
+                    began = loop.time()
+                    async with asyncio.timeout(due + 1.0):  # or it would wait for the device, which waits for this
+                        with pytest.raises(aiotrt.DeadlineError):
+                            await model(frame(1), deadline=due)
+                    assert loop.time() - began < due + 1e-4
+                # One alarm, for the deadline that comes first; one that never comes needs none.
+                (brief,) = calls(model, range(1), deadline=5.0)
+                await turns()
+                alarm = loop.time() + 5.0
+                brief.cancel()
+                endless = calls(model, range(1), deadline=float("inf"))
+                await turns()
+                assert model._gatherer is not None
+                assert model._gatherer._alarm is None
+                assert alarm > loop.time()
+            assert right(await flying, 0)
+            assert right(await endless[0], 0)
+
+    under_schedules(group, program)
+
+
+def test_there_is_one_timer_for_all_deadlines_and_one_for_what_is_held() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=1, max_size=64, max_delay=1.0, warmup=frame(0)) as model:
+            before = timers()
+            items = []
+            for value in range(20):
+                items += calls(model, range(value, value + 1), deadline=1000.0 - value)
+                await turns()
+                assert timers() <= before + 2, "a timer for each item"
+            assert all(map(right, await asyncio.gather(*items), range(20)))
+            assert model.statistics().batches == {20: 1}
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("end", ["closes", "drops", "breaks"])
+def test_a_model_that_ended_is_kept_by_no_timer(end: str) -> None:
+    async def program(device: SimulatedDevice) -> None:
+        before = timers()
+        model = await load(device, slots=1, max_size=4, max_delay=50.0, warmup=frame(0))
+        items = calls(model, range(2), deadline=1000.0)
+        await turns()
+        if end == "breaks":
+            device.fail(aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress"))
+        await model.aclose(drain=end == "closes")
+        kinds = {"closes": type(None), "drops": aiotrt.ModelClosedError, "breaks": aiotrt.DeviceError}
+        for item in await asyncio.gather(*items, return_exceptions=True):
+            assert isinstance(item, kinds[end]) or (end == "closes" and not isinstance(item, BaseException)), item
+        assert timers() <= before
+        forgotten = weakref.ref(model)
+        del model, items, item
+        await turns()
+        gc.collect()
+        assert forgotten() is None or end == "breaks"  # the error that broke the device knows where it was raised
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_held_back_goes_when_the_model_closes(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        model = await load(device, slots=choose.randint(1, 2), max_size=4, max_delay=1000.0, warmup=frame(0))
+        items = calls(model, range(choose.randint(1, 3)))
+        await turns()
+        began = asyncio.get_running_loop().time()
+        await model.aclose()
+        assert all(map(right, await asyncio.gather(*items), range(3)))
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_items_are_is_known_when_the_first_has_been_served(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4) as model:
+            before = model.inputs
+            assert before is None
+            assert right(await model(frame(1)), 1)
+            after = model.inputs
+            assert after is not None
+            (spec,) = after
+            assert (spec.name, spec.shape, spec.dtype) == ("x", (None, None), torch.float32)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_warm_up_shows_that_outputs_cannot_be_split(group: int) -> None:
+    def reduced(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(dim=0)
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        with pytest.raises(aiotrt.EngineError, match="for a batch of 1"):
+            async with load(device, slots=2, max_size=2, source=reduced, warmup=frame(0, (2, 2))):
+                pytest.fail("it opened")
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_outputs_on_the_device_that_cannot_be_split_are_named(group: int) -> None:
+    def reduced(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"kept": x, "lost": x.sum(dim=0)}
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=2, source=reduced) as model:
+            with pytest.raises(aiotrt.EngineError, match="output 'lost' has shape"):
+                await model(device.tensor(frame(0)))
+            await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_a_batch_is_padded_with_is_its_last_item(group: int) -> None:
+    def crowd(x: torch.Tensor) -> torch.Tensor:
+        return x * 0 + x.sum(dim=0, keepdim=True)
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4, source=crowd, warmup=frame(0)) as model:
+
+            async def call(value: float, on_device: bool) -> float:
+                result = await model(device.tensor(frame(value)) if on_device else frame(value))
+                return float((device.read(result) if on_device else result)[0, 0])
+
+            for on_device in (True, False):
+                for values, seen in (((100, 100, 100, 100), 400), ((1, 2, 4), 1 + 2 + 4 + 4)):
+                    results = await asyncio.gather(*[call(value, on_device) for value in values])
+                    assert results == [seen] * len(values)
+            assert model.statistics().padding == 2
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_who_left_a_batch_is_not_told_by_it(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                items = calls(model, range(4))
+                await in_flight(model)
+                gone = choose.sample(range(4), choose.randint(1, 4))
+                for i in gone:
+                    items[i].cancel()
+                await turns()
+                assert count(model, State.DRAINING) == (len(gone) == 4)
+            for i, result in enumerate(await asyncio.gather(*items, return_exceptions=True)):
+                assert isinstance(result, asyncio.CancelledError) if i in gone else right(result, i)
+            await settle(model, 1)
+            assert model.statistics().cancelled == len(gone)
+            assert right(await model(frame(5, SHAPE)), 5)
+            assert balanced(model)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_the_first_item_fixed_is_asked_of_the_next(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4) as model:
+            assert right(await model(frame(1)), 1)
+            with pytest.raises(aiotrt.InputError):
+                await model(np.zeros(SHAPE, np.int32))
+            assert model.statistics().submitted == 1, "it was taken in, and refused only with its batch"
+
+    under_schedules(group, program)

@@ -1,0 +1,215 @@
+"""When the hub looks, to the microsecond, in the virtual time of `test_completion`, and what it counts and learns by it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from aiotrt import completion
+from aiotrt.completion import LOOKS_BEFORE_HANG, Hub, Lane
+from aiotrt.errors import DeviceHangError
+from aiotrt.prediction import MARGIN, SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress
+from tests.test_completion import Timer, Work, World, learned
+
+pytestmark = pytest.mark.asyncio
+
+
+class Watched(Work):
+    """Work that remembers when it was looked at."""
+
+    def __init__(self, world: World, duration: float | None) -> None:
+        super().__init__(world, duration)
+        self.times: list[float] = []
+
+    def query(self) -> bool:
+        self.times.append(self._world.now)
+        return super().query()
+
+
+class Noted(Timer):
+    """A timer that notes for how long it was set."""
+
+    delays: list[float]
+
+    def set(self, delay: float) -> None:
+        self.delays.append(delay)
+        super().set(delay)
+
+
+def noted(world: World) -> list[float]:
+    """For how long the world's timer is set, each time from now on."""
+    timer = Noted(world, world.hub._fire)
+    timer.delays = []
+    world.hub._timer = timer
+    return timer.delays
+
+
+async def test_queries_and_wakes_are_counted_from_nothing() -> None:
+    world = World()
+    assert (world.hub.polls, world.hub.wakes) == (0, 0)
+    works = [Work(world, duration).watch(Lane()) for duration in (0.001, 0.002)]
+    await world.advance(0.01)
+    assert world.hub.polls == sum(work.queries for work in works) > 2
+    assert world.hub.wakes == world.fired > 2
+
+
+async def test_the_first_look_is_before_the_prediction_and_the_second_is_at_it() -> None:
+    world = World()
+    start = world.now
+    work = Watched(world, None)
+    work.watch(Lane(), estimate=learned(0.010))
+    await world.advance(0.0101)
+    assert work.times[:3] == pytest.approx(
+        [start + 0.010 - Lateness().allowance(0.010), start + 0.010, start + 0.010 + SHORTEST_SLEEP], abs=1e-9
+    )
+
+
+async def test_a_first_look_just_before_the_prediction_is_not_followed_at_once() -> None:
+    allowed = Lateness().allowance(0.010)
+    world = World(late=allowed - 5e-6)
+    delays = noted(world)
+    Work(world, None).watch(Lane(), estimate=learned(0.010))
+    await world.advance(0.01005)
+    assert delays[:2] == pytest.approx([0.010 - allowed, SHORTEST_SLEEP], abs=1e-9)
+
+
+async def test_the_next_look_is_at_the_head_whatever_stands_behind_it() -> None:
+    world = World()
+    lane, start = Lane(), world.now
+    first = Work(world, 0.020).watch(lane, estimate=learned(0.010))
+    Work(world, 0.030).watch(lane, estimate=learned(10.0))
+    await world.advance(0.025)
+    assert first.outcomes == [None]
+    assert first.seen_at - start < 0.0205
+    assert first.queries < 150
+
+
+async def test_each_lane_is_looked_at_when_it_is_due_and_not_before() -> None:
+    world = World()
+    slow = Work(world, 1.0).watch(Lane(), estimate=learned(1.0))
+    start = world.now
+    gone = Lane()
+    Work(world, 0.010).watch(gone, estimate=learned(0.010))
+    fast = Work(world, 0.001).watch(Lane(), estimate=learned(0.001))
+    world.hub.forget(gone)
+    await world.advance(0.002)
+    assert fast.outcomes == [None]
+    assert fast.seen_at - start < 0.00103
+    assert slow.queries == 0
+    assert world.due is not None
+    assert world.due - start > 0.9, "woken for what was forgotten"
+    await world.advance(1.0)
+    assert slow.outcomes == [None]
+
+
+async def test_lanes_that_are_due_together_share_a_timer() -> None:
+    world = World()
+    delays = noted(world)
+    works = [Work(world, 0.010).watch(Lane(), estimate=learned(0.010)) for _ in range(3)]
+    assert len(delays) == 1
+    await world.advance(0.02)
+    assert [work.outcomes for work in works] == [[None]] * 3
+
+
+async def test_a_timer_that_is_exact_is_soon_trusted() -> None:
+    world = World()
+    lane, early = Lane(), []
+    for _ in range(300):
+        work = Watched(world, 0.001)
+        start = world.now
+        work.watch(lane, estimate=learned(0.001))
+        await world.advance(0.002)
+        early.append(start + 0.001 - work.times[0])
+    assert early[0] > 30e-6
+    assert early[-1] == pytest.approx(MARGIN, abs=0.5e-6)
+
+
+async def test_what_is_complete_at_the_first_look_took_no_longer_than_that() -> None:
+    world = World()
+    estimate = Estimate()
+    work = Work(world, 0.0)
+    work.watch(Lane(), estimate=estimate)
+    start = world.now
+    await world.advance(0.001)
+    assert work.queries == 1
+    assert estimate.seconds == pytest.approx(work.seen_at - start, abs=1e-12)
+    assert estimate.seconds == pytest.approx(SHORTEST_SLEEP, abs=1e-9)
+
+
+async def test_a_clock_may_begin_at_zero() -> None:
+    world = World()
+    world.now = 0.0
+    estimate = Estimate()
+    work = Work(world, 0.010).watch(Lane(), estimate=estimate)
+    await world.advance(0.02)
+    assert work.outcomes == [None]
+    assert estimate.seconds == pytest.approx(0.010, rel=0.05)
+
+
+async def test_work_is_overdue_past_its_timeout_and_hung_when_it_was_found_so_three_times() -> None:
+    world = World()
+    work = Work(world, None).watch(Lane(), hang_timeout=5.0)
+
+    def look_at(time: float) -> None:
+        world.now, world.due = time, None
+        world.fire()
+
+    look_at(105.0)  # not a moment too late
+    assert work.queries == 1
+    for i in range(1, LOOKS_BEFORE_HANG):
+        look_at(105.0 + i)
+    assert work.queries == LOOKS_BEFORE_HANG
+    assert work.outcomes == []
+    look_at(110.0)
+    assert isinstance(work.outcomes[0], DeviceHangError)
+
+
+async def test_work_that_nothing_is_known_of_is_found_at_once_while_it_is_young_where_there_is_spinning() -> None:
+    world = World(spin=SPIN_BUDGET)
+    for _ in range(5):
+        start = world.now
+        work = Work(world, 10e-6).watch(Lane(), estimate=Estimate())
+        await world.advance(0.001)
+        assert work.seen_at - start < 14e-6
+    start = world.now
+    old = Watched(world, 0.050)
+    old.watch(Lane(), estimate=Estimate())
+    await world.advance(0.060)
+    young = [time for time in old.times if time - start < SPIN_BUDGET]
+    assert len(young) > 10
+    assert len(old.times) - len(young) < 200
+    assert old.seen_at - start < 0.052
+
+
+async def test_looking_at_intervals_begins_with_one() -> None:
+    world = World(Progress.INTERVAL, spin=1.0)
+    delays = noted(world)
+    Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    assert delays == pytest.approx([SHORTEST_SLEEP])
+    await world.advance(0.001)
+    assert min(delays) >= SHORTEST_SLEEP * 0.999
+
+
+@pytest.mark.parametrize(("processors", "spin"), [(1, 0.0), (2, 0.0), (3, SPIN_BUDGET), (64, SPIN_BUDGET)])
+async def test_it_spins_only_where_there_is_a_processor_to_spare(processors: int, spin: float) -> None:
+    def timer(*_: Any) -> Timer:
+        return Timer(World(), lambda: None)
+
+    with mock.patch.object(completion, "_processors", return_value=processors):
+        assert Hub(asyncio.get_running_loop(), timer=timer)._spin == spin
+    assert Hub(asyncio.get_running_loop(), timer=timer, spin=0.125)._spin == 0.125
+
+
+@pytest.mark.parametrize(("system", "count"), [({0, 5, 7}, 3), (8, 8), (None, 1)])
+async def test_processors_are_those_that_this_process_may_use(system: Any, count: int) -> None:
+    def affinity(process: int) -> set[int]:
+        assert process == 0, "of another process"
+        if not isinstance(system, set):
+            raise AttributeError("sched_getaffinity")
+        return system
+
+    with mock.patch("os.sched_getaffinity", affinity, create=True), mock.patch("os.cpu_count", return_value=system):
+        assert completion._processors() == count

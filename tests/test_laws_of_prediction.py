@@ -1,0 +1,153 @@
+"""What is learned, and when to look, in numbers: each step is small, and in the direction that costs little when wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from aiotrt.prediction import AGREE, LONGEST_SLEEP, MARGIN, SHORTEST_SLEEP, Estimate, Lateness, first_look, next_look
+
+
+def exactly(estimate: Estimate, *times: float) -> list[float]:
+    """What it says after each of these, which were seen exactly."""
+    said = []
+    for seconds in times:
+        estimate.between(seconds, seconds)
+        said.append(estimate.seconds)
+    return said
+
+
+def test_it_begins_with_nothing_and_takes_the_first_time_as_it_is() -> None:
+    estimate = Estimate()
+    assert (estimate.seconds, estimate.is_trusted) == (0.0, False)
+    estimate.between(1.0, 3.0)
+    assert (estimate.seconds, estimate.is_trusted) == (2.0, False)
+    other = Estimate()
+    other.at_most(3.0)
+    assert (other.seconds, other.is_trusted) == (3.0, False)
+
+
+def test_it_moves_a_tenth_up_and_three_tenths_down() -> None:
+    assert exactly(Estimate(), 1.0, 1.0, 1.25, 1.25) == [1.0, 1.0, 1.025, pytest.approx(1.0475)]
+    assert exactly(Estimate(), 1.0, 1.0, 0.75) == [1.0, 1.0, pytest.approx(0.925)]
+    estimate = Estimate()
+    exactly(estimate, 1.0, 1.0)
+    estimate.between(0.5, 1.5)  # the middle is what it was
+    assert estimate.seconds == 1.0
+    estimate.between(0.5, 1.0)
+    assert estimate.seconds == pytest.approx(1 - 0.3 * 0.25)
+
+
+def test_one_that_disagrees_moves_it_a_little_and_a_second_one_wholly() -> None:
+    estimate = Estimate()
+    assert exactly(estimate, 1.0, 1.0, 10.0, 10.0, 10.0) == [1.0, 1.0, 1.9, 10.0, 10.0]
+    assert estimate.is_trusted
+    # Likewise the first two: they disagree, so neither is trusted, and the later one counts.
+    assert exactly(Estimate(), 1.0, 5.0, 0.5, 1.0) == [1.0, 5.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(("seconds", "agrees"), [(2.0 / AGREE, True), (2.0 * AGREE, True), (1.33, False), (3.01, False)])
+def test_half_as_long_again_agrees_and_longer_does_not(seconds: float, agrees: bool) -> None:
+    estimate = Estimate()
+    exactly(estimate, 2.0, 2.0, seconds)
+    assert estimate.is_trusted == agrees
+
+
+@pytest.mark.parametrize(("seconds", "agrees"), [(2.0, True), (2.0 / AGREE, True), (1.33, False), (9.0, True)])
+def test_one_that_is_complete_at_the_first_look_disagrees_only_when_it_is_much_shorter(seconds: float, agrees: bool) -> None:
+    estimate = Estimate()
+    exactly(estimate, 2.0, 2.0)
+    estimate.at_most(seconds)
+    assert estimate.is_trusted == agrees
+
+
+def test_late_looks_in_a_row_make_the_next_one_ever_earlier() -> None:
+    estimate = Estimate()
+    estimate.at_most(1.0)
+    shares = []
+    for _ in range(12):
+        before = estimate.seconds
+        estimate.at_most(before + 1.0)
+        shares.append(1 - estimate.seconds / before)
+    doubling = [0.003, 0.006, 0.012, 0.024, 0.048, 0.096, 0.192, 0.384]
+    assert shares == pytest.approx(doubling + [0.5] * 4)
+    estimate.between(1.0, 1.0)  # an early look: the next late one is the first again
+    before = estimate.seconds
+    estimate.at_most(before)
+    assert estimate.seconds == pytest.approx(before * 0.997)
+    estimate.at_most(0.25 * before)  # complete much earlier than that: it cannot take longer
+    assert estimate.seconds == pytest.approx(0.25 * before * 0.994)
+
+
+def test_sleeps_are_told_apart_by_factors_of_four() -> None:
+    limits = [100e-6 * 4**i for i in range(7)]
+    assert [Lateness._bucket(limit * 0.999) for limit in limits] == list(range(7))
+    assert [Lateness._bucket(limit * 1.001) for limit in limits] == list(range(1, 8))
+    assert Lateness._bucket(100e-6) == 0
+    assert Lateness._bucket(3600.0) == 7
+
+
+def test_each_length_of_sleep_has_its_own_lateness_to_begin_with() -> None:
+    lateness = Lateness()
+    for sleep in (50e-6, 1e-3, 1.0, 1000.0):
+        assert lateness._needed(sleep) == pytest.approx(20e-6 + 1.5 * 10e-6 + MARGIN)
+    assert Lateness(1e-3)._needed(1.0) == pytest.approx(1e-3 + 1.5 * 0.5e-3 + MARGIN)
+
+
+def test_the_first_sleep_counts_half_and_none_less_than_a_twentieth() -> None:
+    lateness = Lateness(0.0)
+    lateness.learn(1.0, 8e-3)
+    assert lateness._needed(1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 + MARGIN)
+    lateness.learn(1.0, 4e-3)
+    assert lateness._needed(1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 * 2 / 3 + MARGIN)
+    lateness.learn(1.0, 8e-3)  # the third: a quarter, of what it is later than the mean, and of what that is off by
+    assert lateness._needed(1.0) == pytest.approx(5e-3 + 1.5 * (8e-3 / 3 + (4e-3 - 8e-3 / 3) / 4) + MARGIN)
+    for _ in range(1000):
+        lateness.learn(1.0, 1e-3)
+    assert lateness._needed(1.0) == pytest.approx(1e-3 + MARGIN)
+    lateness.learn(1.0, 2e-3)
+    assert lateness._needed(1.0) == pytest.approx(1e-3 + 1e-3 / 20 + 1.5 * 1e-3 / 20 + MARGIN)
+    assert lateness._needed(1e-3) == pytest.approx(MARGIN)  # of other lengths it has learned nothing
+
+
+def test_no_sleep_teaches_more_than_ten_milliseconds() -> None:
+    one, other = Lateness(), Lateness()
+    one.learn(1.0, 3600.0)
+    other.learn(1.0, 10e-3)
+    assert one._needed(1.0) == other._needed(1.0)
+    less = Lateness()
+    less.learn(1.0, 9e-3)
+    assert less._needed(1.0) < other._needed(1.0)
+
+
+def test_the_allowance_is_what_the_sleep_needs_that_is_really_slept() -> None:
+    lateness = Lateness(90e-6)  # with the deviation, 162.5 microseconds for every length
+    for _ in range(300):
+        lateness.learn(50e-6, 10e-6)
+    # 250 microseconds less those leave a short sleep, which needs 15.
+    assert lateness.allowance(250e-6) == pytest.approx(15e-6, abs=1e-6)
+    assert lateness.allowance(1e-3) == pytest.approx(162.5e-6)
+
+
+def test_the_first_look_is_ahead_of_the_prediction_by_the_allowance() -> None:
+    lateness = Lateness()
+    assert first_look(7.0, 7.5, lateness) == pytest.approx(7.5 - lateness.allowance(0.5), abs=1e-12)
+    assert first_look(7.0, 7.00001, lateness) == 7.0
+    assert first_look(7.0, 6.0, lateness) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("now", "started", "predicted", "spin", "after"),
+    [
+        (1.0, 0.0, 1.0, 0.5, 0.0),  # spinning
+        (1.25, 1.0, 1.25, 0.25, 0.0),
+        (1.5, 1.0, 1.25, 0.25, LONGEST_SLEEP),  # the budget is spent
+        (0.9, 0.8, 1.0, 0.0, SHORTEST_SLEEP),  # early, and no budget
+        (0.01, 0.0, 0.008, 0.0, 0.0003),  # 3 % of the time waited
+        (0.01, 0.0, 0.0098, 0.0, 0.0001),  # half of what it is late
+        (0.01, 0.0, 0.00999, 0.0, SHORTEST_SLEEP),
+        (5.0, 0.0, 1.0, 0.0, LONGEST_SLEEP),
+        (5.0, 4.9, 1.0, 0.0, 0.003),  # the time waited counts from when it became the head
+    ],
+)
+def test_the_next_look(now: float, started: float, predicted: float, spin: float, after: float) -> None:
+    assert next_look(now, started, predicted, spin) - now == pytest.approx(after, abs=1e-12)

@@ -1,0 +1,149 @@
+"""Memory for results is there before it is needed, and a program's is freed only after its last reader.
+
+On a simulated device, and audited, as in `test_laws_simulated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import aiotrt
+from aiotrt import submission
+from aiotrt.graphs import Program
+from aiotrt.testing import SimulatedDevice
+from tests.simulated import held_streams
+from tests.test_laws_of_owners_simulated import GROUPS, streams_of
+from tests.test_laws_simulated import load, right, settle, under_schedules
+from tests.tools import frame, turns
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_next_results_have_their_memory_while_the_device_is_at_work(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        did: list[str] = []
+        allocate, launch = submission.allocate, Program.launch
+
+        def allocated(*args: Any) -> Any:
+            did.append("allocate")
+            return allocate(*args)
+
+        def launched(self: Program, *args: Any) -> None:
+            did.append("launch")
+            launch(self, *args)
+
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            given = [device.tensor(frame(value)) for value in range(3)]
+            with mock.patch.object(submission, "allocate", allocated), mock.patch.object(Program, "launch", launched):
+                for value, x in enumerate(given):
+                    did.clear()
+                    assert right(device.read(await model(x)), value)
+                    assert did == (["launch", "allocate"] if value else ["allocate", "launch", "allocate"])
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_device_that_breaks_while_the_next_results_get_their_memory_is_broken(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        fault = aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress")
+        model = await load(device, slots=1, warmup=frame(0))
+        x = device.tensor(frame(1))
+        allocate = submission.allocate
+        with mock.patch.object(submission, "allocate", side_effect=[allocate(device, device.current_stream(), [x]), fault]):
+            with pytest.raises(aiotrt.DeviceError):
+                await model(x)
+        assert not model.is_ready
+        await model.aclose()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_without_memory_for_the_next_results_this_call_is_served(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            allocate = submission.allocate
+            with mock.patch.object(
+                submission,
+                "allocate",
+                side_effect=[allocate(device, device.current_stream(), [x]), MemoryError("none left")],
+            ):
+                assert right(device.read(await model(x)), 1)
+            assert right(device.read(await model(x)), 1)
+            await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_replays_of_a_lease_use_the_same_events_again(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model, model.lease(outputs="numpy") as slot:
+            slot.inputs[0][...] = frame(1)
+            await slot.replay()
+            await slot.replay()
+            with mock.patch.object(SimulatedDevice, "event", side_effect=AssertionError("one more event")):
+                for _ in range(5):
+                    assert right(await slot.replay(), 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_event_that_somebody_was_given_stays_that_launchs(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model, model.lease() as slot:
+            slot.inputs[0][...] = frame(1)
+            with held_streams(device, *streams_of(model)):
+                first = asyncio.ensure_future(slot.replay())
+                await turns()
+                event = slot.outputs[0].tensor._trt_produce_event
+                assert not device.query(event)
+            await first
+            assert device.query(event)
+            with held_streams(device, *streams_of(model)):
+                second = asyncio.ensure_future(slot.replay())
+                await turns()
+                assert not second.done()
+                assert device.query(event), "recorded again, while somebody may wait for it"
+            await second
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_program_is_freed_after_its_last_readers(fails: bool) -> None:
+    did: list[str] = []
+
+    def waited() -> None:
+        did.append("waited")
+        if fails:
+            raise KeyError("the reader's own business")
+
+    gates = [mock.Mock(synchronize=waited) for _ in range(2)]
+    program = mock.Mock(close=lambda: did.append("closed"))
+    submission.retire(program, gates)
+    assert did == ["waited", "waited", "closed"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_somebody_holds_is_not_given_up_for_others(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, warmup=frame(0), graph_cache_entries=2) as model:
+            async with model.lease() as slot:
+                slot.inputs[0][...] = frame(1)
+                await slot.replay()
+                for rows in (1, 3, 4):
+                    assert right(await model(frame(rows, (rows, 3))), rows)
+                slot.inputs[0][...] = frame(2)
+                await slot.replay()
+                assert right(device.read(slot.outputs[0].tensor), 2)
+            assert model.statistics().evictions == 3
+
+    under_schedules(group, program)

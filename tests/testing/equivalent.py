@@ -1,0 +1,117 @@
+"""Mutants that nothing finds, and why: see `mutants`.
+
+By file, function, change and the how manieth of those that are alike there, counted from 0.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["EQUIVALENT"]
+
+STOPS: Final = "any number that is not above zero means no spinning"
+ANY: Final = "set before it is read"
+
+EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
+    (
+        "slots.py",
+        "Line.leave",
+        (
+            "len(self._gone) * 2 > len(self._tickets) -> len(self._gone) * 2 >= len(self._tickets)"
+            ", in: if len(self._gone) * 2 > len(self._tickets):"
+        ),
+        0,
+    ): "when to sweep: a ticket earlier is no worse",
+    ("slots.py", "Slots.request", "at > 0 -> at >= 0, in: if at > 0:", 0): "looks for the best of one",
+    ("slots.py", "Slots.request", "0 -> -1, in: if at > 0:", 0): "looks for the best of one",
+    (
+        "slots.py",
+        "Slots.request",
+        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if self._free[i] in prefer), at)",
+        0,
+    ): ("looks once more at the last slot in the list, which it has looked at first"),
+    (
+        "prediction.py",
+        "Estimate.between",
+        "0.0 -> -1.0, in: if self.seconds == 0.0 or not (was_trusted or self.is_trusted):",
+        0,
+    ): ("an estimate of nothing is never trusted"),
+    (
+        "prediction.py",
+        "Estimate.between",
+        (
+            "seconds < self.seconds -> seconds <= self.seconds"
+            ", in: self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)"
+        ),
+        0,
+    ): "a share of nothing",
+    (
+        "prediction.py",
+        "Estimate.at_most",
+        "8 -> 9, in: self._late = min(self._late + 1, 8)",
+        0,
+    ): "the step is at its bound before",
+    ("prediction.py", "Lateness.__init__", "8 -> 9, in: self._mean = [initial] * 8", 0): "one bucket that is never used",
+    (
+        "prediction.py",
+        "Lateness.__init__",
+        "8 -> 9, in: self._deviation = [initial / 2] * 8",
+        0,
+    ): "one bucket that is never used",
+    ("prediction.py", "Lateness.__init__", "8 -> 9, in: self._seen = [0] * 8", 0): "one bucket that is never used",
+    ("completion.py", "_Pending.__init__", "0.0 -> 1.0, in: self.looked = 0.0", 0): ANY,
+    ("completion.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
+    ("completion.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
+    ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
+    ("completion.py", "Hub._is_hung", "return False -> return None", 0): "as false",
+    (
+        "completion.py",
+        "Hub._first_look",
+        "0 -> -1, in: head = lane.pending[0]",
+        0,
+    ): "there is one: the lane was empty before",
+    (
+        "completion.py",
+        "Hub._first_look",
+        ("0.0 -> -1.0, in: return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)"),
+        0,
+    ): STOPS,
+    (
+        "completion.py",
+        "Hub._next_look",
+        ("now < predicted -> now <= predicted, in: if head.looks == 1 and now < predicted and (not self._spin):"),
+        0,
+    ): "at the predicted time both say the same",
+    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return next_look(now, started, started, 0.0)", 0): STOPS,
+    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    ("executor.py", "Executor.__init__", "1 -> 2, in: self._workers = self.device.workers(slots + 1)", 0): (
+        "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
+    ),
+    ("executor.py", "Executor.__init__", "1 -> 0, in: self._workers = self.device.workers(slots + 1)", 0): (
+        "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
+    ),
+    (
+        "executor.py",
+        "Executor._enter",
+        (
+            "len(self.slots) > 1 -> len(self.slots) >= 1"
+            ", in: prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()"
+        ),
+        0,
+    ): "looks for the best of one",
+    (
+        "executor.py",
+        "Executor._enter",
+        ("1 -> 0, in: prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()"),
+        0,
+    ): "looks for the best of one",
+    (
+        "executor.py",
+        "Executor.launched",
+        "slot.launches += 1 -> slot.launches -= 1",
+        0,
+    ): "launches are told apart by equality",
+    ("executor.py", "Executor.launched", "1 -> 2, in: slot.launches += 1", 0): "launches are told apart by equality",
+    ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
+    ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
+}
