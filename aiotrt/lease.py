@@ -50,7 +50,7 @@ class Lease:
             self._executor.abandon(request)
             raise
         slot = request.slot
-        if slot is None:  # it was granted, and in the same turn of the loop the model was closed without waiting for leases
+        if slot is None or request.is_revoked:  # granted, and in the same turn of the loop the model was closed under it
             raise ModelClosedError(f"{self._executor.recipe.engine.name} was closed before this lease could be entered")
         program = slot.program
         assert program is not None

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import aiotrt
-from aiotrt.testing import SimulatedDevice
+from aiotrt.testing import HazardError, SimulatedDevice
 from tests.simulated import run_simulated
 from tests.tools import Affine, executor_of, frame
 
@@ -48,3 +48,23 @@ def test_a_close_that_is_cancelled_still_closes(seed: int, turns: int) -> None:
         assert repr(model) == "<aiotrt.Model Affine: closed>"
 
     run_simulated(main(), device)  # which looks whether graphs, engines, streams and threads are closed
+
+
+@pytest.mark.xfail(raises=HazardError, strict=True, reason="who reads a revoked lease's buffers is not waited for")
+def test_what_the_holder_of_a_revoked_lease_reads_is_not_freed_under_it() -> None:
+    device = SimulatedDevice(0)
+
+    async def main() -> None:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
+        lease = model.lease()
+        slot = await lease.__aenter__()
+        slot.inputs.x[...] = frame(1)
+        slot.launch()
+        seen = slot.outputs[0].tensor.clone()
+        await model.aclose(drain=False)
+        await lease.__aexit__(None, None, None)
+        del slot, lease
+        await asyncio.to_thread(device.synchronize)
+        assert device.read(seen)[0, 0] == 4
+
+    run_simulated(main(), device)

@@ -17,8 +17,8 @@ from tests.machine.rules import Runtime
 from tests.testing.mutation import Mutation, applied, deletions
 
 Runtime.TestCase.settings = settings(
-    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+    max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)  # the same examples each time, so that a change is told by them; search on with derandomize=False and more of them
 TestRuntime = pytest.mark.slow(pytest.mark.timeout(300)(Runtime.TestCase))
 
 #: Statements without which the runtime is wrong, by module, function and how they begin; and what the machine says then.
