@@ -252,6 +252,7 @@ class Hold:
         self.unified = executor.device.unified
         self.consumers: dict[int, Stream] = {}  # streams that read the buffers, by handle
         self._request = request
+        request.record_readers = self._record_readers
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
         self._last: _Launch | None = None
@@ -483,14 +484,11 @@ class Hold:
 
     def leave(self) -> None:
         """See `Lease`: record who reads, and let go."""
+        self._request.record_readers = None  # a cycle, which would keep the buffers until the next garbage collection
         if not self._left and self.is_held and self.executor.broken is None:
             self._left = True
-            device = self.executor.device
             try:
-                current = device.current_stream()
-                for stream in ({current.handle: current} | self.consumers).values():
-                    self.slot.gates.append(stream.record())
-                self.slot.gates += self._state.take()
+                self._record_readers()
             except Exception as error:
                 failure = self.executor.failed(error, "while its consumers were recorded")
                 if self.executor.broken is None:
@@ -500,11 +498,19 @@ class Hold:
             self.executor.end_lease(self.slot)
         self._left = True
 
+    def _record_readers(self) -> None:
+        """Who reads the buffers gates their next use."""
+        current = self.executor.device.current_stream()
+        for stream in ({current.handle: current} | self.consumers).values():
+            self.slot.gates.append(stream.record())
+        self.slot.gates += self._state.take()
+
     def forget(self) -> bool:
         """The lease is garbage. Returns whether it still held its slot. Called on any thread, so it only passes on."""
         if not self.is_held or self.executor.broken is not None:
             return False
         self._left = True
+        self._request.record_readers = None
         with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
             self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
         return True

@@ -468,11 +468,23 @@ class Executor:
             if request is None or self.machine.states[slot.index] in (State.BROKEN, State.DRAINING):
                 continue
             request.is_revoked = True
-            self.move(slot, Move.RELEASE)
+            self._take_back(slot, request)
             if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
                 self.reject(request, error)
         self._fail_others(error)
         self._check_idle()
+
+    def _take_back(self, slot: Slot, request: Request) -> None:
+        record_readers, request.record_readers = request.record_readers, None
+        try:
+            if record_readers is not None:  # its holder will not come to say who reads
+                record_readers()
+        except Exception as error:
+            self.failed(error, "while a lease was taken back")
+            if self.broken is None:
+                self.reclaim(slot)
+        else:
+            self.move(slot, Move.RELEASE)
 
     async def idle(self) -> None:
         """Return when nobody waits and every slot is free (or broken)."""

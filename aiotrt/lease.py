@@ -63,7 +63,7 @@ class Lease:
             hold.open()
         except Exception as error:
             # Nobody calls __aexit__ when __aenter__ raises: without this the slot would stay claimed for ever.
-            self._hold = None
+            self._hold = request.record_readers = None
             self._executor.abandon(request)
             raise self._executor.failed(error, "while a lease was entered") from error
         return self

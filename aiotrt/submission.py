@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
@@ -80,6 +80,7 @@ class Request:
         slot: the slot that it was granted, until the slot is free again.
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
+        record_readers: makes who reads a lease's buffers gate their next use, for when it is taken from its holder.
         results: device results of the caller's own.
         times: what happened when; None where nobody observes.
         span: what an observer keeps with it.
@@ -87,7 +88,7 @@ class Request:
 
     __slots__ = (
         "arguments", "bound", "future", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind", "origin",
-        "ready", "results", "shapes", "slot", "span", "specs", "times",
+        "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +108,7 @@ class Request:
         self.bound: dict[int, torch.Tensor] = {}
         self.kind = kind
         self.is_lease = is_lease
+        self.record_readers: Callable[[], None] | None = None
         self.is_marked = False
         self.is_queued = False
         self.is_warmup = False

@@ -30,7 +30,7 @@ DEFECTS = [
     ("requests", "Requests._completed", "self._executor.move(slot, Move.COMPLETE)", DeadlockError),
     ("executor", "Executor.abandon", "self.machine.withdraw(request)", AssertionError),
     ("executor", "Executor.break_down", "self.reject(request, error)", AssertionError),
-    ("buffers", "Hold.leave", "self.slot.gates.append(", HazardError),
+    ("buffers", "Hold._record_readers", "self.slot.gates.append(", HazardError),
     ("completion", "Hub._poll", "self._polling = False", DeadlockError),
 ]
 

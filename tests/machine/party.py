@@ -219,8 +219,6 @@ class Party:
 
     def close(self, *, drain: bool) -> None:
         """Begin to close."""
-        # An open defect, see test_laws_of_closing_simulated: without draining, what a lease's holder reads is freed early.
-        drain = drain or any(holder.is_held for holder in self.holders)
         self.closing = self.start("close", self.model.aclose(drain=drain))
         self.turn()
 
