@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from aiotrt import completion, submission
@@ -21,18 +21,21 @@ Runtime.TestCase.settings = settings(
 )  # the same examples each time, so that a change is told by them; search on with derandomize=False and more of them
 TestRuntime = pytest.mark.slow(pytest.mark.timeout(300)(Runtime.TestCase))
 
-#: Statements without which the runtime is wrong, by module, function and how they begin; and what the machine says then.
+#: Statements without which the runtime is wrong: module, function, and how they begin.
 DEFECTS = [
-    ("submission", "_open_gates", "slot.stream.wait(", HazardError),
-    ("submission", "Request.order", "follow(slot, self.origin)", HazardError),
-    ("submission", "submit_lease", "slot.stream.record(event)", AssertionError),
-    ("requests", "Requests._finish.resolve", "request.future.set_result(", DeadlockError),
-    ("requests", "Requests._completed", "self._executor.move(slot, Move.COMPLETE)", DeadlockError),
-    ("executor", "Executor.abandon", "self.machine.withdraw(request)", AssertionError),
-    ("executor", "Executor.break_down", "self.reject(request, error)", AssertionError),
-    ("buffers", "Hold._record_readers", "self.slot.gates.append(", HazardError),
-    ("completion", "Hub._poll", "self._polling = False", DeadlockError),
+    ("submission", "_open_gates", "slot.stream.wait("),
+    ("submission", "Request.order", "follow(slot, self.origin)"),
+    ("submission", "submit_lease", "slot.stream.record(event)"),
+    ("requests", "Requests._finish.resolve", "request.future.set_result("),
+    ("requests", "Requests._completed", "self._executor.move(slot, Move.COMPLETE)"),
+    ("executor", "Executor.abandon", "self.machine.withdraw(request)"),
+    ("executor", "Executor.break_down", "self.reject(request, error)"),
+    ("buffers", "Hold._record_readers", "self.slot.gates.append("),
+    ("completion", "Hub._poll", "self._polling = False"),
 ]
+
+#: How the machine says that something is wrong. Which of them comes first for a defect is a matter of the order of things.
+FOUND = (HazardError, DeadlockError, AssertionError)
 
 
 @pytest.fixture
@@ -52,19 +55,28 @@ def removed(module: str, function: str, start: str) -> Mutation:
     return found
 
 
+class Searched(Runtime):
+    """The same machine, with a seed of its own."""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_forget")
-@pytest.mark.parametrize(("module", "function", "start", "error"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])
-def test_the_machine_finds_a_defect(module: str, function: str, start: str, error: type[BaseException]) -> None:
-    search = settings(
-        max_examples=500,
-        stateful_step_count=25,
+@pytest.mark.parametrize(("module", "function", "start"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])
+def test_the_machine_finds_a_defect(module: str, function: str, start: str) -> None:
+    """In one of many short searches, each of which finds the rarest of these every other time.
+
+    One long search would be a matter of luck: what Hypothesis tries comes from what it tried before, so that a search which
+    begins badly goes on so (500 programs of 25 steps found the first of these in three runs of four).
+    """
+    short = settings(
+        max_examples=40,
+        stateful_step_count=50,
         deadline=None,
         database=None,
-        derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    with applied(removed(module, function, start)), pytest.raises(error):
-        run_state_machine_as_test(Runtime, settings=search)
+    with applied(removed(module, function, start)), pytest.raises(FOUND):
+        for number in range(60):
+            run_state_machine_as_test(seed(number)(Searched), settings=short)
