@@ -283,6 +283,16 @@ def test_closing_a_stream_leaves_its_work(device: Device, gate: Gate) -> None:
     event.synchronize()
 
 
+def test_synchronize_waits_for_a_stream_that_is_closed(device: Device, gate: Gate) -> None:
+    stream = device.stream()
+    gate.hold(stream)
+    event = record(device, stream)
+    stream.close()
+    gate.open()
+    device.synchronize()
+    assert device.query(event)
+
+
 def test_current_and_adopted_streams(device: Device) -> None:
     assert device.current_stream().handle == device.current_stream().handle
     stream = device.stream()

@@ -84,7 +84,8 @@ class HostStream:
         self._work: queue.SimpleQueue[Callable[[_Failure], None] | None] = queue.SimpleQueue()
         # Daemonic, and holding only the queue: a stream that nobody closed must not keep the interpreter alive, and must
         # end when it is garbage.
-        threading.Thread(target=_serve, args=(self._work,), name=self.name, daemon=True).start()
+        self._thread = threading.Thread(target=_serve, args=(self._work,), name=self.name, daemon=True)
+        self._thread.start()
         self._stop = weakref.finalize(self, self._work.put, None)
 
     @property
@@ -129,6 +130,9 @@ class HostStream:
         self._work.put(call)
 
     def synchronize(self) -> None:
+        if not self._stop.alive:  # what is queued behind the end is never reached
+            self._thread.join()
+            return
         reached = threading.Event()
         self._work.put(lambda failure: reached.set())
         reached.wait()
