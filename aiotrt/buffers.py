@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -231,6 +231,9 @@ class _Orders(NamedTuple):
     consumers: dict[int, Stream]
 
 
+_NOTHING: Final = _Orders({}, {})
+
+
 class _Launch:
     """One launch: its produce event, and whether somebody outside may have that, and ask it at any time."""
 
@@ -278,7 +281,8 @@ class Hold:
     def check(self) -> None:
         """Raise unless the lease is held, here, on a working model."""
         executor = self.executor
-        check_loop(executor.loop, "a lease")
+        if asyncio._get_running_loop() is not executor.loop:
+            check_loop(executor.loop, "a lease")
         if self._left:
             raise UsageError("this lease has ended: its buffers belong to somebody else now")
         if executor.broken is not None:
@@ -405,9 +409,12 @@ class Hold:
         return explained
 
     def _take_orders(self) -> _Orders:
+        if self._state.assigned:
+            self.slot.gates += self._state.take()
+        if not (self._sources or self.consumers):
+            return _NOTHING
         orders = _Orders(self._sources, self.consumers)
         self._sources, self.consumers = {}, {}
-        self.slot.gates += self._state.take()
         return orders
 
     def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:

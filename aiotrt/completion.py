@@ -179,7 +179,7 @@ class Hub:
         pending = _Pending(query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout)
         lane.pending.append(pending)
         if len(lane.pending) == 1:
-            self._enlist(lane, self._first_look(now, lane))
+            self._enlist(lane, self._first_look(now, pending.estimate))
             if not self._polling:
                 self._arm(now)
 
@@ -219,34 +219,31 @@ class Hub:
                 self._look(lane)
         finally:
             self._polling = False
-        self._arm(self._clock())
+        if self._heap:
+            self._arm(self._clock())
 
     def _look(self, lane: Lane) -> None:
         lane.entry = None
         pending = lane.pending
         while pending:
             head = pending[0]
+            started = max(head.submitted, lane.last_done)
             self.polls += 1
             error: BaseException | None = None
             try:
-                if not head.query():
-                    now = self._clock()
-                    if self._is_hung(head, lane, now):
-                        error = DeviceHangError(
-                            f"work is overdue: it has run for {now - self._started(head, lane):.1f} s and was expected to "
-                            f"take {head.estimate.seconds:.3g} s (hang_timeout={head.hang_timeout:g} s)"
-                        )
-                    else:
-                        head.looks += 1
-                        head.looked = now
-                        self._enlist(lane, self._next_look(now, lane))
-                        return
+                is_complete = head.query()
             except Exception as failure:
-                error = failure
-            pending.popleft()
+                is_complete, error = True, failure
             now = self._clock()
+            if not is_complete:
+                error = self._hung(head, now - started)
+                if error is None:
+                    head.looks += 1
+                    head.looked = now
+                    self._enlist(lane, self._next_look(now, head, started))
+                    return
+            pending.popleft()
             if error is None:
-                started = self._started(head, lane)
                 lane.ran = now - started
                 if head.looks:
                     lane.late = now - max(head.looked, started)
@@ -255,40 +252,38 @@ class Hub:
                     lane.late = max(lane.ran - head.estimate.seconds, 0.0) if head.estimate.seconds else 0.0
                     head.estimate.at_most(lane.ran)
             lane.last_done = now
-            self._report(head, error)
+            try:
+                head.on_done(error)
+            except Exception as failure:
+                # One bad callback must not take the others' wake-ups with it.
+                self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
         # Empty. Whoever watches next enlists the lane again.
 
-    def _report(self, head: _Pending, error: BaseException | None) -> None:
-        try:
-            head.on_done(error)
-        except Exception as failure:
-            # One bad callback must not take the others' wake-ups with it.
-            self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
-
-    def _started(self, head: _Pending, lane: Lane) -> float:
-        return max(head.submitted, lane.last_done)
-
-    def _is_hung(self, head: _Pending, lane: Lane, now: float) -> bool:
-        if head.hang_timeout is None or now - self._started(head, lane) <= head.hang_timeout:
-            return False
+    def _hung(self, head: _Pending, ran: float) -> DeviceHangError | None:
+        """What to say of work that is not complete: nothing, or that it hangs."""
+        if head.hang_timeout is None or ran <= head.hang_timeout:
+            return None
         head.overdue += 1  # earlier looks do not count: since then the loop, or the whole machine, may have stood still
-        return head.overdue >= LOOKS_BEFORE_HANG
+        if head.overdue < LOOKS_BEFORE_HANG:
+            return None
+        return DeviceHangError(
+            f"work is overdue: it has run for {ran:.1f} s and was expected to take {head.estimate.seconds:.3g} s "
+            f"(hang_timeout={head.hang_timeout:g} s)"
+        )
 
     # When to look...
 
-    def _first_look(self, now: float, lane: Lane) -> float:
-        head = lane.pending[0]
-        if self.progress is Progress.PREDICT and head.estimate.is_trusted:
-            return first_look(now, self._started(head, lane) + head.estimate.seconds, self._lateness)
+    def _first_look(self, now: float, estimate: Estimate) -> float:
+        """At work that starts now: it is alone in its lane."""
+        if self.progress is Progress.PREDICT and estimate.is_trusted:
+            return first_look(now, now + estimate.seconds, self._lateness)
         if self.progress is Progress.SPIN:
             return now
         return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)
 
-    def _next_look(self, now: float, lane: Lane) -> float:
+    def _next_look(self, now: float, head: _Pending, started: float) -> float:
         if self.progress is Progress.SPIN:
             return now
-        head = lane.pending[0]
-        started = self._started(head, lane)
         if self.progress is Progress.INTERVAL:
             return next_look(now, started, started, 0.0)
         if not head.estimate.is_trusted:

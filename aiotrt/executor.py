@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ class Executor:
             QueueFullError: `bounded`, and the line is at its bound.
             ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
         """
-        self.check_usable()
+        if self._forks != _forks or asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
+            self.check_usable()
         arguments, kind, specs = self.specs.parse(values, named)
         request = Request(
             self.loop.create_future(),
@@ -253,6 +255,13 @@ class Executor:
             self.device.fail(error)
         return self.explain(error, when)
 
+    def failed_on_device(self, error: DeviceError) -> None:
+        """What the hub was told when it looked: the device broke, or this model's work hangs."""
+        if isinstance(error, DeviceHangError):
+            self.break_down(error)
+        else:
+            self.device.fail(error)
+
     def explain(self, error: BaseException, when: str) -> AiotrtError:
         """The error that a caller gets for whatever went wrong."""
         if isinstance(error, AiotrtError):
@@ -303,7 +312,6 @@ class Executor:
         self.count(program)
         slot.launches += 1
         launch = slot.launches
-        query = self.device.query
 
         def done(error: BaseException | None) -> None:
             try:
@@ -312,7 +320,8 @@ class Executor:
             finally:
                 on_done(error)
 
-        self.hub.watch(slot.lane, lambda: query(event), done, estimate=program.estimate, hang_timeout=self.hang_timeout)
+        query = partial(self.device.query, event)
+        self.hub.watch(slot.lane, query, done, estimate=program.estimate, hang_timeout=self.hang_timeout)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
@@ -338,10 +347,8 @@ class Executor:
         state = self.machine.states[slot.index]
         if state is State.BROKEN:
             return
-        if isinstance(error, DeviceHangError):
-            self.break_down(error)
-        elif isinstance(error, DeviceError):
-            self.device.fail(error)
+        if isinstance(error, DeviceError):
+            self.failed_on_device(error)
         elif launch != slot.launches:
             return  # an earlier launch of several; the last one's completion is the slot's
         elif state is not State.DRAINING:
@@ -375,7 +382,8 @@ class Executor:
             self._serve(grant)
         if then is not None:
             then()
-        self._check_idle()
+        if self._idle is not None:
+            self._check_idle()
 
     def work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
         """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job."""

@@ -120,16 +120,23 @@ class Program:
 
     def launch(self, before: Copies = (), after: Copies = ()) -> None:
         """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest."""
-        first, *others = self._steps
-        first.launch(self._stream, before, () if others else after)
-        for step in others:
-            step.launch(self._stream, (), after if step is others[-1] else ())
+        steps = self._steps
+        if len(steps) == 1:
+            steps[0].launch(self._stream, before, after)
+            return
+        for step in steps:
+            step.launch(self._stream, before if step is steps[0] else (), after if step is steps[-1] else ())
 
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
         """Whether pinned memory is there for these inputs, and for the outputs."""
-        return all(self.staged_inputs[i] is not None for i in inputs) and (
-            not outputs or all(view is not None for view in self.output_views)
-        )
+        for i in inputs:
+            if self.staged_inputs[i] is None:
+                return False
+        if outputs:
+            for view in self.output_views:
+                if view is None:
+                    return False
+        return True
 
     def stage(self, inputs: Collection[int], *, outputs: bool) -> None:
         """Make sure it is. Blocks: allocating pinned memory takes milliseconds."""

@@ -29,24 +29,27 @@ class GraphState:
     """Where readers of a leased output say when they are done, the way Roboflow's do.
 
     Theirs keeps the last event only, so the second of two readers hides the first; here each assignment counts.
+
+    Attributes:
+        assigned: since the last `take`.
     """
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self.assigned: list[Event] = []
 
     @property
     def consumer_done_event(self) -> Event | None:
         """The event assigned last. Assign one that was recorded after the reading was submitted."""
-        return self._events[-1] if self._events else None
+        return self.assigned[-1] if self.assigned else None
 
     @consumer_done_event.setter
     def consumer_done_event(self, event: Event | None) -> None:
         if event is not None:
-            self._events.append(event)
+            self.assigned.append(event)
 
     def take(self) -> list[Event]:
         """All of them, which the next launch must wait for."""
-        events, self._events = self._events, []
+        events, self.assigned = self.assigned, []
         return events
 
 

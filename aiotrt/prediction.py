@@ -15,6 +15,7 @@ processors wake slowly. The first look is aimed ahead of the prediction by that 
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from typing import Final
 
 __all__ = ["Estimate", "Lateness", "Progress", "first_look", "next_look"]
@@ -25,6 +26,7 @@ OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep bet
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
+SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
 
 
@@ -87,25 +89,18 @@ class Lateness:
     the allowance is looked at without any sleep, and a whole processor would go into that for ever.
     """
 
-    __slots__ = ("_deviation", "_mean", "_seen")
+    __slots__ = ("_ahead", "_deviation", "_mean", "_seen")
 
     def __init__(self, initial: float = 20e-6) -> None:
-        self._mean = [initial] * 8
-        self._deviation = [initial / 2] * 8
-        self._seen = [0] * 8
-
-    @staticmethod
-    def _bucket(sleep: float) -> int:
-        bucket = 0
-        limit = 100e-6
-        while bucket < 7 and sleep > limit:
-            bucket += 1
-            limit *= 4
-        return bucket
+        buckets = len(SLEEPS) + 1
+        self._mean = [initial] * buckets
+        self._deviation = [initial / 2] * buckets
+        self._ahead = [initial + 1.5 * initial / 2 + MARGIN] * buckets  # seconds ahead of time, from the two above
+        self._seen = [0] * buckets
 
     def learn(self, sleep: float, late: float) -> None:
         """A timer set to sleep this long woke this late."""
-        bucket = self._bucket(sleep)
+        bucket = bisect_left(SLEEPS, sleep)
         late = min(late, 10e-3)  # a stall of the whole loop says nothing about timers
         # The first few count for more, so that what it started from is soon forgotten.
         self._seen[bucket] = seen = self._seen[bucket] + 1
@@ -113,15 +108,13 @@ class Lateness:
         error = late - self._mean[bucket]
         self._mean[bucket] += rate * error
         self._deviation[bucket] += rate * (abs(error) - self._deviation[bucket])
+        self._ahead[bucket] = self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
 
     def allowance(self, wait: float) -> float:
         """How much earlier than in `wait` seconds to set a timer."""
         # A sleep that is so much shorter may be in another bucket, and it is there that it teaches.
-        return self._needed(wait - self._needed(wait))
-
-    def _needed(self, sleep: float) -> float:
-        bucket = self._bucket(sleep)
-        return self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
+        ahead = self._ahead
+        return ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
 
 
 def first_look(now: float, predicted: float, lateness: Lateness) -> float:

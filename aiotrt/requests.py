@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -41,27 +42,29 @@ class Requests:
 
     def begin(self, slot: Slot, request: Request) -> None:
         """A request got its slot: prepare it, and go on as soon as that is done."""
+        executor = self._executor
         if request.future.done():  # cancelled while it stood in line, and its task has not run yet
-            self._executor.move(slot, Move.RELEASE)
-            self._executor.counters.cancelled += 1
+            executor.move(slot, Move.RELEASE)
+            executor.counters.cancelled += 1
             return
-        if self._executor.specs.specs is not None:
+        fixed = executor.specs.specs
+        if fixed is not None and fixed is not request.specs:
             try:
                 # While this one waited, another may have fixed what the inputs are.
-                self._executor.specs.settle(request.specs)
+                executor.specs.settle(request.specs)
             except InputError as error:
                 refusal = error
-                self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
+                executor.move(slot, Move.RELEASE, then=lambda: executor.reject(request, refusal))
                 return
-        program = self._executor.cache.get(slot.index, request.key)
+        program = executor.cache.get(slot.index, request.key)
         if not request.is_warmup:
-            self._executor.counters.hits += program is not None
-            self._executor.counters.misses += program is None
+            executor.counters.hits += program is not None
+            executor.counters.misses += program is None
         if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
             self._prepared(slot, request, program)
         else:
-            self._executor.move(slot, Move.PREPARE)
-            self._executor.work(slot, lambda: self._build(slot, request, program, ()), self._built)
+            executor.move(slot, Move.PREPARE)
+            executor.work(slot, lambda: self._build(slot, request, program, ()), self._built)
 
     def _build(self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[Program]) -> Program:
         """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
@@ -133,15 +136,22 @@ class Requests:
             slot.launches = 0
             if not request.future.done():  # cancelled in this very turn: its task lets the slot go when it runs
                 request.future.set_result(None)
-        elif program.blocking:
+            return
+        if program.blocking:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
-        elif sum([argument.host.nbytes for argument in request.arguments if argument.host is not None]) > COPY_ON_LOOP_BYTES:
+            return
+        nbytes = 0  # of host inputs
+        for argument in request.arguments:
+            if argument.host is not None:
+                nbytes += argument.host.nbytes
+        if nbytes > COPY_ON_LOOP_BYTES:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: copy_in(request, program), self._staged)
-        else:
+            return
+        if nbytes:
             copy_in(request, program)
-            self._launch(slot, request, program)
+        self._launch(slot, request, program)
 
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
         request = self._executor.resume(slot, error, "while its inputs were copied")
@@ -152,15 +162,16 @@ class Requests:
     # On the device...
 
     def _launch(self, slot: Slot, request: Request, program: Program) -> None:
+        executor = self._executor
         try:
-            submit_request(self._executor.device, slot, request, program)
+            submit_request(executor.device, slot, request, program)
         except DeviceError as error:
-            self._executor.device.fail(error)
+            executor.device.fail(error)
         except Exception as error:
             self._launch_failed(slot, error)
         else:
-            self._executor.move(slot, Move.LAUNCH)
-            self._executor.count(program)
+            executor.move(slot, Move.LAUNCH)
+            executor.count(program)
             self._watch(slot, program)
             self._prepare_next(request, program)
 
@@ -173,15 +184,9 @@ class Requests:
             _log.debug("no memory for the next results: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
-        event = slot.event
-        query = self._executor.device.query
-        self._executor.hub.watch(
-            slot.lane,
-            lambda: query(event),
-            lambda error: self._completed(slot, error),
-            estimate=program.estimate,
-            hang_timeout=self._executor.hang_timeout,
-        )
+        executor = self._executor
+        query, done = partial(executor.device.query, slot.event), partial(self._completed, slot)
+        executor.hub.watch(slot.lane, query, done, estimate=program.estimate, hang_timeout=executor.hang_timeout)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""
@@ -233,10 +238,7 @@ class Requests:
         if times is not None:
             times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
         if isinstance(error, DeviceError):
-            if not isinstance(error, DeviceHangError):
-                self._executor.device.fail(error)
-            else:
-                self._executor.break_down(error)
+            self._executor.failed_on_device(error)
         elif state is State.DRAINING:
             self._executor.move(slot, Move.COMPLETE)
         elif error is not None:

@@ -151,6 +151,7 @@ class InputSpecs:
         self._holds = holds
         self._device = device
         self._of_items = of_items
+        self._fitting: list[tuple[int, ...]] = []  # the shapes that fitted last: mostly those of the next call too
 
     def known(self) -> Specs:
         """The inputs, which must be known.
@@ -193,13 +194,20 @@ class InputSpecs:
             self._count(specs, values, named)
         kind = Kind.NUMPY
         arguments = []
+        shapes = []
         for spec, value in zip(specs, values, strict=True):
-            argument = self._check(spec, value)
+            argument = self._argument(spec, value)
+            shapes.append(argument.shape)
             if argument.tensor is not None:
                 kind = Kind.DEVICE
             elif kind is Kind.NUMPY and not isinstance(value, np.ndarray):
                 kind = Kind.TORCH
             arguments.append(argument)
+        if shapes != self._fitting or specs is not self.specs:
+            for spec, shape in zip(specs, shapes, strict=True):
+                self._check_shape(spec, shape)
+            if specs is self.specs:
+                self._fitting = shapes
         return arguments, kind, specs
 
     def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
@@ -215,10 +223,7 @@ class InputSpecs:
         for spec, value in zip(specs, values, strict=True):
             assert isinstance(value, Sequence)
             shape = tuple(value)
-            if not spec.fits(shape):
-                self._refuse_shape(spec, shape)
-            if min(shape, default=1) < 1:
-                _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
+            self._check_shape(spec, shape)
             shapes.append(shape)
         return tuple(shapes)
 
@@ -228,7 +233,10 @@ class InputSpecs:
         shape, dtype = _shape_and_dtype(name, value)
         if dtype != spec.dtype:
             _refuse(spec, f"dtype {_dtype_name(dtype)}", _conversion(value, spec.dtype))
-        return self._check(TensorSpec(name, (None,) * len(shape), dtype), value)
+        argument = self._argument(spec, value)
+        if 0 in shape:
+            _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
+        return argument
 
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
         """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
@@ -287,34 +295,29 @@ class InputSpecs:
         listing = ", ".join(map(str, specs))
         raise InputError(f"expected {len(specs)} input{plural} ({listing}), got {len(values) + len(named)}")
 
-    def _check(self, spec: TensorSpec, value: object) -> Argument:
+    def _argument(self, spec: TensorSpec, value: object) -> Argument:
+        """What a value is, its extents aside."""
         if isinstance(value, np.ndarray):
             if (dtype := _TORCH_DTYPES.get(value.dtype)) is not spec.dtype:
                 got = str(value.dtype) if dtype is None else _dtype_name(dtype)
                 _refuse(spec, f"dtype {got}", _conversion(value, spec.dtype))
-            shape = value.shape
-            argument = Argument(shape, value, host=value)
-        else:
-            tensor = _as_tensor(spec.name, value)
-            if tensor.dtype is not spec.dtype:
-                _refuse(spec, f"dtype {_dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
-            shape = tuple(tensor.shape)
-            where = tensor.device
-            if self._holds(tensor):
-                argument = Argument(shape, (value, tensor), tensor=tensor)
-            elif where.type == "cpu":
-                argument = Argument(shape, value, host=numpy_view(tensor))
-            else:
-                _refuse(
-                    spec,
-                    f"a tensor on {where}",
-                    f"the model is on {self._device}: move it with .to({str(self._device)!r})",
-                )
+            return Argument(value.shape, value, host=value)
+        tensor = _as_tensor(spec.name, value)
+        if tensor.dtype is not spec.dtype:
+            _refuse(spec, f"dtype {_dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
+        shape = tuple(tensor.shape)
+        if self._holds(tensor):
+            return Argument(shape, (value, tensor), tensor=tensor)
+        if tensor.device.type != "cpu":
+            where = f"the model is on {self._device}: move it with .to({str(self._device)!r})"
+            _refuse(spec, f"a tensor on {tensor.device}", where)
+        return Argument(shape, value, host=numpy_view(tensor))
+
+    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
         if not spec.fits(shape):
             self._refuse_shape(spec, shape)
-        if 0 in shape:
+        if min(shape, default=1) < 1:
             _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
-        return argument
 
     def _refuse_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
         if len(shape) != len(spec.shape):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import pytest
 
-from aiotrt.prediction import AGREE, LONGEST_SLEEP, MARGIN, SHORTEST_SLEEP, Estimate, Lateness, first_look, next_look
+from aiotrt.prediction import AGREE, LONGEST_SLEEP, MARGIN, SHORTEST_SLEEP, SLEEPS, Estimate, Lateness, first_look, next_look
 
 
 def exactly(estimate: Estimate, *times: float) -> list[float]:
@@ -78,45 +80,55 @@ def test_late_looks_in_a_row_make_the_next_one_ever_earlier() -> None:
     assert estimate.seconds == pytest.approx(0.25 * before * 0.994)
 
 
+def needed(lateness: Lateness, sleep: float) -> float:
+    """How much earlier to set a timer that is to sleep this long, in that sleep's own bucket."""
+    return lateness._ahead[bisect_left(SLEEPS, sleep)]
+
+
 def test_sleeps_are_told_apart_by_factors_of_four() -> None:
+    def taught_by(sleep: float) -> list[int]:
+        lateness = Lateness(0.0)
+        lateness.learn(sleep, 1e-3)
+        return [i for i in range(8) if lateness._ahead[i] > 2 * MARGIN]
+
     limits = [100e-6 * 4**i for i in range(7)]
-    assert [Lateness._bucket(limit * 0.999) for limit in limits] == list(range(7))
-    assert [Lateness._bucket(limit * 1.001) for limit in limits] == list(range(1, 8))
-    assert Lateness._bucket(100e-6) == 0
-    assert Lateness._bucket(3600.0) == 7
+    assert [taught_by(limit * 0.999) for limit in limits] == [[i] for i in range(7)]
+    assert [taught_by(limit * 1.001) for limit in limits] == [[i] for i in range(1, 8)]
+    assert taught_by(100e-6) == [0]
+    assert taught_by(3600.0) == [7]
 
 
 def test_each_length_of_sleep_has_its_own_lateness_to_begin_with() -> None:
     lateness = Lateness()
     for sleep in (50e-6, 1e-3, 1.0, 1000.0):
-        assert lateness._needed(sleep) == pytest.approx(20e-6 + 1.5 * 10e-6 + MARGIN)
-    assert Lateness(1e-3)._needed(1.0) == pytest.approx(1e-3 + 1.5 * 0.5e-3 + MARGIN)
+        assert needed(lateness, sleep) == pytest.approx(20e-6 + 1.5 * 10e-6 + MARGIN)
+    assert needed(Lateness(1e-3), 1.0) == pytest.approx(1e-3 + 1.5 * 0.5e-3 + MARGIN)
 
 
 def test_the_first_sleep_counts_half_and_none_less_than_a_twentieth() -> None:
     lateness = Lateness(0.0)
     lateness.learn(1.0, 8e-3)
-    assert lateness._needed(1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 + MARGIN)
+    assert needed(lateness, 1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 + MARGIN)
     lateness.learn(1.0, 4e-3)
-    assert lateness._needed(1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 * 2 / 3 + MARGIN)
+    assert needed(lateness, 1.0) == pytest.approx(4e-3 + 1.5 * 4e-3 * 2 / 3 + MARGIN)
     lateness.learn(1.0, 8e-3)  # the third: a quarter, of what it is later than the mean, and of what that is off by
-    assert lateness._needed(1.0) == pytest.approx(5e-3 + 1.5 * (8e-3 / 3 + (4e-3 - 8e-3 / 3) / 4) + MARGIN)
+    assert needed(lateness, 1.0) == pytest.approx(5e-3 + 1.5 * (8e-3 / 3 + (4e-3 - 8e-3 / 3) / 4) + MARGIN)
     for _ in range(1000):
         lateness.learn(1.0, 1e-3)
-    assert lateness._needed(1.0) == pytest.approx(1e-3 + MARGIN)
+    assert needed(lateness, 1.0) == pytest.approx(1e-3 + MARGIN)
     lateness.learn(1.0, 2e-3)
-    assert lateness._needed(1.0) == pytest.approx(1e-3 + 1e-3 / 20 + 1.5 * 1e-3 / 20 + MARGIN)
-    assert lateness._needed(1e-3) == pytest.approx(MARGIN)  # of other lengths it has learned nothing
+    assert needed(lateness, 1.0) == pytest.approx(1e-3 + 1e-3 / 20 + 1.5 * 1e-3 / 20 + MARGIN)
+    assert needed(lateness, 1e-3) == pytest.approx(MARGIN)  # of other lengths it has learned nothing
 
 
 def test_no_sleep_teaches_more_than_ten_milliseconds() -> None:
     one, other = Lateness(), Lateness()
     one.learn(1.0, 3600.0)
     other.learn(1.0, 10e-3)
-    assert one._needed(1.0) == other._needed(1.0)
+    assert needed(one, 1.0) == needed(other, 1.0)
     less = Lateness()
     less.learn(1.0, 9e-3)
-    assert less._needed(1.0) < other._needed(1.0)
+    assert needed(less, 1.0) < needed(other, 1.0)
 
 
 def test_the_allowance_is_what_the_sleep_needs_that_is_really_slept() -> None:

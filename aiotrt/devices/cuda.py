@@ -38,6 +38,9 @@ ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; 
 #: Codes that say no to one call and leave the context sound; any other one is a fault of the device.
 PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
+#: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
+_DONE: Final = driver.CUresult.CUDA_SUCCESS
+
 _capture_lock: Final = threading.RLock()
 #: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
 _failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
@@ -89,10 +92,12 @@ class CudaStream:
 
     def record(self, event: Event | None = None) -> Event:
         event = CudaEvent() if event is None else event
-        assert isinstance(event, torch.cuda.Event), event
-        if isinstance(event, CudaEvent) and event.driver is not None:
-            _check("recording an event", driver.cuEventRecord(event.driver, self.driver))
+        if type(event) is CudaEvent and event.driver is not None:
+            answer = driver.cuEventRecord(event.driver, self.driver)
+            if answer[0] is not _DONE:
+                _check("recording an event", answer)
             return event
+        assert isinstance(event, torch.cuda.Event), event
         with _faults("recording an event"):
             event.record(self.torch)
         if isinstance(event, CudaEvent):
@@ -109,7 +114,7 @@ class CudaStream:
 
     def query(self) -> bool:
         # Any other answer than yes is dealt with, and any fault reported, by what is done to the stream instead.
-        return int(driver.cuStreamQuery(self.driver)[0]) == 0
+        return driver.cuStreamQuery(self.driver)[0] is _DONE
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.nbytes == 0:  # whose address may be null
@@ -165,7 +170,9 @@ class CudaGraph:
         for destination, source in before:
             stream.copy(destination, source)
         if self._copying is not None:
-            _check("launching a graph", driver.cuGraphLaunch(self._copying.handle, stream.driver))
+            answer = driver.cuGraphLaunch(self._copying.handle, stream.driver)
+            if answer[0] is not _DONE:
+                _check("launching a graph", answer)
         elif self._random is None:
             stream.run(self._graph.replay)
         else:
@@ -226,7 +233,10 @@ class CudaDevice(BaseDevice):
         raise TypeError(f"expected a torch.cuda.Stream or an object with __cuda_stream__, got {type(stream).__name__}")
 
     def query(self, event: Event) -> bool:
-        return query(event.query)
+        try:
+            return event.query()
+        except Exception as error:
+            return _not_now(error)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
@@ -292,10 +302,14 @@ def query(probe: Callable[[], bool]) -> bool:
     try:
         return probe()
     except Exception as error:
-        code, name = _code(error)
-        if code == ASK_LATER:
-            return False
-        raise DeviceError("the device failed while work was pending", code=code, name=name) from error
+        return _not_now(error)
+
+
+def _not_now(error: Exception) -> bool:
+    code, name = _code(error)
+    if code == ASK_LATER:
+        return False
+    raise DeviceError("the device failed while work was pending", code=code, name=name) from error
 
 
 def prepare_thread(index: int | None = None) -> None:
