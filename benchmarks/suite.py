@@ -3,6 +3,7 @@
     python -m benchmarks [PART...] [--device auto|host|cuda] [--quick] [--out DIR] [--limit SECONDS]
     python -m benchmarks plot [FILE...] [--out DIR]
     python -m benchmarks table [--results DIR] [--docs FILE...]
+    python -m benchmarks serving ...
 
 Each part writes its results as soon as it has them, `<part>-<device>.json`, and is given a time after which it begins
 nothing new; what it did not come to is among its results. Several parts run in a process each, so that none meets what
@@ -74,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     is_alone = words is None  # then the process is the suite's own, and may be ended
     words = sys.argv[1:] if words is None else list(words)
-    command = {"plot": plot, "table": table}.get(words[0]) if words else None
+    command = {"plot": plot, "table": table, "serving": serving}.get(words[0]) if words else None
     return measure(words, is_alone=is_alone) if command is None else command(words[1:])
 
 
@@ -83,7 +84,7 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     about = "\n".join(f"  {name:12}{part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"parts:\n{about}\n  {TENSORRT:12}real engines, beside TensorRT by itself\n\nor: plot, table",
+        description=f"parts:\n{about}\n  {TENSORRT:12}real engines, beside TensorRT by itself\n\nor: plot, table, serving",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them if none is named")
@@ -219,6 +220,13 @@ def plot(words: Sequence[str]) -> int:
         return 1
     print("\n".join(map(str, drawn)) or "nothing to draw: there are no results of completion or throughput")
     return 0
+
+
+def serving(words: Sequence[str]) -> int:
+    """Load a server: minutes, and packages that no other part takes."""
+    from benchmarks.bench_serving import main as main_of
+
+    return main_of(words)
 
 
 def table(words: Sequence[str]) -> int:

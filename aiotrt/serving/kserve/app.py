@@ -26,6 +26,7 @@ from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.guards import BearerToken, Budget
+from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
 from aiotrt.serving.status import status_page
@@ -40,12 +41,18 @@ _EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
 _CHUNK: Final = 256 << 10
 
 
-def create_app(settings: ServerSettings, *, on_failure: Callable[[BaseException], None] | None = None) -> FastAPI:
+def create_app(
+    settings: ServerSettings,
+    *,
+    on_failure: Callable[[BaseException], None] | None = None,
+    on_loaded: Callable[[], object] | None = None,
+) -> FastAPI:
     """The application. ``app.state.models`` are its models.
 
     Args:
         settings: what it serves, and how.
         on_failure: called when a model that was to be loaded at the start cannot be.
+        on_loaded: called when all of those are.
     """
     server = _Server(settings)
 
@@ -60,6 +67,9 @@ def create_app(settings: ServerSettings, *, on_failure: Callable[[BaseException]
             except Exception as error:
                 if on_failure is not None:
                     on_failure(error)
+            else:
+                if on_loaded is not None:
+                    on_loaded()
 
         async with running(server.models, wait=False, loading=load_first):
             yield {"aiotrt": server.models}
@@ -106,15 +116,15 @@ class _Server:
         add = functools.partial(router.add_api_route, response_class=JSONResponse)
         add("/v2", self.server_metadata, tags=["server"])
         add("/v2/health/live", self.server_live, tags=["server"])
-        add("/v2/health/ready", self.server_ready, tags=["server"])
+        add("/v2/health/ready", self.server_ready, tags=["server"], responses=whether_ready("ready"))
         for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-            add(prefix, self.model_metadata, tags=["model"])
-            add(f"{prefix}/ready", self.model_ready, tags=["model"])
-            add(f"{prefix}/infer", self.infer, methods=["POST"], tags=["model"], openapi_extra=_REQUEST)
-        add("/v2/repository/index", self.index, methods=["POST"], tags=["repository"])
+            add(prefix, self.model_metadata, tags=["model"], responses=described())
+            add(f"{prefix}/ready", self.model_ready, tags=["model"], responses=whether_ready("name", "ready"))
+            add(f"{prefix}/infer", self.infer, methods=["POST"], tags=["model"], **INFER)
+        add("/v2/repository/index", self.index, methods=["POST"], tags=["repository"], **INDEX)
         if self._settings.repository:
-            add("/v2/repository/models/{name}/load", self.load, methods=["POST"], tags=["repository"])
-            add("/v2/repository/models/{name}/unload", self.unload, methods=["POST"], tags=["repository"])
+            add("/v2/repository/models/{name}/load", self.load, methods=["POST"], tags=["repository"], **LOAD)
+            add("/v2/repository/models/{name}/unload", self.unload, methods=["POST"], tags=["repository"], **UNLOAD)
         return router
 
     # The server...
@@ -180,11 +190,13 @@ class _Server:
 
     async def index(self, request: Request) -> list[dict[str, str]]:
         """All models, loaded or not; ``{"ready": true}`` for those that can be called."""
-        fields = await self._small_json(request)
+        is_ready = (await self._small_json(request)).get("ready", False)
+        if not isinstance(is_ready, bool):
+            raise InputError("ready must be true or false")
         entries = []
         for name in self.models.names():
             standing, reason = self.models.standing(name)
-            if standing is Standing.READY or not fields.get("ready", False):
+            if standing is Standing.READY or not is_ready:
                 entries.append({"name": name, "version": _VERSION, "state": standing.value, "reason": reason})
         return entries
 
@@ -249,8 +261,8 @@ class _Server:
             fields = orjson.loads(body or b"{}")
         except orjson.JSONDecodeError as error:
             raise InputError(f"the request is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise InputError("the request must be a JSON object")
+        if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
+            raise InputError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
 
     async def _opened(self, name: str, model: Model) -> None:
@@ -317,41 +329,3 @@ def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[s
         if requested.name not in names:
             raise InputError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
     return [(requested.name, requested.is_binary) for requested in called.outputs]
-
-
-_TENSOR: Final = {
-    "type": "object",
-    "required": ["name", "shape", "datatype"],
-    "properties": {
-        "name": {"type": "string"},
-        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-        "datatype": {"type": "string"},
-        "parameters": {"type": "object"},
-        "data": {"type": "array", "items": {}},
-    },
-}
-_OUTPUT: Final = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
-}
-_REQUEST: Final = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["inputs"],
-                    "properties": {
-                        "id": {"type": "string"},
-                        "parameters": {"type": "object"},
-                        "inputs": {"type": "array", "minItems": 1, "items": _TENSOR},
-                        "outputs": {"type": "array", "items": _OUTPUT},
-                    },
-                }
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}

@@ -1,0 +1,111 @@
+"""What the server's description in OpenAPI says of requests and answers, where the functions' types do not.
+
+A test asks the server whatever this allows, and more, and holds every answer against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+from aiotrt.serving.kserve.datatypes import DATATYPES
+
+__all__ = ["INDEX", "INFER", "LOAD", "UNLOAD", "described", "whether_ready"]
+
+Schema: TypeAlias = dict[str, Any]
+
+_JSON: Final = "application/json"
+_BYTES: Final = "application/octet-stream"
+
+
+def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+_STRING: Final[Schema] = {"type": "string"}
+_DATATYPE: Final[Schema] = {"type": "string", "enum": list(DATATYPES)}
+_NUMBERS: Final[Schema] = {"type": "array", "items": {}}
+_SHAPE: Final[Schema] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 32}
+_PARAMETERS: Final[Schema] = {"type": "object"}
+_NAME: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": 1024}
+_TENSOR: Final = _object(
+    ("name", "shape", "datatype"), name=_NAME, shape=_SHAPE, datatype=_DATATYPE, parameters=_PARAMETERS, data=_NUMBERS
+)
+_REQUEST: Final = _object(
+    ("inputs",),
+    id={"type": "string", "maxLength": 1024},
+    parameters=_PARAMETERS,
+    inputs={"type": "array", "minItems": 1, "maxItems": 256, "items": _TENSOR},
+    outputs={"type": "array", "maxItems": 256, "items": _object(("name",), name=_NAME, parameters=_PARAMETERS)},
+)
+_ANSWER: Final = _object(
+    ("model_name", "model_version", "outputs"),
+    id=_STRING,
+    model_name=_STRING,
+    model_version=_STRING,
+    outputs={"type": "array", "items": _TENSOR},
+)
+_ERROR: Final = {_JSON: {"schema": _object(("error",), error=_STRING)}}
+#: How many bytes of a body are JSON: of a request, where tensors follow it, and of an answer.
+_LENGTH: Final = "Inference-Header-Content-Length"
+_COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+
+
+def described(*extra: str) -> dict[int | str, Schema]:
+    """What any operation on a model may answer when it does not do what was asked; and these, by status."""
+    return {
+        "4XX": {"description": "The request is wrong; `error` says how.", "content": _ERROR},
+        "503": {"description": "Not now: too much to do, or the model is not loaded, or broken.", "content": _ERROR},
+        **{status: {"description": _SERVER[status], "content": _ERROR} for status in extra},
+    }
+
+
+def whether_ready(*fields: str) -> dict[int | str, Schema]:
+    """Of an operation that answers 503 for no."""
+    types: dict[str, Schema] = {"name": _STRING, "ready": {"type": "boolean"}, "error": _STRING}
+    answer = {_JSON: {"schema": _object(fields, **types)}}
+    return {
+        200: {"description": "Yes.", "content": answer},
+        503: {"description": "No.", "content": answer},
+        "4XX": {"description": "There is no such model.", "content": _ERROR},
+    }
+
+
+def _repository(parameters: Schema) -> dict[str, Any]:
+    body = {"required": False, "content": {_JSON: {"schema": _object((), parameters=parameters)}}}
+    return {"responses": described("500"), "openapi_extra": {"requestBody": body}}
+
+
+_SERVER: Final = {
+    "500": "The model failed; what it said is in the server's log.",
+    "504": "The deadline passed before there was a result.",
+}
+
+#: For `infer`'s route.
+INFER: Final[dict[str, Any]] = {
+    "responses": {
+        200: {
+            "description": "Outputs; as bytes after the JSON, those for which that was asked.",
+            "headers": {_LENGTH: {"schema": _COUNT, "description": "How many bytes are JSON, if bytes follow."}},
+            "content": {_JSON: {"schema": _ANSWER}, _BYTES: {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **described("500", "504"),
+    },
+    "openapi_extra": {
+        "parameters": [{"name": _LENGTH, "in": "header", "required": False, "schema": _COUNT}],
+        "requestBody": {
+            "required": True,
+            "content": {_JSON: {"schema": _REQUEST}, _BYTES: {"schema": {"type": "string", "format": "binary"}}},
+        },
+    },
+}
+#: For `index`'s.
+INDEX: Final[dict[str, Any]] = {
+    "responses": described(),
+    "openapi_extra": {
+        "requestBody": {"required": False, "content": {_JSON: {"schema": _object((), ready={"type": "boolean"})}}}
+    },
+}
+#: For `load`'s: there are none that it takes.
+LOAD: Final = _repository({"type": "object", "maxProperties": 0})
+#: For `unload`'s.
+UNLOAD: Final = _repository(_PARAMETERS)
