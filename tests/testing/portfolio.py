@@ -35,6 +35,8 @@ MODULES: Final = (
     "tests.test_laws_of_opening_simulated",
     "tests.test_laws_of_batches_simulated",
     "tests.test_laws_of_spares_simulated",
+    "tests.test_laws_of_closing_simulated",
+    "tests.test_laws_of_observing_simulated",
     "tests.test_laws_virtual_host",
     "tests.test_batches_simulated",
     "tests.test_handshake",
@@ -135,6 +137,8 @@ def _laws_in(name: str, module: str, function: Callable[..., Any]) -> Iterator[L
     choices: list[list[dict[str, Any]]] = []
     unknown = set(inspect.signature(function).parameters)
     for mark in getattr(function, "pytestmark", ()):
+        if mark.name == "xfail":
+            return  # it finds what is wrong already
         if mark.name != "parametrize":
             continue
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
