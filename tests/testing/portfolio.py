@@ -26,7 +26,8 @@ from aiotrt.testing import HazardError
 from aiotrt.testing import loop as virtual_loop
 
 __all__ = [
-    "MODULES", "ON_THE_HOST", "PROCESSOR_LIMIT", "REAL_LIMIT", "DoesNotEndError", "Law", "laws", "outcome", "prepare", "story",
+    "MODULES", "ON_THE_HOST", "PROCESSOR_LIMIT", "REAL_LIMIT", "DoesNotEndError", "Law", "laws", "outcome", "prepare",
+    "story",
 ]  # fmt: skip
 
 MODULES: Final = (
