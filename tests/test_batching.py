@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -68,6 +69,10 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 )
 def test_sizes(options: dict[str, Any], least: int, most: int | None, sizes: tuple[int, ...]) -> None:
     assert choose_sizes(Batching(**options), least, most) == sizes
+
+
+def test_where_nothing_is_stacked_a_batch_is_one_item() -> None:
+    assert Batching(stack=False).max_size == Batching(stack=False, max_size=8).max_size == 1
 
 
 def test_an_engine_that_takes_none_of_the_sizes() -> None:
@@ -221,6 +226,54 @@ def test_wait_lets_in_by_class_and_in_order() -> None:
     assert (later.place, urgent.place) == ("door", "queue")
     assert q.take(0.0).items == [inside[1], urgent]
     assert q.take(0.0).items == [later]
+
+
+def test_who_leaves_the_door_is_gone_and_leaves_once() -> None:
+    q = queue(1, overload="wait", max_size=1)
+    inside, leaves, stays = entry(), entry(), entry()
+    for item in (inside, leaves, stays):
+        q.add(item)
+    for _ in range(2):
+        q.remove(leaves)
+        assert leaves.place is None
+        assert list(q) == [inside, stays]
+    assert [q.take(0.0).items for _ in range(3)] == [[inside], [stays], []]
+
+
+def test_no_class_starves_at_the_door() -> None:
+    q = queue(1, overload="wait", max_size=1, patience=2)
+    patient = entry(priority=1)
+    for item in (entry(), patient, *[entry() for _ in range(10)]):
+        q.add(item)
+    for passed in range(4):
+        assert patient.place == "door", passed
+        q.take(0.0)
+        if passed == 2:
+            break
+    assert patient.place == "queue"
+
+
+def test_a_queue_that_was_cleared_is_as_new() -> None:
+    q = queue(2, overload="wait", max_size=1, patience=1)
+    for _ in range(2):
+        items = [entry("a", 1), entry("b", 0), entry("c", 1), entry("d", 0)]
+        for item in items:
+            q.add(item)
+        assert [item.place for item in items] == ["queue", "queue", "door", "door"]
+        assert q.take(0.0).items == [items[1]], "nobody has been passed over yet"
+        left = [item for item in items if item.place]
+        assert sorted(map(id, q.clear())) == sorted(map(id, left))
+        assert (len(q), list(q), q.groups) == (0, [], 0)
+        assert not any(item.place for item in items)
+
+
+def test_a_group_that_is_held_back_is_looked_at_once() -> None:
+    q = queue(max_size=64, max_delay=1.0)
+    for _ in range(50):
+        q.add(entry())
+    with mock.patch.object(Queue, "_is_ready", autospec=True, side_effect=Queue._is_ready) as looked:
+        assert q.take(0.5).items == []
+    assert looked.call_count == 1
 
 
 def test_ten_thousand_shapes_leave_nothing_behind() -> None:
@@ -381,6 +434,23 @@ def test_deadlines(steps: list[tuple[bool, int]]) -> None:
         assert len(deadlines) == len(live)
         assert deadlines.next() == min((one.deadline for one in live if one.deadline is not None), default=None)
         assert len(deadlines._heap) <= 2 * len(live) + 17, "memory for those who are done"
+
+
+def test_of_many_deadlines_those_that_count_are_kept_and_in_order() -> None:
+    deadlines: Deadlines[Entry] = Deadlines()
+    items = [entry(deadline=float(i)) for i in range(500)]
+    random.Random(1).shuffle(items)
+    for item in items:
+        deadlines.add(item)
+    for item in items[50:]:
+        deadlines.discard(item)
+    assert len(deadlines._heap) <= 2 * 50 + 17, "memory for those who are done"
+    found = []
+    while (deadline := deadlines.next()) is not None:
+        (item,) = deadlines.expired(deadline)
+        assert item.deadline == deadline
+        found.append(item)
+    assert found == sorted(items[:50], key=lambda item: item.deadline or 0.0)
 
 
 # --- shedding -----------------------------------------------------------------------------------------------------------

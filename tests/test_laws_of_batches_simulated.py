@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.gathering import OverloadedError
 from aiotrt.slots import State
-from aiotrt.testing import SimulatedDevice
-from tests.simulated import held_streams
+from aiotrt.testing import FaultKind, SimulatedDevice
+from tests.simulated import Striker, held_streams
 from tests.test_batches_simulated import balanced, load, simulated
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import SHAPE, right, settle, under_schedules
@@ -363,5 +364,79 @@ def test_what_the_first_item_fixed_is_asked_of_the_next(group: int) -> None:
             with pytest.raises(aiotrt.InputError):
                 await model(np.zeros(SHAPE, np.int32))
             assert model.statistics().submitted == 1, "it was taken in, and refused only with its batch"
+
+    under_schedules(group, program)
+
+
+def test_who_would_be_served_too_late_is_refused_at_once() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        async with load(device, slots=1, max_size=1, warmup=frame(0)) as model:
+            for value in range(20):
+                assert right(await model(frame(value)), value)
+            assert model._gatherer is not None
+            usual = model._gatherer._pace._mean
+            with held_streams(device, *streams_of(model)):
+                items = calls(model, range(10))
+                await in_flight(model)
+                await turns()
+                with pytest.raises(OverloadedError):
+                    await model(frame(9), deadline=5 * usual)
+                items += calls(model, range(10, 11), deadline=1000.0)
+                await turns()
+                statistics = model.statistics()
+                assert (statistics.rejected, statistics.expired, statistics.waiting) == (1, 0, 10)
+            assert all(map(right, await asyncio.gather(*items), range(11)))
+
+    simulated(program)
+
+
+def test_an_alarm_that_rings_a_moment_early_rings_again() -> None:
+    async def program(device: SimulatedDevice) -> None:
+        loop: Any = asyncio.get_running_loop()
+        async with load(device, slots=1, max_size=1, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                (flying,) = calls(model, range(1))
+                await in_flight(model)
+                (late,) = calls(model, range(1, 2), deadline=0.05)
+                await turns()
+                loop._clock_resolution = 0.01  # a loop's timers may ring early by as much as its clock is coarse
+                began = loop.time()
+                async with asyncio.timeout(1.0):
+                    await asyncio.sleep(0.045)
+                    with pytest.raises(aiotrt.DeadlineError):
+                        await late
+                assert 0.045 < loop.time() - began < 0.051
+            assert right(await flying, 0)
+
+    simulated(program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_batch_that_failed_is_over(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        async with load(striker, slots=1, max_size=2, warmup=frame(0)) as model:
+            striker.strike("launch", FaultKind.PASSING)
+            for item in await asyncio.gather(*calls(model, range(2)), return_exceptions=True):
+                assert isinstance(item, aiotrt.EngineError)
+            await settle(model, 1)
+            assert model._gatherer is not None
+            assert not model._gatherer._pace._running, "it is thought to be on the device still"
+            assert right(await model(frame(1)), 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_not_stacked_is_read_where_it_is_if_its_caller_says_so(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, stack=False, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            assert right(device.read(await model(x)), 1)
+            assert model.statistics().captures == 1, "copied into the graph that was there"
+            x._trt_reuse_as_input_buffer = True  # type: ignore[attr-defined]
+            for _ in range(2):
+                assert right(device.read(await model(x)), 1)
+                assert model.statistics().captures == 2, "a graph that reads it where it is"
 
     under_schedules(group, program)

@@ -352,6 +352,19 @@ def test_a_model_whose_warm_up_fails_is_closed(group: int) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_of_a_warm_up_that_fails_on_every_slot_one_failure_is_raised_and_the_others_are_seen(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        striker.strike("capture", FaultKind.STICKY)
+        with pytest.raises(aiotrt.DeviceError):
+            _ = await load(striker, slots=3, warmup=frame(0))
+        del striker
+        gc.collect()  # an error that nobody has seen is told to the loop now, and by that to the audit
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_model_that_cannot_be_opened_is_closed(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         striker = Striker(device)

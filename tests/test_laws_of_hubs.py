@@ -213,3 +213,43 @@ async def test_processors_are_those_that_this_process_may_use(system: Any, count
 
     with mock.patch("os.sched_getaffinity", affinity, create=True), mock.patch("os.cpu_count", return_value=system):
         assert completion._processors() == count
+
+
+async def test_a_lane_says_how_long_its_work_ran_and_since_when_it_may_have_been_complete() -> None:
+    world = World()
+    lane, start = Lane(), world.now
+    first = Watched(world, 0.010)
+    first.watch(lane, estimate=learned(0.010))
+    second = Watched(world, 0.030)
+    second.watch(lane, estimate=learned(0.020))
+    await world.advance(0.015)
+    assert lane.ran == pytest.approx(first.seen_at - start, abs=1e-12)
+    assert lane.late == pytest.approx(first.times[-1] - first.times[-2], abs=1e-12)
+    assert 0.0 < lane.late < 0.001
+    await world.advance(0.030)
+    assert lane.ran == pytest.approx(second.seen_at - first.seen_at, abs=1e-12), "it began when the one before it was done"
+    assert lane.late == pytest.approx(second.times[-1] - second.times[-2], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("known", "duration", "late", "ran", "unseen"),
+    [
+        (None, 0.0, 0.0, SHORTEST_SLEEP, 0.0),  # nothing is known, so nothing is said
+        (0.010, 0.001, 0.0, 0.010 - Lateness().allowance(0.010), 0.0),  # it was shorter than ever
+        (0.010, 0.001, 0.005, 0.015 - Lateness().allowance(0.010), 0.005 - Lateness().allowance(0.010)),
+    ],
+)
+async def test_what_is_complete_at_the_first_look_is_as_late_as_it_was_expected_before(
+    known: float | None, duration: float, late: float, ran: float, unseen: float
+) -> None:
+    world = World(late=late)
+    lane = Lane()
+    work = Work(world, duration).watch(lane, estimate=None if known is None else learned(known))
+    await world.advance(0.020)
+    assert work.queries == 1
+    assert (lane.ran, lane.late) == pytest.approx((ran, unseen), abs=1e-9)
+
+
+async def test_a_lane_that_has_seen_nothing_says_so() -> None:
+    lane = Lane()
+    assert (lane.last_done, lane.ran, lane.late) == (0.0, 0.0, 0.0)

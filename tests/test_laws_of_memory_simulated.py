@@ -9,6 +9,7 @@ import asyncio
 import gc
 import random
 import warnings
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -65,6 +66,32 @@ def test_what_is_evicted_is_freed_without_the_garbage_collector() -> None:
                     await asyncio.sleep(0.1)
                     sizes.append(live_bytes(device) / (value + 1))
                 assert max(sizes) == min(sizes), sizes
+            finally:
+                gc.enable()
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_a_lease_had_is_freed_without_the_garbage_collector(forgotten: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            gc.collect()
+            gc.disable()
+            try:
+                lease = model.lease()
+                slot = await lease.__aenter__()
+                slot.inputs[0][...] = frame(1)
+                await slot.replay()
+                hold = weakref.ref(lease._hold)  # what all its buffers refer to
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ResourceWarning)
+                    if not forgotten:
+                        await lease.__aexit__(None, None, None)
+                    del slot, lease
+                await asyncio.sleep(0.1)
+                await settle(model, 1)
+                assert hold() is None
             finally:
                 gc.enable()
 
