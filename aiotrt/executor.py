@@ -138,7 +138,8 @@ class Executor:
             QueueFullError: `bounded`, and the line is at its bound.
             ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
         """
-        if self._forks != _forks or asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
+        # After a fork no loop is running here, as asyncio sees it.
+        if asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
             self.check_usable()
         arguments, kind, specs = self.specs.parse(values, named)
         request = Request(

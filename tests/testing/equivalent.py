@@ -22,6 +22,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         ),
         0,
     ): "when to sweep: a ticket earlier is no worse",
+    ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = len(SLEEPS) + 1", 0): "one bucket that is never used",
     ("slots.py", "Slots.request", "at > 0 -> at >= 0, in: if at > 0:", 0): "looks for the best of one",
     ("slots.py", "Slots.request", "0 -> -1, in: if at > 0:", 0): "looks for the best of one",
     (
@@ -51,25 +52,10 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "8 -> 9, in: self._late = min(self._late + 1, 8)",
         0,
     ): "the step is at its bound before",
-    ("prediction.py", "Lateness.__init__", "8 -> 9, in: self._mean = [initial] * 8", 0): "one bucket that is never used",
-    (
-        "prediction.py",
-        "Lateness.__init__",
-        "8 -> 9, in: self._deviation = [initial / 2] * 8",
-        0,
-    ): "one bucket that is never used",
-    ("prediction.py", "Lateness.__init__", "8 -> 9, in: self._seen = [0] * 8", 0): "one bucket that is never used",
     ("completion.py", "_Pending.__init__", "0.0 -> 1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
-    ("completion.py", "Hub._is_hung", "return False -> return None", 0): "as false",
-    (
-        "completion.py",
-        "Hub._first_look",
-        "0 -> -1, in: head = lane.pending[0]",
-        0,
-    ): "there is one: the lane was empty before",
     (
         "completion.py",
         "Hub._first_look",

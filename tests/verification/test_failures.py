@@ -110,7 +110,7 @@ def test_results_that_do_not_wait_for_the_device(device: str, tmp_path: Path, mo
     free = Executor.free
 
     def late(self: Executor) -> None:
-        """Closing believes the events too; what still runs writes to addresses, on the host into the heap of this process."""
+        """Closing believes the events too; what still runs writes to addresses, on the host into this process's heap."""
         self.device.synchronize()
         free(self)
 
