@@ -244,6 +244,11 @@ class _Launch:
         self.is_given = is_given
 
 
+def _nobody_knows() -> None:
+    # For a model that is closed before the loop hears that the lease is gone: without this its buffers were free at once.
+    raise UsageError("the lease was never left, so who reads its buffers is not known")
+
+
 class Hold:
     """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
 
@@ -517,7 +522,7 @@ class Hold:
         if not self.is_held or self.executor.broken is not None:
             return False
         self._left = True
-        self._request.record_readers = None
+        self._request.record_readers = _nobody_knows
         with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
             self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
         return True

@@ -12,17 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from examples import ocr
 
-__all__ = ["HEIGHT", "WIDTH", "classifier_file", "crops", "reader"]
+__all__ = ["HEIGHT", "WIDTH", "crops", "reader"]
 
 Pixels = npt.NDArray[np.uint8]
 
 HEIGHT: Final = 48  # of a line of text
 WIDTH: Final = 160
-
-
-def classifier_file() -> Path:
-    """PP-OCR's classifier of a line's direction. Raises FileNotFoundError if the package is not there."""
-    return ocr.detector_file().with_name("ch_ppocr_mobile_v2.0_cls_infer.onnx")
 
 
 def crops(count: int, width: int, random: np.random.Generator) -> list[Pixels]:

@@ -125,7 +125,6 @@ def test_a_device_that_is_found_broken_when_a_lease_is_taken_back_is_broken_for_
     run_simulated(main(), device)
 
 
-@pytest.mark.xfail(strict=True, reason="a forgotten lease that is dropped before it is reclaimed is free at once")
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_read_of_a_lease_that_is_forgotten_while_its_model_is_dropped_is_not_freed(seed: int) -> None:
     device = SimulatedDevice(seed)
