@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 BROKEN = """
 import sys
 from unittest import mock
+from aiotrt.completion import Hub
 from tests.testing import soak
 
 with mock.patch({target!r}, {replacement}):
@@ -68,8 +69,8 @@ def test_a_result_that_changes_later_is_found() -> None:
     ids=["out of patience", "out of time"],
 )
 def test_a_hang_is_found_and_the_waiters_are_named(seconds: str, patience: str, why: str) -> None:
-    lost = "lambda hub, head, error: None if next(soak.reports) > 300 else head.on_done(error)"
-    broken = ("aiotrt.completion.Hub._report", f"(setattr(soak, 'reports', iter(range(10**9))), {lost})[1]")
+    lost = "lambda hub, lane: look(hub, lane) if next(looks) < 300 else lane.pending.clear()"
+    broken = ("aiotrt.completion.Hub._look", f"(lambda look, looks: {lost})(Hub._look, iter(range(10**9)))")
     started = time.monotonic()
     ended = soaked("--seconds", seconds, "--patience", patience, broken=broken)
     assert ended.returncode == 1, ended.stdout
