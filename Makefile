@@ -15,7 +15,7 @@ CHECKED := aiotrt tests examples benchmarks conftest.py
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check -qq --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint types layers docs coverage format gpu gpu-ready gpu-tests gpu-benchmarks sanitize clean
+.PHONY: help venv demo test schedules check lint types layers docs coverage format gpu gpu-ready gpu-tests gpu-benchmarks sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ demo: $(READY) ## see it run; no GPU needed
 
 test: $(READY) ## run every test that needs no GPU
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTESTARGS)
+
+schedules: $(READY) ## as many schedules as five minutes have room for, on the simulated GPU, and the long laws
+	@$(BIN)/python -m tests.testing.schedules --out $(BIN)/schedules.json
 
 check: lint types layers docs ## lint, types, import layers, documentation
 

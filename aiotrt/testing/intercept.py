@@ -13,8 +13,7 @@ index) blocks until the stream is idle, and cannot be captured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,8 +27,7 @@ __all__ = ["Interceptor", "Target", "Work"]
 _WRITE_ONLY: Final = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"})
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Something that the device does later.
 
     Attributes:

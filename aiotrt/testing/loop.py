@@ -27,6 +27,8 @@ T = TypeVar("T")
 ITERATION: Final = 2e-6
 #: Real seconds to wait for a real thread or socket, when nothing can happen in virtual time.
 PATIENCE: Final = 1.0
+#: Iterations after which real files are looked at, though nobody said that there is anything: a signal says nothing.
+GLANCE: Final = 100
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -38,7 +40,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     Attributes:
         device: that device.
         virtual_time: its clock.
-        is_woken: whether another thread has woken it since it last began to wait.
+        is_woken: whether another thread has woken it since it last looked.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -64,8 +66,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return asyncio.wrap_future(workers.submit(func, *args), loop=self)
 
     def _write_to_self(self) -> None:
-        self.is_woken = True
         super()._write_to_self()  # type: ignore[misc]
+        self.is_woken = True  # after it: who sees this finds what was written
 
     def close(self) -> None:
         """Close the loop and its hubs."""
@@ -97,20 +99,19 @@ class _Selector(selectors.BaseSelector):
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
         self._real = selectors.DefaultSelector()
+        self._unseen = 0  # iterations since the last look at real files
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """One iteration's wait; `timeout` in seconds of virtual time, None for no timer."""
         time = self._loop.virtual_time
-        self._loop.is_woken = False
         start = time.now
         time.advance(ITERATION)
-        found = self._real.select(0)
+        found = self._look()
         if found or (timeout is not None and timeout <= 0):
             return found
         limit = float("inf") if timeout is None else start + timeout
         while not found and time.step(limit):
-            if self._loop.is_woken or len(self._real.get_map()) > 1:
-                found = self._real.select(0)  # how a worker thread wakes the loop
+            found = self._look()
         if found:
             return found
         if timeout is not None:
@@ -121,6 +122,15 @@ class _Selector(selectors.BaseSelector):
             tasks = "\n".join(f"  {task!r}" for task in asyncio.all_tasks(self._loop))
             raise DeadlockError(f"nothing is left that could happen; {time.describe()}; these tasks wait:\n{tasks}")
         return found
+
+    def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """What real files have to say, if anybody woke the loop, as worker threads do; a look costs a system call."""
+        self._unseen += 1
+        if not self._loop.is_woken and self._unseen < GLANCE and len(self._real.get_map()) == 1:
+            return []
+        self._unseen = 0
+        self._loop.is_woken = False
+        return self._real.select(0)
 
     def _may_be_woken(self) -> bool:
         """Whether there is a real thread, or a file besides the loop's own, that could wake it."""

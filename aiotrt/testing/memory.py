@@ -37,7 +37,7 @@ class Block:
         is_free: whether nobody owns it.
     """
 
-    __slots__ = ("base", "generation", "is_free", "memory", "number", "pinned", "stream")
+    __slots__ = ("_name", "base", "generation", "is_free", "memory", "number", "pinned", "stream")
 
     def __init__(self, number: int, nbytes: int, *, pinned: bool) -> None:
         self.number = number
@@ -45,6 +45,7 @@ class Block:
         self.generation = 0
         self.stream: int | None = None
         self.is_free = True
+        self._name = f"{'pinned' if pinned else 'device'} block {number}"
         self.memory = np.full(nbytes, POISON, np.uint8)
         self.base = torch.from_numpy(self.memory)
 
@@ -53,7 +54,7 @@ class Block:
         self.memory.fill(POISON)
 
     def __repr__(self) -> str:
-        return f"{'pinned' if self.pinned else 'device'} block {self.number}"
+        return self._name
 
 
 class Span(NamedTuple):

@@ -271,8 +271,10 @@ class SimulatedDevice(BaseDevice):
         Raises:
             DeviceError: it is broken.
         """
-        self.time.checkpoint(what)
-        self._collect()
+        if self.time.workers:
+            self.time.checkpoint(what)
+        if self.memory.is_any_dropped:
+            self._collect()
         if self.broken is not None:
             raise self.broken
 
@@ -303,15 +305,20 @@ class SimulatedDevice(BaseDevice):
         """Torch operations on this thread are the device's own doing, and nobody intercepts them."""
         return torch._C._ExcludeDispatchKeyGuard(_INTERCEPTED)
 
-    def pump(self, stream: SimulatedStream | None = None) -> None:
-        """Something was submitted to, or completed on, `stream`: start whatever can start."""
+    def submitted(self, stream: SimulatedStream) -> None:
+        """Something was submitted to `stream`, which was idle: nobody else can have waited for it."""
+        if self.broken is None:
+            stream.pump()
+            if not stream.is_idle:
+                self._busy[stream] = None
+
+    def pump(self) -> None:
+        """Something completed: start whatever can start."""
         if self.broken is not None:
             return
-        if stream is not None:
-            self._busy[stream] = None
         moved = 1
         while moved:
-            moved = sum([busy.pump() for busy in list(self._busy)])  # not any(): each gets its turn
+            moved = sum([busy.pump() for busy in self._busy])  # not any(): each gets its turn
         for busy in [busy for busy in self._busy if busy.is_idle]:
             del self._busy[busy]
 

@@ -210,7 +210,8 @@ class SimulatedStream:
         if self._is_closed:
             raise UsageError(f"{self.name} is closed")
         self._queue.append(item)
-        self.device.pump(self)
+        if len(self._queue) == 1:  # else it waits behind what is there
+            self.device.submitted(self)
 
     def _finish(self) -> None:
         work = self._queue[0]
@@ -219,7 +220,7 @@ class SimulatedStream:
         if self.device.broken is None:
             self._queue.popleft()
             self._is_running = False
-            self.device.pump(self)
+            self.device.pump()
 
     def _host_write_check(self, what: str, source: Span) -> Callable[[], None]:
         """The host writes pinned memory unseen, through numpy; what it wrote too early shows in the bytes."""

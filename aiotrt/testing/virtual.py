@@ -193,6 +193,8 @@ class VirtualTime:
         """Let one thing happen, if one is due by the time `limit`; whether it did."""
         if self._blocked:
             self._unblock()  # the host itself may have made true what somebody waits for
+        if not self._actions:
+            return False
         due = [a for a in self._actions if a.when <= limit]
         if not due:
             return False

@@ -62,8 +62,8 @@ RUNS: Final = 5000
 TOLD: Final = 100
 #: Seconds between reports.
 REPORT: Final = 2.0
-#: What a piece of work may take, in seconds: less than a turn of the loop, a few turns, many.
-DURATIONS: Final = (1e-6, 3e-6, 5e-6, 9e-6, 17e-6)
+#: What a piece of work may take, in seconds: less than a turn of the loop, or up to six; a request is three pieces.
+DURATIONS: Final = (1e-6, 3e-6, 5e-6, 7e-6, 11e-6)
 #: Laws that say little for their time in a search: those with one schedule only, and those in real time.
 SEEDED_LAWS: Final = (
     "test_laws_simulated",
@@ -132,7 +132,7 @@ class _Device(SimulatedDevice):
 
     def query(self, event: Event) -> bool:
         answer = event.query()
-        name = self.names.setdefault(id(event), f"event {len(self.names)}")
+        name = self.names.get(id(event)) or self.names.setdefault(id(event), f"event {len(self.names)}")
         self.watched.look(f"{name} {answer}")
         return answer
 
@@ -205,7 +205,8 @@ async def small(
         elif job is lease:
             done = side.record()
             await aiotrt.wait(done)
-            assert bool((device.read(kept) == 3 * value + 1).all()), "a consumer read something else"
+            with device.raw():
+                assert bool((device.read(kept) == 3 * value + 1).all()), "a consumer read something else"
         else:
             task.result()
     machine = executor_of(model).machine
