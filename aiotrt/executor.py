@@ -106,7 +106,6 @@ class Executor:
         self.hub = hub
         self.loop = asyncio.get_running_loop()
         self.machine: Slots[Request] = Slots(slots, max_queue)
-        self.slots = [Slot(i, self.device) for i in range(slots)]
         self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
         self.broken: DeviceError | None = None
         self.closing = False
@@ -120,11 +119,20 @@ class Executor:
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
         self._forks = _forks
-        self._workers = self.device.workers(slots + 1)
-        self._stop_listening = self.device.on_fault(self._device_failed)
         self.requests = Requests(self)
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
+        self._workers = self.device.workers(slots + 1)
+        self.slots: list[Slot] = []
+        try:
+            for i in range(slots):
+                self.slots.append(Slot(i, self.device))
+        except BaseException:
+            for slot in self.slots:
+                slot.stream.close()
+            self._workers.shutdown()
+            raise
+        self._stop_listening = self.device.on_fault(self._device_failed)
         if self.device.fault is not None:
             self.break_down(self.device.fault)
 
@@ -197,11 +205,19 @@ class Executor:
         if request.is_queued:
             request.is_queued = False
             self.machine.withdraw(request)
-            self.counters.cancelled += not request.is_warmup
+            self.gone(request)
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
-            self.counters.cancelled += not request.is_warmup
+            self.gone(request)
             self.move(slot, Move.RELEASE)
+        elif request.future.cancelled():
+            self.gone(request)  # it ended otherwise in the very turn in which it was cancelled, and nobody was told how
+
+    def gone(self, request: Request) -> None:
+        """Count, once, that whoever waited was cancelled."""
+        if not request.is_gone:
+            request.is_gone = True
+            self.counters.cancelled += not request.is_warmup
 
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
@@ -245,9 +261,11 @@ class Executor:
             self._serving = False
 
     def reject(self, request: Request, error: BaseException) -> None:
-        """The request failed with `error`."""
-        self.counters.failed += 1
-        if not request.future.done():
+        """The request failed with `error`, unless whoever waited was cancelled, or told of something else, before."""
+        if request.future.cancelled():
+            self.gone(request)
+        elif not request.future.done():
+            self.counters.failed += 1
             request.future.set_exception(error)
 
     def failed(self, error: BaseException, when: str) -> AiotrtError:
@@ -440,7 +458,7 @@ class Executor:
         for slot in self.slots:
             if self.machine.states[slot.index] is not State.BROKEN:
                 self.machine.move(slot.index, Move.FAULT)
-            if slot.request is not None and not slot.request.future.done():
+            if slot.request is not None:
                 self.reject(slot.request, error)
         for request in waiting:
             request.is_queued = False
@@ -478,8 +496,7 @@ class Executor:
                 continue
             request.is_revoked = True
             self._take_back(slot, request)
-            if not request.future.done():  # it is, when a lease is held: its holder is told at its next step
-                self.reject(request, error)
+            self.reject(request, error)  # the holder of a lease is told at its next step
         self._fail_others(error)
         self._check_idle()
 

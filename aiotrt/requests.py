@@ -45,7 +45,7 @@ class Requests:
         executor = self._executor
         if request.future.done():  # cancelled while it stood in line, and its task has not run yet
             executor.move(slot, Move.RELEASE)
-            executor.counters.cancelled += 1
+            executor.gone(request)
             return
         fixed = executor.specs.specs
         if fixed is not None and fixed is not request.specs:
@@ -294,8 +294,10 @@ class Requests:
         packed = request.pack(slot.program, results)
 
         def resolve() -> None:
+            if request.future.done():
+                self._executor.gone(request)
+                return
             self._executor.counters.completed += 1
-            if not request.future.done():
-                request.future.set_result(packed)
+            request.future.set_result(packed)
 
         self._executor.move(slot, Move.COPIED, then=resolve)

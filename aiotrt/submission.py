@@ -74,6 +74,7 @@ class Request:
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
         is_marked: whether to say on the inputs when they will have been read.
+        is_gone: whether it was counted as cancelled.
         is_queued: whether it stands in line.
         is_warmup: whether it only prepares slots.
         is_revoked: whether the model was closed under a lease.
@@ -87,8 +88,8 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "bound", "future", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind", "origin",
-        "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
+        "arguments", "bound", "future", "is_gone", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
+        "origin", "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +110,7 @@ class Request:
         self.kind = kind
         self.is_lease = is_lease
         self.record_readers: Callable[[], None] | None = None
+        self.is_gone = False
         self.is_marked = False
         self.is_queued = False
         self.is_warmup = False
@@ -192,9 +194,9 @@ class Slot:
 
     def __init__(self, index: int, device: Device) -> None:
         self.index = index
-        self.stream = device.stream()
         self.event = device.event()
         self.mark = device.event()
+        self.stream = device.stream()  # last: what is not made need not be closed
         self.lane = Lane()
         self.gates: list[Event] = []
         self.request: Request | None = None

@@ -22,8 +22,9 @@ import aiotrt
 from aiotrt import engines
 from aiotrt import model as model_module
 from aiotrt.slots import State
-from aiotrt.testing import SimulatedDevice
-from tests.simulated import held_streams
+from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice
+from aiotrt.testing.virtual import Workers
+from tests.simulated import held_streams, run_simulated
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import SHAPE, load, right, settle, under_schedules
 from tests.tools import Affine, count, executor_of, frame, turns
@@ -126,6 +127,37 @@ def test_a_warm_up_that_fails_on_every_slot_is_one_error(group: int) -> None:
             gc.collect()  # all of it: the errors are in cycles
 
     under_schedules(group, program)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.PASSING, FaultKind.STICKY])
+@pytest.mark.parametrize("verb", ["stream", "event"])
+def test_a_model_that_cannot_have_its_slots_leaves_nothing(verb: str, kind: FaultKind) -> None:
+    async def program(device: FaultInjector) -> int:
+        simulated = device.simulated
+        before = set(simulated._streams.values())
+        pools: list[Workers] = []
+        make = simulated.workers
+
+        def workers(count: int) -> Workers:
+            pools.append(make(count))
+            return pools[-1]
+
+        with mock.patch.object(simulated, "workers", workers):
+            try:
+                model = await aiotrt.load(Affine(), device=device, slots=3)
+            except (aiotrt.EngineError, aiotrt.DeviceError):
+                assert all(stream._is_closed for stream in set(simulated._streams.values()) - before)
+                assert all(pool._is_shut for pool in pools)
+                assert not simulated._callbacks
+            else:
+                await model.aclose()
+        return len(device.happened)
+
+    failed = 0
+    for use in range(1, 20):
+        device = FaultInjector(SimulatedDevice(use), Fault(verb, use, kind))
+        failed += run_simulated(program(device), device)
+    assert failed >= 3
 
 
 @pytest.mark.parametrize("first", ["left", "read"])

@@ -78,6 +78,37 @@ def test_the_numbers_add_up(group: int, captured: bool) -> None:
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("ends", ["breaks", "closes", "goes on"])
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("group", range(4))
+def test_each_call_is_counted_once_however_it_ends(group: int, captured: bool, ends: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        model = await load(striker, slots=2, warmup=frame(0), graphs=captured)
+        counters = executor_of(model).counters
+        verbs = ("launch", "record", "copy") if captured else ("run", "record", "copy")
+        striker.strike(choose.choice(verbs), FaultKind.PASSING, after=choose.randrange(4))
+        calls: list[asyncio.Task[Any]] = []
+        for value in range(5):
+            calls.append(asyncio.ensure_future(model(frame(value))))
+            await turns(choose.randrange(8))
+            choose.choice(calls).cancel()
+            await turns(choose.randrange(3))
+        if ends == "breaks":
+            device.fail(aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress"))
+            calls[-1].cancel()
+        elif ends == "closes":
+            calls[-1].cancel()
+            await model.aclose(drain=False)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        await model.aclose()
+        assert counters.submitted == counters.completed + counters.failed + counters.cancelled, counters
+        assert counters.completed >= sum(isinstance(outcome, np.ndarray) for outcome in outcomes)
+        assert counters.cancelled <= sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+
+    under_schedules(group, program)
+
+
 @pytest.mark.parametrize("ends", ["breaks", "closes"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_whoever_waits_when_a_model_ends_is_told_and_counted_once(group: int, ends: str) -> None:
