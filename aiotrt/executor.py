@@ -122,7 +122,6 @@ class Executor:
         self.requests = Requests(self)
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
-        self._workers = self.device.workers(slots + 1)
         self.slots: list[Slot] = []
         try:
             for i in range(slots):
@@ -130,8 +129,8 @@ class Executor:
         except BaseException:
             for slot in self.slots:
                 slot.stream.close()
-            self._workers.shutdown()
             raise
+        self._workers = self.device.workers(slots + 1)  # last: shutting it down could block the loop
         self._stop_listening = self.device.on_fault(self._device_failed)
         if self.device.fault is not None:
             self.break_down(self.device.fault)
@@ -200,24 +199,16 @@ class Executor:
             raise ModelBrokenError(f"{self.recipe.engine.name} is broken: {self.broken}") from self.broken
 
     def abandon(self, request: Request) -> None:
-        """The caller no longer waits. What is queued is withdrawn; what is on the device drains."""
+        """The caller no longer waits, and says so once. What is queued is withdrawn; what is on the device drains."""
         slot = request.slot
         if request.is_queued:
-            request.is_queued = False
             self.machine.withdraw(request)
-            self.gone(request)
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
-            self.gone(request)
             self.move(slot, Move.RELEASE)
-        elif request.future.cancelled():
-            self.gone(request)  # it ended otherwise in the very turn in which it was cancelled, and nobody was told how
-
-    def gone(self, request: Request) -> None:
-        """Count, once, that whoever waited was cancelled."""
-        if not request.is_gone:
-            request.is_gone = True
-            self.counters.cancelled += not request.is_warmup
+        elif not request.future.cancelled():
+            return  # it ended, and was counted, before its caller was cancelled
+        self.counters.cancelled += not request.is_warmup
 
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
@@ -262,9 +253,7 @@ class Executor:
 
     def reject(self, request: Request, error: BaseException) -> None:
         """The request failed with `error`, unless whoever waited was cancelled, or told of something else, before."""
-        if request.future.cancelled():
-            self.gone(request)
-        elif not request.future.done():
+        if not request.future.done():
             self.counters.failed += 1
             request.future.set_exception(error)
 

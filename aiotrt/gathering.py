@@ -257,8 +257,9 @@ class Gatherer:
         self._open = None
         if self._assemble(batch):
             self._pump()
-        else:
+        else:  # everybody has left
             batch.future.cancel()
+            self._loop.call_soon(self._executor.abandon, batch)  # not now: the executor is just granting it its slot
 
     def _assemble(self, batch: Batch) -> bool:
         """Fill it with whoever should go now; false if nobody should."""

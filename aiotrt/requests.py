@@ -45,7 +45,6 @@ class Requests:
         executor = self._executor
         if request.future.done():  # cancelled while it stood in line, and its task has not run yet
             executor.move(slot, Move.RELEASE)
-            executor.gone(request)
             return
         fixed = executor.specs.specs
         if fixed is not None and fixed is not request.specs:
@@ -294,10 +293,8 @@ class Requests:
         packed = request.pack(slot.program, results)
 
         def resolve() -> None:
-            if request.future.done():
-                self._executor.gone(request)
-                return
-            self._executor.counters.completed += 1
-            request.future.set_result(packed)
+            if not request.future.done():
+                self._executor.counters.completed += 1
+                request.future.set_result(packed)
 
         self._executor.move(slot, Move.COPIED, then=resolve)

@@ -74,7 +74,6 @@ class Request:
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
         is_marked: whether to say on the inputs when they will have been read.
-        is_gone: whether it was counted as cancelled.
         is_queued: whether it stands in line.
         is_warmup: whether it only prepares slots.
         is_revoked: whether the model was closed under a lease.
@@ -88,7 +87,7 @@ class Request:
     """
 
     __slots__ = (
-        "arguments", "bound", "future", "is_gone", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
+        "arguments", "bound", "future", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
         "origin", "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
     )  # fmt: skip
 
@@ -110,7 +109,6 @@ class Request:
         self.kind = kind
         self.is_lease = is_lease
         self.record_readers: Callable[[], None] | None = None
-        self.is_gone = False
         self.is_marked = False
         self.is_queued = False
         self.is_warmup = False
