@@ -162,8 +162,8 @@ def collect(part: Part, bench: Bench, save: Callable[[dict[str, Any]], object]) 
     rows: list[Row] = []
 
     def results() -> dict[str, Any]:
-        if bench.device == "cuda" or part is ENDURANCE:
-            part.judge(rows, idle)  # the bars are a GPU's, but for memory that grows, which does so anywhere
+        if bench.device == "cuda" or part in (ENDURANCE, LIVE_VIDEO):
+            part.judge(rows, idle)  # the bars are a GPU's, but for memory that grows and frames that are lost anywhere
         return {
             "device": bench.device,
             "quick": bench.quick,

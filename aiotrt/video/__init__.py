@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from aiotrt.video.detection import Detections, Postprocess, Preprocess, detections
 from aiotrt.video.drawing import Annotator
-from aiotrt.video.encoding import Mjpeg, VideoFile
+from aiotrt.video.encoding import VideoFile
 from aiotrt.video.frames import Frame
 from aiotrt.video.pipeline import Pipeline
 from aiotrt.video.policies import Policy
@@ -25,6 +25,7 @@ from aiotrt.video.reports import Kind, Report, SourceError
 from aiotrt.video.sinks import Callback, JsonLines, Progress, Result, Sink, SinkLike, Threaded, jsonable
 from aiotrt.video.sources import Backoff, Source, SourceLike, SourceState, open  # noqa: A004
 from aiotrt.video.status import Latency, PipelineStatus, SinkStatus, SourceStatus
+from aiotrt.video.watching import Mjpeg, ViewerStatus, WebSockets
 
 __all__ = [
     "Annotator",
@@ -54,6 +55,8 @@ __all__ = [
     "SourceStatus",
     "Threaded",
     "VideoFile",
+    "ViewerStatus",
+    "WebSockets",
     "detections",
     "jsonable",
     "open",

@@ -20,7 +20,7 @@ COLOURS: Final = (
 
 
 class Annotator:
-    """Draws detections: for `VideoFile` and `Mjpeg`.
+    """Draws detections: for `VideoFile`, `Mjpeg` and `WebSockets`.
 
     Args:
         convert: from the model's output to `Detections`; by default the output is one.

@@ -1,28 +1,20 @@
-"""Frames out again: video files by PyAV, and MJPEG for browsers."""
+"""Frames out again: video files by PyAV."""
 
 from __future__ import annotations
 
-import asyncio
-import io
 import os
-from collections.abc import AsyncIterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
-from aiotrt.errors import MissingDependencyError
 from aiotrt.video.decoding import import_av
-from aiotrt.video.sinks import Draw, Result, Sink, Threaded
+from aiotrt.video.sinks import Draw, Result, Threaded
 
-if TYPE_CHECKING:
-    from starlette.responses import StreamingResponse
-
-__all__ = ["Mjpeg", "VideoFile"]
+__all__ = ["VideoFile"]
 
 TIME_BASE: Final = Fraction(1, 90_000)  # seconds; common rates are whole numbers of it
-BOUNDARY: Final = "frame"
 
 
 class VideoFile(Threaded):
@@ -128,83 +120,3 @@ class _Encoder:
             self._file.mux(self._stream.encode(None))  # what the encoder holds back
         finally:
             self._file.close()
-
-
-class Mjpeg(Sink):
-    """The newest frame of each source as JPEG, for browsers: `response` is for a route of FastAPI or Starlette.
-
-    Frames are encoded only while somebody watches. A watcher that is slow skips frames, and holds up nobody.
-
-    Args:
-        draw: what to show; by default the frame as it is.
-        quality: of the JPEGs, from 1 to 95.
-
-    Raises:
-        MissingDependencyError: Pillow is not installed.
-    """
-
-    def __init__(self, draw: Draw | None = None, *, quality: int = 80) -> None:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise MissingDependencyError("MJPEG needs Pillow; pip install 'aiotrt[video]'") from error
-        self._image = Image
-        self._draw = draw
-        self._quality = quality
-        self._watchers: dict[str, set[asyncio.Queue[bytes | None]]] = {}
-        self._is_closed = False
-
-    async def open(self) -> None:
-        """Get ready."""
-        self._is_closed = False
-
-    async def write(self, result: Result) -> None:
-        """See `Sink`."""
-        watchers = self._watchers.get(result.frame.source)
-        if not watchers:
-            return
-        jpeg = await asyncio.to_thread(self._encode, result)
-        for queue in watchers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(jpeg)
-
-    async def aclose(self) -> None:
-        """See `Sink`."""
-        self._is_closed = True
-        for watchers in self._watchers.values():
-            for queue in watchers:
-                if queue.full():
-                    queue.get_nowait()
-                queue.put_nowait(None)
-
-    async def parts(self, source: str) -> AsyncIterator[bytes]:
-        """The body of a ``multipart/x-mixed-replace`` response, until the pipeline ends."""
-        queue: asyncio.Queue[bytes | None] = asyncio.Queue(1)
-        watchers = self._watchers.setdefault(source, set())
-        watchers.add(queue)
-        try:
-            while not self._is_closed and (jpeg := await queue.get()) is not None:
-                head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-                yield head.encode() + jpeg + b"\r\n"
-        finally:
-            watchers.discard(queue)
-
-    def response(self, source: str) -> StreamingResponse:
-        """A response that never ends by itself: ``return mjpeg.response("door")`` in a route; ``<img src=...>`` shows it.
-
-        Raises:
-            MissingDependencyError: Starlette is not installed.
-        """
-        try:
-            from starlette.responses import StreamingResponse
-        except ImportError as error:
-            raise MissingDependencyError("a response needs Starlette; pip install 'aiotrt[serving]'") from error
-        kind = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
-        return StreamingResponse(self.parts(source), media_type=kind, headers={"Cache-Control": "no-store"})
-
-    def _encode(self, result: Result) -> bytes:
-        image = result.frame.image if self._draw is None else self._draw(result.frame.image, result.output)
-        file = io.BytesIO()
-        self._image.fromarray(np.ascontiguousarray(image)).save(file, "JPEG", quality=self._quality)
-        return file.getvalue()

@@ -1,4 +1,4 @@
-"""Where results go: functions, JSON lines, annotated video, MJPEG over HTTP, and a progress bar.
+"""Where results go: functions, JSON lines and a progress bar. `encoding` and `watching` have those that show frames.
 
 A sink is called for one result of a source at a time, in order; of several sources at once. What blocks runs in a thread.
 """
@@ -23,7 +23,19 @@ from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.detection import Detections
 from aiotrt.video.frames import Array, Frame
 
-__all__ = ["Callback", "Draw", "JsonLines", "Progress", "Result", "Sink", "SinkLike", "Threaded", "jsonable", "sink_of"]
+__all__ = [
+    "Callback",
+    "Draw",
+    "JsonLines",
+    "Progress",
+    "Result",
+    "Sink",
+    "SinkLike",
+    "Threaded",
+    "as_json",
+    "jsonable",
+    "sink_of",
+]
 
 T = TypeVar("T")
 
@@ -164,9 +176,7 @@ class JsonLines(Threaded):
     def take(self, result: Result) -> None:
         """See `Threaded`."""
         assert self._file is not None
-        frame = result.frame
-        line = {"source": frame.source, "index": frame.index, "time": frame.time, "output": self._convert(result.output)}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(as_json(result, self._convert) + "\n")
 
     def end(self) -> None:
         """See `Threaded`."""
@@ -237,6 +247,12 @@ def sink_of(given: SinkLike) -> Sink:
     if callable(given):
         return Callback(given)
     raise InputError(f"a sink is a Sink, a function or a coroutine function of a Result, not {type(given).__name__}")
+
+
+def as_json(result: Result, convert: Callable[[Any], Any]) -> str:
+    """A result in one line: source, index, time, and what `convert` makes of the output."""
+    frame = result.frame
+    return json.dumps({"source": frame.source, "index": frame.index, "time": frame.time, "output": convert(result.output)})
 
 
 def jsonable(output: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,13 @@ import torch
 
 import aiotrt
 from aiotrt import video
-from aiotrt.video import Detections
-from benchmarks.clips import bikes
+from benchmarks.bench_live_video import _film
+from benchmarks.clips import bikes, clip
 from examples import ocr
+from examples.video_text import DEVIATION, MEAN, before, lines
 from tests.video.tools import Remember
 
-HEIGHT, WIDTH = 128, 320  # of the detector's input: multiples of 32
 COUNT = 12
-
-
-def before(frame: torch.Tensor) -> torch.Tensor:
-    image = frame.permute(2, 0, 1)[None].float() / 255
-    image = torch.nn.functional.interpolate(image, (HEIGHT, WIDTH), mode="bilinear", align_corners=False)
-    scaled = [(image[:, i] - mean) / deviation for i, (mean, deviation) in enumerate(zip(MEAN, DEVIATION, strict=True))]
-    return torch.stack(scaled, dim=1)
-
-
-MEAN, DEVIATION = ocr.MEAN.tolist(), ocr.DEVIATION.tolist()
-
-
-def lines(probability: np.ndarray[Any, Any]) -> Detections:
-    found = ocr.find_lines(probability)
-    boxes = np.array([[*np.min(line.corners, axis=0), *np.max(line.corners, axis=0)] for line in found]).reshape(-1, 4)
-    scores = np.array([line.score for line in found])
-    return Detections(boxes, scores, np.zeros(len(found), int), None, (HEIGHT, WIDTH))
 
 
 @pytest.fixture
@@ -75,6 +60,17 @@ async def test_text_detection_over_a_real_film(film: Path, detector: Path, tmp_p
     assert len(frames) == COUNT
     assert {(frame.height, frame.width) for frame in frames} == {(272, 640)}
     assert [float(frame.time or 0) for frame in frames] == pytest.approx([i / 25 for i in range(COUNT)], abs=1e-3)
+
+
+@pytest.mark.usefixtures("film", "detector")
+def test_the_example_counts_what_it_wrote(tmp_path: Path) -> None:
+    short = _film(clip(COUNT), tmp_path)
+    program = Path(__file__).parents[2] / "examples" / "video_text.py"
+    words = [sys.executable, "-W", "error", str(program), str(short), str(tmp_path / "out.mp4")]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False, cwd=tmp_path)
+    assert finished.stdout == f"film.mp4: {COUNT} of {COUNT} frames through the detector; {COUNT} in out.mp4\n", (
+        finished.stderr
+    )
 
 
 @pytest.mark.asyncio

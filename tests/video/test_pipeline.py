@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,77 @@ async def test_broken_sources_end_alone_and_say_why(tmp_path: Path, caplog: pyte
     assert "No such file" in (status.sources["missing"].error or "")
     assert "lens cap" in (status.sources["raises"].error or "")
     assert sum("failed" in record.message for record in caplog.records) == 3
+
+
+async def test_of_all_bad_inputs_at_once_nothing_is_lost_silently(tmp_path: Path) -> None:
+    """Each says what is wrong with it; each frame has gone somewhere; and a good one next to them gets all of its own."""
+    cut = write_video(tmp_path / "cut.mp4", [i % 32 for i in range(100)])
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    sizes = [write_video(tmp_path / f"{i}.h264", range(5), size=size) for i, size in enumerate([(64, 48), (128, 80)])]
+    (tmp_path / "sizes.h264").write_bytes(b"".join(path.read_bytes() for path in sizes))
+    (tmp_path / "text.mp4").write_text("no video")
+    times = [0, 0.04, 0.05, 0.3, 1.0]
+    sources: dict[str, Any] = {
+        "missing": tmp_path / "missing.mp4",
+        "text": tmp_path / "text.mp4",
+        "cut": cut,
+        "sizes": tmp_path / "sizes.h264",
+        "empty": write_video(tmp_path / "empty.mp4", []),
+        "uneven": write_video(tmp_path / "uneven.mkv", range(5), times=times),
+        "huge": video.open([picture(0), picture(1, 640, 480), picture(2)], max_pixels=10_000),
+        "good": write_video(tmp_path / "good.mp4", range(10)),
+    }
+    remembered, heard = Remember(), Counter[tuple[str, str]]()
+
+    def raises(result: Result) -> None:
+        raise ValueError("no")
+
+    def hear(report: video.Report) -> None:
+        heard[report.source, report.kind.value] += 1
+
+    async with Pipeline(number, sources, [remembered, raises], listener=hear) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status()
+    reports = {}
+    for name, source in status.sources.items():
+        good, bad = source.sinks
+        assert source.frames == source.completed == good.delivered == bad.failed == len(remembered.indices(name))
+        assert remembered.indices(name) == list(range(source.frames))
+        assert dict(source.reports) == {kind: count for (whose, kind), count in heard.items() if whose == name}
+        reports[name] = {kind: count for kind, count in source.reports.items() if kind != "sink"}
+        assert (source.error is not None) == (source.state == "failed") == ("failed" in reports[name])
+    assert reports.pop("cut")["truncated"] == 1
+    assert reports == {
+        "missing": {"failed": 1}, "text": {"failed": 1}, "empty": {"failed": 1}, "sizes": {"resolution": 1}, "uneven": {},
+        "huge": {"huge": 1}, "good": {},
+    }  # fmt: skip
+    assert 10 < status.sources["cut"].frames < 90
+    assert {name: status.sources[name].frames for name in ("sizes", "huge", "good")} == {"sizes": 10, "huge": 2, "good": 10}
+    assert [frame.time for frame in remembered.frames("uneven")] == pytest.approx(times, abs=1e-3)
+
+
+async def test_a_sink_that_cannot_be_closed_is_reported_and_the_others_are_closed() -> None:
+    closed = []
+
+    class Bad(video.Sink):
+        async def write(self, result: Result) -> None:
+            pass
+
+        async def aclose(self) -> None:
+            raise OSError("no space left")
+
+    class Good(Bad):
+        async def aclose(self) -> None:
+            closed.append(self.name)
+
+    before, reports = asyncio.all_tasks(), list[video.Report]()
+    async with Pipeline(number, pictures(3), [Good(), Bad(), Good()], listener=reports.append) as pipeline:
+        await pipeline.wait()
+    assert [(report.kind, report.source, report.detail) for report in reports] == [
+        (Kind.SINK, "", "Bad could not be closed: no space left")
+    ]
+    assert closed == ["Good", "Good"]
+    await nothing_left(before)
 
 
 async def test_a_frame_that_a_model_refuses_is_counted_and_the_next_one_comes() -> None:

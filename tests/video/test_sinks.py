@@ -192,7 +192,7 @@ async def test_mjpeg_over_http() -> None:
     async with Pipeline(same, {"door": frames}, mjpeg) as pipeline:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             request = asyncio.ensure_future(client.get("/video"))
-            await until(lambda: bool(mjpeg._watchers.get("door")))
+            await until(lambda: bool(mjpeg.viewers()))
             watched.set()
             await pipeline.wait()
             await mjpeg.aclose()
@@ -204,14 +204,14 @@ async def test_mjpeg_over_http() -> None:
         head, _, body = part.partition(b"\r\n\r\n")
         length = int(head.rpartition(b"Content-Length: ")[2])
         assert number_of(np.asarray(Image.open(io.BytesIO(body[:length])))) in (10, 11, 12)
-    assert not mjpeg._watchers["door"]
+    assert not mjpeg.viewers()
 
 
 async def test_a_slow_watcher_of_mjpeg_skips_frames() -> None:
     mjpeg = video.Mjpeg()
     parts = mjpeg.parts("door")
     first = asyncio.ensure_future(anext(parts))
-    await until(lambda: bool(mjpeg._watchers.get("door")))
+    await until(lambda: bool(mjpeg.viewers()))
     for i in (1, 2, 3):
         await mjpeg.write(Result(Frame("door", i, Held(picture(10 * i))), None))
     await first

@@ -148,6 +148,17 @@ async def test_a_file_that_ends_too_soon_says_how_much_is_missing(tmp_path: Path
     assert f"ended after {len(frames)} of 100 frames" in [report.detail for report in reports]
 
 
+async def test_a_file_that_ends_before_its_index_says_that_it_is_no_video(tmp_path: Path) -> None:
+    """An MP4 that was still being written: where its frames are is written last."""
+    path = write_video(tmp_path / "a.mov", [i % 32 for i in range(100)])
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"moov") - 4])
+    with pytest.raises(SourceError, match=r"a\.mov: Invalid data"):
+        async with video.open(path):
+            pass
+    assert threads() == 0
+
+
 async def test_damage_in_the_middle_is_left_out_and_counted(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.ts", [i % 32 for i in range(60)])
     content = bytearray(path.read_bytes())
@@ -202,6 +213,17 @@ async def test_a_huge_picture_among_others_is_left_out() -> None:
     source = video.open([picture(0), picture(1, 640, 480), picture(2)], max_pixels=10_000)
     assert [number_of(frame.image) for frame in await read(source)] == [0, 2]
     assert source.counts == {Kind.HUGE: 1}
+
+
+async def test_a_stream_that_becomes_huge_goes_on_without_its_huge_pictures(tmp_path: Path) -> None:
+    # More frames than FFmpeg looks at to say how large they are: what it sees is refused when it is opened.
+    parts = [(range(30), (64, 48)), (range(5), (320, 240)), (range(5), (64, 48))]
+    files = [write_video(tmp_path / f"{i}.h264", numbers, size=size) for i, (numbers, size) in enumerate(parts)]
+    (tmp_path / "a.h264").write_bytes(b"".join(file.read_bytes() for file in files))
+    source = video.open(tmp_path / "a.h264", max_pixels=10_000)
+    frames = await read(source)
+    assert [number_of(frame.image) for frame in frames] == [*range(30), *range(5)]
+    assert source.counts == {Kind.HUGE: 5}
 
 
 async def test_a_source_that_cannot_be_sought_is_read_from_the_beginning(
