@@ -28,13 +28,22 @@ class Used:
 
 
 @contextlib.contextmanager
-def started(words: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process with these arguments, in the checkout; it and its children are ended after."""
+def started(
+    words: Sequence[object], log: Path, *, python: str = sys.executable, cuda: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process with these arguments, in the checkout; it and its children are ended after.
+
+    Args:
+        words: the arguments.
+        log: where its output goes.
+        python: the interpreter.
+        cuda: whether it may see GPUs.
+    """
     few = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = os.environ | few | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | few | {"PYTHONUNBUFFERED": "1"} | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [python, *map(str, words)],
             cwd=ROOT,
             env=environment,
             stdout=output,

@@ -350,6 +350,32 @@ def _tensorrt(record: Record) -> list[Table]:
     ]
 
 
+def _side_by_side(record: Record) -> list[Table]:
+    def line(row: Record) -> list[str]:
+        facts, (least, most), (low, high) = row["facts"], row["spread"]["rate"], row["spread"]["p99"]
+        return [
+            row["way"],
+            f"{row['rate']:,.0f} ({least:,.0f}-{most:,.0f})",
+            f"{1e3 * row['latency']['p50']:.1f}",
+            f"{1e3 * row['latency']['p99']:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})",
+            f"{1e3 * row['lag']['p50']:.2f} / {1e3 * row['lag']['p99']:.2f}",
+            f"{row['cpu']:.2f}",
+            f"{facts['memory'] / 2**20:,.0f}",
+            f"{facts['client_cpu']:.2f}",
+        ]
+
+    headings = ["server", "requests/s", "p50, ms", "p99, ms", "loop lag p50 / p99, ms", "cores", "MiB", "client's cores"]
+    settings = dict.fromkeys((row["setting"]["model"], row["setting"]["load"]) for row in record["rows"])
+    return [
+        Table(
+            f"{model}, {load}, median of {len(record['rows'][0]['runs'])} rounds (least-most)",
+            headings,
+            [line(row) for row in record["rows"] if row["setting"] == {"model": model, "load": load}],
+        )
+        for model, load in settings
+    ]
+
+
 _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "completion": _completion,
     "throughput": _throughput,
@@ -364,4 +390,5 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "loop_lag": _loop_lag,
     "loop-lag": _loop_lag,
     "tensorrt": _tensorrt,
+    "serving-side-by-side": _side_by_side,
 }

@@ -1,0 +1,208 @@
+"""The same model behind three kinds of server, one after the other, asked by the same client.
+
+    python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3]
+
+A plain FastAPI endpoint that calls the model in a thread pool, LitServe with and without batches, and aiotrt in FastAPI with
+and without batches; in processes of their own, started anew for each round, behind uvicorn with the same loop and parser. On
+the host the model is PP-OCR's recogniser, in ONNX Runtime for all. On CUDA it is torchvision's ResNet-50 in FP16: aiotrt
+captures it, and the others call the same module as it is, each thread on a stream of its own.
+
+First each server's settings are tuned on this machine: of its candidates those win that answer the most requests a second to
+32 connections, and among those within 5 % of that, the one that answers most to a single connection. Then come several
+rounds, in an order that is turned round each time. The loads: 1, 8 and 32 connections that ask again as soon as they are
+answered; and requests at random moments, the same for all, 70 % as many a second as the weakest server can answer at its
+best, so that all can keep up and what differs is how long they take, from the moment when a request is due.
+
+The bars: aiotrt without batches is ahead of the others without, and with batches of all others, in requests a second and in
+p99; and every answer is the right one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.measure import as_record, median_of, write
+from benchmarks.rows import MEETS, Row, verdict
+from benchmarks.serving_model import reader
+from benchmarks.serving_rivals.asker import Known
+from benchmarks.serving_rivals.contenders import MISSING, OURS, Contender, contenders, interpreter, same_server, versions
+from benchmarks.serving_rivals.trial import Load, Seen, Trials
+from benchmarks.tables import as_text, tables_of
+
+__all__ = ["compare", "judge", "measure", "overall"]
+
+PART: Final = "side_by_side"
+MOST: Final = 32  # connections
+NEAR: Final = 0.95  # of the most requests a second, among which the answers to one connection decide
+SHARE: Final = 0.7  # of the weakest's best, for requests at random moments
+
+
+def measure(*, device: str, litserve: str | None, seconds: float, quick: bool, folder: Path | None) -> int:
+    """Run it; returns the exit status.
+
+    Args:
+        device: "host" or "cuda".
+        litserve: an interpreter that has LitServe; None for this one.
+        seconds: how long each load lasts.
+        quick: one short round, with the first candidate of each; on the host, of a torch model as well.
+        folder: for the results; None for none.
+    """
+    results = compare(device, litserve, seconds, quick=quick)
+    name = f"serving-side-by-side-{device}"
+    if folder is not None:
+        print(f"results: {write(name, results, folder)}")
+    show(as_record(name, results))
+    return 1 if results["failed"] or results["wrong"] else 0
+
+
+def compare(device: str, litserve: str | None, seconds: float, *, quick: bool) -> dict[str, Any]:
+    """All of it; for the arguments see `measure`."""
+    began = time.monotonic()
+    found = interpreter(litserve)
+    installed = versions() if found is None else found[1]
+    server = same_server(versions(), installed)
+    results: dict[str, Any] = {
+        "device": device, "quick": quick, "versions": installed, "server": server, "idle_lag": {},
+        "skipped": {}, "failed": {}, "wrong": {}, "tuning": {}, "open": {}, "rows": [],
+    }  # fmt: skip
+    field = [who for who in contenders(device) if found is not None or who.program != "litserve"]
+    if found is None:
+        results["skipped"]["LitServe"] = f"{MISSING}; --litserve takes an interpreter that has it"
+    models = ["resnet50"] if device == "cuda" else ["reader", "tiny"] if quick else ["reader"]
+    with tempfile.TemporaryDirectory() as place:
+        for model in models:
+            file = reader(Path(place) / "reader.onnx") if model == "reader" else None
+            trials = Trials(
+                model, device, file, Known(model, file, device), server,
+                {} if found is None else {"litserve": found[0]}, Path(place), 0.2 if quick else 0.5,
+            )  # fmt: skip
+            rows = _rounds(trials, field, results, seconds, quick=quick)
+            results["rows"] += rows
+            results["failed"] |= trials.failed
+            results["wrong"] |= {f"{model}, {who}": wrong for who, wrong in trials.wrong.items() if wrong}
+    judge(results["rows"])
+    return results | {"seconds": time.monotonic() - began, "verdict": overall(results["rows"])}
+
+
+def _rounds(
+    trials: Trials, field: Sequence[Contender], results: dict[str, Any], seconds: float, *, quick: bool
+) -> list[Row]:
+    """The rows of one model."""
+    tuned: dict[str, Mapping[str, Any]] = {}
+    best: dict[str, float] = {}
+    for who in field:
+        candidates = who.candidates[:1] if quick else who.candidates
+        tried = [(settings, seen) for settings in candidates if (seen := _tried(trials, who, settings, seconds / 3))]
+        results["tuning"][f"{trials.model}, {who.name}"] = [
+            {"settings": settings, "rates": [one.run.rate for one in seen]} for settings, seen in tried
+        ]
+        if tried:
+            most = best[who.name] = max(seen[0].run.rate for _, seen in tried)
+            near = [(settings, seen) for settings, seen in tried if seen[0].run.rate >= NEAR * most]
+            tuned[who.name] = max(near, key=lambda one: one[1][1].run.rate)[0]
+    if not tuned:
+        return []
+    rate = results["open"][trials.model] = SHARE * min(best.values())
+    count = max(2, round(rate * (0.5 if quick else 1.5 * seconds)))
+    moments = np.cumsum(np.random.default_rng(1).exponential(1 / rate, count)).tolist()
+    loads = [Load(_connections(n), seconds, n) for n in ((1, 8) if quick else (1, 8, MOST))]
+    loads.append(Load(f"{rate:.0f} requests/s at random moments", moments=moments))
+    there = [who for who in field if who.name in tuned]
+    visits: dict[str, list[list[Seen]]] = {who.name: [] for who in there}
+    for number in range(1 if quick else 3):
+        for who in there if number % 2 == 0 else reversed(there):
+            if visit := trials.of(who, tuned[who.name], loads):
+                visits[who.name].append(visit)
+    return [
+        _row(trials, who, load, tuned[who.name], [visit[i] for visit in visits[who.name]])
+        for i, load in enumerate(loads)
+        for who in there
+        if visits[who.name]
+    ]
+
+
+def _tried(trials: Trials, who: Contender, settings: Mapping[str, Any], seconds: float) -> list[Seen]:
+    """With many connections, and with one."""
+    return trials.of(who, settings, [Load(_connections(n), seconds, n) for n in (MOST, 1)])
+
+
+def _connections(n: int) -> str:
+    return "1 connection" if n == 1 else f"{n} connections"
+
+
+def _row(trials: Trials, who: Contender, load: Load, settings: Mapping[str, Any], seen: Sequence[Seen]) -> Row:
+    facts = {
+        "settings": settings,
+        "is_batched": who.is_batched,
+        "is_open": not load.connections,
+        "memory": statistics.median(one.memory for one in seen),
+        "client_cpu": statistics.median(one.client for one in seen),
+        "lag_spread": (min(one.lag.p99 for one in seen), max(one.lag.p99 for one in seen)),
+    }
+    return Row(
+        PART, trials.server["loop"], who.name, {"model": trials.model, "load": load.name}, None, [one.run for one in seen],
+        lag=median_of(one.lag for one in seen), facts=facts,
+    )  # fmt: skip
+
+
+def judge(rows: Sequence[Row]) -> None:
+    """Fill in the verdicts of aiotrt's rows: by how much each other server is ahead of it, if any is."""
+    for row in rows:
+        others = [other for other in rows if other.setting == row.setting and not other.way.startswith(OURS)]
+        if not row.way.startswith(OURS) or not others:
+            continue
+        # Without batches it is compared with those without: what batches are worth is not what it is to show.
+        others = [other for other in others if row.facts["is_batched"] or not other.facts["is_batched"]]
+        quickest = max(others, key=lambda other: other.rate)
+        steadiest = min(others, key=lambda other: other.latency.p99)
+        misses = {
+            f"{row.rate / quickest.rate:.3f} of the requests a second of {quickest.way}": (
+                not row.facts["is_open"] and row.rate < quickest.rate
+            ),
+            f"{row.latency.p99 / steadiest.latency.p99:.3f} of the p99 of {steadiest.way}": (
+                row.latency.p99 > steadiest.latency.p99
+            ),
+        }
+        row.verdict = verdict([what for what, is_missed in misses.items() if is_missed])
+
+
+def overall(rows: Sequence[Row]) -> str:
+    """Whether aiotrt is ahead, in a sentence."""
+    judged = [row for row in rows if row.verdict]
+    behind = [row for row in judged if row.verdict != MEETS]
+    if not judged:
+        return "nothing to compare"
+    if not behind:
+        return "aiotrt is ahead in throughput and p99"
+    return f"aiotrt is ahead in throughput and p99 in {len(judged) - len(behind)} of {len(judged)} comparisons"
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """What there is to say."""
+    for what, how in record["failed"].items():
+        print(f"FAILED: {what}:\n{how}")
+    for what, why in record["skipped"].items():
+        print(f"NOT MEASURED: {what}: {why}")
+    print(f"uvicorn with {record['server']['http']} on {record['server']['loop']} for all; {record['seconds']:.0f} s")
+    for name, tried in record["tuning"].items():
+        print(f"tuned: {name}")
+        for one in tried:
+            many, single = one["rates"]
+            print(f"  {many:7.1f} requests/s to {MOST} connections, {single:6.1f} to one: {one['settings']}")
+    for table in tables_of(record):
+        print(f"\n{as_text(table)}")
+    others = [run["others"] for row in record["rows"] for run in row["runs"] if run["others"] is not None]
+    if others:
+        print(f"\nother programs used {statistics.mean(others):.2f} cores on average, {max(others):.2f} at most")
+    print(f"wrong answers: {record['wrong'] or 'none'}")
+    for row in record["rows"]:
+        if row["verdict"]:
+            print(f"{row['setting']['model']}, {row['setting']['load']}, {row['way']}: {row['verdict']}")
+    print(record["verdict"])
