@@ -202,6 +202,7 @@ class Executor:
         """The caller no longer waits, and says so once. What is queued is withdrawn; what is on the device drains."""
         slot = request.slot
         if request.is_queued:
+            request.is_queued = False
             self.machine.withdraw(request)
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):

@@ -48,7 +48,9 @@ class Gate:
 @pytest.fixture(params=["host", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param != "simulated":
-        yield open_device(request.param)
+        real = open_device(request.param)
+        load_kernels(real)
+        yield real
         return
     simulated = SimulatedDevice(7)
     yield simulated
@@ -77,6 +79,15 @@ def soon(device: Device, event: Event, *, polls: int = 2000) -> bool:
         else:
             os.sched_yield()
     return False
+
+
+def load_kernels(device: Device) -> None:
+    """CUDA loads a kernel when it is first launched, and waits for the device to do so: under a closed gate, for ever."""
+    stream = device.stream()
+    x = filled(device, stream, 1.0)
+    for function in (lambda: x.add_(x), lambda: x.mul_(2.0), lambda: x + 1.0, lambda: x * 2.0, lambda: x.copy_(x + x)):
+        device.call(stream, function)
+    values(device, stream, x)
 
 
 def record(device: Device, stream: Stream) -> Event:

@@ -164,6 +164,23 @@ def test_a_slot_granted_to_somebody_who_is_gone_goes_to_the_next(group: int, fir
     under_schedules(group, program)
 
 
+def test_who_left_the_line_does_not_stand_in_it() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            async with model.lease():
+                requests = [executor.submit((frame(value),), {}) for value in range(5)]
+                requests[1].future.cancel()
+                executor.abandon(requests[1])
+                assert [request.is_queued for request in requests] == [True, False, True, True, True]
+                assert model.statistics().waiting == 4
+            assert model.statistics().cancelled == 1
+            for value in (0, 2, 3, 4):
+                assert right(await requests[value].future, value)
+
+    under_schedules(0, program)
+
+
 def test_a_line_of_callers_who_are_gone_ends_without_recursion() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, max_queue=None, warmup=frame(0)) as model:

@@ -139,7 +139,8 @@ class CudaStream:
     def close(self) -> None:
         if self._owned:
             self._owned = False
-            driver.cuStreamDestroy(self.driver)  # work submitted earlier completes; a fault here was reported before
+            # Not destroyed: torch keeps what it allocated for a stream, 2 MiB and more, and gives it to nobody else.
+            self._device.idle_streams.append(self.torch)
 
     def __repr__(self) -> str:
         return f"<CudaStream {self.handle:#x} on {self._device.name}>"
@@ -205,13 +206,18 @@ class CudaDevice(BaseDevice):
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self._streams: dict[int, CudaStream] = {}  # other people's, by handle
+        self.idle_streams: list[torch.cuda.Stream] = []  # ours, for the next who needs one
 
     def stream(self) -> CudaStream:
-        with torch.cuda.device(self.index):
-            self.prepare_thread()
-            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-            (handle,) = _check("creating a stream", driver.cuStreamCreate(flags))
-        return CudaStream(self, torch.cuda.ExternalStream(int(handle), device=self.torch_device), owned=True)
+        try:
+            stream = self.idle_streams.pop()
+        except IndexError:
+            with torch.cuda.device(self.index):
+                self.prepare_thread()
+                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+                (handle,) = _check("creating a stream", driver.cuStreamCreate(flags))
+            stream = torch.cuda.ExternalStream(int(handle), device=self.torch_device)
+        return CudaStream(self, stream, owned=True)
 
     def event(self) -> CudaEvent:
         return CudaEvent()

@@ -194,7 +194,7 @@ def test_memory_that_grows(device: str, tmp_path: Path, monkeypatch: pytest.Monk
     where = open_device(device).torch_device
 
     def leaking(view: Any, dtype: torch.dtype, kind: Any) -> Any:
-        kept.append(torch.ones(1 << 16, device=where))
+        kept.append(torch.ones(1 << 18, device=where))
         return own(view, dtype, kind)
 
     monkeypatch.setattr("aiotrt.requests.own", leaking)
