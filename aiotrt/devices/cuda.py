@@ -66,29 +66,19 @@ class CudaStream:
     Args:
         device: the device it is on.
         stream: torch's view of it.
-        owned: whether to destroy it at close.
+        pool: what the graphs captured on it allocate from; None until there is one.
+        owned: whether it is the device's to give away again, once closed.
     """
 
-    def __init__(self, device: CudaDevice, stream: torch.cuda.Stream, *, owned: bool = False) -> None:
+    def __init__(
+        self, device: CudaDevice, stream: torch.cuda.Stream, pool: _Pool | None = None, *, owned: bool = False
+    ) -> None:
         self.torch = stream
         self.handle: int = stream.cuda_stream
         self.driver = driver.CUstream(self.handle)  # made once: the driver calls would make it from the handle each time
+        self.pool = pool
         self._device = device
         self._owned = owned
-        self._pool: Any = None
-
-    @property
-    def pool(self) -> Any:
-        """The memory pool that graphs captured on this stream share: they never overlap, so they may."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
-
-    def abandon_pool(self) -> None:
-        """After a failed capture torch still counts the pool as recording, and would refuse the next capture into it."""
-        with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        self._pool = None
 
     def record(self, event: Event | None = None) -> Event:
         event = CudaEvent() if event is None else event
@@ -139,11 +129,40 @@ class CudaStream:
     def close(self) -> None:
         if self._owned:
             self._owned = False
-            # Not destroyed: torch keeps what it allocated for a stream, 2 MiB and more, and gives it to nobody else.
-            self._device.idle_streams.append(self.torch)
+            # Not destroyed: torch keeps what it allocated for a stream and in a pool, and gives it to nobody else.
+            self._device.idle_streams.append((self.torch, self.pool))
 
     def __repr__(self) -> str:
         return f"<CudaStream {self.handle:#x} on {self._device.name}>"
+
+
+class _Pool:
+    """The memory that the graphs captured on one stream share: they never overlap, so they may.
+
+    torch refuses a pool to which no graph belongs any more, and frees its memory only when it is short of any. So an idle
+    graph belongs to each, and what one model captured into, the next one does.
+
+    Args:
+        index: of the device; the current stream is the one that is captured.
+        graph: captured for the pool's sake.
+    """
+
+    def __init__(self, index: int, graph: torch.cuda.CUDAGraph) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._index = index
+        self._graph = graph
+        with torch.cuda.stream(torch.cuda.default_stream()):  # on any other one, this could reserve 2 MiB more
+            flag = torch.empty(1, device="cuda")
+        graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
+        try:
+            flag.zero_()  # torch warns of a graph with nothing in it
+        finally:
+            graph.capture_end()
+
+    def abandon(self) -> None:
+        """After a failed capture torch still counts the pool as recording, and would refuse the next capture into it."""
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._index, self.handle)
 
 
 class CudaGraph:
@@ -206,18 +225,19 @@ class CudaDevice(BaseDevice):
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self._streams: dict[int, CudaStream] = {}  # other people's, by handle
-        self.idle_streams: list[torch.cuda.Stream] = []  # ours, for the next who needs one
+        self.idle_streams: list[tuple[torch.cuda.Stream, _Pool | None]] = []  # ours, for the next who needs one
 
     def stream(self) -> CudaStream:
+        self.prepare_thread()
+        pool = None
         try:
-            stream = self.idle_streams.pop()
+            stream, pool = self.idle_streams.pop()
         except IndexError:
             with torch.cuda.device(self.index):
-                self.prepare_thread()
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 (handle,) = _check("creating a stream", driver.cuStreamCreate(flags))
             stream = torch.cuda.ExternalStream(int(handle), device=self.torch_device)
-        return CudaStream(self, stream, owned=True)
+        return CudaStream(self, stream, pool, owned=True)
 
     def event(self) -> CudaEvent:
         return CudaEvent()
@@ -421,8 +441,11 @@ def _copying(
 def _record(
     graph: torch.cuda.CUDAGraph, stream: CudaStream, body: Callable[[], Sequence[torch.Tensor]], random: _Random
 ) -> list[torch.Tensor]:
+    pool = stream.pool
     try:
-        graph.capture_begin(pool=stream.pool, capture_error_mode="thread_local")
+        if pool is None:
+            pool = stream.pool = _Pool(torch.cuda.current_device(), _graph(random))
+        graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
         random.begun()
         try:
             outputs = list(body())
@@ -439,7 +462,9 @@ def _record(
         # The driver keeps reporting a failed capture from later, innocent calls, until it is asked twice.
         runtime.cudaGetLastError()
         runtime.cudaGetLastError()
-        stream.abandon_pool()
+        if pool is not None:
+            pool.abandon()
+            stream.pool = None
         _failed_captures.append(graph)
         code, name = _code(error)
         if code != -1 and code not in PASSING:
