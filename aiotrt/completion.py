@@ -26,7 +26,7 @@ from typing import Final
 
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
-from aiotrt.prediction import SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
+from aiotrt.prediction import SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
 from aiotrt.timers import Timer, open_timer
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
@@ -225,7 +225,9 @@ class Hub:
     def _look(self, lane: Lane) -> None:
         lane.entry = None
         pending = lane.pending
-        while pending:
+        turns = len(pending)  # those that callbacks submit have theirs when the loop has had one, or it might never
+        while pending and turns:
+            turns -= 1
             head = pending[0]
             started = max(head.submitted, lane.last_done)
             self.polls += 1
@@ -257,7 +259,8 @@ class Hub:
             except Exception as failure:
                 # One bad callback must not take the others' wake-ups with it.
                 self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
-        # Empty. Whoever watches next enlists the lane again.
+        if pending and lane.entry is None:  # if it is empty, whoever watches next enlists it
+            self._enlist(lane, self._first_look(lane.last_done, pending[0].estimate))
 
     def _hung(self, head: _Pending, ran: float) -> DeviceHangError | None:
         """What to say of work that is not complete: nothing, or that it hangs."""
@@ -276,7 +279,7 @@ class Hub:
     def _first_look(self, now: float, estimate: Estimate) -> float:
         """At work that starts now: it is alone in its lane."""
         if self.progress is Progress.PREDICT and estimate.is_trusted:
-            return first_look(now, now + estimate.seconds, self._lateness)
+            return first_look(now, now + estimate.shortest, self._lateness)
         if self.progress is Progress.SPIN:
             return now
         return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)
@@ -290,7 +293,14 @@ class Hub:
             # A bounded spin from its start on: work that is shorter than the shortest sleep would be found late each time,
             # and nothing would ever be learned about it.
             return next_look(now, started, started, self._spin)
+        aim = first_look(now, started + head.estimate.shortest, self._lateness)
+        if aim > now + SHORTEST_SLEEP:
+            return aim
         predicted = started + head.estimate.seconds
+        aim = first_look(now, predicted, self._lateness)
+        if aim > now + SHORTEST_SLEEP:
+            # It was as short as this of late, but mostly it is not: no spinning yet.
+            return min(aim, next_look(now, started, started, 0.0))
         if head.looks == 1 and now < predicted and not self._spin:
             # The first look came early, and there is no spinning until the time comes: sleep until just then.
             return max(predicted, next_look(now, now, now, 0.0))

@@ -8,6 +8,8 @@ predecessor completed, whichever came later; its duration is a property of what 
 that duration. What it sees is censored: a completion found at the first look says only "no later than now", one found by
 a later look says "since the look before". Both teach it, differently: without that, each late look would make the next
 one later.
+Where lengths vary it keeps the shortest of late too: the looks begin with that one, go on at intervals while it is too early
+for the estimate, and are close together around it.
 `Lateness` learns how long after its time a timer really wakes the loop, which depends on how long it slept, since idle
 processors wake slowly. The first look is aimed ahead of the prediction by that much.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
+from math import inf
 from typing import Final
 
 __all__ = ["Estimate", "Lateness", "Progress", "first_look", "next_look"]
@@ -26,6 +29,7 @@ OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep bet
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
+RECENT: Final = 256  # times: fewer, and one in a hundred that is short would be forgotten, and seen late
 SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
 
@@ -43,16 +47,21 @@ class Estimate:
 
     Attributes:
         seconds: the estimate; 0.0 until something was learned.
+        shortest: the least of late, of the last `RECENT` times at least and of no more than twice as many. The first look is
+            for that one, since work that is shorter than expected and slept on is seen late, by all the difference.
         is_trusted: whether the last time agreed with it. One that is not must not be slept on: after a stall it may be a
             thousand times too long, and the next caller would wait as long.
     """
 
-    __slots__ = ("_late", "is_trusted", "seconds")
+    __slots__ = ("_before", "_late", "_seen", "_shorter", "_since", "is_trusted", "seconds", "shortest")
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.shortest = 0.0
         self.is_trusted = False
         self._late = 0  # looks in a row that came too late to say when
+        self._before = self._since = inf  # the least of the `RECENT` times before, and of those after them
+        self._seen = 0  # how many those are
+        self._shorter = 0  # how many of them were complete before any of late would have been
 
     def between(self, low: float, high: float) -> None:
         """The work was seen not complete this long after it started, and then complete this long after.
@@ -67,11 +76,13 @@ class Estimate:
             self.seconds = seconds  # twice in a row: it has changed
         else:
             self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
+        self._see(high)
 
     def at_most(self, seconds: float) -> None:
         """The work was complete at the first look, this long after it started."""
         if self.seconds == 0.0:
             self.seconds = seconds
+            self._see(seconds)
             return
         if seconds < self.seconds / AGREE:
             self.is_trusted = False
@@ -80,6 +91,21 @@ class Estimate:
         # small all the same: mostly it was the timer that was late, and an estimate that is too low costs a late look too.
         self.seconds = min(self.seconds, seconds) * (1 - min(0.5, 0.003 * 2**self._late))
         self._late = min(self._late + 1, 8)
+        least = self.seconds
+        if seconds < self.shortest:
+            # By how much, nobody knows. So the same again; and times in between do not start it anew, or a length that comes
+            # once in fifty calls would never be looked at early enough to learn it.
+            self._shorter = min(self._shorter + 1, 4)
+            least *= 1 - min(0.5, 0.003 * 4**self._shorter)
+        self._see(least)
+
+    def _see(self, seconds: float) -> None:
+        self._since = min(self._since, seconds)
+        self.shortest = min(self._before, self._since)
+        self._seen += 1
+        if self._seen == RECENT:
+            self._before, self._since = self._since, inf
+            self._seen = self._shorter = 0
 
 
 class Lateness:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -11,7 +14,7 @@ import pytest
 from aiotrt import completion
 from aiotrt.completion import LOOKS_BEFORE_HANG, Hub, Lane
 from aiotrt.errors import DeviceHangError
-from aiotrt.prediction import MARGIN, SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress
+from aiotrt.prediction import MARGIN, OVERDUE_SHARE, SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress
 from tests.test_completion import Timer, Work, World, learned
 
 pytestmark = pytest.mark.asyncio
@@ -76,6 +79,75 @@ async def test_a_first_look_just_before_the_prediction_is_not_followed_at_once()
     assert delays[:2] == pytest.approx([0.010 - allowed, SHORTEST_SLEEP], abs=1e-9)
 
 
+def varying(shortest: float, seconds: float) -> Estimate:
+    """What is known of work that mostly takes `seconds` and now and then is shorter."""
+    estimate = learned(seconds)
+    estimate.between(shortest, shortest)
+    for _ in range(100):
+        estimate.between(seconds, seconds)
+    return estimate
+
+
+@pytest.mark.parametrize("spin", [0.0, SPIN_BUDGET])
+async def test_work_that_is_sometimes_shorter_is_looked_at_from_then_on_and_closely_when_it_is_expected(spin: float) -> None:
+    world = World(spin=spin)
+    start, allowed = world.now, Lateness().allowance(0.010)
+    work = Watched(world, 0.010)
+    work.watch(Lane(), estimate=varying(0.002, 0.010))
+    await world.advance(0.011)
+    early = [time - start for time in work.times if time - start < 0.010 - allowed - 1e-9]
+    assert early[0] == pytest.approx(0.002 - allowed, abs=1e-9)
+    assert early[1] == pytest.approx(0.002, abs=OVERDUE_SHARE * 0.002 + 1e-9)
+    gaps = [b - a for a, b in pairwise(early[1:])]
+    assert gaps == pytest.approx([OVERDUE_SHARE * time for time in early[1:-1]], abs=4e-6), "neither spinning nor asleep"
+    then = next(time - start for time in work.times if time - start > 0.010 - allowed - 1e-9)
+    assert then < 0.010 - allowed + 4e-6
+    assert work.seen_at - start < 0.010 + (4e-6 if spin else SHORTEST_SLEEP)
+
+
+async def test_work_behind_other_work_is_slept_on_too() -> None:
+    world = World(spin=SPIN_BUDGET)
+    lane, start = Lane(), world.now
+    Work(world, 0.010).watch(lane, estimate=learned(0.010))
+    second = Watched(world, 0.030)
+    second.watch(lane, estimate=learned(0.020))
+    await world.advance(0.040)
+    assert len(second.times) < 20
+    assert second.seen_at - start < 0.0301
+
+
+RANDOM = random.Random(5)
+LENGTHS = {
+    "log-normal": [0.003 * min(5.0, RANDOM.lognormvariate(-0.125, 0.5)) for _ in range(400)],
+    "bimodal": [0.012 if RANDOM.random() < 0.15 else 0.0015 for _ in range(400)],
+    "rarely short": [0.0015 if RANDOM.random() < 0.03 else 0.012 for _ in range(400)],
+    "drifting": [0.003 * (1 + 0.8 * math.sin(2 * math.pi * i / 80)) for i in range(400)],
+    "queued": [0.003 + RANDOM.uniform(0.0, 0.006) for _ in range(400)],
+}
+
+
+@pytest.mark.parametrize("spin", [0.0, SPIN_BUDGET])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+async def test_however_lengths_vary_prediction_sees_them_no_later_than_intervals_do(
+    lengths: list[float], spin: float
+) -> None:
+    async def late(progress: Progress) -> list[float]:
+        world = World(progress, spin=spin, late=15e-6)
+        lane, estimate, found = Lane(), Estimate(), []
+        for length in lengths * 2:
+            start = world.now
+            work = Work(world, length).watch(lane, estimate=estimate)
+            while not work.outcomes:
+                await world.advance(0.0005)
+            found.append(work.seen_at - start - length)
+        return sorted(found[len(lengths) :])  # by then it has learned
+
+    predicted, regular = await late(Progress.PREDICT), await late(Progress.INTERVAL)
+    for share in (0.5, 0.9, 0.99):
+        i = int(share * len(lengths))
+        assert predicted[i] <= 1.4 * regular[i] + SHORTEST_SLEEP, f"at {share:.0%}"
+
+
 async def test_the_next_look_is_at_the_head_whatever_stands_behind_it() -> None:
     world = World()
     lane, start = Lane(), world.now
@@ -85,6 +157,26 @@ async def test_the_next_look_is_at_the_head_whatever_stands_behind_it() -> None:
     assert first.outcomes == [None]
     assert first.seen_at - start < 0.0205
     assert first.queries < 150
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+async def test_work_that_a_callback_submits_is_not_looked_at_before_the_loop_has_had_its_turn(behind: int) -> None:
+    """However short it is: with many callers in line, the loop would stand still until the last one was served."""
+    world = World(spin=SPIN_BUDGET)
+    lane, done = Lane(), []
+
+    def submit_another(_: BaseException | None) -> None:
+        done.append(world.now)
+        if len(done) < 20:
+            world.hub.watch(lane, lambda: True, submit_another, estimate=learned(10e-6))
+
+    for _ in range(1 + behind):
+        world.hub.watch(lane, lambda: True, submit_another, estimate=learned(10e-6))
+    turns = [len(done)]
+    while len(done) < 20:
+        await world.advance(3e-6)
+        turns.append(len(done))
+    assert max(b - a for a, b in pairwise(turns)) == 1 + behind
 
 
 async def test_each_lane_is_looked_at_when_it_is_due_and_not_before() -> None:

@@ -6,7 +6,18 @@ from bisect import bisect_left
 
 import pytest
 
-from aiotrt.prediction import AGREE, LONGEST_SLEEP, MARGIN, SHORTEST_SLEEP, SLEEPS, Estimate, Lateness, first_look, next_look
+from aiotrt.prediction import (
+    AGREE,
+    LONGEST_SLEEP,
+    MARGIN,
+    RECENT,
+    SHORTEST_SLEEP,
+    SLEEPS,
+    Estimate,
+    Lateness,
+    first_look,
+    next_look,
+)
 
 
 def exactly(estimate: Estimate, *times: float) -> list[float]:
@@ -78,6 +89,63 @@ def test_late_looks_in_a_row_make_the_next_one_ever_earlier() -> None:
     assert estimate.seconds == pytest.approx(before * 0.997)
     estimate.at_most(0.25 * before)  # complete much earlier than that: it cannot take longer
     assert estimate.seconds == pytest.approx(0.25 * before * 0.994)
+
+
+def test_the_shortest_is_the_least_that_was_seen_however_it_was_seen() -> None:
+    estimate, said = Estimate(), []
+    assert estimate.shortest == 0.0
+    for low, high in ((2.0, 4.0), (4.0, 8.0), (1.0, 3.0), (1.0, 8.0)):
+        estimate.between(low, high)
+        said.append(estimate.shortest)
+    assert said == [4.0, 4.0, 3.0, 3.0]  # as it was seen complete: what was seen before that, it was longer than
+    other = Estimate()
+    other.at_most(2.0)
+    assert other.shortest == 2.0
+    other.at_most(3.0)  # later than before, by the timer: as for the estimate
+    assert other.shortest == other.seconds == pytest.approx(2.0 * 0.997)
+
+
+@pytest.mark.parametrize("before", [0, 1, 100])
+def test_the_shortest_counts_for_some_hundred_times_and_not_for_ever(before: int) -> None:
+    estimate = Estimate()
+    exactly(estimate, *[2.0] * before, 1.0)
+    kept = 0
+    while estimate.shortest == 1.0:
+        exactly(estimate, 2.0)
+        kept += 1
+    assert kept == 2 * RECENT - before
+    assert estimate.shortest == 2.0
+
+
+def test_what_is_complete_before_the_shortest_makes_the_first_look_ever_earlier() -> None:
+    """By how much it was shorter, nobody saw. Times in between that are as ever do not start the steps anew."""
+    estimate = Estimate()
+    exactly(estimate, 1.0, 1.0)
+    shares = []
+    for _ in range(6):
+        early = 0.999 * estimate.shortest
+        estimate.at_most(early)
+        shares.append(1 - estimate.shortest / (early * 0.997))
+        exactly(estimate, 1.0, 1.0)
+    assert shares == pytest.approx([0.012, 0.048, 0.192, 0.5, 0.5, 0.5])
+
+
+def test_the_steps_of_the_shortest_start_anew_with_the_times_that_it_is_of() -> None:
+    estimate = Estimate()
+    exactly(estimate, 1.0, 1.0)
+    for _ in range(3):
+        estimate.at_most(0.999 * estimate.shortest)
+    exactly(estimate, *[1.0] * (2 * RECENT - 4))
+    assert estimate.shortest == 1.0
+    estimate.at_most(0.999)
+    assert estimate.shortest == pytest.approx(0.999 * 0.997 * (1 - 0.012))
+
+
+def test_a_look_that_is_late_but_not_early_teaches_the_shortest_no_more_than_the_estimate() -> None:
+    estimate = Estimate()
+    exactly(estimate, 1.0, 1.0)
+    estimate.at_most(estimate.shortest)
+    assert estimate.shortest == estimate.seconds == pytest.approx(0.997)
 
 
 def needed(lateness: Lateness, sleep: float) -> float:

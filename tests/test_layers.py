@@ -53,7 +53,7 @@ RESERVED = {
 PURE = {
     "errors": set(),
     "slots": {"enum", "collections", "typing"},
-    "prediction": {"bisect", "enum", "typing"},
+    "prediction": {"bisect", "enum", "math", "typing"},
     "batching": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
 }
 

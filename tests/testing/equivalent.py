@@ -10,6 +10,7 @@ from typing import Final
 __all__ = ["EQUIVALENT"]
 
 STOPS: Final = "any number that is not above zero means no spinning"
+AS_LONG: Final = "whether a sleep of exactly the shortest is one makes no difference"
 ANY: Final = "set before it is read"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
@@ -52,6 +53,12 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "8 -> 9, in: self._late = min(self._late + 1, 8)",
         0,
     ): "the step is at its bound before",
+    (
+        "prediction.py",
+        "Estimate.at_most",
+        "4 -> 5, in: self._shorter = min(self._shorter + 1, 4)",
+        0,
+    ): "the step is at its bound before",
     ("completion.py", "_Pending.__init__", "0.0 -> 1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
@@ -69,6 +76,19 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "at the predicted time both say the same",
     ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return next_look(now, started, started, 0.0)", 0): STOPS,
+    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
+    (
+        "completion.py",
+        "Hub._next_look",
+        "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
+        0,
+    ): AS_LONG,
+    (
+        "completion.py",
+        "Hub._next_look",
+        "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
+        1,
+    ): AS_LONG,
     ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
     ("executor.py", "Executor.__init__", "1 -> 2, in: self._workers = self.device.workers(slots + 1)", 0): (
         "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
