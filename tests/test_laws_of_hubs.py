@@ -179,6 +179,29 @@ async def test_work_that_a_callback_submits_is_not_looked_at_before_the_loop_has
     assert max(b - a for a, b in pairwise(turns)) == 1 + behind
 
 
+async def test_what_callbacks_submit_is_looked_at_by_its_own_prediction_whatever_stands_behind_it() -> None:
+    world = World()
+    lane, start = Lane(), world.now
+    long = Work(world, 1.0)
+    short = Work(world, 0.001)
+    world.hub.watch(lane, lambda: True, lambda _: short.watch(lane, estimate=learned(0.001)))
+    world.hub.watch(lane, lambda: True, lambda _: long.watch(lane, estimate=learned(1.0)))
+    await world.advance(0.002)
+    assert short.outcomes == [None]
+    assert short.seen_at - start < 0.0011
+    assert short.queries < 10
+
+
+async def test_the_only_work_that_callbacks_submit_is_looked_at_too() -> None:
+    world = World(spin=SPIN_BUDGET)
+    lane = Lane()
+    short = Work(world, 0.001)
+    world.hub.watch(lane, lambda: True, lambda _: short.watch(lane, estimate=learned(0.001)))
+    world.hub.watch(lane, lambda: True, lambda _: None)
+    await world.advance(0.002)
+    assert short.outcomes == [None]
+
+
 async def test_each_lane_is_looked_at_when_it_is_due_and_not_before() -> None:
     world = World()
     slow = Work(world, 1.0).watch(Lane(), estimate=learned(1.0))
