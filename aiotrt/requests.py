@@ -32,8 +32,8 @@ _log: Final = logging.getLogger("aiotrt")
 #: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
-#: The same while another slot is taken: then the device has work during the hop, and several workers copy side by side, while
-#: each copy on the loop would keep the others' completions waiting. From half a mebibyte on that pays.
+#: The same while another slot is taken: then the device has work during the hop, and several workers copy side by side;
+#: on the loop each copy would keep the others' completions waiting. From half a mebibyte on that pays.
 COPY_BESIDE_OTHERS_BYTES: Final = 1 << 19
 
 
