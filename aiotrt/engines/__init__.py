@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 
 from aiotrt.building import cached_engine, check_sidecar
+from aiotrt.building.builder import device_index, gpu_record
 from aiotrt.building.files import digest
 from aiotrt.building.profiles import ProfileArgument
 from aiotrt.devices.base import Device
@@ -93,7 +94,7 @@ def open_engine(source: object, device: Device, options: EngineOptions) -> Engin
         return _open_tensorrt(built, device, EngineOptions(runtime=options.runtime))
     if suffix in (".engine", ".plan"):
         if device.torch_device.type == "cuda":
-            check_sidecar(path)
+            check_sidecar(path, gpu=gpu_record(device_index(device.torch_device)))
         return _open_tensorrt(path, device, options)
     raise EngineError(f"{path}: unknown kind of file {suffix!r}; expected .onnx, .engine or .plan")
 

@@ -31,7 +31,7 @@ from aiotrt.engines.tensorrt_api import (
 )
 from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution, Values, Workspace
 from aiotrt.engines.tensorrt_kernels import Kernels
-from aiotrt.engines.tensorrt_plan import Plan, read_plan
+from aiotrt.engines.tensorrt_plan import HEADER_BYTES, check_plan, read_plan
 from aiotrt.engines.tensorrt_runtime import Product, open_product
 from aiotrt.errors import EngineError, InputError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec
@@ -90,11 +90,12 @@ class TensorRTEngine:
         self._config: RuntimeConfig | None = None  # TensorRT-RTX only; shared by all contexts
         data = _read(path, sha256)
         self.plan = read_plan(data)
-        _check_size(path, self.plan, len(data))
+        check_plan(path, self.plan, data[:HEADER_BYTES], len(data))
         if require_cuda and (device.torch_device.type != "cuda" or not torch.cuda.is_available()):
+            where = "and torch sees none here" if not torch.cuda.is_available() else "so load it with device='cuda'"
             raise EngineError(
-                f"{path}: TensorRT engines run on CUDA devices, and this model's device is {device.name}; "
-                "load it with device='cuda', or load the .onnx file it was built from with device='host'"
+                f"{path}: TensorRT engines run on CUDA devices, {where}; on the host, load the .onnx file that it was built "
+                f"from with device='host' (this model's device is {device.name})"
             )
         self._product: Product = open_product(path, self.plan, runtime, runtime_module)
         self.runtime = f"{self._product.name} {self._product.version}"
@@ -274,16 +275,6 @@ def _read(path: Path, sha256: str | None) -> bytes:
             "and it was not loaded"
         )
     return data
-
-
-def _check_size(path: Path, plan: Plan, nbytes: int) -> None:
-    got = nbytes - plan.offset
-    if plan.size is not None and plan.size != got:
-        damage = "truncated" if got < plan.size else "damaged, or something was appended to it"
-        raise EngineError(
-            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, and it has {got:,}; "
-            "copy or build it again"
-        )
 
 
 def _profile(engine: CudaEngine, index: int, inputs: Sequence[str], host: frozenset[str]) -> Profile:
