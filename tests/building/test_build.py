@@ -67,6 +67,7 @@ def test_static_shapes_need_no_profile(tmp_path: Path) -> None:
     assert sidecar is not None
     assert sidecar.profiles == []
     assert sidecar.inputs == [{"name": "x", "dtype": "float32", "shape": [2, 8]}]
+    assert [layer["type"] for layer in sidecar.layers] == ["activation"]
     assert json.loads(sidecar_path(out).read_text())["source"]["file"] == "a.onnx"
 
 
