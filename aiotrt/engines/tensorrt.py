@@ -245,19 +245,20 @@ class TensorRTEngine:
         if not self._product.specializes:
             return self._product.must(what, lambda: engine.create_execution_context(strategy))
         if self._config is None:
-            self._config = self._configuration(engine, cast("RtxApi", api), strategy)
+            made = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
+            configuring = f"{self._path}: configuring the runtime"
+            self._product.ask(configuring, lambda: self._configure(made, cast("RtxApi", api), strategy))
+            self._config = made
         config = self._config
         return self._product.must(what, lambda: engine.create_execution_context(config))
 
-    def _configuration(self, engine: CudaEngine, api: RtxApi, strategy: Enumerator) -> RuntimeConfig:
-        """How TensorRT-RTX makes contexts."""
-        config = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
+    def _configure(self, config: RuntimeConfig, api: RtxApi, strategy: Enumerator) -> None:
+        """Say how TensorRT-RTX makes contexts."""
         config.set_execution_context_allocation_strategy(strategy)
         # Else it compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._kernels is not None:
             self._kernels.attach(config)
-        return config
 
 
 def _read(path: Path, sha256: str | None) -> bytes:
