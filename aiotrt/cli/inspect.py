@@ -244,6 +244,7 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return rows
     if loaded is None:
         rows += _border_rows(record)
+        rows.append(("memory", "of a slot: only TensorRT on a GPU can tell; there, add --load"))
     if record["layers"]:
         kinds = collections.Counter(layer["type"] for layer in record["layers"])
         rows.append(

@@ -210,6 +210,7 @@ def test_inspect_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = capsys.readouterr().out
     for text in ("TensorRT-RTX 1.", "SM89", "x: float32 (*, 8)", "x: (1, 8) to (4, 8), usually (2, 8)", "a.onnx, SHA-256"):
         assert text in table
+    assert "memory      of a slot: only TensorRT on a GPU can tell; there, add --load" in table
     assert "network     1 layer before the builder fused any (activation 1)" in table
     assert not any(line.endswith(" ") for line in table.splitlines())
     assert main(["inspect", str(tmp_path / "a.engine"), "--json"]) == 0
