@@ -80,6 +80,8 @@ async def test_files_that_are_no_engines(tmp_path: Path) -> None:
     folder = tmp_path / "folder.onnx"
     folder.mkdir()
     await cannot_load(folder, aiotrt.EngineError, str(folder), "is a directory")
+    inside = empty / "model.onnx"
+    await cannot_load(inside, aiotrt.EngineError, str(inside), "cannot be read: Not a directory")
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"x")
     await cannot_load(weights, aiotrt.EngineError, str(weights), "'.safetensors'", ".onnx, .engine or .plan")

@@ -269,7 +269,7 @@ def _read(path: Path, sha256: str | None) -> bytes:
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
     if not data:
-        raise EngineError(f"{path}: the file is empty")
+        raise EngineError(f"{path}: the file is empty; copy or build it again")
     if sha256 is not None and (digest := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise EngineError(
             f"{path}: its SHA-256 is {digest}, expected {sha256.lower()}; it is damaged or somebody changed it, "
