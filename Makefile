@@ -81,12 +81,16 @@ gpu-tests: gpu-ready
 gpu-benchmarks: gpu-ready
 	@$(PYTHON) -m benchmarks
 
+#   SANITIZED   which files; for TensorRT's real runtime and the double, with small engines:
+#               make sanitize SANITIZED='tests/tensorrt/test_tensorrt_real.py tests/tensorrt/test_tensorrt_execution.py'
+#
 # Without tests that hold a stream while they ask another, which blocks under the tools; that break a capture or the device on
 # purpose, which they report; and on one loop, since it is slow. racecheck and initcheck look at the kernels' own accesses.
 TOOL ?= memcheck
-sanitize: gpu-ready ## on a GPU machine: laws, graphs and results under compute-sanitizer (TOOL=memcheck, racecheck, initcheck)
+SANITIZED ?= tests/gpu/test_cuda_laws.py tests/gpu/test_cuda_graphs.py tests/test_results.py
+sanitize: gpu-ready ## on a GPU machine: laws, graphs and results under compute-sanitizer (TOOL=memcheck, racecheck, initcheck; SANITIZED=files)
 	compute-sanitizer --tool $(TOOL) --report-api-errors no --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu tests/gpu/test_cuda_laws.py tests/gpu/test_cuda_graphs.py tests/test_results.py \
+		$(PYTHON) -m pytest -m gpu $(SANITIZED) \
 		-k "not uvloop and not debug and not eager and not b1_ and not b3_ and not b14_ and not abandoned and not fault \
 		and not captured" $(PYTESTARGS)
 

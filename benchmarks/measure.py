@@ -197,7 +197,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "aiotrt": aiotrt.__version__,
         **{name: _version(name) for name in ("torch", "onnxruntime", "uvloop", "cuda-bindings", "numpy")},
-        **{name: version for name in ("numba-cuda", "tensorrt-rtx", "torchvision") if (version := _version(name))},
+        **{
+            name: version
+            for name in ("numba-cuda", "tensorrt-rtx", "polygraphy", "torchvision", "timm", "rfdetr")
+            if (version := _version(name))
+        },
         "gpu": None,
     }
     if torch.cuda.is_available():

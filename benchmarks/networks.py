@@ -57,21 +57,20 @@ class Network:
         """Build its engine in `folder`.
 
         Raises:
-            MissingError: what it is made from is not installed.
+            MissingError: what it is made from, or what exports or builds it, is not installed.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporter, converter and the networks' packages warn of their own future
             try:
-                source = self.onnx(folder)
+                return aiotrt.build(
+                    self.onnx(folder),
+                    folder / f"{self.name}.engine",
+                    runtime="tensorrt_rtx",
+                    precision=self.precision,
+                    profiles=[{"x": profile} for profile in self.profiles],
+                )
             except (ImportError, FileNotFoundError) as error:
                 raise MissingError(f"{self.name}: {error}") from error
-            return aiotrt.build(
-                source,
-                folder / f"{self.name}.engine",
-                runtime="tensorrt_rtx",
-                precision=self.precision,
-                profiles=[{"x": profile} for profile in self.profiles],
-            )
 
     def example(self, seed: int, shape: Shape | None = None) -> Array:
         """Random numbers as its input."""

@@ -6,14 +6,16 @@ import asyncio
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import bench_stages, suite, tables, waits
+from aiotrt.errors import MissingDependencyError
+from benchmarks import bench_stages, bench_tensorrt, suite, tables, waits
 from benchmarks.bench_completion import COMPLETION, THROUGHPUT
 from benchmarks.bench_endurance import ENDURANCE
 from benchmarks.bench_host_input import AIOTRT, HOST_INPUT, JUDGED, LOOP
@@ -22,6 +24,7 @@ from benchmarks.bench_loop_lag import LOOP_LAG
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import CudaProbe, Stamps
 from benchmarks.measure import Spread, as_record, write
+from benchmarks.networks import NETWORKS, Network
 from benchmarks.rows import MEETS, Row, Run
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
@@ -86,6 +89,42 @@ def test_several_parts_run_in_processes_of_their_own(tmp_path: Path, capfd: pyte
     printed = capfd.readouterr().out
     assert "== stages: " in printed
     assert "skipped: tensorrt takes CUDA" in printed
+
+
+def test_a_network_that_is_missing_or_fails_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the TensorRT part, as far as it goes without a GPU: which packages are there differs from machine to machine."""
+    pytest.importorskip("tensorrt_rtx", reason="the version that is written down is this package's")
+
+    def missing(_: Path) -> Path:
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    def no_builder(_: Path) -> Path:
+        raise MissingDependencyError("to build an engine takes TensorRT")
+
+    def broken(_: Path) -> Path:
+        raise RuntimeError("the exporter gave up")
+
+    def network(name: str, onnx: Callable[[Path], Path]) -> Network:
+        return Network(name, onnx, np.float32, None, (), ((1, 3),), (1, 3))
+
+    networks = [network("vit", missing), network("resnet50", no_builder), network("rfdetr", broken)]
+    assert list(NETWORKS) == ["detector", "recogniser", "resnet50", "vit", "rfdetr"]
+    monkeypatch.setattr(bench_tensorrt, "NETWORKS", {entry.name: entry for entry in networks})
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        patch.setattr("benchmarks.measure.machine", dict)
+        with pytest.raises(SystemExit) as caught:
+            bench_tensorrt.main(["--quick", "--out", str(tmp_path)])
+    assert caught.value.code == "FAILED: rfdetr: RuntimeError: the exporter gave up\n"
+    record = json.loads((tmp_path / "tensorrt.json").read_text())
+    assert record["skipped"] == {
+        "vit": {"all": "vit: No module named 'timm'"},
+        "resnet50": {"all": "resnet50: to build an engine takes TensorRT"},
+    }
+    assert record["failed"] == {"rfdetr": "RuntimeError: the exporter gave up"}
+    assert "not measured: vit, all: vit: No module named 'timm'" in capsys.readouterr().out
 
 
 def test_stages_add_up(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import aiotrt
+from tests.building.models import external
 from tests.tools import Affine, frame
 
 FLOAT, STRING = onnx.TensorProto.FLOAT, onnx.TensorProto.STRING
@@ -79,6 +80,8 @@ async def test_files_that_are_no_engines(tmp_path: Path) -> None:
     folder = tmp_path / "folder.onnx"
     folder.mkdir()
     await cannot_load(folder, aiotrt.EngineError, str(folder), "is a directory")
+    inside = empty / "model.onnx"
+    await cannot_load(inside, aiotrt.EngineError, str(inside), "cannot be read: Not a directory")
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"x")
     await cannot_load(weights, aiotrt.EngineError, str(weights), "'.safetensors'", ".onnx, .engine or .plan")
@@ -93,20 +96,24 @@ async def test_damaged_files(tmp_path: Path) -> None:
     garbage.write_bytes(np.random.default_rng(0).bytes(5000))
     text.write_text("version https://git-lfs.github.com/spec/v1\n")
     await cannot_load(garbage, aiotrt.EngineError, str(garbage), "5,000 bytes")
-    await cannot_load(text, aiotrt.EngineError, str(text))
+    await cannot_load(text, aiotrt.EngineError, str(text), "git lfs pull", "copy it again")
     whole = detector().read_bytes()
     for size in (1, 1000, len(whole) // 2, len(whole) - 1):
         cut = tmp_path / f"cut{size}.onnx"
         cut.write_bytes(whole[:size])
         await cannot_load(cut, aiotrt.EngineError, str(cut), f"{size:,} bytes")
+    without = external(tmp_path / "without.onnx")
+    (tmp_path / "weights.bin").unlink()
+    await cannot_load(without, aiotrt.EngineError, str(without), "weights.bin", "with the files of its weights")
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("suffix", [".engine", ".plan", ".ENGINE"])
 async def test_tensorrt_engines_say_what_to_do_instead(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
-    path.write_bytes(b"ftrt")
-    await cannot_load(path, aiotrt.EngineError, path.name, "TensorRT", ".onnx", "device='host'")
+    path.write_bytes(b"ftrt" + bytes(100))
+    gpu = "device='cuda'" if torch.cuda.is_available() else "torch sees none here"
+    await cannot_load(path, aiotrt.EngineError, path.name, "TensorRT", gpu, ".onnx", "device='host'")
 
 
 @pytest.mark.asyncio

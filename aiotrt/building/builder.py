@@ -231,4 +231,5 @@ def _describe(
         warnings=plan.warnings,
         seconds=round(seconds, 3),
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        layers=plan.layers,
     )

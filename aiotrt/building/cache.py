@@ -35,7 +35,8 @@ _REMEDY: Final = "Set AIOTRT_CACHE_DIR to a writable folder with room, or build 
 def cache_directory() -> Path:
     """Where built engines are kept: ``$AIOTRT_CACHE_DIR``, else ``aiotrt`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
 
-    Nothing is ever removed from it: delete it, or files in it, whenever no process is loading.
+    Beside them is what TensorRT-RTX compiled for engines (``.kernels``), of which the least recently used is removed when
+    there is much of it. Engines are never removed: delete the folder, or files in it, whenever no process is loading.
     """
     if own := os.environ.get("AIOTRT_CACHE_DIR"):
         return Path(own)

@@ -37,7 +37,7 @@ def check_readable(path: Path) -> None:
             raise EngineError(f"{path}: is a directory; name the file in it")
         with path.open("rb") as file:
             if not file.read(1):
-                raise EngineError(f"{path}: the file is empty")
+                raise EngineError(f"{path}: the file is empty; copy or make it again")
     except FileNotFoundError:
         raise EngineError(f"{path}: there is no such file") from None
     except OSError as error:

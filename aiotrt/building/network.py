@@ -57,6 +57,7 @@ class Plan:
         sha256: in hexadecimal.
         inputs: ``name``, ``dtype`` and ``shape`` of each.
         outputs: likewise.
+        layers: ``name`` and ``type`` of each layer of the network, as the builder took them and before it fused any.
         warnings: the builder's last ones.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     sha256: str
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
+    layers: list[dict[str, str]]
     warnings: list[str]
 
 
@@ -140,6 +142,7 @@ class _Build:
         network = self._parse(model, recipe.precision)
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        layers = [_layer(network.get_layer(i)) for i in range(network.num_layers)]
         check_profiles(str(self._path), [_dynamic(tensor) for tensor in inputs], recipe.profiles)
 
         config = self._made("a configuration", self._builder.create_builder_config)
@@ -169,8 +172,14 @@ class _Build:
                 write_timings(memoryview(timings.serialize()))
         data = memoryview(engine)
         write(data)
-        warnings = self._log.since(self._mark)
-        return Plan(data.nbytes, hashlib.sha256(data).hexdigest(), _records(inputs), _records(outputs), warnings)
+        return Plan(
+            size=data.nbytes,
+            sha256=hashlib.sha256(data).hexdigest(),
+            inputs=_records(inputs),
+            outputs=_records(outputs),
+            layers=layers,
+            warnings=self._log.since(self._mark),
+        )
 
     def _parse(self, model: onnx.ModelProto, precision: str | None) -> Any:
         trt = self._product.module
@@ -249,6 +258,10 @@ def _dynamic(tensor: Any) -> Dynamic:
     shape = tuple(tensor.shape)
     symbols = tuple(tensor.get_dimension_name(i) or None for i in range(len(shape)))
     return Dynamic(tensor.name, tuple(None if extent < 0 else extent for extent in shape), symbols, tensor.is_shape_tensor)
+
+
+def _layer(layer: Any) -> dict[str, str]:
+    return {"name": layer.name, "type": layer.type.name.lower()}
 
 
 def _records(tensors: Iterable[Any]) -> list[dict[str, Any]]:

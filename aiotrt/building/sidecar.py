@@ -40,6 +40,8 @@ class Sidecar:
         seconds: how long the builder took.
         date: UTC, ISO 8601.
         format: the layout of this record.
+        layers: ``name`` and ``type`` of each layer of the network, before the builder fused any; records that were written
+            before there were layers in them have none.
     """
 
     engine: Mapping[str, Any]
@@ -59,6 +61,7 @@ class Sidecar:
     seconds: float
     date: str
     format: int = FORMAT
+    layers: Sequence[Mapping[str, str]] = ()  # last, for there may be thousands
 
     def __str__(self) -> str:
         where = f" on {self.gpu['name']}" if self.gpu else ""

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +20,7 @@ from aiotrt.cli.tables import open_console, show
 from aiotrt.devices import open_device
 from aiotrt.engines import EngineOptions, open_engine
 from aiotrt.engines.tensorrt import TensorRTEngine
-from aiotrt.engines.tensorrt_plan import read_plan
+from aiotrt.engines.tensorrt_plan import check_plan, read_plan
 from aiotrt.errors import EngineError
 from aiotrt.tensors import TensorSpec
 
@@ -37,8 +37,8 @@ examples:
 """
 #: Enough for a plan's head, and for the text that Ultralytics puts before it.
 _HEAD: Final = (1 << 20) + 4096
-#: Operators shown in the table; --json has all.
-_OPERATORS: Final = 8
+#: Kinds of operators and of layers shown in the table; --json has all.
+_KINDS: Final = 8
 #: Layers shown in the table; --json has all.
 _LAYERS: Final = 8
 
@@ -60,6 +60,9 @@ def register(
     parser.add_argument(
         "--load", action="store_true", help="have TensorRT load an engine on this GPU, and say what only it can tell"
     )
+    parser.add_argument(
+        "--allow-host-code", action="store_true", help="with --load: run host code inside the engine, if you trust it"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=run)
 
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Describe the file."""
     facts = describe(arguments.file)
     if arguments.load:
-        facts["loaded"] = describe_loaded(arguments.file)
+        facts["loaded"] = describe_loaded(arguments.file, allow_host_code=arguments.allow_host_code)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -119,10 +122,7 @@ def _describe_engine(path: Path) -> dict[str, Any]:
     plan, size = read_plan(head), path.stat().st_size
     if plan.product is None:
         raise EngineError(f"{path}: neither an ONNX file (.onnx) nor a TensorRT engine{foreign(head)}")
-    if plan.size is not None and size - plan.offset < plan.size:
-        raise EngineError(
-            f"{path}: the engine is cut short: {size - plan.offset:,} of {plan.size:,} bytes; copy or build it again"
-        )
+    check_plan(path, plan, head, size)
     sidecar = check_sidecar(path)
     return {
         "kind": "engine",
@@ -137,8 +137,12 @@ def _describe_engine(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_loaded(path: Path) -> dict[str, Any]:
+def describe_loaded(path: Path, *, allow_host_code: bool = False) -> dict[str, Any]:
     """What TensorRT tells of an engine that it has loaded on torch's current GPU.
+
+    Args:
+        path: the engine.
+        allow_host_code: whether code for the host inside it may run.
 
     Raises:
         EngineError: it is not an engine, or cannot be loaded here.
@@ -148,7 +152,7 @@ def describe_loaded(path: Path) -> dict[str, Any]:
         raise EngineError(f"{path}: --load is for engines; an ONNX file tells all there is without")
     if not torch.cuda.is_available():
         raise EngineError(f"{path}: --load needs an NVIDIA GPU, and torch sees none here")
-    engine = open_engine(path, open_device("cuda"), EngineOptions())
+    engine = open_engine(path, open_device("cuda"), EngineOptions(allow_host_code=allow_host_code))
     assert isinstance(engine, TensorRTEngine)
     try:
         return {
@@ -211,10 +215,7 @@ def _onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     total = sum(facts["parameters"].values())
     split = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters"].items())
     rows.append(("parameters", f"{total:,} ({split})" if split else "0"))
-    operators = list(facts["operators"].items())
-    common = ", ".join(f"{name} {count}" for name, count in operators[:_OPERATORS])
-    rest = f", and {len(operators) - _OPERATORS} more kinds" if len(operators) > _OPERATORS else ""
-    rows.append(("nodes", f"{facts['nodes']:,} ({common}{rest})"))
+    rows.append(("nodes", f"{facts['nodes']:,} ({_commonest(facts['operators'])})"))
     rows += [(f"meta {key}", _short(value)) for key, value in facts["metadata"].items()]
     rows += [("when built", line) for line in facts["mended_when_built"]]
     return rows
@@ -222,10 +223,8 @@ def _onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     title = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[facts["product"]]
-    rows = [
-        ("file", f"{facts['file']}, {_size(facts['size'])}"),
-        ("written by", f"{title} {facts['version'] or 'of unknown version'}"),
-    ]
+    version = facts["version"] or "of unknown version: its header is older or newer than aiotrt knows, or damaged"
+    rows = [("file", f"{facts['file']}, {_size(facts['size'])}"), ("written by", f"{title} {version}")]
     if facts["capabilities"]:
         rows.append(("for GPUs", ", ".join(facts["capabilities"])))
     rows += [(f"meta {key}", _short(value)) for key, value in facts["metadata"].items()]
@@ -245,6 +244,15 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return rows
     if loaded is None:
         rows += _border_rows(record)
+        rows.append(("memory", "of a slot: only TensorRT on a GPU can tell; there, add --load"))
+    if record["layers"]:
+        kinds = collections.Counter(layer["type"] for layer in record["layers"])
+        rows.append(
+            (
+                "network",
+                f"{kinds.total():,} layer{'s' * (kinds.total() > 1)} before the builder fused any ({_commonest(kinds)})",
+            )
+        )
     rows.append(("precision", record["precision"] or "as in the ONNX file"))
     source, gpu = record["source"], record["gpu"]
     rows.append(("built from", f"{source['file']}, SHA-256 {source['sha256'][:16]}..."))
@@ -270,6 +278,13 @@ def _tensor_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         for label, key in (("input", "inputs"), ("output", "outputs"))
         for tensor in facts[key]
     ]
+
+
+def _commonest(counts: Mapping[str, int]) -> str:
+    """The commonest of some kinds."""
+    kinds = sorted(counts.items(), key=lambda kind: -kind[1])
+    more = f", and {len(kinds) - _KINDS} more kinds" if len(kinds) > _KINDS else ""
+    return ", ".join(f"{name} {count:,}" for name, count in kinds[:_KINDS]) + more
 
 
 def _extents(shape: Sequence[int | str | None] | None) -> str:

@@ -12,7 +12,8 @@ from typing import TypeGuard
 import torch
 
 from aiotrt.building import cached_engine, check_sidecar
-from aiotrt.building.files import digest
+from aiotrt.building.builder import device_index, gpu_record
+from aiotrt.building.files import check_readable, digest
 from aiotrt.building.profiles import ProfileArgument
 from aiotrt.devices.base import Device
 from aiotrt.engines.base import Engine, Execution
@@ -65,20 +66,15 @@ def open_engine(source: object, device: Device, options: EngineOptions) -> Engin
         options: see there.
 
     Raises:
-        EngineError: the file is missing, empty, a directory, of an unknown kind, damaged, not the one that its checksum or
-            the record beside it names, or for something else than this device.
+        EngineError: the file is missing, empty, a directory, not readable, of an unknown kind, damaged, not the one that its
+            checksum or the record beside it names, or for something else than this device.
         InputError: an ONNX file cannot be built with these options.
         MissingDependencyError: a package is missing that this kind of engine needs.
     """
     if not is_file(source):
         return ModuleEngine(source, device)
     path = Path(source)
-    if not path.exists():
-        raise EngineError(f"{path}: there is no such file")
-    if path.is_dir():
-        raise EngineError(f"{path}: is a directory; name the engine file in it")
-    if path.stat().st_size == 0:
-        raise EngineError(f"{path}: the file is empty")
+    check_readable(path)
     suffix = path.suffix.lower()
     if suffix == ".onnx":
         if options.sha256 is not None and digest([path]) != options.sha256.lower():
@@ -93,7 +89,7 @@ def open_engine(source: object, device: Device, options: EngineOptions) -> Engin
         return _open_tensorrt(built, device, EngineOptions(runtime=options.runtime))
     if suffix in (".engine", ".plan"):
         if device.torch_device.type == "cuda":
-            check_sidecar(path)
+            check_sidecar(path, gpu=gpu_record(device_index(device.torch_device)))
         return _open_tensorrt(path, device, options)
     raise EngineError(f"{path}: unknown kind of file {suffix!r}; expected .onnx, .engine or .plan")
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from aiotrt.building.files import foreign
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError, MissingDependencyError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec, numpy_view
@@ -58,8 +59,12 @@ class OnnxEngine:
         try:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the binding raises many unrelated classes for one and the same: a bad file
-            size = path.stat().st_size
-            raise EngineError(f"{path}: ONNX Runtime cannot load this file ({size:,} bytes): {error}") from error
+            with path.open("rb") as file:
+                kind = foreign(file.read(64))
+            raise EngineError(
+                f"{path}: ONNX Runtime cannot load this file ({path.stat().st_size:,} bytes){kind}: {error}; "
+                "copy it again, with the files of its weights if it has any, or export it again"
+            ) from error
         self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
 

@@ -31,7 +31,7 @@ from aiotrt.engines.tensorrt_api import (
 )
 from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution, Values, Workspace
 from aiotrt.engines.tensorrt_kernels import Kernels
-from aiotrt.engines.tensorrt_plan import Plan, read_plan
+from aiotrt.engines.tensorrt_plan import HEADER_BYTES, check_plan, read_plan
 from aiotrt.engines.tensorrt_runtime import Product, open_product
 from aiotrt.errors import EngineError, InputError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec
@@ -90,11 +90,12 @@ class TensorRTEngine:
         self._config: RuntimeConfig | None = None  # TensorRT-RTX only; shared by all contexts
         data = _read(path, sha256)
         self.plan = read_plan(data)
-        _check_size(path, self.plan, len(data))
+        check_plan(path, self.plan, data[:HEADER_BYTES], len(data))
         if require_cuda and (device.torch_device.type != "cuda" or not torch.cuda.is_available()):
+            where = "and torch sees none here" if not torch.cuda.is_available() else "so load it with device='cuda'"
             raise EngineError(
-                f"{path}: TensorRT engines run on CUDA devices, and this model's device is {device.name}; "
-                "load it with device='cuda', or load the .onnx file it was built from with device='host'"
+                f"{path}: TensorRT engines run on CUDA devices, {where}; on the host, load the .onnx file that it was built "
+                f"from with device='host' (this model's device is {device.name})"
             )
         self._product: Product = open_product(path, self.plan, runtime, runtime_module)
         self.runtime = f"{self._product.name} {self._product.version}"
@@ -244,19 +245,20 @@ class TensorRTEngine:
         if not self._product.specializes:
             return self._product.must(what, lambda: engine.create_execution_context(strategy))
         if self._config is None:
-            self._config = self._configuration(engine, cast("RtxApi", api), strategy)
+            made = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
+            configuring = f"{self._path}: configuring the runtime"
+            self._product.ask(configuring, lambda: self._configure(made, cast("RtxApi", api), strategy))
+            self._config = made
         config = self._config
         return self._product.must(what, lambda: engine.create_execution_context(config))
 
-    def _configuration(self, engine: CudaEngine, api: RtxApi, strategy: Enumerator) -> RuntimeConfig:
-        """How TensorRT-RTX makes contexts."""
-        config = self._product.must(f"{self._path}: creating a runtime configuration", engine.create_runtime_config)
+    def _configure(self, config: RuntimeConfig, api: RtxApi, strategy: Enumerator) -> None:
+        """Say how TensorRT-RTX makes contexts."""
         config.set_execution_context_allocation_strategy(strategy)
         # Else it compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._kernels is not None:
             self._kernels.attach(config)
-        return config
 
 
 def _read(path: Path, sha256: str | None) -> bytes:
@@ -267,23 +269,13 @@ def _read(path: Path, sha256: str | None) -> bytes:
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
     if not data:
-        raise EngineError(f"{path}: the file is empty")
+        raise EngineError(f"{path}: the file is empty; copy or build it again")
     if sha256 is not None and (digest := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise EngineError(
             f"{path}: its SHA-256 is {digest}, expected {sha256.lower()}; it is damaged or somebody changed it, "
             "and it was not loaded"
         )
     return data
-
-
-def _check_size(path: Path, plan: Plan, nbytes: int) -> None:
-    got = nbytes - plan.offset
-    if plan.size is not None and plan.size != got:
-        damage = "truncated" if got < plan.size else "damaged, or something was appended to it"
-        raise EngineError(
-            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, and it has {got:,}; "
-            "copy or build it again"
-        )
 
 
 def _profile(engine: CudaEngine, index: int, inputs: Sequence[str], host: frozenset[str]) -> Profile:

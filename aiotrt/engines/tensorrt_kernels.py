@@ -7,7 +7,9 @@ that machine. The file is TensorRT's own format, which it checks against product
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Final
@@ -20,13 +22,15 @@ from aiotrt.errors import EngineError
 __all__ = ["Kernels"]
 
 _log: Final = logging.getLogger("aiotrt")
+#: Bytes of compiled kernels that are kept, of all engines together.
+ROOM: Final = 4 << 30
 
 
 class Kernels:
     """The compiled kernels of one engine.
 
-    They are kept in `cache_directory`, under the engine's name and checksum. A file that cannot be read or written costs
-    time and nothing else, so it is only logged.
+    They are kept in `cache_directory`, under the engine's name and checksum, and those that were used least recently are
+    removed past `ROOM`. A file that cannot be read or written costs time and nothing else, so it is only logged.
 
     Args:
         path: the engine's file.
@@ -45,6 +49,7 @@ class Kernels:
         self._cache = config.create_runtime_cache()
         try:
             kept = self._file.read_bytes()
+            os.utime(self._file)  # used now
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -63,13 +68,18 @@ class Kernels:
         with self._lock:
             if self._cache is None:
                 return
-            compiled = bytes(self._cache.serialize())
+            try:
+                compiled = bytes(self._cache.serialize())
+            except Exception as error:  # the bindings raise many unrelated classes, or give None
+                _log.warning("%s: TensorRT does not tell what it compiled, which is not kept: %s", self._path, error)
+                return
             if compiled == self._kept:
                 return
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with replacing(self._file) as write:
                     write(compiled)
+                _make_room(self._file)
             except (EngineError, OSError) as error:
                 _log.warning("%s: its compiled kernels are not kept for the next time: %s", self._path, error)
             self._kept = compiled
@@ -78,3 +88,21 @@ class Kernels:
         """The engine is going."""
         with self._lock:
             self._cache = None
+
+
+def _make_room(newest: Path) -> None:
+    """Remove the kernels that were used least recently, past `ROOM`; never the newest.
+
+    Who uses a file that is removed has read it, so this costs the next process time, and nobody else anything.
+    """
+    files = []
+    for file in newest.parent.glob("*.kernels"):
+        with contextlib.suppress(FileNotFoundError):  # another process made room too
+            status = file.stat()
+            files.append((status.st_mtime_ns, status.st_size, file))
+    total = 0
+    for _, nbytes, file in sorted(files, reverse=True):
+        total += nbytes
+        if total > ROOM and file != newest:
+            file.unlink(missing_ok=True)
+            _log.info("%s: removed, as kernels that were used more recently take up the room there is", file)

@@ -22,15 +22,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-__all__ = ["HEADER_BYTES", "Plan", "read_plan"]
+from aiotrt.building.files import foreign
+from aiotrt.errors import EngineError
+
+__all__ = ["HEADER_BYTES", "Plan", "check_plan", "read_plan"]
 
 HEADER_BYTES: Final = 64
 _MAX_METADATA: Final = 1 << 20
 _RTX: Final = b"vtrt"
-_TENSORRT: Final = b"ftrt"
 _OLD: Final = b"ptrt"
+_PRODUCTS: Final = {_RTX: "tensorrt_rtx", b"ftrt": "tensorrt", _OLD: "tensorrt"}
 _CAPABILITIES: Final = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")  # by bit, of TensorRT-RTX
 
 
@@ -66,17 +70,45 @@ def read_plan(data: bytes | memoryview) -> Plan:
     offset = _metadata(data)
     header = bytes(data[offset : offset + HEADER_BYTES])
     tag = header[:4]
-    if len(header) < 28 or header[4:8] != bytes(4):
-        return Plan("tensorrt" if tag == _OLD else None, None, offset=offset)
+    product = _PRODUCTS.get(tag)
+    # Another serialisation has another layout, or the header is damaged.
+    if product is None or tag == _OLD or len(header) < 36 or header[4:8] != bytes(4):
+        return Plan(product, None, offset=offset)
     version = ".".join(map(str, header[24:28]))
-    if tag == _RTX:
-        size = int.from_bytes(header[16:24], "little")
-        bits = int.from_bytes(header[32:36], "little")
-        capabilities = tuple(name for i, name in enumerate(_CAPABILITIES) if bits >> i & 1)
-        return Plan("tensorrt_rtx", version, size, offset, capabilities)
-    if tag == _TENSORRT:
-        return Plan("tensorrt", version, offset=offset)
-    return Plan("tensorrt" if tag == _OLD else None, None, offset=offset)
+    if tag != _RTX:
+        return Plan(product, version, offset=offset)
+    size = int.from_bytes(header[16:24], "little")
+    bits = int.from_bytes(header[32:36], "little")
+    capabilities = tuple(name for i, name in enumerate(_CAPABILITIES) if bits >> i & 1)
+    return Plan(product, version, size, offset, capabilities)
+
+
+def check_plan(path: Path, plan: Plan, head: bytes, nbytes: int) -> None:
+    """Refuse what TensorRT need not even look at.
+
+    Args:
+        path: the file, for messages.
+        plan: its header.
+        head: its first bytes.
+        nbytes: how many it has.
+
+    Raises:
+        EngineError: it is a well-known kind of other file, truncated, or longer than its header says.
+    """
+    if plan.product is None and (kind := foreign(head)):
+        raise EngineError(f"{path}: not a TensorRT engine{kind}")
+    got = nbytes - plan.offset
+    if plan.product is not None and got < HEADER_BYTES:
+        raise EngineError(
+            f"{path}: the file is truncated: the header of an engine alone has {HEADER_BYTES} bytes, and it has {got:,}; "
+            "copy or build it again"
+        )
+    if plan.size is not None and plan.size != got:
+        damage = "truncated" if got < plan.size else "damaged, or something was appended to it"
+        raise EngineError(
+            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, and it has {got:,}; "
+            "copy or build it again"
+        )
 
 
 def _metadata(data: bytes | memoryview) -> int:

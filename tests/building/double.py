@@ -42,19 +42,30 @@ class Tensor:
         return self._dims[i].dim_param or None
 
 
+class Layer:
+    def __init__(self, node: onnx.NodeProto) -> None:
+        self.name = f"node_of_{node.output[0]}"
+        self.type = types.SimpleNamespace(name=node.op_type.upper())
+
+
 class Network:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.layers: list[Layer] = []
 
     num_inputs = property(lambda self: len(self.inputs))
     num_outputs = property(lambda self: len(self.outputs))
+    num_layers = property(lambda self: len(self.layers))
 
     def get_input(self, i: int) -> Tensor:
         return self.inputs[i]
 
     def get_output(self, i: int) -> Tensor:
         return self.outputs[i]
+
+    def get_layer(self, i: int) -> Layer:
+        return self.layers[i]
 
 
 class ParserError:
@@ -84,6 +95,7 @@ class OnnxParser:
         graph = onnx.load_model_from_string(data).graph
         self._network.inputs = [Tensor(value) for value in graph.input]
         self._network.outputs = [Tensor(value) for value in graph.output]
+        self._network.layers = [Layer(node) for node in graph.node]
         return True
 
     def get_error(self, i: int) -> ParserError:

@@ -66,6 +66,49 @@ def external(path: Path, size: int = 64) -> Path:
     return matmul(path, size, save_as_external_data=True, location="weights.bin", size_threshold=0)
 
 
+def reshape(path: Path) -> Path:
+    """``y = x.reshape(size)``: the network reads its input `size` as a shape."""
+    return _save_graph(
+        path,
+        [helper.make_node("Reshape", ["x", "size"], ["y"])],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, (4, 6)),
+            helper.make_tensor_value_info("size", TensorProto.INT64, (2,)),
+        ],
+        (None, None),
+    )
+
+
+def loop(path: Path, times: int = 3) -> Path:
+    """``y = x * 2 ** times``, in a loop."""
+    scalars = {"i": TensorProto.INT64, "more": TensorProto.BOOL}
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["more"], ["again"]), helper.make_node("Add", ["a", "a"], ["twice"])],
+        "body",
+        [*(helper.make_tensor_value_info(name, kind, ()) for name, kind in scalars.items()), _float("a", (4,))],
+        [helper.make_tensor_value_info("again", TensorProto.BOOL, ()), _float("twice", (4,))],
+    )
+    constants = [numpy_helper.from_array(np.array(times), "times"), numpy_helper.from_array(np.array(True), "yes")]
+    node = helper.make_node("Loop", ["times", "yes", "x"], ["y"], body=body)
+    return _save_graph(path, [node], [_float("x", (4,))], (4,), constants)
+
+
+def _float(name: str, shape: Shape) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _save_graph(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    output: Shape,
+    constants: Sequence[onnx.TensorProto] = (),
+) -> Path:
+    graph = helper.make_graph(nodes, "graph", inputs, [_float("y", output)], list(constants))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def run(program: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start a program in another process of this interpreter."""
     command = [sys.executable, "-c", program, *map(str, arguments)]

@@ -11,7 +11,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -67,6 +66,7 @@ def test_static_shapes_need_no_profile(tmp_path: Path) -> None:
     assert sidecar is not None
     assert sidecar.profiles == []
     assert sidecar.inputs == [{"name": "x", "dtype": "float32", "shape": [2, 8]}]
+    assert [layer["type"] for layer in sidecar.layers] == ["activation"]
     assert json.loads(sidecar_path(out).read_text())["source"]["file"] == "a.onnx"
 
 
@@ -99,19 +99,15 @@ def test_external_data(tmp_path: Path) -> None:
 
 def test_an_input_that_is_read_as_a_shape(tmp_path: Path) -> None:
     """Its profile gives values."""
-    graph = helper.make_graph(
-        [helper.make_node("Reshape", ["x", "size"], ["y"])],
-        "graph",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, (4, 6)),
-            helper.make_tensor_value_info("size", TensorProto.INT64, (2,)),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (None, None))],
-    )
-    path = tmp_path / "a.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    path = models.reshape(tmp_path / "a.onnx")
     build(path, tmp_path / "a.engine", profiles={"size": ((1, 1), (4, 6), (24, 24))})
     refused(InputError, path, tmp_path / "b.engine", "'size' (2)", 'profiles=[{"size": ')
+
+
+def test_a_loop(tmp_path: Path) -> None:
+    sidecar = check_sidecar(build(models.loop(tmp_path / "a.onnx"), tmp_path / "a.engine"))
+    assert sidecar is not None
+    assert {"trip_limit", "recurrence", "loop_output"} <= {layer["type"] for layer in sidecar.layers}
 
 
 def test_precision_none_keeps_the_files_types(tmp_path: Path) -> None:

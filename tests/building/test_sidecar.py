@@ -93,6 +93,17 @@ def test_entries_of_a_later_aiotrt_are_passed_over(tmp_path: Path) -> None:
     assert check_sidecar(engine) is not None
 
 
+def test_a_record_that_an_earlier_aiotrt_wrote(tmp_path: Path) -> None:
+    engine = make(tmp_path)
+    entries = json.loads(sidecar_path(engine).read_text())
+    assert list(entries)[-1] == "layers", "last, since it is long and not what one opens the file for"
+    del entries["layers"]
+    sidecar_path(engine).write_text(json.dumps(entries))
+    sidecar = check_sidecar(engine)
+    assert sidecar is not None
+    assert sidecar.layers == ()
+
+
 def test_another_product_or_gpu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"by TensorRT 10\.9\.0\.34 on NVIDIA L4 .*, and TensorRT-RTX is to run it"):
         check_sidecar(make(tmp_path), product="tensorrt_rtx")

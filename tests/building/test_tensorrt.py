@@ -69,6 +69,7 @@ def test_it_builds_on_the_gpu_it_is_told_and_says_so(path: Path, version: str, t
         assert sidecar is not None
         assert sidecar.gpu == {"name": f"GPU {index}", "compute_capability": "8.9"}
         assert sidecar.version == version
+        assert sidecar.layers == [{"name": "node_of_y", "type": "relu"}]
     assert "workspace 1073741824" in double.World.said
     with pytest.raises(InputError, match="builds for the GPU it runs on"):
         build(path, out, profiles=SHAPES, compute_capabilities=["sm89"])
@@ -152,6 +153,7 @@ def test_the_double_has_no_names_that_tensorrt_lacks() -> None:
     pairs = [
         (double.ILogger, trt.ILogger),
         (double.Tensor, trt.ITensor),
+        (double.Layer, trt.ILayer),
         (double.Network, trt.INetworkDefinition),
         (double.ParserError, trt.ParserError),
         (double.OnnxParser, trt.OnnxParser),

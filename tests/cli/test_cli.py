@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -18,6 +19,8 @@ from aiotrt.building import check_sidecar
 from aiotrt.cli import main
 from aiotrt.cli.build import parse_profile, parse_size
 from aiotrt.devices import open_device
+from aiotrt.engines import EngineOptions
+from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.errors import InputError
 from tests.building import models
 from tests.tensorrt.tools import PROFILES, double_on, engine_of, save
@@ -207,9 +210,15 @@ def test_inspect_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = capsys.readouterr().out
     for text in ("TensorRT-RTX 1.", "SM89", "x: float32 (*, 8)", "x: (1, 8) to (4, 8), usually (2, 8)", "a.onnx, SHA-256"):
         assert text in table
+    assert "memory      of a slot: only TensorRT on a GPU can tell; there, add --load" in table
+    assert "network     1 layer before the builder fused any (activation 1)" in table
     assert not any(line.endswith(" ") for line in table.splitlines())
     assert main(["inspect", str(tmp_path / "a.engine"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["record"]["profiles"] == [{"x": [[1, 8], [2, 8], [4, 8]]}]
+    record = json.loads(capsys.readouterr().out)["record"]
+    assert record["profiles"] == [{"x": [[1, 8], [2, 8], [4, 8]]}]
+    (layer,) = record["layers"]
+    assert layer["name"]
+    assert layer["type"] == "activation"
 
 
 def test_inspect_engines_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +247,11 @@ def test_inspect_what_only_tensorrt_tells(
     assert "add --load" in capsys.readouterr().out
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("aiotrt.cli.inspect.open_device", lambda name: open_device("host"))
-    monkeypatch.setattr("aiotrt.cli.inspect.open_engine", lambda path, device, options: engine_of(path, double))
+
+    def open_engine(path: Path, device: object, options: EngineOptions) -> TensorRTEngine:
+        return engine_of(path, double, allow_host_code=options.allow_host_code)
+
+    monkeypatch.setattr("aiotrt.cli.inspect.open_engine", open_engine)
     assert main(["inspect", str(path), "--load"]) == 0
     table = capsys.readouterr().out
     for text in (
@@ -252,6 +265,9 @@ def test_inspect_what_only_tensorrt_tells(
     loaded = json.loads(capsys.readouterr().out)["loaded"]
     assert loaded["profiles"][0] == {"x": [[1, 3], [2, 3], [4, 3]]}
     assert (loaded["slot_memory"], loaded["layers"], loaded["layer_names"]) == (192, 1, ["compute y"])
+    save(path, double, dataclasses.replace(PROFILES, host_code=True))
+    assert "contains host code" in failed(capsys, 1, "inspect", path, "--load")
+    assert main(["inspect", str(path), "--load", "--allow-host-code"]) == 0
 
 
 def test_inspect_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +286,16 @@ def test_inspect_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path.write_bytes(b"PK\x03\x04" + bytes(100))
     assert "zip archive" in failed(capsys, 1, "inspect", path)
     path.write_bytes(b"vtrt" + bytes(12) + (1000).to_bytes(8, "little") + bytes([1, 6, 1, 120]) + bytes(100))
-    assert "cut short: 128 of 1,000 bytes" in failed(capsys, 1, "inspect", path)
+    assert "truncated: its header (of TensorRT-RTX 1.6.1.120) says 1,000 bytes, and it has 128;" in failed(
+        capsys, 1, "inspect", path
+    )
+    path.write_bytes(path.read_bytes() + bytes(1000))
+    assert "appended" in failed(capsys, 1, "inspect", path)
+    path.write_bytes(b"vtrt\1" + bytes(100))
+    assert main(["inspect", str(path)]) == 0
+    assert "TensorRT-RTX of unknown version: its header is older or newer" in capsys.readouterr().out
+    path.write_bytes(b"vtrt")
+    assert "truncated: the header of an engine alone" in failed(capsys, 1, "inspect", path)
     (tmp_path / "b.onnx").write_bytes(b"garbage")
     assert "not an ONNX model" in failed(capsys, 1, "inspect", tmp_path / "b.onnx")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ import torch
 
 import aiotrt
 from aiotrt.devices import open_device
+from aiotrt.engines import tensorrt_kernels
 from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.engines.tensorrt_execution import TensorRTExecution
-from aiotrt.testing.tensorrt_double import Border, MisuseError, Network, TensorRTDouble
+from aiotrt.testing.tensorrt_double import (
+    Border,
+    MisuseError,
+    Network,
+    RuntimeCache,
+    RuntimeConfig,
+    TensorRTDouble,
+)
 from tests.tensorrt.tools import (
     AFFINE,
     MANY,
@@ -349,9 +358,11 @@ async def test_what_was_compiled_is_kept_for_the_next_process(
     assert kept.suffix == ".kernels"
     both = kept.read_bytes()
     assert both.count(b"(2, 3)") == both.count(b"(9, 3)") == 1
-    written = kept.stat().st_mtime_ns
+    written = kept.stat().st_ino
+    os.utime(kept, (1, 1))
     await run_once(path, double, device)
-    assert kept.stat().st_mtime_ns == written  # nothing was compiled that it did not have
+    assert kept.stat().st_ino == written  # nothing was compiled that it did not have
+    assert kept.stat().st_mtime > 1  # but it was used
     caplog.set_level("INFO", "aiotrt")
     kept.write_bytes(b"made for another GPU")
     await run_once(path, double, device)
@@ -368,6 +379,56 @@ async def test_a_cache_that_cannot_be_written_costs_time_only(
     double = double_on(device)
     await run_once(save(tmp_path / "x.engine", double, PROFILES), double, device)
     assert "not kept for the next time" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_compiled_kernels_that_were_used_least_recently_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(cache))
+    monkeypatch.setattr(tensorrt_kernels, "ROOM", 1000)
+    for age, name in enumerate(("lately.kernels", "before.kernels", "long_ago.kernels", "long_ago.engine")):
+        (cache / name).write_bytes(bytes(450))
+        os.utime(cache / name, (1000 - age, 1000 - age))
+    double = double_on("host")
+    path = save(tmp_path / "x.engine", double, PROFILES)
+    await run_once(path, double, "host")
+    names = {file.name.partition("-")[0] for file in cache.iterdir()}
+    assert names == {"x", "lately.kernels", "before.kernels", "long_ago.engine"}
+    monkeypatch.setattr(tensorrt_kernels, "ROOM", 1)
+    (own,) = cache.glob("x-*.kernels")
+    own.unlink()
+    await run_once(path, double, "host")
+    assert [file.name for file in cache.glob("*.kernels")] == [own.name]  # what is new is kept, however large
+
+
+@pytest.mark.asyncio
+async def test_kernels_that_tensorrt_does_not_tell_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda self: None)
+    double = double_on("host")
+    await run_once(save(tmp_path / "x.engine", double, PROFILES), double, "host")
+    assert "x.engine: TensorRT does not tell what it compiled" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.asyncio
+async def test_a_configuration_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not today")
+
+    double = double_on("host")
+    with loading(double):
+        async with aiotrt.load(save(tmp_path / "x.engine", double, AFFINE), device="host") as model:
+            with monkeypatch.context() as patch:
+                patch.setattr(RuntimeConfig, "create_runtime_cache", refuse)
+                with pytest.raises(aiotrt.EngineError, match=r"x\.engine: configuring the runtime failed: not today"):
+                    await model(rows(2))
+            np.testing.assert_array_equal(await model(rows(2)), rows(2) * 3 + 1)
 
 
 @pytest.mark.asyncio

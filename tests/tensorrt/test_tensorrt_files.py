@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import importlib
+import importlib.util
 import json
 import logging
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.building.sidecar import Sidecar, sidecar_path
 from aiotrt.devices import open_device
-from aiotrt.engines import Engine, Execution, tensorrt_runtime
-from aiotrt.engines.tensorrt_plan import HEADER_BYTES, read_plan
+from aiotrt.engines import Engine, EngineOptions, Execution, open_engine, tensorrt_runtime
+from aiotrt.engines.tensorrt_plan import HEADER_BYTES, Plan, read_plan
+from aiotrt.engines.tensorrt_runtime import open_product
 from aiotrt.testing.tensorrt_double import Border, Network, TensorRTDouble
 from tests.tensorrt.tools import AFFINE, MANY, PROFILES, affine, engine_of, save
 
@@ -86,8 +91,10 @@ def test_headers_of_tensorrt() -> None:
     assert read_plan(header.ljust(64, b"\1")).size is None
     assert read_plan(b"ptrt" + bytes(60)).product == "tensorrt"
     assert read_plan(b"ptrt" + bytes(60)).version is None
-    for data in (b"", b"ftrt", b"vtrt\1\0\0\0" + bytes(60), b"not an engine at all", bytes(64), b"\2\0\0\0{}"):
+    for data in (b"", b"ftr", b"not an engine at all", bytes(64), b"\2\0\0\0{}"):
         assert read_plan(data).product is None
+    newer = read_plan(b"vtrt\1\0\0\0" + bytes(60))  # of which the tag alone can be relied on
+    assert (newer.product, newer.version, newer.size) == ("tensorrt_rtx", None, None)
 
 
 def test_the_text_that_ultralytics_puts_before_the_plan(tmp_path: Path) -> None:
@@ -124,6 +131,9 @@ def test_missing_empty_and_truncated(tmp_path: Path) -> None:
     for size in (64, 100, len(data) - 1):
         path.write_bytes(data[:size])
         refused(path, double, "truncated", f"{len(data):,}", f"{size:,}", "again")
+    for size in (4, 63):
+        path.write_bytes(data[:size])
+        refused(path, double, "truncated", "64", f"has {size};", "again")
     path.write_bytes(data + b"more")
     refused(path, double, "appended")
     assert double.calls["deserialize_cuda_engine"] == 0
@@ -153,6 +163,55 @@ def test_foreign(tmp_path: Path) -> None:
     path = save(tmp_path / "full.plan", TensorRTDouble("tensorrt", "10.13.3.9"), AFFINE)
     refused(path, TensorRTDouble(), "written by TensorRT 10.13.3.9", "tensorrt_rtx cannot read", "aiotrt[tensorrt]")
     refused(path, TensorRTDouble(), "no runtime 'trt'", runtime="trt")
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [(b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"PK\3\4", "zip"), (b"<!DOCTYPE html>", "HTML")],
+)
+def test_files_of_a_well_known_kind_are_not_shown_to_tensorrt(tmp_path: Path, head: bytes, says: str) -> None:
+    double = TensorRTDouble()
+    path = tmp_path / "x.engine"
+    path.write_bytes(head + bytes(200))
+    refused(path, double, "not a TensorRT engine", says)
+    assert double.calls["Runtime"] == double.calls["deserialize_cuda_engine"] == 0
+
+
+def test_the_record_says_that_it_is_for_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before TensorRT is asked, and in words that name both."""
+    path = save(tmp_path / "x.plan", TensorRTDouble("tensorrt", "10.13.3.9"), AFFINE)
+    data = path.read_bytes()
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Sidecar))
+    record = nothing | {
+        "engine": {"file": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        "source": {"file": "x.onnx", "sha256": ""},
+        "product": "tensorrt",
+        "gpu": {"name": "NVIDIA L4", "compute_capability": "8.9"},
+    }
+    sidecar_path(path).write_text(json.dumps(record))
+    hopper = {"name": "NVIDIA H200", "compute_capability": "9.0"}
+    monkeypatch.setattr("aiotrt.engines.gpu_record", lambda index: hopper if index == 3 else None)
+    monkeypatch.setattr("aiotrt.engines.device_index", lambda device: device.index)
+    cuda: Any = types.SimpleNamespace(torch_device=torch.device("cuda", 3))
+    with pytest.raises(aiotrt.EngineError, match=r"x\.plan: .* on NVIDIA L4 .*, and NVIDIA H200 has 9\.0; build it on this"):
+        open_engine(path, cuda, EngineOptions())
+
+
+def test_a_product_that_cannot_be_imported_or_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    path = tmp_path / "x.engine"
+    monkeypatch.setattr(tensorrt_runtime, "_products", {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or None)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    plan = Plan("tensorrt", "10.13.3.9")
+    with pytest.raises(aiotrt.MissingDependencyError, match=r"x\.engine: tensorrt is installed but .*libnvinfer.*aiotrt"):
+        open_product(path, plan, None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(__version__="8.6.1"))
+    with pytest.raises(aiotrt.MissingDependencyError, match=r"x\.engine: tensorrt 8\.6\.1 lacks .*TensorRT 10\.1 or"):
+        open_product(path, plan, None)
+    assert tensorrt_runtime._products == {}
 
 
 def test_other_version_gpu_plugin(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import aiotrt
 from aiotrt.devices import open_device
 from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.engines.tensorrt_runtime import open_product
+from tests.building import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -135,6 +136,36 @@ async def test_functions_around_the_engine(trt: Any, tmp_path: Path) -> None:
             assert model.statistics().fallbacks == ()
     finally:
         patch.stop()
+
+
+@pytest.mark.asyncio
+async def test_an_input_that_is_read_as_a_shape(trt: Any, tmp_path: Path) -> None:
+    """Its values are read on the host at every run, so there is no graph; and the output's shape follows from them."""
+    path = models.reshape(tmp_path / "reshape.onnx")
+    engine = aiotrt.build(path, tmp_path / "reshape.engine", profiles={"size": ((1, 1), (4, 6), (24, 24))})
+    x = np.arange(24, dtype=np.float32).reshape(4, 6)
+    async with aiotrt.load(engine, device="cuda", slots=2) as model:
+        for shape in ((4, 6), (6, 4), (2, 12), (24, 1), (4, 6)):
+            np.testing.assert_array_equal(await model(x=x, size=np.array(shape)), x.reshape(shape))
+        with pytest.raises(aiotrt.EngineError, match=r"'size' holds \[48, 1\].*\[1, 1\] to \[24, 24\]"):
+            await model(x=x, size=np.array((48, 1)))
+        np.testing.assert_array_equal(await model(x=x, size=np.array((3, 8))), x.reshape(3, 8))
+        statistics = model.statistics()
+        assert statistics.replays == 0
+        assert "'size'" in statistics.fallbacks[0]
+
+
+@pytest.mark.asyncio
+async def test_a_loop_is_right_with_a_graph_or_without(trt: Any, tmp_path: Path) -> None:
+    """Whether it can be captured is TensorRT's affair; which of both it was is told."""
+    engine = aiotrt.build(models.loop(tmp_path / "loop.onnx", 5), tmp_path / "loop.engine")
+    async with aiotrt.load(engine, device="cuda", slots=2) as model:
+        for i in range(6):
+            x = np.arange(i, i + 4, dtype=np.float32)
+            np.testing.assert_array_equal(await model(x), 32 * x)
+        statistics = model.statistics()
+        assert (statistics.replays == 6) == (statistics.fallbacks == ())
+        assert statistics.completed == 6
 
 
 def test_damaged_files_are_refused_and_the_process_lives(trt: Any, tmp_path: Path) -> None:
