@@ -278,6 +278,7 @@ async def test_a_sink_that_cannot_be_closed_is_reported_and_the_others_are_close
     assert [(report.kind, report.source, report.detail) for report in reports] == [
         (Kind.SINK, "", "Bad could not be closed: no space left")
     ]
+    assert pipeline.status().reports == {"sink": 1}
     assert closed == ["Good", "Good"]
     await nothing_left(before)
 
