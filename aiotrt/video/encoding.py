@@ -91,7 +91,7 @@ class _Encoder:
             self._stream.pix_fmt = "yuv420p"
             self._stream.time_base = TIME_BASE
             self._stream.codec_context.time_base = TIME_BASE
-            self._file.start_encoding()  # the file is opened here, so that one that cannot be written fails at its first frame
+            self._file.start_encoding()  # which opens the file: one that cannot be written fails at its first frame
         except BaseException:
             with contextlib.suppress(Exception):  # of a file that was never opened
                 self._file.close()
