@@ -74,7 +74,7 @@ class Checks:
 def live_video(bench: Bench) -> Iterator[Row]:
     """One run, on the fastest loop there is."""
     seconds = 2.0 if bench.quick else 0.8 * bench.limit
-    film = clip(90)
+    film = clip(90, bench.video)
     loop = bench.loops[-1]
     with tempfile.TemporaryDirectory() as folder:
         for _ in bench.each("live_video", [f"{seconds:.0f} s"]):
