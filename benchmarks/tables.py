@@ -291,6 +291,8 @@ def _live_video(record: Record) -> list[Table]:
         for name, source in facts["sources"].items()
     ]
     title = f"{facts['seconds']:.0f} s; {facts['film']}; memory {facts['growth'] / 2**20:+.1f} MiB"
+    if record["device"] == "cuda":
+        title += f", on the device {facts['device_growth'] / 2**20:+.1f} MiB"
     return [Table(title, ["source", "frames/s", "frames", "dropped", "by its sink", "reports", "adds up"], lines)]
 
 
