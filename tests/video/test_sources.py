@@ -280,6 +280,14 @@ async def test_hardware_that_is_not_here_leaves_it_to_software(tmp_path: Path) -
     assert source.counts.keys() <= {Kind.HARDWARE}
 
 
+@pytest.mark.gpu
+async def test_hardware_that_is_here_gives_the_same_frames(tmp_path: Path) -> None:
+    """Or says why it cannot: a driver may come without its decoder."""
+    source = video.open(write_video(tmp_path / "a.mp4", range(20), size=(320, 240)), hardware="cuda")
+    assert [number_of(frame.image) for frame in await read(source)] == list(range(20))
+    assert source.counts.keys() <= {Kind.HARDWARE}
+
+
 async def test_without_pyav(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(MissingDependencyError, match=r"aiotrt\[video\]"):
