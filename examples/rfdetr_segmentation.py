@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it can be started as a script, with nothing installed
+
 import aiotrt
 from aiotrt import video
 from aiotrt.video import rfdetr
@@ -52,4 +54,6 @@ def found_json(found: Any) -> Any:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     aiotrt.run(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -48,6 +48,8 @@ async def main(film: Path, out: Path) -> None:
     ):
         await pipeline.wait()
     (status,) = pipeline.status().sources.values()
+    if not status.completed:
+        sys.exit(f"{film}: not one frame{f' ({status.error})' if status.error else ''}")
     async with video.open(out) as frames:
         count = len([frame.index async for frame in frames])
     print(f"{film.name}: {status.completed} of {status.frames} frames through the detector; {count} in {out.name}")

@@ -28,8 +28,9 @@ examples:
   aiotrt video detect rtsp://door/live yard.mp4 --model detector.engine --size 384 --out 'found-{source}.mp4' --json -
       an engine or ONNX file with a DETR's outputs; two sources; a line of JSON for each frame to standard output
 
-Without --weights and --model, RF-DETR has random weights, and what it finds means nothing. The exit status is 1 when a
-source failed; the others are done all the same.
+Without --weights and --model, RF-DETR has random weights, and what it finds means nothing. Boxes and masks are for frames
+of the first source's size, which --json tells beside them. The exit status is 1 when a source, a frame or an output failed;
+the others are done all the same.
 """
 
 
@@ -80,17 +81,65 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--weights are of RF-DETR, and --model is another model: give one of the two")
     if arguments.out is not None and len(arguments.sources) > 1 and "{source}" not in arguments.out:
         raise InputError(f"--out {arguments.out}: put {{source}} into the name, since there are several sources")
-    status = run_coroutine(_detect(arguments))
+    labels = _labels(arguments)
+    _check_outputs(arguments)
+    status = run_coroutine(_detect(arguments, labels))
     told = sys.stderr if arguments.json == "-" else sys.stdout
     for name, source in status.sources.items():
         counts = [f"{source.completed} frames"]
         counts += [f"{number} {reason}" for reason, number in {**source.drops, **source.reports}.items()]
         counts += [f"{sink.failed} failed by {sink.name}" for sink in source.sinks if sink.failed]
         print(f"{name}: {', '.join(counts)}" + (f"; {source.error}" if source.error else ""), file=told)
-    return 1 if any(source.error or any(s.failed for s in source.sinks) for source in status.sources.values()) else 0
+    failed = any(source.error or source.failed or any(s.failed for s in source.sinks) for source in status.sources.values())
+    return 1 if failed or status.reports else 0
 
 
-async def _detect(arguments: argparse.Namespace) -> PipelineStatus:
+def _labels(arguments: argparse.Namespace) -> list[str]:
+    """Names of the classes."""
+    if arguments.labels is None:
+        return []
+    try:
+        return list(arguments.labels.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--labels {arguments.labels}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Before a model is loaded for nothing, and before a film is written over."""
+    files = {"--out": arguments.out, "--json": None if arguments.json == "-" else arguments.json}
+    for option, name in files.items():
+        if name is None:
+            continue
+        if not (folder := Path(name).parent).is_dir():
+            raise InputError(f"{option} {name}: there is no folder {folder}")
+        for source in map(Path, arguments.sources):
+            if Path(name.replace("{source}", source.name)).resolve() == source.resolve():
+                raise InputError(f"{option} {name}: that is the source {source}, which would be written over")
+
+
+async def _look(given: Sequence[int | str]) -> tuple[str, tuple[int, int], int | None]:
+    """Of the first source that has a frame: name, height and width, and how many frames it says it has.
+
+    Raises:
+        SourceError: none has one; what the first one said.
+    """
+    from aiotrt import video
+
+    failures = []
+    for source in given:
+        try:
+            async with video.open(source, reconnect=video.Backoff(attempts=0)) as probe:
+                frame = await probe.take()
+                if frame is not None:
+                    height, width = frame.shape[:2]
+                    return probe.name, (height, width), probe.frames
+            raise video.SourceError(f"{probe.name}: there is not one frame in it")
+        except video.SourceError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+async def _detect(arguments: argparse.Namespace, labels: Sequence[str]) -> PipelineStatus:
     from aiotrt import video
 
     given = [int(source) if source.isdecimal() else source for source in arguments.sources]
@@ -98,12 +147,7 @@ async def _detect(arguments: argparse.Namespace) -> PipelineStatus:
     policy = None
     if arguments.policy is not None or arguments.max_fps is not None:
         policy = video.Policy(arguments.policy or "every_frame", max_fps=arguments.max_fps)
-    async with video.open(given[0]) as probe:
-        frame = await probe.take()
-        total = probe.frames
-    if frame is None:
-        raise video.SourceError(f"{probe.name}: there is not one frame in it")
-    height, width = frame.shape[:2]
+    name, (height, width), total = await _look(given)
     if arguments.frames is not None:
         total = min(total or arguments.frames, arguments.frames)
     source, dtype = _model(arguments)
@@ -117,10 +161,10 @@ async def _detect(arguments: argparse.Namespace) -> PipelineStatus:
     ) as model:
         for reason in model.statistics().fallbacks:
             print(f"warning: {reason}", file=sys.stderr)
-        sinks = _sinks(arguments, (height, width), {probe.name: total} if total else {})
+        sinks = _sinks(arguments, (height, width), labels, {name: total} if total else {})
         async with video.Pipeline(model, sources, sinks, policy=policy) as pipeline:
             await pipeline.wait()
-            return pipeline.status()
+        return pipeline.status()
 
 
 def _model(arguments: argparse.Namespace) -> tuple[object, torch.dtype]:
@@ -137,13 +181,14 @@ def _model(arguments: argparse.Namespace) -> tuple[object, torch.dtype]:
     return rfdetr.exported(rfdetr.network(arguments.weights), device, dtype), dtype
 
 
-def _sinks(arguments: argparse.Namespace, size: tuple[int, int], totals: dict[str, int]) -> list[Sink]:
+def _sinks(
+    arguments: argparse.Namespace, size: tuple[int, int], labels: Sequence[str], totals: dict[str, int]
+) -> list[Sink]:
     from aiotrt import video
 
     def found(output: Any) -> video.Detections:
         return video.detections(output, size, threshold=arguments.threshold)
 
-    labels = arguments.labels.read_text(encoding="utf-8").splitlines() if arguments.labels is not None else ()
     sinks: list[Sink] = []
     if arguments.out is not None:
         sinks.append(video.VideoFile(arguments.out, video.Annotator(found, labels=labels)))

@@ -18,6 +18,7 @@ from aiotrt.video.reports import Kind, SourceError
 __all__ = ["Decoded", "Decoder", "Opening", "camera", "import_av"]
 
 DAMAGED_IN_A_ROW: Final = 256  # packets, before a source is given up
+MISSING: Final = 0.5  # seconds at the end of a file that is as long as it says; its last frame may stand for a while
 
 
 def import_av() -> Any:
@@ -104,6 +105,7 @@ class Decoder:
         self._ready: deque[Any] = deque()
         self._damaged_in_a_row = 0
         self._count = 0
+        self._last = 0.0  # seconds: the last picture's time
         if opening.hardware is not None and opening.hardware not in (known := av.codec.hwaccel.hwdevices_available()):
             raise SourceError(
                 f"hardware={opening.hardware!r}: PyAV has no such decoder; it has {', '.join(known) or 'none'}"
@@ -116,6 +118,7 @@ class Decoder:
             stream.thread_type = "SLICE" if opening.low_delay else "AUTO"
             stream.thread_count = opening.threads
             self._expected = stream.frames if not opening.start else 0
+            self._until = _end(container)
             self.rate = float(stream.average_rate) if stream.average_rate else None
             if opening.start:
                 self._seek()
@@ -146,6 +149,11 @@ class Decoder:
         """How many frames the source says it has."""
         return self._stream.frames or None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it says how long it is, as a film does and a camera does not."""
+        return bool(self._stream.frames or self._container.duration)
+
     def size(self) -> tuple[int, int]:
         """Height and width that the source says its pictures have, before any is decoded."""
         context = self._stream.codec_context
@@ -165,6 +173,7 @@ class Decoder:
                 elif frame.time is None or frame.time >= self._opening.start:
                     self._count += 1
                     self._damaged_in_a_row = 0
+                    self._last = max(self._last, frame.time or 0.0)
                     return Decoded(frame), frame.time
             if not self._decode():
                 self._ended()
@@ -204,6 +213,9 @@ class Decoder:
         if self._count < self._expected:
             self.notes.append((Kind.TRUNCATED, f"ended after {self._count} of {self._expected} frames"))
             self._expected = 0  # said once
+        elif not self.frames and self._until is not None and self._last < self._until - MISSING:
+            self.notes.append((Kind.TRUNCATED, f"ended at {self._last:.1f} s of {self._until:.1f} s"))
+            self._until = None
 
     def _seek(self) -> None:
         try:
@@ -214,6 +226,13 @@ class Decoder:
     def close(self) -> None:
         """Let it go."""
         self._container.close()
+
+
+def _end(container: Any) -> float | None:
+    """Seconds, where a file says that it ends; None if it does not, or if that may be its sound's end."""
+    if container.duration is None or len(container.streams) > 1:
+        return None
+    return float((container.start_time or 0) + container.duration) / 1e6
 
 
 def camera(device: int | str) -> tuple[str, str]:

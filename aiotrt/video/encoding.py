@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -91,9 +91,10 @@ class _Encoder:
             self._stream.pix_fmt = "yuv420p"
             self._stream.time_base = TIME_BASE
             self._stream.codec_context.time_base = TIME_BASE
+            self._file.start_encoding()  # which opens the file: one that cannot be written fails at its first frame
         except BaseException:
-            self._file.close()
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # of a file that was never opened
+                self._file.close()
             raise
 
     def write(self, image: Any, at: float | None) -> None:

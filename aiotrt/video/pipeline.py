@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -102,6 +103,7 @@ class Pipeline:
         self._supervisor: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._fatal: BaseException | None = None
+        self._reports: Counter[str] = Counter()  # of no source
         self._state = "closed"
 
     async def __aenter__(self) -> Self:
@@ -177,6 +179,7 @@ class Pipeline:
             sum(status.completed for status in sources.values()),
             sum(status.dropped for status in sources.values()),
             sum(status.fps for status in sources.values()),
+            dict(self._reports),
         )
 
     @property
@@ -234,6 +237,7 @@ class Pipeline:
             try:
                 await sink.aclose()
             except Exception as error:
+                self._reports[Kind.SINK.value] += 1
                 self.report(Report(Kind.SINK, "", f"{sink.name} could not be closed: {error}", error))
         self._state = "ended"
         if self._pool is not None:

@@ -229,11 +229,15 @@ class Source:
             self._turn = 0
             await self._drop()
             return True
-        if not self._ends and self._backoff is not None:
+        if not self._ends and self._backoff is not None and not self._is_film():
             await self._drop()
             await self._lost(SourceError(f"{self.name}: the stream ended"))
             return True
         return False
+
+    def _is_film(self) -> bool:
+        """Whether what is read says how long it is: a film, though it comes over a network, and its end is the end."""
+        return isinstance(self._feed, DecoderFeed) and self._feed.decoder.is_finite
 
     def _frame(self, item: Item) -> Frame | None:
         shape = item.picture.shape
@@ -304,11 +308,12 @@ def open(  # noqa: A001  # as in `video.open`
             on the loop's thread, any other synchronous iterable in a thread.
         name: what it is called in status and results; by default the file's name or the URL without what is secret in it.
         live: whether frames come whether or not anybody takes them; by default URLs and cameras do. What a pipeline's
-            policy for it is by default depends on this.
+            policy for it is by default depends on this, and whether it is tried again. A film at a URL is not live.
         loop: begin again at the end; times go on.
         realtime: hand out a file's frames at their times, as a camera would, rather than as fast as they are taken.
         fps: of an iterable whose frames bear no time.
-        reconnect: try again when it breaks, with growing delays; by default URLs and cameras are, for ever.
+        reconnect: try again when it breaks, with growing delays; by default live URLs and cameras are, for ever. One that
+            says how long it is ends at its end.
         start: seconds from the beginning, of a file.
         limit: end after so many frames.
         timeout: seconds to open, and for one read, before a URL or camera counts as broken.
@@ -325,13 +330,13 @@ def open(  # noqa: A001  # as in `video.open`
     if isinstance(source, Source):
         return source
     connect: Callable[[], Awaitable[Feed]]
-    is_remote = ends = False
+    is_remote, ends = False, True
     if isinstance(source, (str, int, os.PathLike)) and not isinstance(source, bool):
         text = source if isinstance(source, int) else os.fspath(source)
         is_camera = isinstance(text, int) or text.startswith("/dev/video")
         is_url = isinstance(text, str) and "://" in text and not text.startswith("file:")
         is_remote = is_camera or is_url
-        ends = not is_remote
+        ends = not is_remote or live is False
         location, found = camera(text) if is_camera else (str(text), None)
         default = f"camera {text}" if isinstance(text, int) else _without_secrets(text) if is_url else Path(text).name
         title = name = name or default
@@ -349,10 +354,9 @@ def open(  # noqa: A001  # as in `video.open`
             return feed
 
         connect = connect_decoder
-        if is_remote and reconnect is None:
+        if not ends and reconnect is None:
             reconnect = Backoff()
     else:
-        ends = True
         name = name or "frames"
         label = name
 

@@ -107,6 +107,7 @@ class PipelineStatus:
         completed: frames with a result, of all sources.
         dropped: frames that policies dropped, of all sources.
         fps: results a second, of all sources together, over the last two seconds.
+        reports: what went wrong with sinks as a whole, by kind: one could not be closed, and its file may not be complete.
     """
 
     state: str
@@ -116,6 +117,7 @@ class PipelineStatus:
     completed: int
     dropped: int
     fps: float
+    reports: Mapping[str, int]
 
 
 class Meter:

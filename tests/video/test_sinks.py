@@ -103,6 +103,15 @@ async def test_a_codec_that_is_not_there_is_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "x.mp4").exists()
 
 
+async def test_a_video_file_that_cannot_be_written_fails_for_each_frame_and_not_only_in_the_end(tmp_path: Path) -> None:
+    reports: list[video.Report] = []
+    sink = video.VideoFile(tmp_path / "missing" / "x.mp4")
+    async with Pipeline(same, [picture(0), picture(1)], sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+    assert pipeline.status().sources["frames"].sinks[0].failed == 2
+    assert all("No such file or directory" in report.detail for report in reports)
+
+
 async def test_a_file_that_cannot_be_written_is_told_on_entering(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         async with Pipeline(same, [picture(1)], video.JsonLines(tmp_path / "nowhere" / "x.jsonl")):

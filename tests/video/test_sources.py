@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -148,6 +150,20 @@ async def test_a_file_that_ends_too_soon_says_how_much_is_missing(tmp_path: Path
     assert f"ended after {len(frames)} of 100 frames" in [report.detail for report in reports]
 
 
+async def test_a_file_without_a_number_of_frames_that_ends_too_soon_says_when(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", [i % 32 for i in range(100)])
+    whole, cut = video.open(path), tmp_path / "cut.mkv"
+    assert len(await read(whole)) == 100
+    assert not whole.counts
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source, reports = video.open(cut), list[video.Report]()
+    source.listener = reports.append
+    frames = await read(source)
+    assert 10 < len(frames) < 90
+    assert source.counts == {Kind.TRUNCATED: 1}
+    assert [report.detail for report in reports] == [f"ended at {frames[-1].time:.1f} s of 4.0 s"]
+
+
 async def test_a_file_that_ends_before_its_index_says_that_it_is_no_video(tmp_path: Path) -> None:
     """An MP4 that was still being written: where its frames are is written last."""
     path = write_video(tmp_path / "a.mov", [i % 32 for i in range(100)])
@@ -264,12 +280,65 @@ async def test_hardware_that_is_not_here_leaves_it_to_software(tmp_path: Path) -
     assert source.counts.keys() <= {Kind.HARDWARE}
 
 
+@pytest.mark.gpu
+async def test_hardware_that_is_here_gives_the_same_frames(tmp_path: Path) -> None:
+    """Or says why it cannot: a driver may come without its decoder."""
+    source = video.open(write_video(tmp_path / "a.mp4", range(20), size=(320, 240)), hardware="cuda")
+    assert [number_of(frame.image) for frame in await read(source)] == list(range(20))
+    assert source.counts.keys() <= {Kind.HARDWARE}
+
+
 async def test_without_pyav(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(MissingDependencyError, match=r"aiotrt\[video\]"):
         async with video.open(tmp_path / "a.mp4"):
             pass
     assert len(await read(video.open([picture(1)]))) == 1  # which takes none
+
+
+# Over a network...
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of the files in the test's folder."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("live", "is_live"), [(None, True), (False, False)])
+async def test_a_film_at_a_url_ends_at_its_end(tmp_path: Path, site: str, live: bool | None, is_live: bool) -> None:
+    write_video(tmp_path / "a.mp4", range(20))
+    source = video.open(f"{site}/a.mp4", live=live)
+    assert [number_of(frame.image) for frame in await read(source)] == list(range(20))
+    assert (source.is_live, source.state) == (is_live, SourceState.ENDED)
+    assert not source.counts
+
+
+async def test_a_stream_at_a_url_that_ends_is_tried_again(tmp_path: Path, site: str) -> None:
+    """It does not say how long it is, so its end is that of the connection."""
+    write_video(tmp_path / "a.h264", range(20))
+    source = video.open(f"{site}/a.h264", reconnect=video.Backoff(first=0.01), limit=50)
+    assert [number_of(frame.image) for frame in await read(source)] == [*range(20), *range(20), *range(10)]
+    assert source.counts == {Kind.LOST: 2, Kind.RECONNECTED: 2}
+
+
+async def test_a_url_with_nothing_there_is_given_up_after_so_many_attempts(site: str) -> None:
+    source = video.open(f"{site}/missing.mp4", reconnect=video.Backoff(first=0.01, attempts=2))
+    with pytest.raises(SourceError, match=r"missing\.mp4.*404"):
+        await read(source)
+    assert source.counts == {Kind.LOST: 1}
+    with pytest.raises(SourceError, match="404"):
+        await read(video.open(f"{site}/missing.mp4", live=False))
 
 
 # Iterables...

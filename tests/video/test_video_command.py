@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -50,17 +51,49 @@ def test_a_source_that_fails_is_told_and_the_others_are_done(
 ) -> None:
     film = write_video(tmp_path / "film.mp4", range(3))
     (tmp_path / "text.mp4").write_text("no video")
-    assert detect(film, tmp_path / "text.mp4", "--model", onnx, "--json", tmp_path / "x.jsonl") == 1
+    bad = [tmp_path / "missing.mp4", tmp_path / "text.mp4"]
+    assert detect(bad[0], film, bad[1], "--model", onnx, "--json", tmp_path / "x.jsonl") == 1
     captured = capsys.readouterr()
     assert "film.mp4: 3 frames\n" in captured.out
+    assert "missing.mp4: 0 frames, 1 failed; " in captured.out
     assert "text.mp4: 0 frames, 1 failed; " in captured.out
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_films_that_are_cut_off_and_change_their_size(
+    onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = write_video(tmp_path / "cut.mp4", [i % 32 for i in range(100)])
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    parts = [write_video(tmp_path / f"{i}.h264", range(5), size=size) for i, size in enumerate([(64, 48), (128, 80)])]
+    (tmp_path / "sizes.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    sources = [cut, tmp_path / "sizes.h264"]
+    assert detect(*sources, "--model", onnx, "--threshold", 0, "--top", 3, "--out", tmp_path / "{source}.mkv") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^cut\.mp4: \d\d frames, .*1 truncated", told, re.MULTILINE)
+    assert "sizes.h264: 10 frames, 1 resolution\n" in told
+    with av.open(str(tmp_path / "sizes.h264.mkv")) as file:
+        assert [(frame.height, frame.width) for frame in file.decode(video=0)] == [(48, 64)] * 10
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_film_that_cannot_be_written_is_no_success(onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = write_video(tmp_path / "film.mp4", range(3))
+    assert detect(film, "--model", onnx, "--out", tmp_path / "found.abacus") == 1
+    assert "film.mp4: 3 frames, 3 sink, 3 failed by VideoFile\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
         (["missing.mp4"], 1, "missing.mp4: No such file or directory"),
+        (["rtsp://127.0.0.1:9/nobody"], 1, "rtsp://127.0.0.1:9/nobody: Connection refused"),
+        (["a.mp4", "--labels", "missing.txt"], 2, "--labels missing.txt: No such file or directory"),
+        (["a.mp4", "--out", "missing/b.mp4"], 2, "--out missing/b.mp4: there is no folder missing"),
+        (["a.mp4", "--json", "missing/b.jsonl"], 2, "--json missing/b.jsonl: there is no folder missing"),
+        (["a.mp4", "--out", "./a.mp4"], 2, "that is the source a.mp4, which would be written over"),
+        (["a.mp4", "b.mp4", "--out", "{source}"], 2, "that is the source a.mp4, which would be written over"),
         (["a.mp4", "--top", "0"], 2, "--top 0: expected at least 1"),
         (["a.mp4", "b.mp4", "--out", "c.mp4"], 2, "put {source} into the name"),
         (["a.mp4", "--model", "x.onnx", "--weights", "y.pth"], 2, "give one of the two"),
