@@ -10,11 +10,15 @@ time, and the timer is set for the first. When to look is decided in `prediction
 A query has three answers. True: the head is complete, its callback runs, and the next becomes the head. False: not yet,
 or "ask later". An exception: that work failed, and its callback is told why; what follows from a `DeviceError` is the
 callback's business. Callbacks run inside the poll, one after the other, and may submit more work.
+
+A device that says by itself when work is complete is not guessed at: its word, given on whichever thread, makes the lane
+due, and the look that follows is the same. Until then it is looked at now and then, and when it is overdue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import os
@@ -22,6 +26,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from math import inf
 from typing import Final
 
 from aiotrt.devices import event_query
@@ -32,12 +38,13 @@ from aiotrt.timers import Timer, open_timer
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
 
 LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one late look after a stall of the loop proves nothing
+PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
 
 
 class _Pending:
     """One event that somebody waits for."""
 
-    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "submitted")
+    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "submitted", "told")
 
     def __init__(
         self,
@@ -46,12 +53,14 @@ class _Pending:
         submitted: float,
         estimate: Estimate,
         hang_timeout: float | None,
+        told: float,
     ) -> None:
         self.query = query
         self.on_done = on_done
         self.submitted = submitted
         self.estimate = estimate
         self.hang_timeout = hang_timeout
+        self.told = told  # when the device said that it is complete; infinity until it does, 0.0 if it will not say
         self.looks = 0  # how often it was found not complete as the head
         self.overdue = 0  # likewise, past its hang timeout
         self.looked = 0.0  # when it was last
@@ -165,6 +174,7 @@ class Hub:
         *,
         estimate: Estimate | None = None,
         hang_timeout: float | None = None,
+        when_complete: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Call `on_done` once when `query` answers true, or with the error that it raises.
 
@@ -174,19 +184,37 @@ class Hub:
             on_done: called on the loop's thread, from inside the poll.
             estimate: what is known about the work's duration; learns from it.
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
+            when_complete: calls what it is given when the event is complete, on any thread; None where it must be asked.
         """
         now = self._clock()
-        pending = _Pending(query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout)
+        is_told = when_complete is not None and self.progress is Progress.PREDICT  # the others say how to look
+        pending = _Pending(
+            query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout, inf if is_told else 0.0
+        )
         lane.pending.append(pending)
         if len(lane.pending) == 1:
-            self._enlist(lane, self._first_look(now, pending.estimate))
+            self._enlist(lane, self._first_look(now, pending))
             if not self._polling:
                 self._arm(now)
+        if is_told:
+            assert when_complete is not None
+            when_complete(partial(self._tell, lane, pending))
 
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
         lane.pending.clear()
         lane.entry = None
+
+    def _tell(self, lane: Lane, pending: _Pending) -> None:
+        """On whichever thread: the device says that it is complete."""
+        pending.told = self._clock()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+            self._loop.call_soon_threadsafe(self._told, lane)
+
+    def _told(self, lane: Lane) -> None:
+        if lane.pending and not self._closed:
+            self._enlist(lane, self._clock())
+            self._poll()
 
     # Looking...
 
@@ -247,7 +275,10 @@ class Hub:
             pending.popleft()
             if error is None:
                 lane.ran = now - started
-                if head.looks:
+                if head.told:  # before this look, unless the word is still on its way
+                    lane.late = max(0.0, now - max(head.told, started))
+                    head.estimate.between(lane.ran - lane.late, lane.ran - lane.late)
+                elif head.looks:
                     lane.late = now - max(head.looked, started)
                     head.estimate.between(head.looked - started, lane.ran)
                 else:
@@ -260,7 +291,7 @@ class Hub:
                 # One bad callback must not take the others' wake-ups with it.
                 self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
         if pending and lane.entry is None:  # if it is empty, whoever watches next enlists it
-            self._enlist(lane, self._first_look(lane.last_done, pending[0].estimate))
+            self._enlist(lane, self._first_look(lane.last_done, pending[0]))
 
     def _hung(self, head: _Pending, ran: float) -> DeviceHangError | None:
         """What to say of work that is not complete: nothing, or that it hangs."""
@@ -276,8 +307,11 @@ class Hub:
 
     # When to look...
 
-    def _first_look(self, now: float, estimate: Estimate) -> float:
+    def _first_look(self, now: float, head: _Pending) -> float:
         """At work that starts now: it is alone in its lane."""
+        estimate = head.estimate
+        if head.told > now:
+            return _patrol(now, head, now)
         if self.progress is Progress.PREDICT and estimate.is_trusted:
             return first_look(now, now + estimate.shortest, self._lateness)
         if self.progress is Progress.SPIN:
@@ -289,6 +323,8 @@ class Hub:
             return now
         if self.progress is Progress.INTERVAL:
             return next_look(now, started, started, 0.0)
+        if head.told > now:  # once it was told of, and is not complete, it was recorded again: it is asked, as others are
+            return _patrol(now, head, started)
         if not head.estimate.is_trusted:
             # A bounded spin from its start on: work that is shorter than the shortest sleep would be found late each time,
             # and nothing would ever be learned about it.
@@ -323,6 +359,13 @@ class Hub:
             self._armed = due
             self._slept = due - now
             self._timer.set(due - now)
+
+
+def _patrol(now: float, head: _Pending, started: float) -> float:
+    """When to look at work whose end the device will tell: for a word that was lost, and when it is overdue."""
+    if head.hang_timeout is None:
+        return now + PATROL
+    return min(now + PATROL, max(started + head.hang_timeout, next_look(now, started, started, 0.0)))
 
 
 async def wait(event: object) -> None:

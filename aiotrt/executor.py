@@ -42,6 +42,7 @@ from aiotrt.errors import (
 )
 from aiotrt.graphs import Program, ProgramCache, Recipe
 from aiotrt.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
+from aiotrt.prediction import Estimate
 from aiotrt.requests import Requests
 from aiotrt.slots import Event as Move
 from aiotrt.slots import Grant, Slots, State
@@ -307,6 +308,14 @@ class Executor:
         else:
             self.counters.fallback_runs += 1
 
+    def watch(self, lane: Lane, event: Event, on_done: Callable[[BaseException | None], None], estimate: Estimate) -> None:
+        """Call `on_done` when the last record of `event`, on the stream of this lane, is complete."""
+        device = self.device
+        self.hub.watch(
+            lane, partial(device.query, event), on_done, estimate=estimate, hang_timeout=self.hang_timeout,
+            when_complete=partial(device.when_complete, event) if device.tells else None,
+        )  # fmt: skip
+
     # Leases...
 
     def launched(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None]) -> None:
@@ -329,8 +338,7 @@ class Executor:
             finally:
                 on_done(error)
 
-        query = partial(self.device.query, event)
-        self.hub.watch(slot.lane, query, done, estimate=program.estimate, hang_timeout=self.hang_timeout)
+        self.watch(slot.lane, event, done, program.estimate)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
@@ -542,7 +550,8 @@ class Executor:
 
         for gate in gates:
             self.hub.watch(
-                lane, lambda gate=gate: has_passed(self.device, gate), passed, hang_timeout=self.hang_timeout  # type: ignore[misc]
+                lane, partial(has_passed, self.device, gate), passed, hang_timeout=self.hang_timeout,
+                when_complete=partial(self.device.when_complete, gate) if self.device.tells else None,
             )  # fmt: skip
 
     def _is_idle(self) -> bool:

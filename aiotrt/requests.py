@@ -193,9 +193,7 @@ class Requests:
             _log.debug("no memory for the next results: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
-        executor = self._executor
-        query, done = partial(executor.device.query, slot.event), partial(self._completed, slot)
-        executor.hub.watch(slot.lane, query, done, estimate=program.estimate, hang_timeout=executor.hang_timeout)
+        self._executor.watch(slot.lane, slot.event, partial(self._completed, slot), program.estimate)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""

@@ -1,6 +1,6 @@
 """The same model behind three kinds of server, one after the other, asked by the same client.
 
-    python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3]
+    python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3] [--limit SECONDS]
 
 A plain FastAPI endpoint that calls the model in a thread pool, LitServe with and without batches, and aiotrt in FastAPI with
 and without batches; in processes of their own, started anew for each round, behind uvicorn with the same loop and parser. On
@@ -13,16 +13,21 @@ rounds, in an order that is turned round each time. The loads: 1, 8 and 32 conne
 answered; and requests at random moments, the same for all, 70 % as many a second as the weakest server can answer at its
 best, so that all can keep up and what differs is how long they take, from the moment when a request is due.
 
+Where time is short, `--limit` ends it after so many seconds and the round that is under way then; a third of it is for the
+tuning, in which each server has had as many of its candidates tried as the others. The results say what was tried.
+
 The bars: aiotrt without batches is ahead of the others without, and with batches of all others, in requests a second and in
 p99; and every answer is the right one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,17 +49,18 @@ NEAR: Final = 0.95  # of the most requests a second, among which the answers to 
 SHARE: Final = 0.7  # of the weakest's best, for requests at random moments
 
 
-def measure(*, device: str, litserve: str | None, seconds: float, quick: bool, folder: Path | None) -> int:
+def measure(*, device: str, litserve: str | None, seconds: float, limit: float, quick: bool, folder: Path | None) -> int:
     """Run it; returns the exit status.
 
     Args:
         device: "host" or "cuda".
         litserve: an interpreter that has LitServe; None for this one.
         seconds: how long each load lasts.
+        limit: after so many seconds no other round is begun, and after a third of them no other candidates are tried.
         quick: one short round, with the first candidate of each; on the host, of a torch model as well.
         folder: for the results; None for none.
     """
-    results = compare(device, litserve, seconds, quick=quick)
+    results = compare(device, litserve, seconds, limit, quick=quick)
     name = f"serving-side-by-side-{device}"
     if folder is not None:
         print(f"results: {write(name, results, folder)}")
@@ -62,7 +68,7 @@ def measure(*, device: str, litserve: str | None, seconds: float, quick: bool, f
     return 1 if results["failed"] or results["wrong"] else 0
 
 
-def compare(device: str, litserve: str | None, seconds: float, *, quick: bool) -> dict[str, Any]:
+def compare(device: str, litserve: str | None, seconds: float, limit: float, *, quick: bool) -> dict[str, Any]:
     """All of it; for the arguments see `measure`."""
     began = time.monotonic()
     found = interpreter(litserve)
@@ -76,6 +82,8 @@ def compare(device: str, litserve: str | None, seconds: float, *, quick: bool) -
     if found is None:
         results["skipped"]["LitServe"] = f"{MISSING}; --litserve takes an interpreter that has it"
     models = ["resnet50"] if device == "cuda" else ["reader", "tiny"] if quick else ["reader"]
+    if device == "cuda" and importlib.util.find_spec("torchvision") is None:
+        models, results["skipped"]["ResNet-50"] = ["tiny"], f"torchvision is {MISSING}; a small network in its place"
     with tempfile.TemporaryDirectory() as place:
         for model in models:
             file = reader(Path(place) / "reader.onnx") if model == "reader" else None
@@ -83,7 +91,7 @@ def compare(device: str, litserve: str | None, seconds: float, *, quick: bool) -
                 model, device, file, Known(model, file, device), server,
                 {} if found is None else {"litserve": found[0]}, Path(place), 0.2 if quick else 0.5,
             )  # fmt: skip
-            rows = _rounds(trials, field, results, seconds, quick=quick)
+            rows = _rounds(trials, field, results, seconds, limit, quick=quick)
             results["rows"] += rows
             results["failed"] |= trials.failed
             results["wrong"] |= {f"{model}, {who}": wrong for who, wrong in trials.wrong.items() if wrong}
@@ -92,14 +100,21 @@ def compare(device: str, litserve: str | None, seconds: float, *, quick: bool) -
 
 
 def _rounds(
-    trials: Trials, field: Sequence[Contender], results: dict[str, Any], seconds: float, *, quick: bool
+    trials: Trials, field: Sequence[Contender], results: dict[str, Any], seconds: float, limit: float, *, quick: bool
 ) -> list[Row]:
     """The rows of one model."""
+    began = time.monotonic()
     tuned: dict[str, Mapping[str, Any]] = {}
     best: dict[str, float] = {}
+    every: dict[str, list[tuple[Mapping[str, Any], list[Seen]]]] = {who.name: [] for who in field}
+    for candidates in zip_longest(*(who.candidates[: 1 if quick else None] for who in field)):
+        if time.monotonic() - began > limit / 3:
+            break
+        for who, settings in zip(field, candidates, strict=True):
+            if settings is not None and (seen := _tried(trials, who, settings, seconds / 3)):
+                every[who.name].append((settings, seen))
     for who in field:
-        candidates = who.candidates[:1] if quick else who.candidates
-        tried = [(settings, seen) for settings in candidates if (seen := _tried(trials, who, settings, seconds / 3))]
+        tried = every[who.name]
         results["tuning"][f"{trials.model}, {who.name}"] = [
             {"settings": settings, "rates": [one.run.rate for one in seen]} for settings, seen in tried
         ]
@@ -117,6 +132,8 @@ def _rounds(
     there = [who for who in field if who.name in tuned]
     visits: dict[str, list[list[Seen]]] = {who.name: [] for who in there}
     for number in range(1 if quick else 3):
+        if number and time.monotonic() - began > limit:
+            break
         for who in there if number % 2 == 0 else reversed(there):
             if visit := trials.of(who, tuned[who.name], loads):
                 visits[who.name].append(visit)

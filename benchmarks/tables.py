@@ -45,7 +45,7 @@ def load(path: Path) -> dict[str, Any]:
 def tables_of(record: Record) -> list[Table]:
     """The tables of one part's results."""
     make = _MAKERS.get(str(record["benchmark"]).partition("-only")[0].removesuffix("-cuda").removesuffix("-host"))
-    return make(record) if make is not None and record["rows"] else []
+    return make(record) if make is not None and record.get("rows", True) else []
 
 
 def as_text(table: Table) -> str:
@@ -103,7 +103,7 @@ def _content(name: str, results: Path) -> str:
     record = load(path)
     parts = [f"{heading_of(record)} (`benchmarks/results/{name}.json`)."]
     parts += [as_markdown(table) for table in tables_of(record)]
-    if any("verdict" in row for row in record["rows"]):
+    if any("verdict" in row for row in record.get("rows", ())):
         said, *missed = misses_of(record)
         parts.append(
             "\n".join(
@@ -380,6 +380,32 @@ def _side_by_side(record: Record) -> list[Table]:
     ]
 
 
+def _overload(record: Record) -> list[Table]:
+    def times(of: Record | None) -> str:
+        return "none" if of is None else " / ".join(f"{1e3 * of[name]:.1f}" for name in ("p50", "p99", "worst"))
+
+    wrong, memory = sum(record["wrong"].values()), record["memory"]
+    rows = [
+        ["requests sent", f"{record['sent']:,}, {record['asked']:.0f} a second"],
+        ["by status", ", ".join(f"{status}: {count:,}" for status, count in record["statuses"].items())],
+        ["good answers a second", f"{record['good_rate']:.0f}; {record['capacity']:.0f} when asked for no more"],
+        ["lost, duplicated or another's", f"{wrong:,}"],
+        [
+            "admitted: ms until the answer, p50 / p99 / worst",
+            f"{times(record['admitted'])}; deadline {1e3 * record['deadline']:.0f}",
+        ],
+        ["refused: likewise", times(record["refused"])],
+        ["`Retry-After`, s", ", ".join(record["retry_after"])],
+        ["most in line", f"{record['most_waiting']} of {record['max_queue']}"],
+        ["memory: most / growth, MiB", f"{memory['most'] / 2**20:.0f} / {memory['growth'] / 2**20:.1f}"],
+        ["as quick as before after, s", f"{record['recovery']:.2f}"],
+        ["cores: server / client", f"{record['server_cpu']:.2f} / {record['client_cpu']:.2f}"],
+        ["the bars", record["verdict"]],
+    ]
+    title = f"{record['model']}, {record['slots']} slot, batches of up to {record['max_batch']}, {record['seconds']:.0f} s"
+    return [Table(title, ["at twice the capacity", ""], rows)]
+
+
 _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "completion": _completion,
     "throughput": _throughput,
@@ -394,5 +420,6 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "loop_lag": _loop_lag,
     "loop-lag": _loop_lag,
     "tensorrt": _tensorrt,
+    "serving-overload": _overload,
     "serving-side-by-side": _side_by_side,
 }

@@ -164,6 +164,13 @@ def test_a_part_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no part 'speed'; there are completion, " in capsys.readouterr().err
 
 
+def test_the_documentation_says_what_the_results_say() -> None:
+    text = (suite.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    marks = tables.MARK.findall(text)
+    assert {"serving-overload", "serving-side-by-side-host", "serving-side-by-side-cuda"} <= set(marks)
+    assert tables.filled(text) == text, "python -m benchmarks table"
+
+
 # Verdicts...
 
 

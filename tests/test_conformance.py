@@ -138,6 +138,55 @@ def test_recording_again_moves_the_event(device: Device, gate: Gate) -> None:
     event.synchronize()
 
 
+def test_a_device_that_tells_does_so_when_its_stream_gets_there_and_at_once_afterwards(device: Device, gate: Gate) -> None:
+    event = device.event()
+    if not device.tells:
+        with pytest.raises(NotImplementedError, match="must be asked"):
+            device.when_complete(event, lambda: None)
+        return
+    told: list[bool] = []
+
+    def ask() -> None:
+        told.append(device.query(event))
+
+    device.when_complete(event, ask)
+    assert told == [True], "it was never recorded"
+    stream = device.stream()
+    gate.hold(stream)
+    stream.record(event)
+    elsewhere, here = threading.Event(), threading.Event()
+    for callback in (ask, ask, here.set):
+        device.when_complete(event, callback)
+    device.when_complete(device.stream().record(), elsewhere.set)
+    assert elsewhere.wait(5)
+    assert told == [True]
+    gate.open()
+    assert here.wait(5)
+    assert told == [True] * 3, "it was told before it was true"
+    device.when_complete(event, ask)
+    assert told == [True] * 4
+
+
+def test_a_failure_is_told_as_soon_as_it_can_be_asked_for(device: Device) -> None:
+    if not device.tells:
+        pytest.skip("it must be asked")
+    stream, told = device.stream(), threading.Event()
+    seen: list[Exception] = []
+
+    def look() -> None:
+        try:
+            device.query(event)
+        except ZeroDivisionError as error:
+            seen.append(error)
+        told.set()
+
+    stream.run(lambda: 1 // 0)
+    event = stream.record()
+    device.when_complete(event, look)
+    assert told.wait(5)
+    assert len(seen) == 1
+
+
 def test_streams_are_unordered(device: Device, gate: Gate) -> None:
     a, b = device.stream(), device.stream()
     gate.hold(a)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -12,9 +14,9 @@ from unittest import mock
 import pytest
 
 from aiotrt import completion
-from aiotrt.completion import LOOKS_BEFORE_HANG, Hub, Lane
+from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, Hub, Lane
 from aiotrt.errors import DeviceHangError
-from aiotrt.prediction import MARGIN, OVERDUE_SHARE, SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress
+from aiotrt.prediction import LONGEST_SLEEP, MARGIN, OVERDUE_SHARE, SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress
 from tests.test_completion import Timer, Work, World, learned
 
 pytestmark = pytest.mark.asyncio
@@ -179,13 +181,22 @@ async def test_work_that_a_callback_submits_is_not_looked_at_before_the_loop_has
     assert max(b - a for a, b in pairwise(turns)) == 1 + behind
 
 
+def submitting(work: Work, lane: Lane, seconds: float) -> Callable[[BaseException | None], None]:
+    """A callback that submits work which is expected to take so long."""
+
+    def submit(_: BaseException | None) -> None:
+        work.watch(lane, estimate=learned(seconds))
+
+    return submit
+
+
 async def test_what_callbacks_submit_is_looked_at_by_its_own_prediction_whatever_stands_behind_it() -> None:
     world = World()
     lane, start = Lane(), world.now
     long = Work(world, 1.0)
     short = Work(world, 0.001)
-    world.hub.watch(lane, lambda: True, lambda _: short.watch(lane, estimate=learned(0.001)))
-    world.hub.watch(lane, lambda: True, lambda _: long.watch(lane, estimate=learned(1.0)))
+    world.hub.watch(lane, lambda: True, submitting(short, lane, 0.001))
+    world.hub.watch(lane, lambda: True, submitting(long, lane, 1.0))
     await world.advance(0.002)
     assert short.outcomes == [None]
     assert short.seen_at - start < 0.0011
@@ -196,7 +207,7 @@ async def test_the_only_work_that_callbacks_submit_is_looked_at_too() -> None:
     world = World(spin=SPIN_BUDGET)
     lane = Lane()
     short = Work(world, 0.001)
-    world.hub.watch(lane, lambda: True, lambda _: short.watch(lane, estimate=learned(0.001)))
+    world.hub.watch(lane, lambda: True, submitting(short, lane, 0.001))
     world.hub.watch(lane, lambda: True, lambda _: None)
     await world.advance(0.002)
     assert short.outcomes == [None]
@@ -368,3 +379,194 @@ async def test_what_is_complete_at_the_first_look_is_as_late_as_it_was_expected_
 async def test_a_lane_that_has_seen_nothing_says_so() -> None:
     lane = Lane()
     assert (lane.last_done, lane.ran, lane.late) == (0.0, 0.0, 0.0)
+
+
+# --- Where the device tells ---------------------------------------------------------------------------------------------
+
+
+class Told(Watched):
+    """Work whose end the device tells when the test says so."""
+
+    def __init__(self, world: World, duration: float | None, error: BaseException | None = None) -> None:
+        super().__init__(world, duration)
+        self._error = error
+        self.callbacks: list[Callable[[], None]] = []
+
+    def watch(self, lane: Lane, **options: Any) -> Told:
+        super().watch(lane, when_complete=self.callbacks.append, **options)
+        return self
+
+    async def tell(self) -> None:
+        """The device's word, from a thread of its own; then the loop has its turn."""
+        (callback,) = self.callbacks
+        thread = threading.Thread(target=callback)
+        thread.start()
+        thread.join()
+        await asyncio.sleep(0)
+
+
+async def test_work_whose_end_is_told_is_looked_at_then_and_not_before() -> None:
+    world = World(spin=SPIN_BUDGET)
+    lane, estimate = Lane(), learned(0.003)
+    for _ in range(3):
+        work = Told(world, 0.010).watch(lane, estimate=estimate)
+        await world.advance(0.010)
+        assert work.queries == 0
+        await work.tell()
+        assert work.outcomes == [None]
+        assert work.queries == 1
+    assert estimate.seconds == pytest.approx(0.010)
+
+
+async def test_how_long_it_ran_is_told_too_whenever_it_is_looked_at() -> None:
+    world = World()
+    lane = Lane()
+    work = Told(world, 0.010).watch(lane, estimate=(estimate := Estimate()))
+    await world.advance(0.010)
+    work.callbacks[0]()
+    await world.advance(0.004)  # the loop is busy
+    await asyncio.sleep(0)
+    assert work.outcomes == [None]
+    assert (lane.ran, lane.late) == pytest.approx((0.014, 0.004))
+    assert estimate.seconds == pytest.approx(0.010)
+
+
+async def test_what_is_found_before_its_word_comes_was_not_late() -> None:
+    world = World()
+    lane = Lane()
+    first, second = (Told(world, 0.010).watch(lane) for _ in range(2))
+    await world.advance(0.010)
+    await first.tell()
+    assert first.outcomes == second.outcomes == [None]
+    assert lane.late == 0.0
+    await second.tell()
+    assert second.outcomes == [None]
+    assert (first.queries, second.queries) == (1, 1)
+
+
+async def test_what_stands_behind_told_work_is_waited_for_likewise() -> None:
+    world = World(spin=SPIN_BUDGET)
+    lane = Lane()
+    first, second = (Told(world, duration).watch(lane, estimate=learned(0.010)) for duration in (0.010, 0.020))
+    await world.advance(0.010)
+    await first.tell()
+    await world.advance(0.010)
+    assert (first.queries, second.queries) == (1, 1)
+    await second.tell()
+    assert second.outcomes == [None]
+    assert second.queries == 2
+
+
+async def test_a_failure_is_told_of_like_success() -> None:
+    world = World()
+    error = RuntimeError("the work")
+    work = Told(world, 0.0, error).watch(Lane())
+    await work.tell()
+    assert work.outcomes == [error]
+
+
+async def test_a_lane_that_is_told_leaves_the_others_as_they_are() -> None:
+    world = World()
+    asked = Watched(world, 0.010)
+    asked.watch(Lane(), estimate=learned(0.010))
+    told = Told(world, 0.001).watch(Lane())
+    await world.advance(0.001)
+    await told.tell()
+    assert told.outcomes == [None]
+    assert asked.queries == 0
+    await world.advance(0.010)
+    assert asked.outcomes == [None]
+
+
+@pytest.mark.parametrize("hang_timeout", [None, 60.0])
+async def test_a_word_that_is_lost_is_made_up_for(hang_timeout: float | None) -> None:
+    world = World(spin=SPIN_BUDGET)
+    start = world.now
+    work = Told(world, 2.5 * PATROL).watch(Lane(), hang_timeout=hang_timeout)
+    await world.advance(4 * PATROL)
+    assert [time - start for time in work.times] == pytest.approx([PATROL, 2 * PATROL, 3 * PATROL])
+    assert work.outcomes == [None]
+
+
+@pytest.mark.parametrize("hang_timeout", [0.050, 2.5 * PATROL])
+async def test_told_work_hangs_as_soon_as_other_work_does(hang_timeout: float) -> None:
+    world = World()
+    start = world.now
+    work = Told(world, None).watch(Lane(), hang_timeout=hang_timeout)
+    await world.advance(hang_timeout * 0.99)
+    assert work.queries == int(hang_timeout / PATROL)
+    await world.advance(hang_timeout)
+    assert isinstance(work.outcomes[0], DeviceHangError)
+    assert work.seen_at - start < 1.15 * hang_timeout
+    overdue = [time - start for time in work.times if time - start >= hang_timeout * 0.99]
+    gaps = [b - a for a, b in pairwise(overdue)]
+    assert gaps == pytest.approx([min(OVERDUE_SHARE * time, LONGEST_SLEEP) for time in overdue[:-1]], abs=4e-6)
+    assert work.queries == int(hang_timeout / PATROL) + 1 + LOOKS_BEFORE_HANG
+
+
+async def test_work_that_is_told_of_too_early_is_asked_from_then_on() -> None:
+    """As when its event was recorded again: of that record nobody tells."""
+    world = World()
+    start = world.now
+    work = Told(world, 0.020).watch(Lane())
+    await world.advance(0.010)
+    await work.tell()
+    assert work.outcomes == []
+    await world.advance(0.015)
+    assert work.outcomes == [None]
+    assert work.seen_at - start < 0.021
+
+
+@pytest.mark.parametrize("progress", [Progress.SPIN, Progress.INTERVAL])
+async def test_who_says_how_to_look_is_not_told(progress: Progress) -> None:
+    world = World(progress)
+    work = Told(world, 0.010).watch(Lane())
+    await world.advance(0.012)
+    assert work.callbacks == []
+    assert work.outcomes == [None]
+
+
+async def test_a_word_of_what_was_forgotten_is_not_heeded() -> None:
+    world = World()
+    lane = Lane()
+    work = Told(world, 0.0).watch(lane)
+    world.hub.forget(lane)
+    await work.tell()
+    assert lane.entry is None
+    assert work.queries == 0
+
+
+async def test_a_hub_that_is_closed_is_told_nothing() -> None:
+    world = World()
+    work = Told(world, 0.0).watch(Lane())
+    world.hub.close()
+    await work.tell()
+    assert world.hub._heap == []
+    assert work.queries == 0
+
+
+async def test_a_loop_that_is_closed_is_told_nothing() -> None:
+    loop = asyncio.new_event_loop()
+    world = World()
+    world.hub._loop = loop
+    work = Told(world, 0.0).watch(Lane())
+    loop.close()
+    work.callbacks[0]()  # on a thread of the device's, which must live
+
+
+async def test_what_is_complete_already_is_looked_at_when_the_loop_has_had_its_turn() -> None:
+    world = World()
+    work = Work(world, 0.0)
+    world.hub.watch(Lane(), work.query, work.done, when_complete=lambda callback: callback())
+    assert work.queries == 0
+    await asyncio.sleep(0)
+    assert work.outcomes == [None]
+
+
+async def test_told_work_stands_in_its_line_before_it_can_be_told_of() -> None:
+    """Words may come from the device's thread at any moment, and the one that comes first is the only one."""
+    world = World()
+    lane, seen = Lane(), []
+    work = Work(world, 0.0)
+    world.hub.watch(lane, work.query, work.done, when_complete=lambda _: seen.append(len(lane.pending)))
+    assert seen == [1]

@@ -114,6 +114,7 @@ class Device(Protocol):
         unified: whether host memory *is* device memory, so that staging and device buffers are one.
         submits_from_threads: whether running Python on a stream occupies the calling thread (cuda) rather than the
             stream's own (host), so that work without a graph must be submitted from a worker thread.
+        tells: whether it says by itself when an event is complete (host), or must be asked (cuda); see `when_complete`.
         fault: the fault that broke the device, if one did.
     """
 
@@ -121,6 +122,7 @@ class Device(Protocol):
     torch_device: torch.device
     unified: bool
     submits_from_threads: bool
+    tells: bool
     fault: DeviceError | None
 
     def stream(self) -> Stream:
@@ -149,6 +151,13 @@ class Device(Protocol):
         Raises:
             DeviceError: the device is broken.
             Exception: whatever the work recorded by `event` raised (host).
+        """
+        ...
+
+    def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
+        """Call `callback`, on whichever thread, once the last record of `event` made before this call is complete.
+
+        At once if it is. What became of the work, `query` says. Only where the device `tells`; `callback` must not raise.
         """
         ...
 
@@ -223,9 +232,10 @@ class CaptureError(Exception):
 
 
 class BaseDevice:
-    """The parts of a `Device` that are the same for all: its fault, and its worker threads."""
+    """The parts of a `Device` that are the same for all: its fault, its worker threads, and that it must be asked."""
 
     fault: DeviceError | None = None
+    tells = False
 
     def __init__(self) -> None:
         self._callbacks: dict[object, Callable[[DeviceError], None]] = {}
@@ -250,6 +260,9 @@ class BaseDevice:
             callbacks = list(self._callbacks.values())
         for callback in callbacks:
             callback(error)
+
+    def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
+        raise NotImplementedError(f"{self!r} must be asked")
 
     def exclusive(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -65,11 +65,29 @@ class HostEvent:
 class _Record:
     """One recording of an event."""
 
-    __slots__ = ("error", "is_reached")
+    __slots__ = ("_callbacks", "_lock", "error", "is_reached")
 
     def __init__(self) -> None:
         self.is_reached = threading.Event()
         self.error: BaseException | None = None  # of the work before it
+        self._callbacks: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def reach(self, error: BaseException | None) -> None:
+        """The stream is there; tell everybody."""
+        self.error = error
+        with self._lock:
+            self.is_reached.set()
+        for callback in self._callbacks:
+            callback()
+
+    def when_reached(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the stream's thread when it is there, or at once if it is."""
+        with self._lock:  # or the stream could come by between the question and the entry
+            if not self.is_reached.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
 
 
 class HostStream:
@@ -99,8 +117,7 @@ class HostStream:
         record = event.last = _Record()
 
         def mark(failure: _Failure) -> None:
-            record.error = failure.take()
-            record.is_reached.set()
+            record.reach(failure.take())
 
         self._work.put(mark)
         return event
@@ -218,6 +235,7 @@ class HostDevice(BaseDevice):
     torch_device = torch.device("cpu")
     unified = True
     submits_from_threads = False
+    tells = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,6 +268,13 @@ class HostDevice(BaseDevice):
 
     def query(self, event: Event) -> bool:
         return event.query()
+
+    def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
+        assert isinstance(event, HostEvent), event
+        if event.last is None:
+            callback()
+        else:
+            event.last.when_reached(callback)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)

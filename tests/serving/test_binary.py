@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tracemalloc
 from typing import Any
 
@@ -76,6 +77,42 @@ def test_every_datatype_there_and_back(name: str, is_binary: bool) -> None:
     np.testing.assert_array_equal(result.as_numpy("y"), array)
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+@pytest.mark.parametrize("shape", [[2, 3], [6], [], [0, 3]])
+def test_strings_of_one_length_are_bytes_with_one_more_axis(shape: list[int], is_binary: bool) -> None:
+    count = math.prod(shape)
+    words = np.array([f"no. {i}" for i in range(count)], object).reshape(shape)
+    tensor = InferInput("x", shape, "BYTES").set_data_from_numpy(words, binary_data=is_binary)
+    body, length = _get_inference_request([tensor], "", None, 0, False, False, 0, None, None)
+    (given_input,) = parse(bytearray(body), length).inputs
+    assert given_input.datatype is DATATYPES["UINT8"]
+    assert given_input.tensor.shape == (*shape, 5 if count else 0)
+    found = given_input.tensor.reshape(count, 5 if count else 0).numpy()
+    assert [row.tobytes().decode() for row in found] == list(words.flat)
+
+
+def test_strings_whose_lengths_lie() -> None:
+    words = [b"one", b"two"]
+    true = b"".join(len(word).to_bytes(4, "little") + word for word in words)
+    of = {"datatype": "BYTES", "shape": [2]}
+    body, length = binary(true, **of, binary_data_size=14)
+    assert parse(bytearray(body), length).inputs[0].tensor.tolist() == [list(word) for word in words]
+    for says, payload in (
+        ("the first of 4,294,967,295 bytes, have 8,589,934,598 bytes with their lengths, not 14", b"\xff" * 4 + true[4:]),
+        ("strings must be of one length, since", true[:7] + b"\x02" + true[8:]),
+        ("the first of 3 bytes, have 14 bytes with their lengths, not 13", true[:-1]),
+        ("the first of 3 bytes, have 14 bytes with their lengths, not 15", true + b"e"),
+        ("the first of 0 bytes, have 8 bytes with their lengths, not 0", b""),
+        ("the first of 1 bytes, have 10 bytes with their lengths, not 1", b"\x01"),
+    ):
+        assert says in refused(*binary(payload, **of, binary_data_size=len(payload)))
+    assert "of shape [4294967296, 4294967296]" in refused(
+        *binary(true, datatype="BYTES", shape=[1 << 32, 1 << 32], binary_data_size=14)
+    )
+    assert "and 14 bytes of the body are left" in refused(*binary(true, **of, binary_data_size=15))
+    assert "not 14" in refused(*binary(true, datatype="BYTES", shape=[0], binary_data_size=14))
+
+
 def test_what_tritons_client_writes_is_read() -> None:
     inputs = []
     for i, dtype in enumerate([np.uint8, np.float32, np.int64]):  # the second does not stand where a float can
@@ -130,7 +167,13 @@ def test_empty_tensors_and_scalars() -> None:
         ("an input's name must be a string of 1 to 1024", one(name="x" * 2000)),
         ("datatype must be one of BOOL, UINT8", one(datatype="FP8")),
         ("datatype must be one of BOOL, UINT8", one(datatype=["FP32"])),
-        ("is BYTES, strings; the models here take numbers only", one(datatype="BYTES", data=["a"] * 6)),
+        ("strings must be of one length", one(datatype="BYTES", data=["a"] * 5 + ["bc"])),
+        ("strings must be of one length", one(datatype="BYTES", data=["a"] * 5 + ["\u00e4"])),
+        ("expected data of shape (2, 3), flat or nested, got shape (5,)", one(datatype="BYTES", data=["a"] * 5)),
+        ("expected lists of strings", one(datatype="BYTES", data=["a"] * 5 + [None])),
+        ("expected lists of strings", one(datatype="BYTES", data=[["a"] * 3, ["a"] * 2])),
+        ("expected lists of strings", one(datatype="BYTES", data=7)),
+        ("expected lists of strings", one(datatype="BYTES", data=json.loads("[" * 500 + "]" * 500))),
         ("shape must be a list", one(shape=6)),
         ("shape must be a list", one(shape=[-2, -3])),
         ("shape must be a list", one(shape=[2.0, 3])),

@@ -137,6 +137,11 @@ async def test_every_datatype(tmp_path: Path, binary: bool) -> None:
             found = result.as_numpy(f"out_{name}")
             assert found.dtype == array.dtype
             np.testing.assert_array_equal(found, array)
+        words = triton.InferInput("in_UINT8", [2], "BYTES")
+        inputs = [one for one in inputs if one.name() != "in_UINT8"]
+        inputs.append(words.set_data_from_numpy(np.array(["one", "two"], object), binary_data=binary))
+        result = await client.infer("all", inputs, outputs=outputs)
+        assert [bytes(row) for row in result.as_numpy("out_UINT8")] == [b"one", b"two"]
 
 
 @pytest.mark.every_loop
@@ -299,7 +304,8 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
             (400, "the model's inputs are x: float32 (*, 3)", {"json": request_of(name="z")}),
             (400, "the model's inputs are", {"json": {"inputs": request_of()["inputs"] + request_of(name="z")["inputs"]}}),
             (400, "no output 'z'; the outputs are y", {"json": request_of() | {"outputs": [{"name": "z"}]}}),
-            (400, "BYTES", {"json": request_of(datatype="BYTES")}),
+            (400, "expected lists of strings", {"json": request_of(datatype="BYTES")}),
+            (400, "got dtype uint8", {"json": request_of(datatype="BYTES", shape=[6], data=["a"] * 6)}),
             (400, "whole body has", {"json": request_of(), "headers": {"inference-header-content-length": "9999"}}),
             (400, "number of bytes", {"json": request_of(), "headers": {"inference-header-content-length": "x"}}),
             (413, "more than", {"content": bytes((64 << 20) + 1), "headers": octets}),

@@ -90,6 +90,15 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         1,
     ): AS_LONG,
     ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    (
+        "completion.py",
+        "_patrol",
+        (
+            "0.0 -> -1.0, in: return min(now + PATROL, max(started + head.hang_timeout, "
+            "next_look(now, started, started, 0.0)))"
+        ),
+        0,
+    ): STOPS,
     ("executor.py", "Executor.__init__", "1 -> 2, in: self._workers = self.device.workers(slots + 1)", 0): (
         "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
     ),

@@ -58,9 +58,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ),
     ("completion.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
     ("completion.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
-    ("completion.py", "Hub._look", "lane.entry = None", 0): (
-        "not needed: the entry is out of the heap, and is told from others by identity"
-    ),
     ("graphs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("graphs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
     ("graphs.py", "_Eager.launch", "stream.copy(destination, source)", 1): (

@@ -19,6 +19,7 @@ import torch
 
 from aiotrt.errors import InputError
 from aiotrt.serving.bodies import numbers
+from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
 
 __all__ = ["InferRequest", "Input", "Requested", "encode", "header_length", "parse", "result_tensor"]
@@ -42,7 +43,7 @@ class Input:
 
     Attributes:
         name: the model's name for it.
-        datatype: what the client says it is.
+        datatype: what the client says it is; UINT8 for strings.
         tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned.
     """
 
@@ -189,13 +190,15 @@ def _input(entry: object, rest: _Rest) -> Input:
     fields = _mapping("an input", entry)
     name = _name("input", fields)
     what = f"input {name!r}"
-    datatype = _datatype(what, fields.get("datatype"))
+    are_strings = fields.get("datatype") == strings.NAME
+    datatype = DATATYPES["UINT8"] if are_strings else _datatype(what, fields.get("datatype"))
     shape = _shape(what, fields.get("shape"))
-    size = math.prod(shape) * datatype.stored.itemsize
     parameters = _parameters(what, fields)
     if "binary_data_size" not in parameters:
         if "data" not in fields:
             raise InputError(f"{what} has neither data nor the parameter binary_data_size")
+        if are_strings:
+            return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
         array = numbers(what, fields["data"], datatype.numbers, shape)
         tensor = torch.from_numpy(array)
         return Input(name, datatype, tensor.to(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
@@ -204,6 +207,11 @@ def _input(entry: object, rest: _Rest) -> Input:
     announced = parameters["binary_data_size"]
     if not _is_count(announced):
         raise InputError(f"{what}: binary_data_size must be a number of bytes, got {_said(announced)}")
+    assert isinstance(announced, int)
+    if are_strings:
+        body, start = rest.take(name, announced)
+        return Input(name, datatype, torch.from_numpy(strings.of_bytes(what, body, start, announced, shape)))
+    size = math.prod(shape) * datatype.stored.itemsize
     if announced != size:
         raise InputError(
             f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, binary_data_size is {announced:,}"
@@ -268,9 +276,7 @@ def _name(what: str, fields: Mapping[str, object]) -> str:
 def _datatype(what: str, name: object) -> Datatype:
     datatype = DATATYPES.get(name) if isinstance(name, str) else None
     if datatype is None:
-        if name == "BYTES":
-            raise InputError(f"{what} is BYTES, strings; the models here take numbers only")
-        raise InputError(f"{what}: datatype must be one of {', '.join(DATATYPES)}, got {_said(name)}")
+        raise InputError(f"{what}: datatype must be one of {', '.join([*DATATYPES, strings.NAME])}, got {_said(name)}")
     return datatype
 
 

@@ -32,7 +32,7 @@ def _make(name: str, numpy: str, in_torch: torch.dtype, stored: str | None = Non
     return Datatype(name, np.dtype(stored or numpy).newbyteorder("<"), np.dtype(numpy), in_torch)
 
 
-#: By name. BYTES, strings of any length, is not among them: no tensor holds those.
+#: By name. BYTES is not among them: no tensor holds strings of any length; see `strings`.
 DATATYPES: Final = {
     datatype.name: datatype
     for datatype in (

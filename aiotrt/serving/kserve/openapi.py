@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeAlias
 
+from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES
 
 __all__ = ["INDEX", "INFER", "LOAD", "UNLOAD", "described", "whether_ready"]
@@ -22,7 +23,7 @@ def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
 
 
 _STRING: Final[Schema] = {"type": "string"}
-_DATATYPE: Final[Schema] = {"type": "string", "enum": list(DATATYPES)}
+_DATATYPE: Final[Schema] = {"type": "string", "enum": [*DATATYPES, strings.NAME]}
 _NUMBERS: Final[Schema] = {"type": "array", "items": {}}
 _SHAPE: Final[Schema] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 32}
 _PARAMETERS: Final[Schema] = {"type": "object"}
