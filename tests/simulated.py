@@ -20,7 +20,7 @@ from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, Sim
 from aiotrt.testing.loop import _Selector
 from aiotrt.testing.streams import Record
 
-__all__ = ["Audit", "Striker", "auditing", "held_streams", "run_simulated"]
+__all__ = ["Audit", "Striker", "auditing", "held_streams", "in_use", "run_simulated"]
 
 T = TypeVar("T")
 
@@ -46,6 +46,12 @@ def held_streams(device: SimulatedDevice, *streams: Any) -> Iterator[None]:
     finally:
         gate.is_done = True
         device.pump()
+
+
+def in_use(device: SimulatedDevice) -> int:
+    """Bytes of device memory that have an owner."""
+    device._collect()
+    return sum(b.memory.nbytes for b in device.memory._blocks.values() if not (b.pinned or b.is_free))
 
 
 class Audit:

@@ -38,6 +38,8 @@ __all__ = ["SimulatedDevice"]
 
 T = TypeVar("T")
 
+#: cudaErrorStreamCaptureUnsupported, which says nothing about what was asked.
+ASK_LATER: Final = 900
 #: Without these, a torch operation goes straight to its kernel: a mode that looks at each and lets it pass costs 15 us.
 _INTERCEPTED: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
 
@@ -86,7 +88,8 @@ class SimulatedDevice(BaseDevice):
         self._busy: dict[SimulatedStream, None] = {}
         self._local = threading.local()
         self._is_capturing = False
-        self._default = self.stream()
+        self._broken_capture: list[str] | None = None  # what broke somebody else's capture, while there is one
+        self._default = self._open_stream()  # which prepares no thread: everybody has it
 
     # The Device protocol...
 
@@ -94,9 +97,7 @@ class SimulatedDevice(BaseDevice):
         """A new stream."""
         self.verb("stream")
         self.prepare_thread()
-        stream = SimulatedStream(self, f"stream {len(self._streams)}")
-        self._streams[stream.handle] = stream
-        return stream
+        return self._open_stream()
 
     def event(self) -> SimulatedEvent:
         """A new event."""
@@ -119,8 +120,13 @@ class SimulatedDevice(BaseDevice):
         raise TypeError(f"expected a stream of {self.name}, got {type(stream).__name__}")
 
     def query(self, event: Event) -> bool:
-        """Whether `event` is complete."""
-        return event.query()
+        """Whether `event` is complete; False also where the answer is "ask later"."""
+        try:
+            return event.query()
+        except DeviceError as error:
+            if error.code == ASK_LATER:
+                return False
+            raise
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Device memory full of garbage, in the current stream's order."""
@@ -179,7 +185,7 @@ class SimulatedDevice(BaseDevice):
             self.detector.observe(self.detector.mark(stream.actor))
 
     def prepare_thread(self) -> None:
-        """Bind the device's context to the calling thread: see `needs_context`."""
+        """Bind the device's context to the calling thread, and exchange its capture mode: `needs_context`, `unsafe`."""
         self._local.is_prepared = True
 
     def is_on_stream(self) -> bool:
@@ -246,6 +252,25 @@ class SimulatedDevice(BaseDevice):
         finally:
             self._local.intercepting = False
 
+    @contextlib.contextmanager
+    def captured_elsewhere(self) -> Iterator[None]:
+        """Inside, another thread captures in global mode, which is torch's default.
+
+        A query, a synchronisation or an allocation of pinned memory is refused, and breaks that capture, on a thread that
+        was not prepared.
+
+        Raises:
+            CaptureError: it was broken; the message says by what.
+        """
+        broken: list[str] = []
+        self._broken_capture = broken
+        try:
+            yield
+        finally:
+            self._broken_capture = None
+        if broken:
+            raise CaptureError(f"a capture in global mode was broken by {broken[0]}, on a thread that was not prepared")
+
     def advance(self, seconds: float) -> None:
         """Let virtual time pass."""
         self.time.advance(seconds)
@@ -287,6 +312,18 @@ class SimulatedDevice(BaseDevice):
         if self.time.is_worker and not getattr(self._local, "is_prepared", False):
             raise DeviceError(f"{what} in a thread that was not prepared", code=201, name="cudaErrorDeviceUninitialized")
 
+    def unsafe(self, what: str) -> None:
+        """A call that the driver refuses while another thread captures in global mode.
+
+        Raises:
+            DeviceError: it is refused, and has broken that capture: see `captured_elsewhere`.
+        """
+        if self._broken_capture is not None and not getattr(self._local, "is_prepared", False):
+            self._broken_capture.append(what)
+            raise DeviceError(
+                f"{what} while another thread captures", code=ASK_LATER, name="cudaErrorStreamCaptureUnsupported"
+            )
+
     def block(self, condition: Callable[[], bool], what: str) -> None:
         """Block the thread in virtual time, or until the device breaks.
 
@@ -297,6 +334,7 @@ class SimulatedDevice(BaseDevice):
         if self._scope.graph is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         self.verb(what)
+        self.unsafe(what)
         self.time.block_until(lambda: self.broken is not None or condition(), what)
         if self.broken is not None:
             raise self.broken
@@ -363,6 +401,11 @@ class SimulatedDevice(BaseDevice):
     def touched(self, what: str, reads: Sequence[Span], writes: Sequence[Span]) -> None:
         """The host accessed memory of the device."""
         self.detector.access(HOST, what, reads, writes)
+
+    def _open_stream(self) -> SimulatedStream:
+        stream = SimulatedStream(self, f"stream {len(self._streams)}")
+        self._streams[stream.handle] = stream
+        return stream
 
     @property
     def _scope(self) -> _Scope:

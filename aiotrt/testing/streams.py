@@ -43,10 +43,11 @@ class SimulatedEvent:
         """Whether its last record is complete.
 
         Raises:
-            DeviceError: the device is broken.
+            DeviceError: the device is broken, or this breaks somebody's capture.
         """
         device = self._device
         device.verb("query")
+        device.unsafe("a query")
         if self._record is None:
             return True
         if not self._record.is_done:

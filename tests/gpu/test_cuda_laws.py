@@ -6,6 +6,7 @@ Each test is named after the defect of the original that it makes impossible (se
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import sys
 import textwrap
@@ -153,9 +154,9 @@ async def test_b12_eviction_waits_for_who_still_reads() -> None:
             side.wait(slot.launch())
             latch.hold(side)
             seen = torch.empty(2, 3, device="cuda")
-            output = slot.outputs[0].tensor
-            side.run(lambda: seen.copy_(output))
+            side.run(functools.partial(seen.copy_, slot.outputs[0].tensor))
             slot.consumed(side)
+        del slot  # while it lives, so does the memory
         call = asyncio.ensure_future(model(frame(2, (7, 7))))
         await turns(200)
         latch.open()

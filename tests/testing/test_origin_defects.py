@@ -1,6 +1,7 @@
 """Models of the defects of the code that the idea came from: the detector finds each, and some schedule shows the damage.
 
-Each model is the faulty order of device calls, and nothing else. B1 to B14 are the numbers used in the design.
+Each model is the faulty order of device calls, and nothing else. B1 to B18 are the numbers used in the design; those of them
+that no order of calls would mend are in `test_origin_habits`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,14 @@ def b2_completion_event_is_recorded_on_the_wrong_stream(m: Original) -> None:
     m.see(m.y, 2.0)
 
 
+def b4_the_caller_reads_on_a_stream_that_waits_for_nothing(m: Original) -> None:
+    m.fill_input(1.0)
+    m.graph.launch(m.graph_stream)
+    m.outer.copy(m.pinned, m.y)  # what `.cpu()` does: a copy on the current stream,
+    m.outer.synchronize()  # and a wait for that one
+    m.see(m.pinned, 2.0)
+
+
 def b5_consumer_event_is_waited_for_before_it_is_recorded(m: Original) -> None:
     consumed = m.device.event()
     results = []
@@ -118,6 +127,18 @@ def b6_results_of_two_calls_are_one_buffer(m: Original) -> None:
     m.finish()
 
 
+def b7_the_parts_of_a_split_batch_are_one_buffer(m: Original) -> None:
+    parts = []
+    for value in (1.0, 5.0):
+        m.fill_input(value)
+        m.graph.launch(m.graph_stream)
+        parts.append(m.y)
+    with m.device.use():  # a stream that waits for neither
+        whole = torch.cat(parts)
+    m.expected += [2.0, 10.0]
+    m.finish(whole[:4], whole[4:])
+
+
 def b8_padded_result_lost_its_event(m: Original) -> None:
     m.fill_input(1.0)
     m.graph.launch(m.graph_stream)
@@ -137,6 +158,40 @@ def b10_the_ring_of_clones_comes_round(m: Original) -> None:
     m.device.advance(300e-6)
     m.see(ring[0], 2.0)
     m.finish()
+
+
+def b11_done_means_submitted(m: Original) -> None:
+    m.fill_input(1.0)
+    m.graph.launch(m.graph_stream)
+    m.outer.wait(m.record("graph"))
+    with m.device.use():
+        answer = m.y + 1.0
+    m.see(answer, 3.0)  # as soon as `done()` says so
+
+
+def b12_a_graph_is_evicted_while_its_output_is_read(m: Original) -> None:
+    m.fill_input(1.0)
+    m.graph.launch(m.graph_stream)
+    m.outer.wait(m.record("graph"))
+    mine = m.consume(2.0)
+    m.graph.close()
+    del m.y
+    m.graph, (m.y,) = m.device.capture(m.graph_stream, lambda: [m.x * 7])  # for another shape, in the same memory
+    m.finish(mine)
+
+
+def b13_the_next_marked_input_is_copied_into_the_first(m: Original) -> None:
+    first = m.device.tensor([1.0] * 4)
+    m.graph_stream.wait(m.record("outer"))
+    graph, _ = m.device.capture(m.graph_stream, lambda: [first * 2])  # on its own memory, as its owner asked
+    second = m.device.tensor([5.0] * 4)
+    m.graph_stream.wait(m.record("outer"))
+    m.graph_stream.copy(first, second)  # the key is the same: shape, dtype and device
+    graph.launch(m.graph_stream)
+    with m.device.use():
+        mine = first.clone()  # its owner looks at it again
+    m.expected.append(1.0)
+    m.finish(mine)
 
 
 def b14_input_is_overwritten_while_the_graph_reads_it(m: Original) -> None:
@@ -169,6 +224,17 @@ def b14_pinned_output_is_read_during_its_copy(m: Original) -> None:
     m.graph_stream.copy(m.pinned, m.y)  # after the event
     m.wait(produced)
     m.see(m.pinned, 2.0)
+
+
+def b18_a_view_has_lost_the_event(m: Original) -> None:
+    m.fill_input(1.0)
+    m.graph.launch(m.graph_stream)
+    m.y._trt_produce_event = m.record("graph")  # type: ignore[attr-defined]
+    some = m.y[:2]
+    event = getattr(some, "_trt_produce_event", None)
+    if event is not None:
+        m.wait(event)
+    m.see(some, 2.0)
 
 
 DEFECTS = [value for name, value in dict(globals()).items() if name.startswith("b") and name[1].isdigit()]
