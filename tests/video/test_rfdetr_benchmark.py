@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from aiotrt.devices import open_device
-from benchmarks.bench_rfdetr_video import FP16, FP32, MAP, SEVERAL, TENSORRT, Bed, StandIn, aiotrt_way, judge
+from benchmarks.bench_rfdetr_video import (
+    FP16,
+    FP32,
+    MAP,
+    SEVERAL,
+    TENSORRT,
+    Bed,
+    StandIn,
+    _blocking,
+    _map,
+    _pipeline,
+    aiotrt_way,
+    judge,
+)
 from benchmarks.clips import Clip, bikes, clip, digest
 from benchmarks.measure import Spread
 from benchmarks.rfdetr_loops import EAGER, SYNCHRONISED, Torch
@@ -106,6 +119,19 @@ def test_results_are_compared_bit_for_bit_and_counted_frame_by_frame() -> None:
     assert not bed.is_complete([*three, (0, None)], 3, 1)
     assert not bed.is_complete([(0, None), (1, None), (1, None)], 3, 1)
     assert digest(found(0))[3][0] == digest(found(1))[3][0] != digest(found(1))[3][1]
+
+
+@pytest.mark.asyncio
+async def test_every_way_goes_on_at_the_films_beginning(tmp_path: Path) -> None:
+    film, device = clip(9, write_video(tmp_path / "a.mp4", range(5))), open_device("host")
+    bed = Bed(FP32, StandIn().eval(), Torch(StandIn().eval(), device, torch.float32), torch.float32, film, device)
+    ways = [(_blocking(bed, EAGER), 1), (_map(bed), 1), (_pipeline(bed, 2, 2, decode=False), 2)]
+    for way, sources in [*ways, (_pipeline(bed, 2, 2, decode=True), 2)]:
+        async with way as once:
+            for count in (5, 12):
+                results = (await once(count)).results
+                assert bed.is_complete(results, count, sources)
+                assert bed.agrees(results)
 
 
 # Frames...
