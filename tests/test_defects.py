@@ -318,16 +318,18 @@ async def test_b15_strides_are_honoured_and_other_dtypes_refused(place: Place) -
 
 @on_every_device
 async def test_b16_memory_is_bounded_in_bytes_and_given_back(place: Place) -> None:
-    bound = 40_000  # the graph of the largest of these shapes, or of two; all of them are more than 100,000
+    bound = 100_000  # the graph of the largest of these shapes; with their results all of them are 480,000
 
     async def use(before: int) -> None:
         async with place.load(warmup=frame(0, (1, 3)), graph_cache_bytes=bound) as model:
-            results = [await model(kinds(place, 1, (extent, 3))[-1]) for extent in range(100, 1000, 100)]
+            results = [await model(kinds(place, 1, (extent, 3))[-1]) for extent in range(300, 3000, 300)]
             statistics = model.statistics()
             assert statistics.evictions > 0
             assert statistics.graph_bytes <= bound
             del results  # they were kept up to here, and kept nothing else
-            await until(lambda: place.allocated() <= before + 2 * bound)
+            # The bound is for inputs and what a capture reserves. Outputs may have had room in what was reserved before, and
+            # the next caller's results are ready: each as large as the inputs.
+            await until(lambda: place.allocated() <= before + 4 * bound)
 
     gc.collect()
     gc.disable()  # what is given back, nobody has to look for

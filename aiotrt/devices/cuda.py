@@ -38,6 +38,9 @@ ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; 
 #: Codes that say no to one call and leave the context sound; any other one is a fault of the device.
 PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
+#: Handles that stand for a default stream: of the legacy kind, likewise by its own name, and of each thread.
+DEFAULT_STREAMS: Final = frozenset({0, 1, 2})
+
 #: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
 
@@ -134,6 +137,30 @@ class CudaStream:
 
     def __repr__(self) -> str:
         return f"<CudaStream {self.handle:#x} on {self._device.name}>"
+
+
+class _DefaultStream(CudaStream):
+    """The default stream of a GPU that may not be the current one.
+
+    Its handle names no stream, but the default one of whichever GPU is current: asked without this, the driver would answer
+    for the wrong one, and order nothing.
+    """
+
+    def record(self, event: Event | None = None) -> Event:
+        with torch.cuda.device(self._device.index):
+            return super().record(event)
+
+    def wait(self, event: Event) -> None:
+        with torch.cuda.device(self._device.index):
+            super().wait(event)
+
+    def query(self) -> bool:
+        with torch.cuda.device(self._device.index):
+            return super().query()
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.device(self._device.index):
+            super().copy(destination, source)
 
 
 class _Pool:
@@ -313,7 +340,9 @@ class CudaDevice(BaseDevice):
         prepare_thread(self.index)
 
     def _adopt(self, stream: torch.cuda.Stream) -> CudaStream:
-        return self._streams.setdefault(stream.cuda_stream, CudaStream(self, stream))
+        handle = stream.cuda_stream
+        is_default = handle in DEFAULT_STREAMS and torch.cuda.device_count() > 1
+        return self._streams.setdefault(handle, (_DefaultStream if is_default else CudaStream)(self, stream))
 
     def __repr__(self) -> str:
         return f"<CudaDevice {self.name}: {torch.cuda.get_device_name(self.index)}>"
