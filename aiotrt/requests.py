@@ -32,9 +32,6 @@ _log: Final = logging.getLogger("aiotrt")
 #: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
-#: The same while another slot is taken: then the device has work during the hop, and several workers copy side by side;
-#: on the loop each copy would keep the others' completions waiting. From half a mebibyte on that pays.
-COPY_BESIDE_OTHERS_BYTES: Final = 1 << 19
 
 
 class Requests:
@@ -147,20 +144,13 @@ class Requests:
         for argument in request.arguments:
             if argument.host is not None:
                 nbytes += argument.host.nbytes
-        if self._is_for_a_worker(nbytes):
+        if nbytes > COPY_ON_LOOP_BYTES:
             self._executor.move(slot, Move.PREPARE)
             self._executor.work(slot, lambda: copy_in(request, program), self._staged)
             return
         if nbytes:
             copy_in(request, program)
         self._launch(slot, request, program)
-
-    def _is_for_a_worker(self, nbytes: int) -> bool:
-        """Whether a copy of so much would keep the loop for too long."""
-        if nbytes <= COPY_BESIDE_OTHERS_BYTES:
-            return nbytes > COPY_ON_LOOP_BYTES
-        executor = self._executor
-        return nbytes > COPY_ON_LOOP_BYTES or executor.machine.count(State.FREE) < len(executor.slots) - 1
 
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
         request = self._executor.resume(slot, error, "while its inputs were copied")
@@ -270,7 +260,7 @@ class Requests:
             parts = request.parts(program, list(zip(views, dtypes, strict=True)))
             return [own(view, dtype, kind) for view, dtype in parts]
 
-        if self._is_for_a_worker(sum(view.nbytes for view in views)):
+        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
             # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
             self._executor.work(slot, copy, self._copied)
             return

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
+import torch
 
 __all__ = ["VIDEO", "WEIGHTS", "Clip", "Digest", "GpuShare", "bikes", "clip", "digest"]
 
@@ -127,7 +128,11 @@ class GpuShare:
         except OSError:
             library = None
         handle = ctypes.c_void_p()
-        if library is None or library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+        if library is None or library.nvmlInit_v2():
+            return self
+        # By what it is, not by its number: the library counts cards that CUDA_VISIBLE_DEVICES hides from this process.
+        name = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+        if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
             return self
 
         def sample() -> None:
