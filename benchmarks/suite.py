@@ -226,9 +226,7 @@ def show(record: dict[str, Any], rows: Sequence[Row], bench: Bench) -> None:
                 print(f"  {way}: {what}")
     for table_ in tables.tables_of(record):
         print(f"\n{tables.as_text(table_)}")
-    others = [run.others for row in rows for run in row.runs if run.others is not None]
-    if others and sum(others) / len(others) > 0.2:
-        print(f"other programs used {sum(others) / len(others):.1f} cores meanwhile")
+    print(f"\n{tables.heading_of(record)}")
     for line in tables.misses_of(record):
         print(line)
 

@@ -24,6 +24,8 @@ __all__ = ["MARK", "Table", "as_markdown", "as_text", "filled", "heading_of", "l
 Record: TypeAlias = Mapping[str, Any]
 Cell: TypeAlias = Callable[[Record], str]
 
+#: Cores that other programs use without it being worth saying.
+NOTED: Final = 0.2
 MARK: Final = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
 
 
@@ -68,7 +70,16 @@ def heading_of(record: Record) -> str:
     where = machine["gpu"] or f"{machine['cpu']}, no GPU"
     versions = [f"{name} {machine[name]}" for name in ("driver", "cuda", "python", "torch", "uvloop") if machine.get(name)]
     quick = "; a quick run, whose figures say nothing" if record.get("quick") else ""
-    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {record['date'][:10]}{quick}"
+    others = others_of(record)
+    beside = f"; other programs used {others:.1f} cores meanwhile" if others > NOTED else ""
+    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {record['date'][:10]}{beside}{quick}"
+
+
+def others_of(record: Record) -> float:
+    """Cores that other programs used, on average over all runs; 0.0 where that is not known."""
+    runs = [run for row in record.get("rows", ()) for run in row.get("runs", ())]
+    known = [run["others"] for run in runs if run.get("others") is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def misses_of(record: Record) -> list[str]:
