@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
     inputs = detector_inputs()[: QUICK_AWAITERS if arguments.quick else AWAITERS]
     session = ocr.direct_session(file)
     expected = [session(x) for x in inputs]
-    rounds, runs = (1, 1) if arguments.quick else (4, 5)
+    rounds, runs = 1, 1 if arguments.quick else 5
     rows = []
     with console.status("starting") as status:
         for loop in loops():
