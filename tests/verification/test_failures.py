@@ -107,6 +107,7 @@ def test_an_engine_that_does_not_repeat_itself(device: str, tmp_path: Path, nois
 
 def test_results_that_do_not_wait_for_the_device(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(open_device(device)), "query", lambda self, event: True)
+    monkeypatch.setattr(type(open_device(device)), "when_complete", lambda self, event, callback: callback())
     free = Executor.free
 
     def late(self: Executor) -> None:
