@@ -5,8 +5,10 @@ Each body must hold on the host, on the simulated device, and on CUDA.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -136,6 +138,29 @@ def test_recording_again_moves_the_event(device: Device, gate: Gate) -> None:
     assert not soon(device, event)
     gate.open()
     event.synchronize()
+
+
+def test_a_device_lets_go_of_whom_it_has_told(device: Device) -> None:
+    if not device.tells:
+        return
+    stream, gone = device.stream(), threading.Event()
+    event = stream.record()
+
+    class Waiter:
+        def __call__(self) -> None:
+            pass
+
+    waiter = Waiter()
+    weakref.finalize(waiter, gone.set)
+    gc.disable()  # what is let go of, nobody has to look for
+    try:
+        device.when_complete(event, waiter)
+        del waiter
+        stream.synchronize()
+        assert gone.is_set(), "though the event is still there"
+    finally:
+        gc.enable()
+    assert device.query(event)
 
 
 def test_a_device_that_tells_does_so_when_its_stream_gets_there_and_at_once_afterwards(device: Device, gate: Gate) -> None:

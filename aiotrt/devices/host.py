@@ -78,7 +78,9 @@ class _Record:
         self.error = error
         with self._lock:
             self.is_reached.set()
-        for callback in self._callbacks:
+        # Let go of: who waited refers to the event, and so to this, and its memory would wait for a garbage collection.
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
             callback()
 
     def when_reached(self, callback: Callable[[], None]) -> None:
