@@ -170,7 +170,8 @@ class Decoder:
                 frame = self._ready.popleft()
                 if frame.is_corrupt:
                     self._damaged("a picture is damaged")
-                elif frame.time is None or frame.time >= self._opening.start:
+                # Without a start, all: live streams begin before 0.
+                elif frame.time is None or not self._opening.start or frame.time >= self._opening.start:
                     self._count += 1
                     self._damaged_in_a_row = 0
                     self._last = max(self._last, frame.time or 0.0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
+import socket
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +25,7 @@ from tests.video.tools import number_of, picture, write_video
 
 pytestmark = pytest.mark.asyncio
 
+ROOT = Path(__file__).parents[2]
 
 #: Of the sources here; the devices' own stay.
 THREADS = ("aiotrt-frames", "aiotrt-a.", "aiotrt-missing", "aiotrt-text", "aiotrt-empty")
@@ -339,6 +344,52 @@ async def test_a_url_with_nothing_there_is_given_up_after_so_many_attempts(site:
     assert source.counts == {Kind.LOST: 1}
     with pytest.raises(SourceError, match="404"):
         await read(video.open(f"{site}/missing.mp4", live=False))
+
+
+def begin_publishing(url: str, count: int, processes: contextlib.ExitStack) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "tests.video.publisher", url, str(count)], cwd=ROOT)
+    processes.enter_context(process)
+    processes.callback(process.kill)  # the second is in the middle when the source ends
+
+
+async def test_a_live_stream_over_rtsp_and_another_after_it() -> None:
+    """Real RTSP, turned round: the source listens and the publisher comes to it, so that no server is needed."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        url = f"rtsp://127.0.0.1:{found.getsockname()[1]}/live"
+    options = {"rtsp_flags": "listen", "listen_timeout": "60"}
+    source = video.open(url, options=options, timeout=60.0, reconnect=video.Backoff(first=0.01))
+    films: list[list[Frame]] = [[], []]
+    with contextlib.ExitStack() as processes:
+        begin_publishing(url, 30, processes)  # entering waits for it
+        async with source:
+            async for frame in source:
+                films[0].append(frame)
+                if number_of(frame.image) == 29:
+                    break
+            begin_publishing(url, 200, processes)
+            async for frame in source:
+                films[1].append(frame)
+                if number_of(frame.image) == 20:
+                    break
+    for film, last in zip(films, (29, 20), strict=True):
+        assert [number_of(frame.image) for frame in film] == list(range(last + 1))
+        # The first packet may come before the one that says what the stream's clock shows; the next are before 0 then.
+        times = [frame.time for frame in film[1:] if frame.time is not None]
+        assert np.diff(times) == pytest.approx(1 / 30, abs=1e-3)
+        assert len(times) == last
+    assert [frame.index for film in films for frame in film] == list(range(sum(map(len, films))))
+    assert source.counts == {Kind.LOST: 1, Kind.RECONNECTED: 1}
+    assert source.is_live
+
+
+async def test_nobody_publishes_and_whoever_waits_is_let_go() -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        url = f"rtsp://127.0.0.1:{found.getsockname()[1]}/live"
+    source = video.open(url, options={"rtsp_flags": "listen", "listen_timeout": "1"}, live=False)
+    with pytest.raises(SourceError, match=f"{url}.*timed out"):
+        await read(source)
 
 
 # Iterables...
