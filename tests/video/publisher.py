@@ -1,4 +1,4 @@
-"""Publishes a film in real time over RTSP, as a camera's gateway does: a process of its own, since muxing keeps the interpreter.
+"""Publishes a film in real time over RTSP, as a gateway of cameras does; a process, since muxing keeps the interpreter lock.
 
     python -m tests.video.publisher rtsp://127.0.0.1:PORT/live FRAMES
 
