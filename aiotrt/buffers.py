@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from aiotrt.graphs import Program
 from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, submit_lease
-from aiotrt.tensors import Kind, OutputNames
+from aiotrt.tensors import DEVICE, Kind
 
 __all__ = ["Buffer", "Buffers", "Hold"]
 
@@ -92,7 +92,7 @@ class Buffer:
         if hold.unified:
             return self._tensor
         staged = hold.program.staged_outputs[self._index]
-        if staged is None or hold.kind is Kind.DEVICE:
+        if staged is None or hold.kind is DEVICE:
             raise UsageError(
                 f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host"
             )
@@ -423,8 +423,11 @@ class Hold:
         return orders
 
     def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:
-        from_host = [i for i, written_by_host in orders.sources.items() if written_by_host]
-        consumers = ({current.handle: current} | orders.consumers).values() if orders.consumers else (current,)
+        from_host: Collection[int] = ()
+        consumers: Iterable[Stream] = (current,)
+        if orders is not _NOTHING:
+            from_host = [i for i, written_by_host in orders.sources.items() if written_by_host]
+            consumers = ({current.handle: current} | orders.consumers).values()
         submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
     def _launched(
@@ -466,13 +469,13 @@ class Hold:
 
     def results(self) -> Any:
         """The outputs as the lease asked for them."""
-        names: OutputNames = self.program.names
-        if self.kind is Kind.DEVICE:
-            return names.pack([self.handed_out(output) for output in self.program.outputs])
+        names, outputs = self.program.names, self.program.outputs
+        if self.kind is DEVICE:
+            return names.pack([self.handed_out(output) for output in outputs])
         if self.kind is Kind.NUMPY:
-            return names.pack([self.program.output_view(i) for i in range(len(self.program.outputs))])
+            return names.pack([self.program.output_view(i) for i in range(len(outputs))])
         if self.unified:
-            return names.pack(list(self.program.outputs))
+            return names.pack(list(outputs))
         return names.pack(list(self.program.staged_outputs))
 
     def handed_out(self, output: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import os
 import threading
@@ -27,12 +26,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from heapq import heappop, heappush
 from math import inf
 from typing import Final
 
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
-from aiotrt.prediction import SHORTEST_SLEEP, SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
+from aiotrt.prediction import PREDICT, SHORTEST_SLEEP, SPIN, SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
 from aiotrt.timers import Timer, open_timer
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
@@ -101,7 +101,7 @@ class Hub:
         self,
         loop: asyncio.AbstractEventLoop,
         *,
-        progress: Progress = Progress.PREDICT,
+        progress: Progress = PREDICT,
         clock: Callable[[], float] = time.perf_counter,
         timer: Callable[[asyncio.AbstractEventLoop, Callable[[], None]], Timer] = open_timer,
         spin: float | None = None,
@@ -128,7 +128,7 @@ class Hub:
     # Finding the hub of a loop...
 
     @classmethod
-    def acquire(cls, progress: Progress = Progress.PREDICT) -> Hub:
+    def acquire(cls, progress: Progress = PREDICT) -> Hub:
         """The running loop's hub for this way of finding completion, opened on first use; give it back with `release`."""
         loop = asyncio.get_running_loop()
         _drop_hubs_of_closed_loops()
@@ -186,18 +186,18 @@ class Hub:
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
             when_complete: calls what it is given when the event is complete, on any thread; None where it must be asked.
         """
+        if self.progress is not PREDICT:
+            when_complete = None  # the others say how to look
         now = self._clock()
-        is_told = when_complete is not None and self.progress is Progress.PREDICT  # the others say how to look
         pending = _Pending(
-            query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout, inf if is_told else 0.0
+            query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout, inf if when_complete else 0.0
         )
         lane.pending.append(pending)
         if len(lane.pending) == 1:
             self._enlist(lane, self._first_look(now, pending))
             if not self._polling:
                 self._arm(now)
-        if is_told:
-            assert when_complete is not None
+        if when_complete:
             when_complete(partial(self._tell, lane, pending))
 
     def forget(self, lane: Lane) -> None:
@@ -236,11 +236,13 @@ class Hub:
         self._polling = True
         try:
             now = self._clock()
+            heap = self._heap
             due = []
-            while self._heap and self._heap[0][0] <= now:
-                entry = heapq.heappop(self._heap)
-                if entry[2].entry is entry:
-                    due.append(entry[2])
+            while heap and heap[0][0] <= now:
+                entry = heappop(heap)
+                lane = entry[2]
+                if lane.entry is entry:
+                    due.append(lane)
             # Collected first and looked at after: a lane that is due again at once goes back into the heap, and must not
             # be found again in this same poll, or the loop would never get its turn.
             for lane in due:
@@ -257,7 +259,9 @@ class Hub:
         while pending and turns:
             turns -= 1
             head = pending[0]
-            started = max(head.submitted, lane.last_done)
+            started = head.submitted
+            if started < lane.last_done:
+                started = lane.last_done
             self.polls += 1
             error: BaseException | None = None
             try:
@@ -274,16 +278,17 @@ class Hub:
                     return
             pending.popleft()
             if error is None:
-                lane.ran = now - started
+                ran = lane.ran = now - started
+                estimate = head.estimate
                 if head.told:  # before this look, unless the word is still on its way
                     lane.late = max(0.0, now - max(head.told, started))
-                    head.estimate.between(lane.ran - lane.late, lane.ran - lane.late)
+                    estimate.between(ran - lane.late, ran - lane.late)
                 elif head.looks:
                     lane.late = now - max(head.looked, started)
-                    head.estimate.between(head.looked - started, lane.ran)
+                    estimate.between(head.looked - started, ran)
                 else:
-                    lane.late = max(lane.ran - head.estimate.seconds, 0.0) if head.estimate.seconds else 0.0
-                    head.estimate.at_most(lane.ran)
+                    lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
+                    estimate.at_most(ran)
             lane.last_done = now
             try:
                 head.on_done(error)
@@ -312,14 +317,14 @@ class Hub:
         estimate = head.estimate
         if head.told > now:
             return _patrol(now, head, now)
-        if self.progress is Progress.PREDICT and estimate.is_trusted:
+        if self.progress is PREDICT and estimate.is_trusted:
             return first_look(now, now + estimate.shortest, self._lateness)
-        if self.progress is Progress.SPIN:
+        if self.progress is SPIN:
             return now
-        return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)
+        return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)
 
     def _next_look(self, now: float, head: _Pending, started: float) -> float:
-        if self.progress is Progress.SPIN:
+        if self.progress is SPIN:
             return now
         if self.progress is Progress.INTERVAL:
             return next_look(now, started, started, 0.0)
@@ -343,13 +348,13 @@ class Hub:
         return next_look(now, started, predicted, self._spin)
 
     def _enlist(self, lane: Lane, due: float) -> None:
-        lane.entry = (due, next(self._order), lane)
-        heapq.heappush(self._heap, lane.entry)
+        lane.entry = entry = (due, next(self._order), lane)
+        heappush(self._heap, entry)
 
     def _arm(self, now: float) -> None:
         heap = self._heap
         while heap and heap[0][2].entry is not heap[0]:  # forgotten lanes leave stale entries behind
-            heapq.heappop(heap)
+            heappop(heap)
         if not heap or self._soon is not None:
             return
         due = heap[0][0]

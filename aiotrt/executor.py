@@ -44,10 +44,10 @@ from aiotrt.graphs import Program, ProgramCache, Recipe
 from aiotrt.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
 from aiotrt.prediction import Estimate
 from aiotrt.requests import Requests
+from aiotrt.slots import BROKEN, COMPLETE, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.slots import Event as Move
-from aiotrt.slots import Grant, Slots, State
 from aiotrt.submission import Request, Slot, Times, has_passed, keep_for_ever, retire
-from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs
+from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]
 
@@ -127,6 +127,7 @@ class Executor:
         try:
             for i in range(slots):
                 self.slots.append(Slot(i, self.device))
+                self.requests.adopt(self.slots[i])
         except BaseException:
             for slot in self.slots:
                 slot.stream.close()
@@ -149,16 +150,9 @@ class Executor:
         # After a fork no loop is running here, as asyncio sees it.
         if asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
             self.check_usable()
-        arguments, kind, specs = self.specs.parse(values, named)
-        request = Request(
-            self.loop.create_future(),
-            arguments,
-            specs,
-            tuple([argument.shape for argument in arguments]),
-            self.outputs or kind,
-            is_lease=False,
-        )
-        if kind is Kind.DEVICE or request.kind is Kind.DEVICE:
+        arguments, shapes, kind, specs = self.specs.parse(values, named)
+        request = Request(self.loop.create_future(), arguments, specs, shapes, self.outputs or kind, is_lease=False)
+        if kind is DEVICE or request.kind is DEVICE:
             request.origin = self.device.current_stream()
             if carries_anything(arguments):
                 request.ready = ready_events(arguments)
@@ -206,7 +200,7 @@ class Executor:
             request.is_queued = False
             self.machine.withdraw(request)
             self._check_idle()
-        elif slot is not None and self.machine.states[slot.index] not in (State.BROKEN, State.DRAINING):
+        elif slot is not None and self.machine.states[slot.index] not in (BROKEN, DRAINING):
             self.move(slot, Move.RELEASE)
         elif not request.future.cancelled():
             return  # it ended, and was counted, before its caller was cancelled
@@ -235,13 +229,13 @@ class Executor:
 
     def _serve(self, grant: Grant[Request]) -> None:
         # A loop, not a recursion: a request that fails at once frees its slot at once, and the line may be long.
-        self._granted.append(grant)
         if self._serving:
+            self._granted.append(grant)
             return
         self._serving = True
         try:
-            while self._granted:
-                index, request = self._granted.popleft()
+            while True:
+                index, request = grant
                 slot = self.slots[index]
                 slot.request = request
                 request.slot = slot
@@ -250,6 +244,9 @@ class Executor:
                     request.times.granted = time.perf_counter()
                 request.granted()
                 self.requests.begin(slot, request)
+                if not self._granted:
+                    return
+                grant = self._granted.popleft()
         finally:
             self._serving = False
 
@@ -287,13 +284,13 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
-        if state is State.BROKEN:
+        if state is BROKEN:
             return None
         if isinstance(error, DeviceError):
             self.device.fail(error)
             return None
-        if state is State.DRAINING:
-            self.move(slot, Move.COMPLETE)
+        if state is DRAINING:
+            self.move(slot, COMPLETE)
             return None
         self.move(slot, Move.PREPARED)
         if error is not None:
@@ -323,10 +320,10 @@ class Executor:
         program, request = slot.program, slot.request
         assert program is not None
         state = self.machine.states[slot.index]
-        if state is State.BROKEN:
+        if state is BROKEN:
             return
-        if state is not State.DRAINING:  # it is, when the lease ended while a worker thread submitted for it
-            self.move(slot, Move.LAUNCH)
+        if state is not DRAINING:  # it is, when the lease ended while a worker thread submitted for it
+            self.move(slot, LAUNCH)
         self.count(program)
         slot.launches += 1
         launch = slot.launches
@@ -352,7 +349,7 @@ class Executor:
     def reclaim(self, slot: Slot) -> None:
         """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
         state = self.machine.states[slot.index]
-        if state in (State.IN_FLIGHT, State.PREPARING):
+        if state in (IN_FLIGHT, State.PREPARING):
             slot.is_forgotten = True
             self.move(slot, Move.RELEASE)
         elif state in (State.CLAIMED, State.READABLE):
@@ -362,18 +359,18 @@ class Executor:
 
     def _lease_completed(self, slot: Slot, launch: int, error: BaseException | None) -> None:
         state = self.machine.states[slot.index]
-        if state is State.BROKEN:
+        if state is BROKEN:
             return
         if isinstance(error, DeviceError):
             self.failed_on_device(error)
         elif launch != slot.launches:
             return  # an earlier launch of several; the last one's completion is the slot's
-        elif state is not State.DRAINING:
-            self.move(slot, Move.COMPLETE)
+        elif state is not DRAINING:
+            self.move(slot, COMPLETE)
         elif slot.is_forgotten:
             self._drain(slot)
         else:
-            self.move(slot, Move.COMPLETE)
+            self.move(slot, COMPLETE)
 
     def _drain(self, slot: Slot) -> None:
         def drained(slot: Slot, _: None, error: BaseException | None) -> None:
@@ -390,8 +387,9 @@ class Executor:
         The next request is launched before this one's future is resolved, so that the device has work while the caller's
         coroutine runs.
         """
-        grant = self.machine.move(slot.index, move)
-        if self.machine.states[slot.index] is State.FREE or grant is not None:
+        machine = self.machine
+        grant = machine.move(slot.index, move)
+        if grant is not None or machine.states[slot.index] is FREE:
             request, slot.request, slot.program = slot.request, None, None
             if request is not None:
                 request.slot = None
@@ -433,7 +431,7 @@ class Executor:
 
     def busy(self, besides: Slot) -> list[int]:
         """The slots that somebody has, besides this one."""
-        return [s.index for s in self.slots if s is not besides and self.machine.states[s.index] is not State.FREE]
+        return [s.index for s in self.slots if s is not besides and self.machine.states[s.index] is not FREE]
 
     # Breaking and closing...
 
@@ -454,7 +452,7 @@ class Executor:
         waiting = [grant.ticket for grant in self._granted] + self.machine.withdraw_all()
         self._granted.clear()
         for slot in self.slots:
-            if self.machine.states[slot.index] is not State.BROKEN:
+            if self.machine.states[slot.index] is not BROKEN:
                 self.machine.move(slot.index, Move.FAULT)
             if slot.request is not None:
                 self.reject(slot.request, error)
@@ -490,7 +488,7 @@ class Executor:
             self.reject(waiting, error)
         for slot in self.slots:
             request = slot.request
-            if request is None or self.machine.states[slot.index] in (State.BROKEN, State.DRAINING):
+            if request is None or self.machine.states[slot.index] in (BROKEN, DRAINING):
                 continue
             request.is_revoked = True
             self._take_back(slot, request)
@@ -555,7 +553,7 @@ class Executor:
             )  # fmt: skip
 
     def _is_idle(self) -> bool:
-        return self.machine.waiting == 0 and all(state in (State.FREE, State.BROKEN) for state in self.machine.states)
+        return self.machine.waiting == 0 and all(state in (FREE, BROKEN) for state in self.machine.states)
 
     def _check_idle(self) -> None:
         if self._idle is not None and not self._idle.done() and self._is_idle():

@@ -129,7 +129,7 @@ class Gatherer:
         executor = self._executor
         executor.check_usable()
         self.learn()
-        arguments, kind, specs = self.specs.parse(values, named)
+        arguments, shapes, kind, specs = self.specs.parse(values, named)
         priority = self._check(deadline, priority)
         now = self._loop.time()
         call = Call(
@@ -138,7 +138,7 @@ class Gatherer:
             specs,
             executor.outputs or kind,
             group=(
-                tuple([argument.shape for argument in arguments]),
+                shapes,
                 tuple([argument.tensor is None for argument in arguments]) if kind is Kind.DEVICE else (),
                 executor.outputs or kind,
                 None if specs is self.specs.specs else specs,  # before the first has been accepted, they may differ

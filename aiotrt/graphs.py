@@ -196,9 +196,10 @@ class ProgramCache:
 
     def get(self, slot: int, key: Key) -> Program | None:
         """The program, now the most recently used one."""
-        program = self._programs.get((slot, key))
+        place = slot, key
+        program = self._programs.get(place)
         if program is not None:
-            self._programs.move_to_end((slot, key))
+            self._programs.move_to_end(place)
         return program
 
     def holders(self, key: Key) -> Mapping[int, Program]:

@@ -111,12 +111,13 @@ class Lease:
         EngineError the lease is usable.
         """
         hold = self._held()
-        future: asyncio.Future[None] = hold.executor.loop.create_future()
+        executor = hold.executor
+        future: asyncio.Future[None] = executor.loop.create_future()
         if hold.program.blocking:
             hold.launch_in_worker(future)
         else:
             hold.launch(future)
-        hold.executor.replays.add(future)
+        executor.replays.add(future)
         try:
             await future
         except asyncio.CancelledError:
@@ -124,7 +125,7 @@ class Lease:
                 hold.order()  # the launch goes on
             raise
         finally:
-            hold.executor.replays.discard(future)
+            executor.replays.discard(future)
         hold.check()
         return hold.results()
 

@@ -351,8 +351,7 @@ class Model:
                 gatherer.learn()
             shapes = _as_shapes(specs, values, named)
             if shapes is None:
-                arguments, kind, fixed = specs.parse(values, named)
-                shapes = tuple(argument.shape for argument in arguments)
+                _, shapes, kind, fixed = specs.parse(values, named)
             else:
                 kind, fixed = Kind.NUMPY, specs.known()
             kind = executor.outputs or kind

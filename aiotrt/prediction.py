@@ -21,7 +21,7 @@ from bisect import bisect_left
 from math import inf
 from typing import Final
 
-__all__ = ["Estimate", "Lateness", "Progress", "first_look", "next_look"]
+__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "first_look", "next_look"]
 
 MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
@@ -32,6 +32,8 @@ AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees w
 RECENT: Final = 256  # times: fewer, and one in a hundred that is short would be forgotten, and seen late
 SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
+MOST_LATE: Final = 8  # looks in a row that came too late to say when; more than these count as these
+EARLIER: Final = tuple(1 - min(0.5, 0.003 * 2**late) for late in range(MOST_LATE + 1))  # times the estimate, after so many
 
 
 class Progress(enum.Enum):
@@ -40,6 +42,11 @@ class Progress(enum.Enum):
     PREDICT = "predict"  # sleep until just before the predicted time, spin briefly, then look ever less often
     SPIN = "spin"  # look at every loop iteration: the lowest latency, a whole core
     INTERVAL = "interval"  # look at growing intervals from the start: no prediction, no spinning
+
+
+# By names of their own too, as in `slots`.
+PREDICT: Final = Progress.PREDICT
+SPIN: Final = Progress.SPIN
 
 
 class Estimate:
@@ -89,8 +96,11 @@ class Estimate:
         # Look earlier next time, until a look comes too early and says when; and ever more so. The first completion may have
         # been seen very late, and steps that stay small would take hundreds of calls to find that out. The first steps are
         # small all the same: mostly it was the timer that was late, and an estimate that is too low costs a late look too.
-        self.seconds = min(self.seconds, seconds) * (1 - min(0.5, 0.003 * 2**self._late))
-        self._late = min(self._late + 1, 8)
+        if seconds < self.seconds:
+            self.seconds = seconds
+        self.seconds *= EARLIER[self._late]
+        if self._late < MOST_LATE:
+            self._late += 1
         least = self.seconds
         if seconds < self.shortest:
             # By how much, nobody knows. So the same again; and times in between do not start it anew, or a length that comes
@@ -100,8 +110,9 @@ class Estimate:
         self._see(least)
 
     def _see(self, seconds: float) -> None:
-        self._since = min(self._since, seconds)
-        self.shortest = min(self._before, self._since)
+        if seconds < self._since:
+            self._since = seconds
+            self.shortest = min(self._before, seconds)
         self._seen += 1
         if self._seen == RECENT:
             self._before, self._since = self._since, inf

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from aiotrt.errors import DeviceError, DeviceHangError, InputError
+from aiotrt.errors import AiotrtError, DeviceError, DeviceHangError, InputError
 from aiotrt.graphs import Program
 from aiotrt.handshake import carry
+from aiotrt.slots import BROKEN, COMPLETE, COPIED, DRAINING, IN_FLIGHT, LAUNCH, State
 from aiotrt.slots import Event as Move
-from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
-from aiotrt.tensors import Kind, own
+from aiotrt.tensors import DEVICE, own
 
 if TYPE_CHECKING:
     from aiotrt.executor import Executor
@@ -39,6 +39,10 @@ class Requests:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
+
+    def adopt(self, slot: Slot) -> None:
+        """Hear of the completion of this slot's requests, from the first one on."""
+        slot.on_done = partial(self._completed, slot)
 
     def begin(self, slot: Slot, request: Request) -> None:
         """A request got its slot: prepare it, and go on as soon as that is done."""
@@ -59,7 +63,7 @@ class Requests:
         if not request.is_warmup:
             executor.counters.hits += program is not None
             executor.counters.misses += program is None
-        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not Kind.DEVICE):
+        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not DEVICE):
             self._prepared(slot, request, program)
         else:
             executor.move(slot, Move.PREPARE)
@@ -75,7 +79,7 @@ class Requests:
         recipe = self._executor.recipe
         built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound)
         try:
-            built.stage(request.host_inputs(), outputs=request.kind is not Kind.DEVICE)
+            built.stage(request.host_inputs(), outputs=request.kind is not DEVICE)
         except BaseException:
             if program is None:
                 built.close()
@@ -85,7 +89,7 @@ class Requests:
     def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
         request = slot.request
         assert request is not None
-        if self._executor.machine.states[slot.index] is State.BROKEN:
+        if self._executor.machine.states[slot.index] is BROKEN:
             keep_for_ever(program)
             return
         if isinstance(error, torch.OutOfMemoryError):
@@ -169,7 +173,7 @@ class Requests:
         except Exception as error:
             self._launch_failed(slot, error)
         else:
-            executor.move(slot, Move.LAUNCH)
+            executor.move(slot, LAUNCH)
             executor.count(program)
             self._watch(slot, program)
             self._prepare_next(request, program)
@@ -183,7 +187,7 @@ class Requests:
             _log.debug("no memory for the next results: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
-        self._executor.watch(slot.lane, slot.event, partial(self._completed, slot), program.estimate)
+        self._executor.watch(slot.lane, slot.event, slot.on_done, program.estimate)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""
@@ -193,7 +197,7 @@ class Requests:
 
     def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
         state = self._executor.machine.states[slot.index]
-        if state is State.BROKEN:
+        if state is BROKEN:
             return
         assert slot.program is not None
         if isinstance(error, DeviceError):
@@ -202,7 +206,7 @@ class Requests:
             self._launch_failed(slot, error)
         else:
             if state is State.PREPARING:
-                self._executor.move(slot, Move.LAUNCH)
+                self._executor.move(slot, LAUNCH)
             self._executor.count(slot.program)
             self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
 
@@ -211,9 +215,9 @@ class Requests:
         request = slot.request
         assert request is not None
         self._executor.reject(request, self._executor.explain(error, "while it was launched"))
-        if self._executor.machine.states[slot.index] is not State.DRAINING:
+        if self._executor.machine.states[slot.index] is not DRAINING:
             if self._executor.machine.states[slot.index] is State.CLAIMED:
-                self._executor.move(slot, Move.LAUNCH)
+                self._executor.move(slot, LAUNCH)
             self._executor.move(slot, Move.RELEASE)
         assert slot.program is not None
         try:
@@ -226,32 +230,36 @@ class Requests:
     # Coming out...
 
     def _completed(self, slot: Slot, error: BaseException | None) -> None:
-        request = slot.request
+        request, executor = slot.request, self._executor
         assert request is not None
-        state = self._executor.machine.states[slot.index]
-        if state is State.BROKEN:
+        state = executor.machine.states[slot.index]
+        if state is BROKEN:
             return
         times = request.times
         if times is not None:
             times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
-        if isinstance(error, DeviceError):
-            self._executor.failed_on_device(error)
-        elif state is State.DRAINING:
-            self._executor.move(slot, Move.COMPLETE)
-        elif error is not None:
-            explained = self._executor.explain(error, "while it ran")
-            self._executor.move(slot, Move.COPIED, then=lambda: self._executor.reject(request, explained))
-        else:
+        if error is None and state is IN_FLIGHT:
             self._hand_out(slot, request)
+        elif isinstance(error, DeviceError):
+            executor.failed_on_device(error)
+        elif state is DRAINING:
+            executor.move(slot, COMPLETE)
+        else:
+            assert error is not None
+            self._failed(slot, request, executor.explain(error, "while it ran"))
 
     def _hand_out(self, slot: Slot, request: Request) -> None:
+        if request.kind is not DEVICE:
+            self._copy_out(slot, request)
+            return
+        complete = self._executor.complete
+        for result in request.results:
+            carry(result, complete)
+        self._finish(slot, request, request.results)
+
+    def _copy_out(self, slot: Slot, request: Request) -> None:
         program = slot.program
         assert program is not None
-        if request.kind is Kind.DEVICE:
-            for result in request.results:
-                carry(result, self._executor.complete)
-            self._finish(slot, request, request.results)
-            return
         views = [program.output_view(i) for i in range(len(program.outputs))]
         dtypes = [output.dtype for output in program.outputs]
         kind = request.kind
@@ -275,16 +283,18 @@ class Requests:
         request = slot.request
         assert request is not None
         state = self._executor.machine.states[slot.index]
-        if state is State.BROKEN:
+        if state is BROKEN:
             return
-        if state is State.DRAINING:
-            self._executor.move(slot, Move.COMPLETE)
+        if state is DRAINING:
+            self._executor.move(slot, COMPLETE)
         elif error is not None:
-            explained = self._executor.explain(error, "while its results were copied")
-            self._executor.move(slot, Move.COPIED, then=lambda: self._executor.reject(request, explained))
+            self._failed(slot, request, self._executor.explain(error, "while its results were copied"))
         else:
             assert results is not None
             self._finish(slot, request, results)
+
+    def _failed(self, slot: Slot, request: Request, error: AiotrtError) -> None:
+        self._executor.move(slot, COPIED, then=lambda: self._executor.reject(request, error))
 
     def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
         assert slot.program is not None
@@ -295,4 +305,4 @@ class Requests:
                 self._executor.counters.completed += 1
                 request.future.set_result(packed)
 
-        self._executor.move(slot, Move.COPIED, then=resolve)
+        self._executor.move(slot, COPIED, then=resolve)

@@ -19,7 +19,22 @@ from collections import deque
 from collections.abc import Container, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
-__all__ = ["TABLE", "Event", "Grant", "IllegalTransitionError", "Line", "Slots", "State"]
+__all__ = [
+    "BROKEN",
+    "COMPLETE",
+    "COPIED",
+    "DRAINING",
+    "FREE",
+    "IN_FLIGHT",
+    "LAUNCH",
+    "TABLE",
+    "Event",
+    "Grant",
+    "IllegalTransitionError",
+    "Line",
+    "Slots",
+    "State",
+]
 
 Ticket = TypeVar("Ticket")
 
@@ -54,6 +69,16 @@ class Event(_Named):
     RELEASE = "release"  # the caller lets go: the lease ends, or the wait is abandoned
     FAULT = "fault"  # the device failed
 
+
+# The members that each call asks for, by a name of their own: before Python 3.12 `State.FREE` is found by way of the
+# enumeration's metaclass, which costs as much as two function calls.
+FREE: Final = State.FREE
+IN_FLIGHT: Final = State.IN_FLIGHT
+DRAINING: Final = State.DRAINING
+BROKEN: Final = State.BROKEN
+LAUNCH: Final = Event.LAUNCH
+COPIED: Final = Event.COPIED
+COMPLETE: Final = Event.COMPLETE
 
 TABLE: Final[Mapping[State, Mapping[Event, State]]] = {
     State.FREE: {
@@ -91,6 +116,9 @@ TABLE: Final[Mapping[State, Mapping[Event, State]]] = {
     },
     State.BROKEN: {},
 }
+
+
+_GRANTED: Final = TABLE[State.FREE][Event.GRANT]
 
 
 class IllegalTransitionError(AssertionError):
@@ -212,9 +240,9 @@ class Slots(Generic[Ticket]):
         except KeyError:
             raise IllegalTransitionError(f"slot {slot} is {before.name} and cannot {event.name}") from None
         self.states[slot] = after
-        if before is State.FREE:  # only FAULT gets here: GRANT goes through _grant
+        if before is FREE:  # only FAULT gets here: GRANT goes through _grant
             self._free.remove(slot)
-        if after is not State.FREE:
+        if after is not FREE:
             return None
         return self._serve(slot)
 
@@ -228,7 +256,7 @@ class Slots(Generic[Ticket]):
         return self._grant(slot, ticket)
 
     def _grant(self, slot: int, ticket: Ticket) -> Grant[Ticket]:
-        self.states[slot] = TABLE[State.FREE][Event.GRANT]
+        self.states[slot] = _GRANTED
         return Grant(slot, ticket)
 
     def __repr__(self) -> str:

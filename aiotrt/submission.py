@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.graphs import Program
 from aiotrt.handshake import mark_consumed
-from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
+from aiotrt.tensors import DEVICE, Argument, Key, Kind, Shapes, Specs
 
 __all__ = [
     "Request",
@@ -136,7 +137,10 @@ class Request:
         """The inputs that need staging memory; for a lease any may."""
         if self.is_lease:
             return range(len(self.shapes))
-        return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
+        for argument in self.arguments:  # asking costs less than listing does, and of a device caller's there are none
+            if argument.host is not None:
+                return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
+        return ()
 
     # What a batch, which is many callers' request, does otherwise...
 
@@ -181,6 +185,7 @@ class Slot:
             hand their events out, so each of their launches has a new one.
         mark: recorded on a caller's stream and waited for at once.
         lane: its stream's line at the hub.
+        on_done: what the hub calls when a request's produce event is complete.
         gates: consumer-done events that the next launch waits for, on the device.
         request: who has it now.
         program: what it runs for that request.
@@ -188,7 +193,11 @@ class Slot:
         is_forgotten: the present lease was garbage collected without having been left.
     """
 
-    __slots__ = ("event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "program", "request", "stream")
+    __slots__ = (
+        "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "program", "request", "stream",
+    )  # fmt: skip
+
+    on_done: Callable[[BaseException | None], None]
 
     def __init__(self, index: int, device: Device) -> None:
         self.index = index
@@ -230,7 +239,7 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
         elif not device.unified:
             before.append((program.inputs[i], program.staged_input(i)))
     if program.captured:
-        if request.kind is Kind.DEVICE:
+        if request.kind is DEVICE:
             request.allocate_results(device, program)
         request.order(slot)
         program.launch(before, _copies_out(device, request, program))
@@ -239,7 +248,7 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
         request.order(slot)
         program.launch(before)
         request.mark_consumed(stream)
-        if request.kind is Kind.DEVICE:
+        if request.kind is DEVICE:
             request.allocate_results(device, program)  # only now: the shapes may depend on the data
             request.order(slot)
         for destination, source in _copies_out(device, request, program):
@@ -253,7 +262,7 @@ def submit_lease(
     program: Program,
     event: Event,
     consumers: Iterable[Stream],
-    from_host: Iterable[int],
+    from_host: Collection[int],
     kind: Kind,
 ) -> None:
     """Everything that one launch of a lease puts on its slot's stream.
@@ -273,8 +282,10 @@ def submit_lease(
         follow(slot, stream)
     if slot.gates:
         _open_gates(slot)
-    before = () if device.unified else [(program.inputs[i], program.staged_input(i)) for i in from_host]
-    to_host = kind is not Kind.DEVICE and not device.unified
+    before: Copies = ()
+    if from_host and not device.unified:
+        before = [(program.inputs[i], program.staged_input(i)) for i in from_host]
+    to_host = kind is not DEVICE and not device.unified
     if program.captured:
         program.launch(before, _staged_out(program) if to_host else ())
     else:
@@ -344,8 +355,9 @@ def _open_gates(slot: Slot) -> None:
 
 
 def _copies_out(device: Device, request: Request, program: Program) -> Copies:
-    if request.kind is Kind.DEVICE:
-        return list(zip(request.results, request.parts(program, program.outputs), strict=True))
+    if request.kind is DEVICE:
+        parts = request.parts(program, program.outputs)
+        return [(result, parts[i]) for i, result in enumerate(request.results)]
     return () if device.unified else _staged_out(program)
 
 
@@ -366,9 +378,10 @@ def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) ->
     caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's last
     kernels read it.
     """
+    if origin.handle == device.current_stream().handle:
+        return _empty(device, outputs)
+    return device.call(origin, partial(_empty, device, outputs))
 
-    def empty() -> list[torch.Tensor]:
-        return [device.empty(output.shape, output.dtype) for output in outputs]
 
-    is_current = origin.handle == device.current_stream().handle
-    return empty() if is_current else device.call(origin, empty)
+def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [device.empty(output.shape, output.dtype) for output in outputs]

@@ -20,6 +20,8 @@ import torch
 from aiotrt.errors import EngineError, InputError
 
 __all__ = [
+    "DEVICE",
+    "NUMPY",
     "Argument",
     "InputSpecs",
     "Key",
@@ -59,6 +61,11 @@ class Kind(enum.Enum):
     NUMPY = "numpy"
     TORCH = "torch"
     DEVICE = "device"
+
+
+# By names of their own too, as in `slots`.
+NUMPY: Final = Kind.NUMPY
+DEVICE: Final = Kind.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,7 @@ class InputSpecs:
         self._holds = holds
         self._device = device
         self._of_items = of_items
-        self._fitting: list[tuple[int, ...]] = []  # the shapes that fitted last: mostly those of the next call too
+        self._fitting: Shapes = ()  # the shapes that fitted last: mostly those of the next call too
 
     def known(self) -> Specs:
         """The inputs, which must be known.
@@ -175,12 +182,12 @@ class InputSpecs:
             earlier, later = (", ".join(map(str, some)) for some in (self.specs, specs))
             raise InputError(f"the inputs were fixed as {earlier} by an earlier call, got {later}")
 
-    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Kind, Specs]:
+    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Shapes, Kind, Specs]:
         """Check one call's inputs.
 
         Returns:
-            The arguments in the engine's order, the kind its outputs should have, and the specs that they were checked
-            against: provisional ones, that `settle` fixes, while the engine has accepted nothing yet.
+            The arguments in the engine's order, their shapes, the kind its outputs should have, and the specs that they were
+            checked against: provisional ones, that `settle` fixes, while the engine has accepted nothing yet.
 
         Raises:
             InputError: the first thing that does not fit.
@@ -192,23 +199,25 @@ class InputSpecs:
             values = self._place(specs, values, named)
         elif len(values) != len(specs):
             self._count(specs, values, named)
-        kind = Kind.NUMPY
+        kind: Kind = NUMPY
         arguments = []
-        shapes = []
-        for spec, value in zip(specs, values, strict=True):
+        extents = []
+        for i, spec in enumerate(specs):  # there are as many values
+            value = values[i]
             argument = self._argument(spec, value)
-            shapes.append(argument.shape)
+            extents.append(argument.shape)
             if argument.tensor is not None:
-                kind = Kind.DEVICE
-            elif kind is Kind.NUMPY and not isinstance(value, np.ndarray):
+                kind = DEVICE
+            elif kind is NUMPY and not isinstance(value, np.ndarray):
                 kind = Kind.TORCH
             arguments.append(argument)
+        shapes = tuple(extents)
         if shapes != self._fitting or specs is not self.specs:
             for spec, shape in zip(specs, shapes, strict=True):
                 self._check_shape(spec, shape)
             if specs is self.specs:
                 self._fitting = shapes
-        return arguments, kind, specs
+        return arguments, shapes, kind, specs
 
     def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
         """Check shapes, given like inputs.
@@ -511,7 +520,7 @@ def _as_tensor(name: str, value: object) -> torch.Tensor:
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise InputError(f"input {name!r}: expected a strided tensor, got a {layout} one; convert it with .to_dense()")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise InputError(f"input {name!r}: a meta tensor has no data; pass a real one")
     return tensor.detach() if tensor.requires_grad else tensor
 

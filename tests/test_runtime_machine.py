@@ -27,7 +27,7 @@ DEFECTS = [
     ("submission", "Request.order", "follow(slot, self.origin)"),
     ("submission", "submit_lease", "slot.stream.record(event)"),
     ("requests", "Requests._finish.resolve", "request.future.set_result("),
-    ("requests", "Requests._completed", "self._executor.move(slot, Move.COMPLETE)"),
+    ("requests", "Requests._completed", "executor.move(slot, COMPLETE)"),
     ("executor", "Executor.abandon", "self.machine.withdraw(request)"),
     ("executor", "Executor.break_down", "self.reject(request, error)"),
     ("buffers", "Hold._record_readers", "self.slot.gates.append("),

@@ -11,6 +11,7 @@ __all__ = ["EQUIVALENT"]
 
 STOPS: Final = "any number that is not above zero means no spinning"
 AS_LONG: Final = "whether a sleep of exactly the shortest is one makes no difference"
+EITHER: Final = "of two that are equal, either will do"
 ANY: Final = "set before it is read"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
@@ -50,9 +51,15 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "prediction.py",
         "Estimate.at_most",
-        "8 -> 9, in: self._late = min(self._late + 1, 8)",
+        "seconds < self.seconds -> seconds <= self.seconds, in: if seconds < self.seconds:",
         0,
-    ): "the step is at its bound before",
+    ): EITHER,
+    (
+        "prediction.py",
+        "Estimate._see",
+        "seconds < self._since -> seconds <= self._since, in: if seconds < self._since:",
+        0,
+    ): EITHER,
     (
         "prediction.py",
         "Estimate.at_most",
@@ -65,8 +72,23 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     (
         "completion.py",
+        "Hub._look",
+        "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
+        0,
+    ): EITHER,
+    (
+        "completion.py",
+        "Hub._look",
+        (
+            "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran"
+            ", in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0"
+        ),
+        0,
+    ): "what ran for just as long as estimated is late by nothing, both ways",
+    (
+        "completion.py",
         "Hub._first_look",
-        ("0.0 -> -1.0, in: return next_look(now, now, now, self._spin if self.progress is Progress.PREDICT else 0.0)"),
+        ("0.0 -> -1.0, in: return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)"),
         0,
     ): STOPS,
     (
