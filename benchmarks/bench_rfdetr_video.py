@@ -53,7 +53,7 @@ from aiotrt import video
 from aiotrt.devices import Device, open_device
 from aiotrt.video import rfdetr
 from benchmarks.clips import Clip, Digest, GpuShare, clip, digest
-from benchmarks.measure import Heartbeat, Spread, Usage
+from benchmarks.measure import NO_OVERLAP, Heartbeat, Spread, Usage, busiest
 from benchmarks.rfdetr_loops import BLOCKING, EAGER, ENQUEUE, SYNCHRONISED, WHOLE, ZERO_COPY, Engine, TensorRT, Torch
 from benchmarks.rows import Bench, Part, Row, Run, verdict
 
@@ -385,15 +385,8 @@ async def _measured(
         # A source decodes in one thread; four threads convert, and a slot is waited for meanwhile, which is the device's.
         shares["decode"] = row.rate / sources * passed.stages.get("decode", 0.0)
     row.facts |= {"shares": shares, "gpu_share": gpu.share, "stages": dict(passed.stages), "count": count}
-    row.facts["limit"] = "no overlap" if way in BLOCKING else _limit(shares, gpu.share)
+    row.facts["limit"] = NO_OVERLAP if way in BLOCKING else busiest(shares, gpu.share)
     return row
-
-
-def _limit(shares: Mapping[str, float], gpu: float | None) -> str:
-    """The stage that is busy nearly all of the time. The loop seems so too where it polls, so the device comes first."""
-    if max(shares.get("device", 0.0), gpu or 0.0) >= 0.9:
-        return "device"
-    return max(shares, key=lambda stage: shares[stage])
 
 
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:

@@ -26,12 +26,14 @@ import torch
 import aiotrt
 
 __all__ = [
+    "NO_OVERLAP",
     "RESULTS",
     "Heartbeat",
     "Request",
     "Spread",
     "Usage",
     "as_record",
+    "busiest",
     "drive",
     "idle_lag",
     "loops",
@@ -45,6 +47,7 @@ T = TypeVar("T")
 
 Request: TypeAlias = Callable[[], Awaitable[object]]
 
+NO_OVERLAP: Final = "no overlap"  # what limits a way that does one thing at a time
 RESULTS: Final = Path(__file__).parent / "results"
 BEAT: Final = 2e-3  # seconds between heartbeats
 
@@ -216,6 +219,19 @@ def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         json.dumps({"benchmark": name, "date": date, "machine": machine(), **results}, default=asdict)
     )
     return record
+
+
+def busiest(shares: Mapping[str, float], gpu: float | None) -> str:
+    """The stage that is at work for most of the time.
+
+    The loop seems to be where it polls, so a device that hardly rests comes first.
+
+    Args:
+        shares: of the time, by stage; the device's from what its work takes alone, where several at once take less.
+        gpu: the device's, as it was seen; None where nobody looked.
+    """
+    shares = dict(shares) if gpu is None else {**shares, "device": gpu}
+    return "device" if shares.get("device", 0.0) >= 0.9 else max(shares, key=lambda stage: shares[stage])
 
 
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -23,7 +23,7 @@ from benchmarks.bench_jitter import JITTER
 from benchmarks.bench_loop_lag import LOOP_LAG
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import CudaProbe, Stamps
-from benchmarks.measure import Spread, as_record, write
+from benchmarks.measure import Spread, as_record, busiest, write
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.rows import MEETS, Row, Run
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
@@ -326,6 +326,24 @@ def test_tables_are_written_between_the_marks(stored: Path, tmp_path: Path) -> N
     assert suite.main(["table", "--check", *options]) == 0
 
 
+def test_the_summary_has_what_was_measured_of_it(stored: Path, tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("<!-- table summary -->\n<!-- end of table -->")
+    options = ["--results", str(stored), "--docs", str(document)]
+    assert suite.main(["table", *options]) == 0
+    assert "not measured yet, uvloop:" in document.read_text()
+    record = json.loads((stored / "completion-cuda.json").read_text())
+    wanted = ("synchronize", "executor", "aiotrt lease")
+    single = [row | {"way": way, "setting": {"us": 1000}} for row, way in zip(record["rows"], wanted, strict=False)]
+    record["machine"]["gpu"] = "A GPU"
+    (stored / "completion-cuda.json").write_text(json.dumps(record | {"rows": single}))
+    assert suite.main(["table", *options]) == 0
+    text = document.read_text()
+    assert "A GPU, " in text
+    assert "| one awaiter, 1 ms of work: us over the device's time (CPU) | synchronize: 5.0 (1.0 %) | executor: " in text
+    assert "RF-DETR" not in text
+
+
 def test_the_documentation_has_the_tables_of_the_stored_results() -> None:
     assert suite.main(["table", "--check"]) == 0, "python -m benchmarks table"
 
@@ -427,6 +445,24 @@ def test_every_baseline_says_what_is_not_alike() -> None:
         assert waits.unavailable(way, "host") == "it takes CUDA"
     if importlib.util.find_spec("numba") is None:
         assert "cannot be imported" in (waits.unavailable(waits.NUMBA, "cuda") or "")
+
+
+@pytest.mark.parametrize(
+    ("shares", "gpu", "stage"),
+    [
+        (
+            {"loop": 0.7, "device": 1.05, "decode": 0.3},
+            0.65,
+            "loop",
+        ),  # alone its work would take longer than several at once do
+        ({"loop": 0.7, "device": 0.5}, 0.95, "device"),
+        ({"loop": 0.99, "device": 0.93}, None, "device"),  # the loop polls
+        ({"loop": 0.3, "device": 0.4, "decode": 0.95}, None, "decode"),
+        ({"loop": 0.3}, None, "loop"),
+    ],
+)
+def test_the_stage_that_limits(shares: dict[str, float], gpu: float | None, stage: str) -> None:
+    assert busiest(shares, gpu) == stage
 
 
 def test_a_record_is_plain() -> None:
