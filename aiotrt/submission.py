@@ -356,8 +356,8 @@ def _open_gates(slot: Slot) -> None:
 
 def _copies_out(device: Device, request: Request, program: Program) -> Copies:
     if request.kind is DEVICE:
-        parts = request.parts(program, program.outputs)
-        return [(result, parts[i]) for i, result in enumerate(request.results)]
+        # Strict: a result without a part would be memory that nobody wrote, handed to a caller.
+        return list(zip(request.results, request.parts(program, program.outputs), strict=True))
     return () if device.unified else _staged_out(program)
 
 

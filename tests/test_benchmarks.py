@@ -450,11 +450,7 @@ def test_every_baseline_says_what_is_not_alike() -> None:
 @pytest.mark.parametrize(
     ("shares", "gpu", "stage"),
     [
-        (
-            {"loop": 0.7, "device": 1.05, "decode": 0.3},
-            0.65,
-            "loop",
-        ),  # alone its work would take longer than several at once do
+        ({"loop": 0.7, "device": 1.05, "decode": 0.3}, 0.65, "loop"),  # alone, the device's would take longer
         ({"loop": 0.7, "device": 0.5}, 0.95, "device"),
         ({"loop": 0.99, "device": 0.93}, None, "device"),  # the loop polls
         ({"loop": 0.3, "device": 0.4, "decode": 0.95}, None, "decode"),
