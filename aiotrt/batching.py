@@ -387,20 +387,26 @@ class Pace:
     """How long batches take, from their slot to their results; and so, when one who comes now would have a result.
 
     Under overload everybody whom it lets in has just time enough, so an error is a result that comes too late, for which
-    the device has worked; hence the average and twice the deviation. One time that is out of the way is not believed: it was
-    a stall, or a capture. Two in a row are, and then nothing is said until a third agrees; nor while a slot is free: who
-    finds one is how it is found out that times have changed.
+    the device has worked. Batches take longer for a while and then all of them, so how wrong an average may be cannot be
+    told from single batches: a margin is learned from whole waits, one for each class, since who is less urgent is overtaken.
+    A wait that was longer than was said widens it, one that was not narrows it, `_LATE` times less. So, whatever times are
+    like, about one of `_LATE` is longer, as long as the margin needed is within bounds (this is adaptive conformal
+    inference, Gibbs and Candes 2021).
+
+    One time that is out of the way is not believed: it was a stall, or a capture. Two in a row are, and then nothing is said
+    until a third agrees; nor while a slot is free: who finds one is how it is found out that times have changed.
 
     Args:
         slots: how many batches may be under way at once.
         limit: how many items a batch may have.
+        classes: how many priority classes there are.
     """
 
-    def __init__(self, slots: int, limit: int) -> None:
+    def __init__(self, slots: int, limit: int, classes: int = 1) -> None:
         self._slots = slots
         self._limit = limit
         self._mean = 0.0
-        self._deviation = 0.0
+        self._margins = [_MARGIN] * classes  # of each turn's time, in times of the average
         self._is_known = False  # whether two times have agreed, which the average is of
         self._strange = 0  # times in a row that were out of the way
         self._running: dict[int, float] = {}  # since when; the oldest first
@@ -420,21 +426,21 @@ class Pace:
         seconds = now - began
         if self._mean / _AGREE <= seconds <= self._mean * _AGREE:
             self._is_known, self._strange = True, 0
-            self._deviation += _WEIGHT * (abs(seconds - self._mean) - self._deviation)
             self._mean += _WEIGHT * (seconds - self._mean)
         elif self._mean and not self._strange:
             self._strange = 1
         else:
             self._is_known, self._strange = False, 0
-            self._mean, self._deviation = seconds, seconds / 8
+            self._mean = seconds
 
-    def seconds(self, ahead: int, free: int, now: float) -> float:
+    def seconds(self, ahead: int, free: int, now: float, priority: int = 0) -> float:
         """In how many seconds one who comes now would have a result; 0.0 where nothing is known.
 
         Args:
             ahead: how many go before.
             free: how many slots are.
             now: the time.
+            priority: the newcomer's class.
         """
         batches = ahead // self._limit - free  # that go before, besides those that go at once
         if batches < 0 or not self._is_known:
@@ -442,12 +448,23 @@ class Pace:
         began = next(iter(self._running.values()), now)
         # Slots become free one after the other, spread over the time that each is busy.
         turns = 1 + batches / self._slots
-        return max(began + self._mean - now, 0.0) + turns * self._mean + turns * 2 * self._deviation
+        return max(began + self._mean - now, 0.0) + turns * self._mean * (1 + self._margins[priority])
+
+    def waited(self, priority: int, *, longer: bool) -> None:
+        """Somebody of this class, to whom `seconds` had said how long, has a result, or none in time."""
+        margin = self._margins[priority] + (_STEP if longer else -_STEP / _LATE)
+        self._margins[priority] = min(max(margin, 0.0), _MOST)
 
 
 #: Of a new time in the average; and how many times longer or shorter than that it may be without being out of the way.
 _WEIGHT: Final = 0.1
 _AGREE: Final = 4.0
+#: The margin: at first, at most (with more, after a stall a few would be let in where many could be served), what one wait
+#: that was too long adds to it, and how many that were not take that away again.
+_MARGIN: Final = 0.25
+_MOST: Final = 1.0
+_STEP: Final = 0.02
+_LATE: Final = 256
 
 
 class _Lines(Generic[E]):

@@ -87,7 +87,7 @@ class Gatherer:
         self.counters = ItemCounters()
         self._queue: Queue[Call] = Queue(batching, self.sizes, max_queue)
         self._deadlines: Deadlines[Call] = Deadlines()
-        self._pace = Pace(len(executor.slots), self._queue.limit)
+        self._pace = Pace(len(executor.slots), self._queue.limit, batching.priorities)
         self._loop = executor.loop
         self._open: Batch | None = None  # stands in the executor's line
         self._soon: asyncio.Handle | None = None
@@ -155,7 +155,7 @@ class Gatherer:
             self.counters.expired += 1
             raise self._too_late(call)
         if deadline is not None and self._batching.shed:
-            self._check_pace(deadline, priority, now)
+            self._check_pace(call, deadline)
         self._add(call, bounded)
         self.counters.submitted += 1
         if executor.observer is not None:
@@ -202,8 +202,10 @@ class Gatherer:
             raise InputError(f"priority must be an integer from 0, the most urgent, to {classes - 1}, got {priority!r}")
         return priority
 
-    def _check_pace(self, deadline: float, priority: int, now: float) -> None:
-        seconds = self._pace.seconds(self._queue.ahead(priority), self._free(), now)
+    def _check_pace(self, call: Call, deadline: float) -> None:
+        seconds = self._pace.seconds(self._queue.ahead(call.priority), self._free(), call.arrival, call.priority)
+        if seconds > 0.0:
+            call.expected = call.arrival + seconds
         if seconds > deadline:
             self.counters.rejected += 1
             raise OverloadedError(
@@ -313,6 +315,8 @@ class Gatherer:
             self.counters.cancelled += 1
         elif error is None:
             self.counters.completed += 1
+            if call.expected is not None:
+                self._pace.waited(call.priority, longer=self._loop.time() > call.expected)
             call.future.set_result(result)
         else:
             self.counters.failed += 1
@@ -331,6 +335,8 @@ class Gatherer:
         self.counters.expired += 1
         self._deadlines.discard(call)
         if not call.future.done():
+            if call.expected is not None:
+                self._pace.waited(call.priority, longer=True)
             call.future.set_exception(self._too_late(call))
 
     def _set_alarm(self) -> None:

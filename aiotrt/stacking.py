@@ -38,11 +38,12 @@ class Call(Entry):
         origin: the caller's current stream, when inputs or results are on the device.
         ready: events that the inputs carry.
         batch: the batch that it went with, until that or it has ended.
+        expected: when, as it was let in, its result was thought to be there; None where nothing was.
         times: what happened when; None where nobody observes.
         span: what an observer keeps with it.
     """
 
-    __slots__ = ("arguments", "batch", "future", "kind", "origin", "ready", "span", "specs", "times")
+    __slots__ = ("arguments", "batch", "expected", "future", "kind", "origin", "ready", "span", "specs", "times")
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Call(Entry):
         self.origin: Stream | None = None
         self.ready: list[Event] = []
         self.batch: Batch | None = None
+        self.expected: float | None = None
         self.times: Times | None = None
         self.span: Any = None
 
