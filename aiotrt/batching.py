@@ -388,7 +388,7 @@ class Pace:
 
     Under overload everybody whom it lets in has just time enough, so an error is a result that comes too late, for which
     the device has worked. Batches take longer for a while and then all of them, so how wrong an average may be cannot be
-    told from single batches: a margin is learned from whole waits, one for each class, since who is less urgent is overtaken.
+    told from single batches: a margin is learned from whole waits, one for each class, for who is less urgent is overtaken.
     A wait that was longer than was said widens it, one that was not narrows it, `_LATE` times less. So, whatever times are
     like, about one of `_LATE` is longer, as long as the margin needed is within bounds (this is adaptive conformal
     inference, Gibbs and Candes 2021).

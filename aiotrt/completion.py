@@ -32,7 +32,18 @@ from typing import Final
 
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
-from aiotrt.prediction import PREDICT, SHORTEST_SLEEP, SPIN, SPIN_BUDGET, Estimate, Lateness, Progress, first_look, next_look
+from aiotrt.prediction import (
+    PREDICT,
+    SHORTEST_SLEEP,
+    SPIN,
+    SPIN_BUDGET,
+    Estimate,
+    Lateness,
+    Progress,
+    approach,
+    first_look,
+    next_look,
+)
 from aiotrt.timers import Timer, open_timer
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
@@ -318,7 +329,7 @@ class Hub:
         if head.told > now:
             return _patrol(now, head, now)
         if self.progress is PREDICT and estimate.is_trusted:
-            return first_look(now, now + estimate.shortest, self._lateness)
+            return self._approach(now, first_look(now, now + estimate.shortest, self._lateness))
         if self.progress is SPIN:
             return now
         return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)
@@ -336,7 +347,7 @@ class Hub:
             return next_look(now, started, started, self._spin)
         aim = first_look(now, started + head.estimate.shortest, self._lateness)
         if aim > now + SHORTEST_SLEEP:
-            return aim
+            return self._approach(now, aim)
         predicted = started + head.estimate.seconds
         aim = first_look(now, predicted, self._lateness)
         if aim > now + SHORTEST_SLEEP:
@@ -346,6 +357,9 @@ class Hub:
             # The first look came early, and there is no spinning until the time comes: sleep until just then.
             return max(predicted, next_look(now, now, now, 0.0))
         return next_look(now, started, predicted, self._spin)
+
+    def _approach(self, now: float, due: float) -> float:
+        return approach(now, due) if self._spin else due
 
     def _enlist(self, lane: Lane, due: float) -> None:
         lane.entry = entry = (due, next(self._order), lane)

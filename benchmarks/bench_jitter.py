@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -36,8 +36,10 @@ MODES: Final[tuple[Progress, ...]] = get_args(Progress)
 SECOND: Final = "second process"
 SCENARIOS: Final = ("constant", "log-normal", "bimodal", "drifting", "queued", SECOND)
 BASE: Final = {"cuda": 300e-6, "host": 1e-3}  # seconds, on average
-COUNT: Final = 100
+COUNT: Final = {"cuda": 250, "host": 100}
 QUICK_COUNT: Final = 8
+TURN: Final = 50  # calls of one way, before it is another's turn
+ALL: Final = slice(None)
 
 #: One call's lengths: its own, and the neighbour's that it is queued behind.
 Lengths = tuple[float, float]
@@ -70,28 +72,30 @@ def jitter(bench: Bench) -> Iterator[Row]:
         if bench.is_over:
             bench.skipped[scenario] = "the time was up"
             continue
-        calls = Calls(hold, lengths(scenario, BASE[bench.device], QUICK_COUNT if bench.quick else COUNT))
-        settings = [(loop, way) for loop in bench.loops for way in (FLOOR, *MODES)]
+        calls = Calls(hold, lengths(scenario, BASE[bench.device], QUICK_COUNT if bench.quick else COUNT[bench.device]))
         with neighbour(bench.device, scenario == SECOND):
-            for loop, way in bench.each(f"jitter, {scenario}", settings):
-                found = bench.run(loop, measured(calls, way, plan))
+            for loop in bench.each(f"jitter, {scenario}", bench.loops):
+                found = bench.run(loop, measured(calls, (FLOOR, *MODES), plan))
                 # The runs' latencies are over the lengths asked for; what a launch takes beside them is the device's too.
-                if found is not None:
-                    yield Row("jitter", loop, way, {"scenario": scenario}, hold.base, found[0], lag=found[1])
+                for way, (runs, lag) in (found or {}).items():
+                    yield Row("jitter", loop, way, {"scenario": scenario}, hold.base, runs, lag=lag)
 
 
 class Calls:
-    """One run: calls of these lengths, one after the other."""
+    """Calls of these lengths, one after the other."""
 
     def __init__(self, hold: Hold, lengths: Sequence[Lengths]) -> None:
         self.hold = hold
         self._lengths = lengths
         self._inputs = [(hold.seconds(own), hold.seconds(before)) for own, before in lengths]
 
-    async def over(self, request: Callable[[torch.Tensor], Any], ahead_of_it: Stream) -> list[float]:
-        """How much longer than its length each call takes."""
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    async def over(self, request: Callable[[torch.Tensor], Any], ahead_of_it: Stream, which: slice = ALL) -> list[float]:
+        """How much longer than its length each of these calls takes."""
         over = []
-        for (own, before), (x, ahead) in zip(self._lengths, self._inputs, strict=True):
+        for (own, before), (x, ahead) in zip(self._lengths[which], self._inputs[which], strict=True):
             started = time.perf_counter()
             if before:
                 ahead_of_it.run(partial(self.hold, ahead))
@@ -100,18 +104,51 @@ class Calls:
         return over
 
 
-async def measured(calls: Calls, way: str, plan: Plan) -> tuple[list[Run], Spread]:
-    """Several runs, after one that does not count, and one beside a heartbeat."""
-    async with opened(calls.hold, way) as (request, ahead):
-        await calls.over(request, ahead)
-        runs = []
+async def measured(calls: Calls, ways: Sequence[str], plan: Plan) -> dict[str, tuple[list[Run], Spread]]:
+    """Several runs of each way, after one that does not count, and one beside a heartbeat.
+
+    The ways take turns, of `TURN` calls each: a machine that is slow for a second is so to all of them.
+    """
+    async with AsyncExitStack() as stack:
+        lines = {way: await stack.enter_async_context(opened(calls.hold, way)) for way in ways}
+        runs: dict[str, list[Run]] = {way: [] for way in ways}
+        for way in ways:
+            await calls.over(*lines[way])
         for _ in range(plan.runs):
-            with Usage() as usage:
-                over = await calls.over(request, ahead)
-            runs.append(Run(Spread.of(over), len(over) / usage.seconds, usage.cpu, usage.others))
-        async with Heartbeat() as heartbeat:
-            await calls.over(request, ahead)
-        return runs, heartbeat.spread
+            turns = {way: Turns() for way in ways}
+            with Usage() as together:
+                for start in range(0, len(calls), TURN):
+                    for way in ways:
+                        with Usage() as usage:
+                            over = await calls.over(*lines[way], slice(start, start + TURN))
+                        turns[way].add(over, usage)
+            for way in ways:
+                runs[way].append(turns[way].run(together))
+        lags = {}
+        for way in ways:
+            async with Heartbeat() as heartbeat:
+                await calls.over(*lines[way])
+            lags[way] = heartbeat.spread
+        return {way: (runs[way], lags[way]) for way in ways}
+
+
+class Turns:
+    """One way's turns in one run."""
+
+    def __init__(self) -> None:
+        self._over: list[float] = []
+        self._seconds = self._processor = 0.0
+
+    def add(self, over: Sequence[float], usage: Usage) -> None:
+        """One more."""
+        self._over += over
+        self._seconds += usage.seconds
+        self._processor += usage.seconds * usage.cpu
+
+    def run(self, together: Usage) -> Run:
+        """All of them; `together` is of all ways' turns."""
+        count, seconds = len(self._over), self._seconds
+        return Run(Spread.of(self._over), count / seconds, self._processor / seconds, together.others)
 
 
 @asynccontextmanager

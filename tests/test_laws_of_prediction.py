@@ -8,6 +8,7 @@ import pytest
 
 from aiotrt.prediction import (
     AGREE,
+    DOZE,
     LONGEST_SLEEP,
     MARGIN,
     RECENT,
@@ -15,6 +16,7 @@ from aiotrt.prediction import (
     SLEEPS,
     Estimate,
     Lateness,
+    approach,
     first_look,
     next_look,
 )
@@ -216,6 +218,16 @@ def test_the_first_look_is_ahead_of_the_prediction_by_the_allowance() -> None:
     assert first_look(7.0, 7.5, lateness) == pytest.approx(7.5 - lateness.allowance(0.5), abs=1e-12)
     assert first_look(7.0, 7.00001, lateness) == 7.0
     assert first_look(7.0, 6.0, lateness) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("wait", "pieces"),
+    [(0.0, 0), (0.49, 0), (1.49, 0), (1.51, 1), (2.49, 1), (2.51, 2), (3.49, 2), (3.51, 3), (4.51, 3), (1000.0, 3)],
+)
+def test_the_approach_is_slept_in_short_pieces(wait: float, pieces: int) -> None:
+    """None of which is shorter than half of one."""
+    now = 7.0
+    assert approach(now, now + wait * DOZE) == pytest.approx(now + (wait - pieces) * DOZE, abs=1e-12)
 
 
 @pytest.mark.parametrize(
