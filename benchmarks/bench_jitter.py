@@ -38,7 +38,8 @@ SCENARIOS: Final = ("constant", "log-normal", "bimodal", "drifting", "queued", S
 BASE: Final = {"cuda": 300e-6, "host": 1e-3}  # seconds, on average
 COUNT: Final = {"cuda": 250, "host": 100}
 QUICK_COUNT: Final = 8
-TURN: Final = 50  # calls of one way, before it is another's turn
+TURN: Final = 50  # calls of one way that count, before it is another's turn
+FIRST: Final = 5  # calls at the beginning of a turn that do not: who had the one before makes a difference to them
 ALL: Final = slice(None)
 
 #: One call's lengths: its own, and the neighbour's that it is queued behind.
@@ -107,7 +108,7 @@ class Calls:
 async def measured(calls: Calls, ways: Sequence[str], plan: Plan) -> dict[str, tuple[list[Run], Spread]]:
     """Several runs of each way, after one that does not count, and one beside a heartbeat.
 
-    The ways take turns, of `TURN` calls each: a machine that is slow for a second is so to all of them.
+    The ways take turns: a machine that is slow for a second is so to all of them.
     """
     async with AsyncExitStack() as stack:
         lines = {way: await stack.enter_async_context(opened(calls.hold, way)) for way in ways}
@@ -120,7 +121,8 @@ async def measured(calls: Calls, ways: Sequence[str], plan: Plan) -> dict[str, t
                 for start in range(0, len(calls), TURN):
                     for way in ways:
                         with Usage() as usage:
-                            over = await calls.over(*lines[way], slice(start, start + TURN))
+                            over = await calls.over(*lines[way], slice(start, start + FIRST))
+                            over += await calls.over(*lines[way], slice(start, start + TURN))
                         turns[way].add(over, usage)
             for way in ways:
                 runs[way].append(turns[way].run(together))
@@ -137,18 +139,20 @@ class Turns:
 
     def __init__(self) -> None:
         self._over: list[float] = []
+        self._calls = 0
         self._seconds = self._processor = 0.0
 
     def add(self, over: Sequence[float], usage: Usage) -> None:
         """One more."""
-        self._over += over
+        self._over += over[FIRST:]
+        self._calls += len(over)
         self._seconds += usage.seconds
         self._processor += usage.seconds * usage.cpu
 
     def run(self, together: Usage) -> Run:
         """All of them; `together` is of all ways' turns."""
-        count, seconds = len(self._over), self._seconds
-        return Run(Spread.of(self._over), count / seconds, self._processor / seconds, together.others)
+        seconds = self._seconds
+        return Run(Spread.of(self._over), self._calls / seconds, self._processor / seconds, together.others)
 
 
 @asynccontextmanager
