@@ -7,6 +7,7 @@ moved on while the loop stands still: then all timers that are due ring in that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import weakref
@@ -386,6 +387,61 @@ def test_who_would_be_served_too_late_is_refused_at_once() -> None:
                 statistics = model.statistics()
                 assert (statistics.rejected, statistics.expired, statistics.waiting) == (1, 0, 10)
             assert all(map(right, await asyncio.gather(*items), range(11)))
+
+    simulated(program)
+
+
+@pytest.mark.parametrize(
+    ("what", "steps"),
+    [
+        ("in time", -1 / 256), ("longer", 1), ("expired in line", 1), ("expired on the device", 1),
+        ("cancelled", 0), ("failed", 0), ("without a deadline", 0), ("not shed", 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("priority", [0, 1])
+def test_the_pace_learns_from_waits(what: str, steps: float, priority: int) -> None:
+    """Whoever was told how long it would take, and whose wait has shown whether it took longer."""
+
+    async def program(device: SimulatedDevice) -> None:
+        striker = Striker(device)
+        async with load(striker, slots=1, max_size=1, warmup=frame(0), shed=what != "not shed") as model:
+            for value in range(20):  # whoever finds a free slot is told nothing, and teaches nothing
+                assert right(await model(frame(value), deadline=1000.0), value)
+            assert model._gatherer is not None
+            pace = model._gatherer._pace
+            usual, before = pace._mean, list(pace._margins)
+            assert before == [0.25, 0.25]
+            deadline = 4 * usual if what.startswith("expired") else None if what == "without a deadline" else 1000.0
+            with contextlib.ExitStack() as second_hold:
+                with held_streams(device, *streams_of(model)):
+                    (first,) = calls(model, [0])
+                    await in_flight(model)
+                    item = asyncio.ensure_future(model(frame(1), deadline=deadline, priority=priority))
+                    await turns()
+                    if what in ("longer", "without a deadline", "not shed", "expired in line"):
+                        await asyncio.sleep(5 * usual)
+                    elif what == "expired on the device":
+                        second_hold.enter_context(
+                            held_streams(device, *streams_of(model))
+                        )  # after the first, before the item
+                    elif what == "cancelled":
+                        item.cancel()
+                        await turns()
+                    elif what == "failed":
+                        striker.strike("launch", FaultKind.PASSING)
+                assert right(await first, 0)
+                if what == "expired on the device":
+                    await asyncio.sleep(5 * usual)
+            outcome = (await asyncio.gather(item, return_exceptions=True))[0]
+            expected: Any = {"cancelled": asyncio.CancelledError, "failed": aiotrt.EngineError}.get(what)
+            if what.startswith("expired"):
+                expected = aiotrt.DeadlineError
+            assert isinstance(outcome, expected) if expected else right(outcome, 1)
+            before[priority] += 0.02 * steps
+            assert pace._margins == pytest.approx(before, abs=1e-9)
+            await settle(model, 1)
+            went = 22 - (what in ("cancelled", "expired in line"))
+            assert sum(model.statistics().batches.values()) == went
 
     simulated(program)
 
