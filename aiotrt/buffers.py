@@ -347,6 +347,7 @@ class Hold:
         try:
             event = self._spares.pop() if self._spares and future is not None else executor.device.event()
             current = executor.device.current_stream()
+            executor.follow_latest(self.slot)
             self._submit(event, current, orders)
         except Exception as error:
             raise self._failed(event, error, None, orders) from error

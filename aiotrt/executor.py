@@ -83,6 +83,7 @@ class Executor:
         cache: bounds on programs.
         outputs: the kind of results, or None for the kind of the inputs.
         hang_timeout: in seconds, or None.
+        overlap: whether launches of several slots may run at the same time.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Executor:
         cache: ProgramCache,
         outputs: Kind | None,
         hang_timeout: float | None,
+        overlap: bool = True,
     ) -> None:
         self.recipe = recipe
         self.device = recipe.device
@@ -116,6 +118,8 @@ class Executor:
         #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, its
         #: future says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
+        self._overlap = overlap
+        self._latest: tuple[Slot, Event] | None = None  # without overlap: who launched last, and its produce event
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
@@ -125,8 +129,9 @@ class Executor:
         self.device.prepare_thread()
         self.slots: list[Slot] = []
         try:
+            line = None if overlap else Lane()  # what runs one after the other is seen to end in that order
             for i in range(slots):
-                self.slots.append(Slot(i, self.device))
+                self.slots.append(Slot(i, self.device, line or Lane()))
                 self.requests.adopt(self.slots[i])
         except BaseException:
             for slot in self.slots:
@@ -305,11 +310,18 @@ class Executor:
         else:
             self.counters.fallback_runs += 1
 
-    def watch(self, lane: Lane, event: Event, on_done: Callable[[BaseException | None], None], estimate: Estimate) -> None:
-        """Call `on_done` when the last record of `event`, on the stream of this lane, is complete."""
+    def follow_latest(self, slot: Slot) -> None:
+        """Without overlap, make this slot's next launch wait, on the device, for the last launch of another."""
+        if self._latest is not None and self._latest[0] is not slot:
+            slot.gates.append(self._latest[1])
+
+    def watch(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None], estimate: Estimate) -> None:
+        """Call `on_done` when the last record of `event`, on this slot's stream, is complete."""
+        if not self._overlap:
+            self._latest = slot, event
         device = self.device
         self.hub.watch(
-            lane, partial(device.query, event), on_done, estimate=estimate, hang_timeout=self.hang_timeout,
+            slot.lane, partial(device.query, event), on_done, estimate=estimate, hang_timeout=self.hang_timeout,
             when_complete=partial(device.when_complete, event) if device.tells else None,
         )  # fmt: skip
 
@@ -335,7 +347,7 @@ class Executor:
             finally:
                 on_done(error)
 
-        self.watch(slot.lane, event, done, program.estimate)
+        self.watch(slot, event, done, program.estimate)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""

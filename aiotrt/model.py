@@ -42,6 +42,7 @@ def load(
     *,
     device: str | torch.device | Device = "auto",
     slots: int = 2,
+    overlap: bool = True,
     max_queue: int | None = 1024,
     batching: Batching | None = None,
     graphs: bool = True,
@@ -73,6 +74,9 @@ def load(
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
+        overlap: whether launches of several slots may run at the same time. False makes each wait, on the device, for the
+            one before it: for a model that fills the device by itself, which gets no more done by two at a time, but each
+            of the two later. A launch that is not one graph waits for nobody.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
         batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
             batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
@@ -113,6 +117,8 @@ def load(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not isinstance(overlap, bool):
+        raise InputError(f"overlap must be True or False, got {overlap!r}")
     limit: object = hang_timeout
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
@@ -126,7 +132,7 @@ def load(
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
     options = _Options(
-        source, device, slots, max_queue, graphs, warmup, preprocess, postprocess,
+        source, device, slots, overlap, max_queue, graphs, warmup, preprocess, postprocess,
         kind,
         max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress),
         EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles), batching,
@@ -536,6 +542,7 @@ class Model:
                 # Where host memory is device memory, results on the device are results on the host.
                 outputs=Kind.TORCH if device.unified and options.outputs is Kind.DEVICE else options.outputs,
                 hang_timeout=options.hang_timeout,
+                overlap=options.overlap,
             )
         except BaseException as error:
             hub.release()
@@ -615,6 +622,7 @@ class _Options:
     source: object
     device: str | torch.device | Device
     slots: int
+    overlap: bool
     max_queue: int | None
     graphs: bool
     warmup: object

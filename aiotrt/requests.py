@@ -166,6 +166,7 @@ class Requests:
 
     def _launch(self, slot: Slot, request: Request, program: Program) -> None:
         executor = self._executor
+        executor.follow_latest(slot)
         try:
             submit_request(executor.device, slot, request, program)
         except DeviceError as error:
@@ -187,7 +188,7 @@ class Requests:
             _log.debug("no memory for the next results: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
-        self._executor.watch(slot.lane, slot.event, slot.on_done, program.estimate)
+        self._executor.watch(slot, slot.event, slot.on_done, program.estimate)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""

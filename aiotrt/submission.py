@@ -184,9 +184,9 @@ class Slot:
         event: the produce event of requests: one request at a time, and never recorded before its last wait ended. Leases
             hand their events out, so each of their launches has a new one.
         mark: recorded on a caller's stream and waited for at once.
-        lane: its stream's line at the hub.
+        lane: its stream's line at the hub; one for all slots whose launches run one after the other.
         on_done: what the hub calls when a request's produce event is complete.
-        gates: consumer-done events that the next launch waits for, on the device.
+        gates: events that the next launch waits for, on the device: of consumers, and of a launch that goes before.
         request: who has it now.
         program: what it runs for that request.
         launches: of the present lease; tells its last launch from earlier ones.
@@ -199,12 +199,12 @@ class Slot:
 
     on_done: Callable[[BaseException | None], None]
 
-    def __init__(self, index: int, device: Device) -> None:
+    def __init__(self, index: int, device: Device, lane: Lane) -> None:
         self.index = index
         self.event = device.event()
         self.mark = device.event()
         self.stream = device.stream()  # last: what is not made need not be closed
-        self.lane = Lane()
+        self.lane = lane
         self.gates: list[Event] = []
         self.request: Request | None = None
         self.program: Program | None = None

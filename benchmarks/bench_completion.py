@@ -26,6 +26,7 @@ from benchmarks.waits import (
     EXECUTOR,
     EXECUTOR_ASLEEP,
     FLOOR,
+    IN_ORDER,
     POLLER,
     SLEEP_0,
     SLEEP_1,
@@ -66,6 +67,8 @@ BESIDE_LENGTHS: Final = (50, 1000)
 BESIDE: Final = (FLOOR, EXECUTOR, SLEEP_0, POLLER, CALLBACK)
 BESIDE_AT: Final = ((2, 64), (4, 64))
 QUICK_BESIDE_AT: Final = ((2, 16),)
+#: Where slots that do not overlap are measured too, against one stream's ceiling.
+IN_ORDER_AT: Final = (2, 64)
 #: By slots: share of the ceiling, from this length in us on, for 64 awaiters.
 THROUGHPUT_BARS: Final = {2: (0.99, 50), 4: (0.95, 200)}
 LOOP_BOUND: Final = 40_000  # awaits a second on uvloop, for 4 slots and shorter work, where the loop is the limit
@@ -100,7 +103,10 @@ def throughput(bench: Bench) -> Iterator[Row]:
         work = Work(bench.device, length / 1e6)
         plan = bench.plan(seconds=0.03, least=16)
         ceilings = {slots: ceiling(work, slots, plan.count(work.seconds / slots)) for slots in {s for s, _ in settings}}
+        one_stream = ceiling(work, 1, plan.count(work.seconds))
         wanted = [(slots, awaiters, loop, CALL) for slots, awaiters in settings for loop in bench.loops]
+        if IN_ORDER_AT in settings:
+            wanted += [(*IN_ORDER_AT, loop, IN_ORDER) for loop in bench.loops]
         if length in BESIDE_LENGTHS:
             beside = [pair for pair in settings if pair in (QUICK_BESIDE_AT if bench.quick else BESIDE_AT)]
             wanted += [(slots, awaiters, loop, way) for slots, awaiters in beside for loop in bench.loops for way in BESIDE]
@@ -111,7 +117,8 @@ def throughput(bench: Bench) -> Iterator[Row]:
             measured = bench.run(loop, waited(way, work, slots, awaiters, plan))
             setting = {"us": length, "slots": slots, "awaiters": awaiters}
             if measured is not None:
-                yield Row("throughput", loop, way, setting, work.seconds, measured[0], ceilings[slots], measured[1])
+                most = one_stream if way == IN_ORDER else ceilings[slots]
+                yield Row("throughput", loop, way, setting, work.seconds, measured[0], most, measured[1])
 
 
 async def waited(
@@ -152,7 +159,7 @@ def judge_throughput(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
     """Against the ceiling of the same run."""
     for row in rows:
         length, slots, awaiters = (int(row.setting[name]) for name in ("us", "slots", "awaiters"))
-        if row.way != CALL or slots not in THROUGHPUT_BARS or awaiters != 64 or row.ceiling is None:
+        if row.way not in (CALL, IN_ORDER) or slots not in THROUGHPUT_BARS or awaiters != 64 or row.ceiling is None:
             continue
         share, least = THROUGHPUT_BARS[slots]
         reached = row.rate / row.ceiling

@@ -33,8 +33,8 @@ from aiotrt.devices import Device, Event, Stream, open_device
 from benchmarks.measure import Request
 
 __all__ = [
-    "AIOTRT", "BASELINES", "CALL", "EXECUTOR", "FLOOR", "LEASE", "NOT_LIKE_FOR_LIKE", "Line", "Work", "ceiling", "opened",
-    "unavailable",
+    "AIOTRT", "BASELINES", "CALL", "EXECUTOR", "FLOOR", "IN_ORDER", "LEASE", "NOT_LIKE_FOR_LIKE", "Line", "Work", "ceiling",
+    "opened", "unavailable",
 ]  # fmt: skip
 
 Progress: TypeAlias = Literal["predict", "spin", "interval"]
@@ -51,6 +51,7 @@ NUMBA: Final = "numba async_done"
 BASELINES: Final = (FLOOR, TORCH, EXECUTOR, EXECUTOR_ASLEEP, SLEEP_0, SLEEP_1, POLLER, CALLBACK, NUMBA)
 
 CALL: Final = "aiotrt call"  # await model(x): copies the input in and the result out, on the device
+IN_ORDER: Final = "aiotrt call, in order"  # the same of a model whose slots do not overlap
 LEASE: Final = "aiotrt lease"  # await slot.replay(): no copies, like the baselines
 AIOTRT: Final = (CALL, LEASE)
 
@@ -59,6 +60,7 @@ NOT_LIKE_FOR_LIKE: Final = {
     CALL: "does more than any baseline: it checks the input, copies it in and the result out on the device (two small "
     "copies, inside the overhead shown), and hands out memory that nobody else has. The lease copies nothing, like the "
     "baselines",
+    IN_ORDER: "each launch waits on the device for the one before it, as on one stream, and its ceiling is one stream's",
     FLOOR: "blocks the loop: nothing else runs meanwhile, so its awaits are not awaits. It needs no event, and is the only "
     "row that records none. With many awaiters it has one launch in flight, whatever the number of slots",
     TORCH: "likewise; the stream is made current once, not for every replay",
@@ -270,11 +272,12 @@ async def opened(way: str, work: Work, slots: int, progress: Progress = "predict
 
     With one slot, the baselines are for one awaiter at a time: what a queue costs is not theirs to pay then.
     """
-    if way in AIOTRT:
+    if way in (*AIOTRT, IN_ORDER):
         async with aiotrt.load(
-            work.function, device=work.device.name, slots=slots, max_queue=None, warmup=[work.example], progress=progress
-        ) as model:
-            if way == CALL:
+            work.function, device=work.device.name, slots=slots, overlap=way != IN_ORDER, max_queue=None,
+            warmup=[work.example], progress=progress,
+        ) as model:  # fmt: skip
+            if way != LEASE:
                 yield lambda: model(work.example)
             else:
                 async with model.lease() as slot:

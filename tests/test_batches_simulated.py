@@ -17,7 +17,7 @@ import torch
 import aiotrt
 from aiotrt.testing import Fault, FaultInjector, FaultKind, Schedule, SimulatedDevice, explore, fault_points
 from tests.simulated import held_streams, run_simulated
-from tests.test_laws_simulated import GROUPS, SHAPE, right, settle, under_schedules
+from tests.test_laws_simulated import GROUPS, OVERLAP, SHAPE, right, settle, under_schedules
 from tests.tools import Affine, executor_of, frame, turns
 
 
@@ -25,7 +25,7 @@ def load(device: SimulatedDevice | FaultInjector, *, slots: int = 2, max_queue: 
          warmup: object = (), source: object = None, **batching: Any) -> aiotrt.Model:  # fmt: skip
     return aiotrt.load(
         Affine() if source is None else source, device=device, slots=slots, max_queue=max_queue, graphs=graphs,
-        warmup=warmup, hang_timeout=1.0, batching=aiotrt.Batching(**batching),
+        warmup=warmup, hang_timeout=1.0, overlap=OVERLAP.get(), batching=aiotrt.Batching(**batching),
     )  # fmt: skip
 
 

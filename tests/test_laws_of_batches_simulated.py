@@ -414,7 +414,7 @@ def test_the_pace_learns_from_waits(what: str, steps: float, priority: int) -> N
             deadline = 4 * usual if what.startswith("expired") else None if what == "without a deadline" else 1000.0
             with contextlib.ExitStack() as second_hold:
                 with held_streams(device, *streams_of(model)):
-                    (first,) = calls(model, [0])
+                    (first,) = calls(model, range(1))
                     await in_flight(model)
                     item = asyncio.ensure_future(model(frame(1), deadline=deadline, priority=priority))
                     await turns()

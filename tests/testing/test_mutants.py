@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aiotrt import submission
+from aiotrt.completion import Lane
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.graphs import Program
 from aiotrt.submission import Request, Slot
@@ -38,8 +39,8 @@ def without(verb: str, name: str) -> Callable[[], contextlib.AbstractContextMana
         original_verb = getattr(SimulatedStream, verb)
         original_init = Slot.__init__
 
-        def init(slot: Slot, index: int, device: Device) -> None:
-            original_init(slot, index, device)
+        def init(slot: Slot, index: int, device: Device, lane: Lane) -> None:
+            original_init(slot, index, device, lane)
             ignored.add(id(getattr(slot, name)))
 
         def ignore(stream: SimulatedStream, event: Event) -> None:

@@ -20,8 +20,8 @@ __all__ = ["ModelSettings", "ServerSettings", "read_config", "token_from"]
 #: Of `load`, those that make sense in a file: no functions, and nothing that is the server's own.
 _OPTIONS: Final = frozenset(
     (
-        "device", "slots", "max_queue", "graphs", "graph_cache_entries", "graph_cache_bytes", "hang_timeout", "progress",
-        "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
+        "device", "slots", "overlap", "max_queue", "graphs", "graph_cache_entries", "graph_cache_bytes", "hang_timeout",
+        "progress", "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
     )
 )  # fmt: skip
 #: Of a model: letters that need no quoting in a URL.
