@@ -329,7 +329,7 @@ class Hub:
         if head.told > now:
             return _patrol(now, head, now)
         if self.progress is PREDICT and estimate.is_trusted:
-            return self._approach(now, first_look(now, now + estimate.shortest, self._lateness))
+            return self._approach(now, first_look(now, now + estimate.shortest, self._lateness), now)
         if self.progress is SPIN:
             return now
         return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)
@@ -347,7 +347,7 @@ class Hub:
             return next_look(now, started, started, self._spin)
         aim = first_look(now, started + head.estimate.shortest, self._lateness)
         if aim > now + SHORTEST_SLEEP:
-            return self._approach(now, aim)
+            return self._approach(now, aim, started)
         predicted = started + head.estimate.seconds
         aim = first_look(now, predicted, self._lateness)
         if aim > now + SHORTEST_SLEEP:
@@ -358,8 +358,8 @@ class Hub:
             return max(predicted, next_look(now, now, now, 0.0))
         return next_look(now, started, predicted, self._spin)
 
-    def _approach(self, now: float, due: float) -> float:
-        return approach(now, due) if self._spin else due
+    def _approach(self, now: float, due: float, started: float) -> float:
+        return approach(now, due, started) if self._spin else due
 
     def _enlist(self, lane: Lane, due: float) -> None:
         lane.entry = entry = (due, next(self._order), lane)

@@ -30,6 +30,7 @@ SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking
 OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
+LONG: Final = 240e-6  # seconds; up to here a processor that sleeps in one go is as quick
 DOZE: Final = 80e-6  # seconds; a processor that sleeps no longer wakes quickly, and is quick when it does
 DOZES: Final = 3  # how many sleeps of that length come before a look that work is expected to be complete at
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
@@ -163,8 +164,16 @@ def first_look(now: float, predicted: float, lateness: Lateness) -> float:
     return max(now, predicted - lateness.allowance(predicted - now))
 
 
-def approach(now: float, due: float) -> float:
-    """When to wake on the way to a look at `due`, that should be on time: the last part is slept in short pieces."""
+def approach(now: float, due: float, started: float) -> float:
+    """When to wake on the way to a look at `due`, that should be on time: the last of a long way is slept in short pieces.
+
+    Args:
+        now: the time.
+        due: of the look.
+        started: when the work became the head of its stream.
+    """
+    if due - started <= LONG:
+        return due
     dozes = min(DOZES, int((due - now) / DOZE - 0.5))
     return due - dozes * DOZE
 

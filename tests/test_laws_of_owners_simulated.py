@@ -6,6 +6,7 @@ On a simulated device under adversarial schedules, and audited, as in `test_laws
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import warnings
@@ -22,7 +23,7 @@ from aiotrt.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_laws_simulated import SHAPE, load, right, settle, under_schedules
-from tests.tools import count, executor_of, frame, turns
+from tests.tools import count, executor_of, frame, turns, until
 
 #: Fewer than there: what these laws forbid does not hang on one rare order.
 GROUPS = range(2)
@@ -523,3 +524,40 @@ def test_a_model_that_was_never_opened_can_be_closed() -> None:
             _ = await model
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("first", ["call", "lease"])
+@pytest.mark.parametrize("second", ["call", "lease"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_launch_waits_for_the_last_one_of_another_slot_unless_they_may_overlap(
+    group: int, first: str, second: str
+) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        for overlap in (True, False):
+            async with (
+                load(device, slots=2, overlap=overlap, warmup=frame(0)) as model,
+                contextlib.AsyncExitStack() as stack,
+            ):
+                machine = executor_of(model).machine
+                ahead: Any = executor_of(model).slots[machine._free[-1]]  # of the one who comes first
+                starts: list[Callable[[], Any]] = []
+                for value, what in enumerate((first, second)):
+                    if what == "lease":
+                        lease = await stack.enter_async_context(model.lease())
+                        lease.inputs[0][...] = frame(value)
+                        starts.append(lease.replay)
+                    else:
+                        starts.append(lambda value=value: model(frame(value)))  # type: ignore[misc]
+                if (first, second) == ("call", "lease"):
+                    ahead = executor_of(model).slots[machine._free[-1]]  # the lease has its slot already
+                with held_streams(device, ahead.stream):
+                    one = asyncio.ensure_future(starts[0]())
+                    await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                    other = asyncio.ensure_future(starts[1]())
+                    await asyncio.sleep(0.05)
+                    assert not one.done()
+                    assert other.done() is overlap
+                assert right(device.read(await one) if first == "lease" else await one, 0)
+                assert right(device.read(await other) if second == "lease" else await other, 1)
+
+    under_schedules(group, program)

@@ -104,4 +104,4 @@ async def test_what_has_no_graph_waits_for_nobody_and_is_right(device: str) -> N
 
 async def test_overlap_is_true_or_false() -> None:
     with pytest.raises(aiotrt.InputError, match="overlap must be True or False, got 'no'"):
-        await load("host", overlap="no")
+        _ = load("host", overlap="no")
