@@ -557,6 +557,8 @@ def test_a_launch_waits_for_the_last_one_of_another_slot_unless_they_may_overlap
                     await asyncio.sleep(0.05)
                     assert not one.done()
                     assert other.done() is overlap
+                    behind: Any = next(slot for slot in executor_of(model).slots if slot is not ahead)
+                    assert behind.stream.query() is overlap, "the device has done it, and only the hub has not looked"
                 assert right(device.read(await one) if first == "lease" else await one, 0)
                 assert right(device.read(await other) if second == "lease" else await other, 1)
 

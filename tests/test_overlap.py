@@ -47,6 +47,7 @@ async def test_a_launch_waits_for_the_one_before_it_in_another_slot(device: str,
                     await aiotrt.wait(side.record())
                     await turns()
                 assert done == []
+                assert not any(slot.event.query() for slot in executor_of(model).slots), "the device has not waited"
                 assert count(model, State.IN_FLIGHT) == 3
         finally:
             latch.open()
