@@ -76,7 +76,7 @@ def load(
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
         overlap: whether launches of several slots may run at the same time. False makes each wait, on the device, for the
             one before it: for a model that fills the device by itself, which gets no more done by two at a time, but each
-            of the two later. A launch that is not one graph waits for nobody.
+            of the two later. A launch that is not one graph waits for nobody, but its end is seen in its turn.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
         batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
             batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
