@@ -175,8 +175,7 @@ class Gatherer:
             self._leave(call)
         else:
             return
-        self.counters.cancelled += 1
-        self._deadlines.discard(call)
+        self._given_up(call)
 
     def learn(self) -> None:
         """What the engine has accepted in batches is what items must be from now on."""
@@ -300,8 +299,7 @@ class Gatherer:
         """Whether it was cancelled and its task, which says so, has not run yet."""
         if not call.future.done():
             return False
-        self.counters.cancelled += 1
-        self._deadlines.discard(call)
+        self._given_up(call)
         return True
 
     # Ending...
@@ -310,10 +308,11 @@ class Gatherer:
         if call.batch is None:
             return  # it left
         call.batch = None
-        self._deadlines.discard(call)
         if call.future.done():
-            self.counters.cancelled += 1
-        elif error is None:
+            self._given_up(call)
+            return
+        self._deadlines.discard(call)
+        if error is None:
             self.counters.completed += 1
             if call.expected is not None:
                 self._pace.waited(call.priority, longer=self._loop.time() > call.expected)
@@ -321,6 +320,13 @@ class Gatherer:
         else:
             self.counters.failed += 1
             call.future.set_exception(error)
+
+    def _given_up(self, call: Call) -> None:
+        """Its caller was cancelled. If that was later than it was told to wait, it would have waited longer still."""
+        self.counters.cancelled += 1
+        self._deadlines.discard(call)
+        if call.expected is not None and self._loop.time() > call.expected:
+            self._pace.waited(call.priority, longer=True)
 
     def _leave(self, call: Call) -> None:
         """The batch goes on without it, and nobody waits for the last one's."""
@@ -358,7 +364,7 @@ class Gatherer:
             elif call.batch is not None:
                 self._leave(call)
             if call.future.done():  # cancelled, and its task has not run yet
-                self.counters.cancelled += 1
+                self._given_up(call)
             else:
                 self._expire(call)
         self._set_alarm()

@@ -395,7 +395,8 @@ def test_who_would_be_served_too_late_is_refused_at_once() -> None:
     ("what", "steps"),
     [
         ("in time", -1 / 256), ("longer", 1), ("expired in line", 1), ("expired on the device", 1),
-        ("cancelled", 0), ("failed", 0), ("without a deadline", 0), ("not shed", 0),
+        ("cancelled in line", 0), ("given up in line", 1), ("given up in line, without a deadline", 0),
+        ("given up on the device", 1), ("failed", 0), ("without a deadline", 0), ("not shed", 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("priority", [0, 1])
@@ -411,36 +412,38 @@ def test_the_pace_learns_from_waits(what: str, steps: float, priority: int) -> N
             pace = model._gatherer._pace
             usual, before = pace._mean, list(pace._margins)
             assert before == [0.25, 0.25]
-            deadline = 4 * usual if what.startswith("expired") else None if what == "without a deadline" else 1000.0
+            deadline = 4 * usual if what.startswith("expired") else None if "without a deadline" in what else 1000.0
             with contextlib.ExitStack() as second_hold:
                 with held_streams(device, *streams_of(model)):
                     (first,) = calls(model, range(1))
                     await in_flight(model)
                     item = asyncio.ensure_future(model(frame(1), deadline=deadline, priority=priority))
                     await turns()
-                    if what in ("longer", "without a deadline", "not shed", "expired in line"):
-                        await asyncio.sleep(5 * usual)
-                    elif what == "expired on the device":
-                        second_hold.enter_context(
-                            held_streams(device, *streams_of(model))
-                        )  # after the first, before the item
-                    elif what == "cancelled":
-                        item.cancel()
-                        await turns()
+                    if what.endswith("on the device"):  # after the first, before the item
+                        second_hold.enter_context(held_streams(device, *streams_of(model)))
                     elif what == "failed":
                         striker.strike("launch", FaultKind.PASSING)
+                    elif what not in ("in time", "cancelled in line"):
+                        await asyncio.sleep(5 * usual)
+                    if what.startswith(("cancelled in line", "given up in line")):
+                        item.cancel()
+                        await turns()
                 assert right(await first, 0)
-                if what == "expired on the device":
+                if what.endswith("on the device"):
                     await asyncio.sleep(5 * usual)
+                if what == "given up on the device":
+                    item.cancel()
+                    await turns()
             outcome = (await asyncio.gather(item, return_exceptions=True))[0]
-            expected: Any = {"cancelled": asyncio.CancelledError, "failed": aiotrt.EngineError}.get(what)
-            if what.startswith("expired"):
-                expected = aiotrt.DeadlineError
-            assert isinstance(outcome, expected) if expected else right(outcome, 1)
+            error = {
+                "expired": aiotrt.DeadlineError, "cancelled": asyncio.CancelledError, "given": asyncio.CancelledError,
+                "failed": aiotrt.EngineError,
+            }.get(what.split(maxsplit=1)[0])  # fmt: skip
+            assert isinstance(outcome, error) if error else right(outcome, 1)
             before[priority] += 0.02 * steps
             assert pace._margins == pytest.approx(before, abs=1e-9)
             await settle(model, 1)
-            went = 22 - (what in ("cancelled", "expired in line"))
+            went = 22 - what.startswith(("cancelled in line", "given up in line", "expired in line"))
             assert sum(model.statistics().batches.values()) == went
 
     simulated(program)

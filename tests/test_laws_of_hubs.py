@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from aiotrt import completion
-from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, Hub, Lane
+from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, TURN, Hub, Lane
 from aiotrt.errors import DeviceHangError
 from aiotrt.prediction import (
     DOZE,
@@ -217,6 +217,31 @@ async def test_work_that_a_callback_submits_is_not_looked_at_before_the_loop_has
         await world.advance(3e-6)
         turns.append(len(done))
     assert max(b - a for a, b in pairwise(turns)) == 1 + behind
+
+
+@pytest.mark.parametrize(("takes", "at_once"), [(0.0, 6), (0.4 * TURN, 3), (2 * TURN, 1)])
+async def test_completions_of_which_much_follows_leave_the_loop_its_turn(takes: float, at_once: int) -> None:
+    """Who was not looked at for that is first then: nobody is passed over for work that came later."""
+    world = World(spin=SPIN_BUDGET)
+    seen: list[int] = []
+
+    def watch(i: int, lane: Lane) -> None:
+        def done(_: BaseException | None) -> None:
+            seen.append(i)
+            world.now += takes
+            if len(seen) < 30:
+                watch(i, lane)
+
+        world.hub.watch(lane, lambda: True, done, estimate=learned(10e-6))
+
+    for i in range(6):
+        watch(i, Lane())
+    turns = [0]
+    while len(seen) < 30:
+        await world.advance(3e-6)
+        turns.append(len(seen))
+    assert max(b - a for a, b in pairwise(turns)) == at_once
+    assert seen == [*range(6)] * 5
 
 
 def submitting(work: Work, lane: Lane, seconds: float) -> Callable[[BaseException | None], None]:
