@@ -73,6 +73,12 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     (
         "completion.py",
+        "Hub._poll",
+        "self._clock() - now > TURN -> self._clock() - now >= TURN, in: if number and self._clock() - now > TURN:",
+        0,
+    ): "whether just so long is too long makes no difference",
+    (
+        "completion.py",
         "Hub._look",
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
