@@ -3,134 +3,167 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-__all__ = ["MissingMatplotlibError", "draw"]
+__all__ = ["MissingMatplotlibError", "described", "draw"]
 
 Record: TypeAlias = Mapping[str, Any]
-Series: TypeAlias = dict[str, list[tuple[float, float, float, float]]]  # by name: x, y, and y's least and most over the runs
+Point: TypeAlias = tuple[float, float, float, float]  # x, y, and y's least and most over the runs
+Series: TypeAlias = dict[str, list[Point]]  # by name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: lines, by panel and name; what the axes are; and the marks of y, none for a linear one."""
+
+    panels: Mapping[str, Series]
+    x: str
+    y: str
+    marks: tuple[int, ...]
 
 
 class MissingMatplotlibError(Exception):
     """matplotlib is not installed."""
 
 
-def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw whatever these results have: latency and CPU over the device's time, throughput over awaiters, lag.
+def draw(records: Sequence[Record], folder: Path, loops: Collection[str] = ()) -> list[Path]:
+    """Draw whatever these results have: latency, CPU and lag over the length of the work, throughput over awaiters.
+
+    Args:
+        records: results.
+        folder: for the plots; made if it is not there.
+        loops: the event loops to draw; empty for all.
+
+    Returns: the plots' files, SVG; each says in its description which run it shows.
 
     Raises:
         MissingMatplotlibError: as it says.
     """
     try:
-        matplotlib = importlib.import_module("matplotlib")
+        matplotlib: Any = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise MissingMatplotlibError(f"plots need matplotlib ({error}): pip install matplotlib") from error
     folder.mkdir(parents=True, exist_ok=True)
+    # Letters as letters, and names that are the same each time: half as large, and a plot drawn again is the same file.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "aiotrt"}
     drawn = []
     for record in records:
         part, _, device = str(record["benchmark"]).partition("-")
         for plot in PLOTS.get(part, ()):
             for loop in dict.fromkeys(row["loop"] for row in record["rows"]):
+                if loops and loop not in loops:
+                    continue
                 path = folder / f"{plot.__name__}-{device}-{loop}.svg"
-                plot(pyplot, record, [row for row in record["rows"] if row["loop"] == loop], loop, path)
+                picture = plot(record, [row for row in record["rows"] if row["loop"] == loop], loop)
+                _draw(pyplot, record, picture, loop, path)
                 drawn.append(path)
     return drawn
 
 
-def latency(pyplot: Any, record: Record, rows: Sequence[Record], loop: str, path: Path) -> None:
-    """An await's time over the device's, by the device's."""
+def described(record: Record) -> str:
+    """Which run a plot shows, as its description says."""
+    return f"{record['benchmark']}, {record['date']}"
 
-    def spread(row: Record) -> tuple[float, float, float, float]:
+
+def latency(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+    """An await's time over the device's, by the length of the work."""
+
+    def spread(row: Record) -> Point:
         device = row["device_seconds"]
         low, high = (1e6 * (limit - device) for limit in row["spread"]["p50"])
-        return 1e6 * device, 1e6 * row["overhead"]["p50"], low, high
+        return row["setting"]["us"], 1e6 * row["overhead"]["p50"], low, high
 
-    _lines(
-        pyplot, record, _series(rows, spread), ("device time, us", "p50 over the device's time, us"), loop, path, log=True
+    return Picture(
+        {"": _by_way(rows, spread)}, "length of the work, us", "p50 over the device's time, us", (1, 10, 100, 1000)
     )
 
 
-def cpu(pyplot: Any, record: Record, rows: Sequence[Record], loop: str, path: Path) -> None:
-    """Share of a core, by the device's time."""
+def cpu(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+    """Share of a core, by the length of the work."""
 
-    def share(row: Record) -> tuple[float, float, float, float]:
+    def share(row: Record) -> Point:
         low, high = (100 * limit for limit in row["spread"]["cpu"])
-        return 1e6 * row["device_seconds"], 100 * row["cpu"], low, high
+        return row["setting"]["us"], 100 * row["cpu"], low, high
 
-    _lines(pyplot, record, _series(rows, share), ("device time, us", "CPU, % of a core"), loop, path, log=True)
+    return Picture({"": _by_way(rows, share)}, "length of the work, us", "CPU, % of a core", (1, 3, 10, 30, 100))
 
 
-def lag(pyplot: Any, record: Record, rows: Sequence[Record], loop: str, path: Path) -> None:
-    """The loop's lag over the idle loop's, by the device's time."""
+def lag(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+    """The loop's lag over the idle loop's, by the length of the work."""
     idle = record["idle_lag"][loop]["p99"]
 
-    def over(row: Record) -> tuple[float, float, float, float]:
+    def over(row: Record) -> Point:
         value = 1e3 * (row["lag"]["p99"] - idle)
-        return 1e6 * row["device_seconds"], value, value, value
+        return row["setting"]["us"], value, value, value
 
-    measured = [row for row in rows if row["lag"] is not None]
-    _lines(
-        pyplot,
-        record,
-        _series(measured, over),
-        ("device time, us", "lag p99 over the idle loop's, ms"),
-        loop,
-        path,
-        log=False,
-    )
+    series = _by_way([row for row in rows if row["lag"] is not None], over)
+    return Picture({"": series}, "length of the work, us", "lag p99 over the idle loop's, ms", (1, 10, 100))
 
 
-def throughput(pyplot: Any, record: Record, rows: Sequence[Record], loop: str, path: Path) -> None:
+def throughput(record: Record, rows: Sequence[Record], loop: str) -> Picture:
     """Share of the ceiling, by awaiters."""
-
-    def share(row: Record) -> tuple[float, float, float, float]:
-        low, high = (limit / row["ceiling"] for limit in row["spread"]["rate"])
-        return row["setting"]["awaiters"], row["rate"] / row["ceiling"], low, high
-
-    series: Series = {}
+    panels: dict[str, Series] = {}
     for row in rows:
-        if row["way"] == "aiotrt call":
-            series.setdefault(f"{row['setting']['us']:,} us, slots {row['setting']['slots']}", []).append(share(row))
-    _lines(pyplot, record, series, ("awaiters", "share of the ceiling"), loop, path, log=False)
+        setting = row["setting"]
+        if row["way"].startswith("aiotrt call"):
+            low, high = (100 * limit / row["ceiling"] for limit in row["spread"]["rate"])
+            name = row["way"].replace("aiotrt call", f"aiotrt, slots {setting['slots']}")
+            series = panels.setdefault(f"{setting['us']:,} us", {})
+            series.setdefault(name, []).append((setting["awaiters"], 100 * row["rate"] / row["ceiling"], low, high))
+    return Picture(panels, "awaiters", "% of back-to-back launches", ())
 
 
-PLOTS: Final[dict[str, tuple[Callable[[Any, Record, Sequence[Record], str, Path], None], ...]]] = {
+PLOTS: Final[dict[str, tuple[Callable[[Record, Sequence[Record], str], Picture], ...]]] = {
     "completion": (latency, cpu, lag),
     "throughput": (throughput,),
 }
 
 
-def _series(rows: Sequence[Record], point: Callable[[Record], tuple[float, float, float, float]]) -> Series:
+def _by_way(rows: Sequence[Record], point: Callable[[Record], Point]) -> Series:
     series: Series = {}
     for row in rows:
         series.setdefault(row["way"], []).append(point(row))
     return series
 
 
-def _lines(pyplot: Any, record: Record, series: Series, axes: tuple[str, str], loop: str, path: Path, *, log: bool) -> None:
-    figure, plane = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, points in series.items():
-        xs, ys, lows, highs = zip(*sorted(points), strict=True)
-        is_ours = name.startswith("aiotrt") or "slots" in name
-        (line,) = plane.plot(
-            xs, ys, marker="o", linewidth=2.5 if is_ours else 1, linestyle="-" if is_ours else "--", label=name
-        )
-        plane.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
-    plane.set_xscale("log")
-    plane.set_ylim(bottom=min(0.0, *(low for points in series.values() for _, _, low, _ in points)))
-    if log:
-        plane.set_yscale("symlog", linthresh=1)
-    plane.set_xlabel(axes[0])
-    plane.set_ylabel(axes[1])
+def _draw(pyplot: Any, record: Record, picture: Picture, loop: str, path: Path) -> None:
+    count = len(picture.panels)
+    figure, planes = pyplot.subplots(1, count, sharey=True, squeeze=False, figsize=(9, 4.5), layout="constrained")
+    colors: dict[str, str] = {}
+    for (title, series), plane in zip(picture.panels.items(), planes[0], strict=True):
+        for name, points in series.items():
+            xs, ys, lows, highs = zip(*sorted(points), strict=True)
+            ours = {"linewidth": 2.5} if name.startswith("aiotrt") else {"linewidth": 1, "linestyle": "--"}
+            label = f"_{name}" if name in colors else name  # once in the legend
+            color = colors.setdefault(name, f"C{len(colors)}")
+            plane.plot(xs, ys, marker="o", markersize=4, color=color, label=label, **ours)
+            plane.fill_between(xs, lows, highs, color=color, alpha=0.15, linewidth=0)
+        _scale(plane, picture, sorted({point[0] for points in series.values() for point in points}))
+        plane.set_title(title, fontsize=9)
+        plane.set_xlabel(picture.x)
+        plane.grid(visible=True, alpha=0.3)
+    planes[0][0].set_ylabel(picture.y)
     machine = record["machine"]
-    plane.set_title(
+    figure.suptitle(
         f"{loop}, {machine['gpu'] or machine['cpu']}, {record['date'][:10]}: medians, least and most of the runs", fontsize=9
     )
-    plane.legend(fontsize=8)
-    plane.grid(visible=True, alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, metadata={"Date": None, "Description": described(record)})
     pyplot.close(figure)
+
+
+def _scale(plane: Any, picture: Picture, xs: Sequence[float]) -> None:
+    """Logarithmic, with what was measured as marks; up to the first mark linear, since the best are near zero, or below."""
+    plane.set_xscale("log")
+    plane.set_xticks(xs, [f"{x:,.0f}" for x in xs], fontsize=8, rotation=45 if len(xs) > 4 else 0)
+    plane.set_xticks([], minor=True)
+    if picture.marks:
+        plane.set_yscale("symlog", linthresh=picture.marks[0], linscale=0.3)
+        plane.set_yticks([0, *picture.marks], [f"{mark:,}" for mark in (0, *picture.marks)])
+    lines = [point for series in picture.panels.values() for points in series.values() for point in points]
+    plane.set_ylim(1.2 * min(0.0, *(low for _, _, low, _ in lines)), 1.1 * max(high for *_, high in lines))

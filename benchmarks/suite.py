@@ -236,10 +236,11 @@ def plot(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=plots.__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results; by default all there are")
     parser.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder for the plots")
+    parser.add_argument("--loop", action="append", default=[], help="draw this event loop's only; may be repeated")
     arguments = parser.parse_args(words)
     records = [tables.load(path) for path in arguments.files or sorted(RESULTS.glob("*.json"))]
     try:
-        drawn = plots.draw(records, arguments.out)
+        drawn = plots.draw(records, arguments.out, arguments.loop)
     except plots.MissingMatplotlibError as error:
         print(error)
         return 1

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from aiotrt.errors import MissingDependencyError
-from benchmarks import bench_stages, bench_tensorrt, suite, tables, waits
+from benchmarks import bench_stages, bench_tensorrt, plots, suite, tables, waits
 from benchmarks.bench_completion import COMPLETION, THROUGHPUT
 from benchmarks.bench_endurance import ENDURANCE
 from benchmarks.bench_host_input import AIOTRT, HOST_INPUT, JUDGED, LOOP
@@ -23,11 +23,12 @@ from benchmarks.bench_jitter import JITTER
 from benchmarks.bench_loop_lag import LOOP_LAG
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import CudaProbe, Stamps
-from benchmarks.measure import Spread, as_record, busiest, write
+from benchmarks.measure import RESULTS, Spread, as_record, busiest, write
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.rows import MEETS, Row, Run
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
+DOCS = Path(__file__).parents[1] / "docs"
 PARTS = [name for name in suite.PARTS if name != "loop_lag"]  # whose rows on the host device are its own
 
 #: What every file has, and every row.
@@ -349,12 +350,24 @@ def test_the_documentation_has_the_tables_of_the_stored_results() -> None:
 
 
 def test_plots_come_from_the_files_alone(stored: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "plots"
-    assert suite.main(["plot", *map(str, sorted(stored.glob("*.json"))), "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {
-        f"{what}-cuda-uvloop.svg" for what in ("latency", "cpu", "lag", "throughput")
-    }
+    files = [*map(str, sorted(stored.glob("*.json")))]
+    drawn = []
+    for out in (tmp_path / "once", tmp_path / "again"):
+        assert suite.main(["plot", *files, "--out", str(out)]) == 0
+        drawn.append({path.name: path.read_text() for path in out.iterdir()})
+    assert set(drawn[0]) == {f"{what}-cuda-uvloop.svg" for what in ("latency", "cpu", "lag", "throughput")}
+    assert drawn[0] == drawn[1]
+    assert suite.main(["plot", *files, "--loop", "asyncio", "--out", str(tmp_path / "none")]) == 0
+    assert not [*(tmp_path / "none").iterdir()]
+
+
+@pytest.mark.parametrize("part", ["completion", "throughput"])
+def test_the_documentation_has_the_plots_of_the_stored_results(part: str) -> None:
+    record = tables.load(RESULTS / f"{part}-cuda.json")
+    for plot in plots.PLOTS[part]:
+        picture = DOCS / "images" / f"{plot.__name__}-cuda-uvloop.svg"
+        assert plots.described(record) in picture.read_text(), "python -m benchmarks plot --loop uvloop --out docs/images"
+        assert f"(images/{picture.name})" in (DOCS / "performance.md").read_text()
 
 
 def test_plots_without_matplotlib(
