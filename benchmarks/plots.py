@@ -49,8 +49,6 @@ def draw(records: Sequence[Record], folder: Path, loops: Collection[str] = ()) -
     except ImportError as error:
         raise MissingMatplotlibError(f"plots need matplotlib ({error}): pip install matplotlib") from error
     folder.mkdir(parents=True, exist_ok=True)
-    # Letters as letters, and names that are the same each time: half as large, and a plot drawn again is the same file.
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "aiotrt"}
     drawn = []
     for record in records:
         part, _, device = str(record["benchmark"]).partition("-")
@@ -59,8 +57,10 @@ def draw(records: Sequence[Record], folder: Path, loops: Collection[str] = ()) -
                 if loops and loop not in loops:
                     continue
                 path = folder / f"{plot.__name__}-{device}-{loop}.svg"
-                picture = plot(record, [row for row in record["rows"] if row["loop"] == loop], loop)
-                _draw(pyplot, record, picture, loop, path)
+                picture = plot(record, [row for row in record["rows"] if row["loop"] == loop])
+                # Letters as letters, names without chance: half as large, and the same file each time.
+                with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aiotrt"}):
+                    _draw(pyplot, record, picture, loop, path)
                 drawn.append(path)
     return drawn
 
@@ -70,7 +70,7 @@ def described(record: Record) -> str:
     return f"{record['benchmark']}, {record['date']}"
 
 
-def latency(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+def latency(record: Record, rows: Sequence[Record]) -> Picture:
     """An await's time over the device's, by the length of the work."""
 
     def spread(row: Record) -> Point:
@@ -83,7 +83,7 @@ def latency(record: Record, rows: Sequence[Record], loop: str) -> Picture:
     )
 
 
-def cpu(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+def cpu(record: Record, rows: Sequence[Record]) -> Picture:
     """Share of a core, by the length of the work."""
 
     def share(row: Record) -> Point:
@@ -93,19 +93,18 @@ def cpu(record: Record, rows: Sequence[Record], loop: str) -> Picture:
     return Picture({"": _by_way(rows, share)}, "length of the work, us", "CPU, % of a core", (1, 3, 10, 30, 100))
 
 
-def lag(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+def lag(record: Record, rows: Sequence[Record]) -> Picture:
     """The loop's lag over the idle loop's, by the length of the work."""
-    idle = record["idle_lag"][loop]["p99"]
 
     def over(row: Record) -> Point:
-        value = 1e3 * (row["lag"]["p99"] - idle)
+        value = 1e3 * (row["lag"]["p99"] - record["idle_lag"][row["loop"]]["p99"])
         return row["setting"]["us"], value, value, value
 
     series = _by_way([row for row in rows if row["lag"] is not None], over)
     return Picture({"": series}, "length of the work, us", "lag p99 over the idle loop's, ms", (1, 10, 100))
 
 
-def throughput(record: Record, rows: Sequence[Record], loop: str) -> Picture:
+def throughput(record: Record, rows: Sequence[Record]) -> Picture:
     """Share of the ceiling, by awaiters."""
     panels: dict[str, Series] = {}
     for row in rows:
@@ -118,7 +117,7 @@ def throughput(record: Record, rows: Sequence[Record], loop: str) -> Picture:
     return Picture(panels, "awaiters", "% of back-to-back launches", ())
 
 
-PLOTS: Final[dict[str, tuple[Callable[[Record, Sequence[Record], str], Picture], ...]]] = {
+PLOTS: Final[dict[str, tuple[Callable[[Record, Sequence[Record]], Picture], ...]]] = {
     "completion": (latency, cpu, lag),
     "throughput": (throughput,),
 }

@@ -244,7 +244,10 @@ def plot(words: Sequence[str]) -> int:
     except plots.MissingMatplotlibError as error:
         print(error)
         return 1
-    print("\n".join(map(str, drawn)) or "nothing to draw: there are no results of completion or throughput")
+    print(
+        "\n".join(map(str, drawn))
+        or "nothing to draw: there are no results of completion or throughput, or none on this loop"
+    )
     return 0
 
 
