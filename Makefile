@@ -38,7 +38,7 @@ $(READY):
 demo: $(READY) ## see it run; no GPU needed
 	@$(BIN)/python examples/demo.py
 
-test: $(READY) ## run every test that needs no GPU
+test: $(READY) ## run every test that needs no GPU; about 25 minutes on two processors
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTESTARGS)
 
 schedules: $(READY) ## as many schedules as five minutes have room for, on the simulated GPU, and the long laws
@@ -70,10 +70,21 @@ format: $(READY) ## format the code and mend what ruff can mend
 
 gpu: gpu-tests gpu-benchmarks ## on a GPU machine, with its own Python and no .venv: gpu tests, then benchmarks
 
+# In the environment of every command, since it is more than one line.
+define GPU_READY
+import sys
+try:
+    import anyio, cuda.bindings, hypothesis, numpy, pytest, pytest_asyncio, pytest_timeout, torch
+except ImportError as error:
+    sys.exit(f'make gpu uses $(PYTHON) and needs {error.name or error}: $(PYTHON) -m pip install -e ".[test]", or make gpu PYTHON=...')
+if not torch.cuda.is_available():
+    sys.exit("make gpu needs an NVIDIA GPU, and torch sees none")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}")
+endef
+export GPU_READY
+
 gpu-ready:
-	@$(PYTHON) -c 'import sys, anyio, cuda.bindings, hypothesis, numpy, pytest, pytest_asyncio, pytest_timeout, torch; \
-	torch.cuda.is_available() or sys.exit("make gpu needs an NVIDIA GPU, and torch sees none"); \
-	print("%s, torch %s, CUDA %s, Python %s" % (torch.cuda.get_device_name(), torch.__version__, torch.version.cuda, sys.version.split()[0]))'
+	@$(PYTHON) -c "$$GPU_READY"
 
 gpu-tests: gpu-ready
 	@$(PYTHON) -m pytest -m gpu $(PYTESTARGS)
