@@ -8,7 +8,8 @@ that come and go, a fifth of everything cancelled at some time. The time is cut 
 slots must be free again, another model is opened and closed, and memory is read: what is needed at rest must not grow.
 
 It ends within its seconds, whatever happens, and says who waits if somebody waits for too long. The exit status is 1 after
-a wrong result, an error, a leak or a hang. Needs torch, numpy and aiotrt; counts on nobody else using the GPU.
+a wrong result, an error, a leak or a hang, and 2 where there is no such device. Needs torch, numpy and aiotrt; counts on
+nobody else using the GPU.
 """
 
 # ruff: noqa: E402  # the clock starts before torch is imported: that takes seconds, and they count
@@ -40,6 +41,7 @@ from typing import Any, Final
 import torch
 
 import aiotrt
+from aiotrt.devices import open_device
 from tests.testing.soak_callers import Caller, Images, Rows, Work
 
 __all__ = ["ENOUGH", "LIMITS", "growth", "leaks", "main"]
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where to write the summary as JSON")
     options = parser.parse_args(arguments)
+    try:
+        options.device = open_device(options.device).name
+    except aiotrt.AiotrtError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     start = START if arguments is None else time.monotonic()
     return Soak(options, start).run()
 

@@ -57,6 +57,13 @@ def test_it_passes_and_says_what_was_done(tmp_path: Path) -> None:
     assert summary["growth"]["resident"] < LIMITS["resident"]
 
 
+def test_a_device_that_is_not_there_is_said_in_one_line() -> None:
+    ended = soaked("--device", "cuda:99")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "device 'cuda:99'" in line
+
+
 def test_a_result_that_changes_later_is_found() -> None:
     ended = soaked("--seconds", "20", broken=("aiotrt.requests.own", "lambda view, dtype, kind: view"))
     assert ended.returncode == 1, ended.stdout
