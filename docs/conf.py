@@ -40,5 +40,6 @@ _elsewhere = [
 ]  # fmt: skip
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),
-    ("py:class", r"(.*\.)?T|Path|PathLike|ProfileArgument|Report"),  # type variables and aliases have no page
+    ("py:class", r"(.*\.)?T|Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
+    ("py:class", "WebSocket"),  # imported for type checkers only
 ]

@@ -1,12 +1,16 @@
 """Testing without a GPU: a simulated one in virtual time that finds races, and faults at will.
 
+::
+
     device = SimulatedDevice(seed)
+
 
     async def program():
         async with aiotrt.load(net, device=device) as model:
             ...
 
-    run(program(), device)                                # raises HazardError for a race, though the result was right
+
+    run(program(), device)  # raises HazardError for a race, though the result was right
 
 Equal seeds give equal runs; other seeds give other orders of everything that a GPU leaves open. `fault_points` and
 `FaultInjector` make any device call fail.

@@ -30,11 +30,11 @@ T = TypeVar("T")
 class FaultKind(enum.Enum):
     """How a verb fails."""
 
-    STICKY = "sticky"  # DeviceError, from this use of any verb on, as after an illegal address
-    PASSING = "passing"  # RuntimeError, once, as for an invalid argument
-    MEMORY = "memory"  # torch.OutOfMemoryError, once
-    CAPTURE = "capture"  # CaptureError, once
-    HANG = "hang"  # the event never completes, nor does anything later on its stream, or on one that waits for it
+    STICKY = "sticky"  #: DeviceError, from this use of any verb on, as after an illegal address
+    PASSING = "passing"  #: RuntimeError, once, as for an invalid argument
+    MEMORY = "memory"  #: torch.OutOfMemoryError, once
+    CAPTURE = "capture"  #: CaptureError, once
+    HANG = "hang"  #: the event never completes, nor does anything later on its stream, or on one that waits for it
 
 
 _ANY: Final = (FaultKind.STICKY, FaultKind.PASSING)

@@ -46,7 +46,7 @@ class Access(NamedTuple):
         what: what is being done, in words.
         writes: whether it may change them.
         span: the bytes.
-        epoch: the how manieth access of this actor.
+        epoch: which of this actor's accesses it is, counted.
         stack: where it was asked for.
     """
 

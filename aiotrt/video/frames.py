@@ -78,7 +78,7 @@ class Frame:
 
     @property
     def image(self) -> Array:
-        """(height, width, 3) bytes, RGB. Do not write to it: all readers share it.
+        """(height, width, 3) bytes, RGB. All readers share it, so do not write to it.
 
         The first access converts a decoded picture, some milliseconds for a large one: not for the loop's thread, unless the
         frame came out of ``async for``, which has converted it already.

@@ -22,17 +22,17 @@ class SourceError(AiotrtError):
 class Kind(Enum):
     """What a report is about."""
 
-    CORRUPT = "corrupt"  # a packet or picture was damaged, and left out
-    TRUNCATED = "truncated"  # a file ended before as many frames came as it says it has
-    SEEK = "seek"  # a file could not be read from where it should be; it is read from the beginning
-    HARDWARE = "hardware"  # a hardware decoder cannot be used; software decodes
-    HUGE = "huge"  # a picture of more than max_pixels was left out
-    RESOLUTION = "resolution"  # pictures have another size from now on
-    LOST = "lost"  # a live source went away; it will be tried again
-    RECONNECTED = "reconnected"  # and is back
-    FAILED = "failed"  # a source ended with an error
-    INFERENCE = "inference"  # a model refused or failed one frame
-    SINK = "sink"  # a sink raised for one result, or could not be opened or closed
+    CORRUPT = "corrupt"  #: a packet or picture was damaged, and left out
+    TRUNCATED = "truncated"  #: a file ended before as many frames came as it says it has
+    SEEK = "seek"  #: a file could not be read from where it should be; it is read from the beginning
+    HARDWARE = "hardware"  #: a hardware decoder cannot be used; software decodes
+    HUGE = "huge"  #: a picture of more than max_pixels was left out
+    RESOLUTION = "resolution"  #: pictures have another size from now on
+    LOST = "lost"  #: a live source went away; it will be tried again
+    RECONNECTED = "reconnected"  #: and is back
+    FAILED = "failed"  #: a source ended with an error
+    INFERENCE = "inference"  #: a model refused or failed one frame
+    SINK = "sink"  #: a sink raised for one result, or could not be opened or closed
 
 
 @dataclass(frozen=True)

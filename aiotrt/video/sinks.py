@@ -58,15 +58,11 @@ Draw: TypeAlias = Callable[[Array, Any], Array]
 
 
 class Sink(ABC):
-    """Takes results. Opened when its pipeline is entered, and closed when that is left, whatever happened.
-
-    Attributes:
-        name: what status and reports call it.
-    """
+    """Takes results. Opened when its pipeline is entered, and closed when that is left, whatever happened."""
 
     @property
     def name(self) -> str:
-        """The class's name, unless said otherwise."""
+        """What status and reports call it; the class's name, unless said otherwise."""
         return type(self).__name__
 
     async def open(self) -> None:
