@@ -1,4 +1,4 @@
-"""Dynamic batching: single items in, single items out; whoever waits when the device is free goes together."""
+"""Dynamic batching: single items in, single results out; whoever waits when the device becomes free shares a batch."""
 
 from __future__ import annotations
 
