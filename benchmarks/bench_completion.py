@@ -4,7 +4,8 @@
 
 `completion`: one awaiter, work of several lengths, input on the device: the time an await takes over the device's own time,
 and the processor time that it costs. `throughput`: many awaiters on several slots: launches a second, as a share of what
-the device does when nobody waits. Both on every event loop installed, next to baselines that wait for the same graphs.
+the device does when nobody waits. Both on every event loop installed, next to baselines that wait for the same graphs; with
+one awaiter all ways take turns.
 
 On CUDA the figures are held against the project's bars; on the host device there are none, and short work takes a sleep's
 own imprecision longer.
@@ -17,19 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from benchmarks.measure import Spread
-from benchmarks.rows import Bench, Part, Plan, Row, Run, measure, verdict
+from benchmarks.rows import Bench, Part, Plan, Row, Run, measure, measure_in_turns, verdict
 from benchmarks.waits import (
     AIOTRT,
     BASELINES,
     CALL,
-    CALLBACK,
     EXECUTOR,
-    EXECUTOR_ASLEEP,
     FLOOR,
     IN_ORDER,
-    POLLER,
-    SLEEP_0,
-    SLEEP_1,
     Work,
     ceiling,
     opened,
@@ -40,13 +36,6 @@ __all__ = ["COMPLETION", "THROUGHPUT"]
 
 #: Lengths in microseconds. A sleep in a thread cannot be as short as a kernel.
 LENGTHS: Final = {"cuda": (20, 50, 100, 200, 1000, 5000, 20_000), "host": (200, 1000, 5000, 20_000)}
-#: Lengths at which not all baselines are worth their time: a way that takes a whole core does so at any length.
-SOME: Final = {
-    50: (FLOOR, EXECUTOR),  # between two lengths that have all ways
-    5000: (FLOOR, EXECUTOR, EXECUTOR_ASLEEP, SLEEP_1, POLLER, CALLBACK),
-    20_000: (FLOOR, EXECUTOR),
-}
-
 #: One awaiter, by length: p50 over the floor's in us (asyncio, uvloop), and share of a core.
 COMPLETION_BARS: Final = {
     20: (7, 4, None),
@@ -59,18 +48,19 @@ COMPLETION_BARS: Final = {
 P99_BAR: Final = 100  # us over the device's time, for the lengths of 1 and 5 ms
 
 #: Many awaiters: length in us, and for each the pairs of slots and awaiters.
-FULL: Final = ((1, 1), (1, 16), (1, 64), (2, 16), (2, 64), (2, 256), (4, 64), (4, 256), (8, 64), (8, 256))
+FULL: Final = tuple((slots, awaiters) for slots in (1, 2, 4, 8) for awaiters in (1, 16, 64, 256))
 MANY: Final = {50: FULL, 200: FULL, 1000: FULL, 20_000: ((4, 64),)}
 QUICK_MANY: Final = {1000: ((1, 16), (2, 16))}
 BESIDE_LENGTHS: Final = (50, 1000)
 #: The ways beside aiotrt's, and where.
-BESIDE: Final = (FLOOR, EXECUTOR, SLEEP_0, POLLER, CALLBACK)
+BESIDE: Final = BASELINES
 BESIDE_AT: Final = ((2, 64), (4, 64))
 QUICK_BESIDE_AT: Final = ((2, 16),)
 #: Where slots that do not overlap are measured too, against one stream's ceiling.
 IN_ORDER_AT: Final = (2, 64)
 #: By slots: share of the ceiling, from this length in us on, for 64 awaiters.
 THROUGHPUT_BARS: Final = {2: (0.99, 50), 4: (0.95, 200)}
+MOST: Final = 2000  # requests of a run
 LOOP_BOUND: Final = 40_000  # awaits a second on uvloop, for 4 slots and shorter work, where the loop is the limit
 
 
@@ -78,27 +68,29 @@ def completion(bench: Bench) -> Iterator[Row]:
     """One awaiter."""
     for length in bench.each("completion, us", (1000,) if bench.quick else LENGTHS[bench.device]):
         work = Work(bench.device, length / 1e6)
-        least = 30 if length <= 1000 else 12 if length <= 5000 else 5
-        plan, longer = bench.plan(seconds=0.02, least=least), bench.plan(seconds=0.02, least=3 * least)
-        # The floor and aiotrt first: should the time be up, the others are missed less.
-        ways = [FLOOR, *AIOTRT, *(way for way in SOME.get(length, BASELINES) if way != FLOOR)]
-        settings = [(loop, way) for loop in bench.loops for way in ways]
-        for loop, way in bench.each(f"completion, {length} us", settings):
+        plan = bench.plan(seconds=0.02, least=100 if length <= 5000 else 20)
+        ways = []
+        for way in (*AIOTRT, *BASELINES):
             if why := unavailable(way, bench.device):
                 bench.skipped[way] = why
-                continue
-            ours = way in AIOTRT
-            judged = ours and 1000 <= length <= 5000  # whose p99 takes more of them
-            measured = bench.run(loop, waited(way, work, 1, 1, longer if judged else plan, lag=5 if ours else 1))
-            if measured is not None:
-                yield Row("completion", loop, way, {"us": length}, work.seconds, measured[0], lag=measured[1])
+            else:
+                ways.append(way)
+        for loop in bench.each(f"completion, {length} us", bench.loops):
+
+            def failed(way: str, error: Exception, says: str = f"completion, {length} us: {loop}") -> None:
+                bench.fail(f"{says}, {way}", error)
+
+            opening = {way: opened(way, work, 1) for way in ways}
+            measured = bench.run(loop, measure_in_turns(opening, plan, plan.count(work.seconds), failed))
+            for way, (runs, lags) in (measured or {}).items():
+                yield Row("completion", loop, way, {"us": length}, work.seconds, runs, lags=lags)
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
     """Many awaiters."""
     for length, settings in (QUICK_MANY if bench.quick else MANY).items():
         if bench.is_over:
-            bench.skipped[f"throughput {length} us"] = "the time was up"
+            bench.unreached.append(f"throughput, {length} us")
             continue
         work = Work(bench.device, length / 1e6)
         plan = bench.plan(seconds=0.03, least=16)
@@ -122,12 +114,12 @@ def throughput(bench: Bench) -> Iterator[Row]:
 
 
 async def waited(
-    way: str, work: Work, slots: int, awaiters: int, plan: Plan, *, lag: float = 1
-) -> tuple[list[Run], Spread | None]:
+    way: str, work: Work, slots: int, awaiters: int, plan: Plan, *, lags: int = 1
+) -> tuple[list[Run], list[Spread]]:
     """The runs of one way."""
     async with opened(way, work, slots) as request:
-        count = max(awaiters, plan.count(work.seconds / slots)) if awaiters > 1 else plan.count(work.seconds)
-        return await measure(request, plan, awaiters=awaiters, count=count, lag=lag)
+        count = max(2 * awaiters, plan.count(work.seconds / min(slots, awaiters), MOST))
+        return await measure(request, plan, awaiters=awaiters, count=count, lags=lags)
 
 
 def judge_completion(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
@@ -171,9 +163,9 @@ def judge_throughput(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
 
 
 COMPLETION: Final[Part] = Part(
-    "completion", "one awaiter: overhead over device time, CPU, lag", completion, judge_completion
+    "completion", "one awaiter: overhead over device time, CPU, lag", completion, judge_completion, 360
 )
-THROUGHPUT: Final[Part] = Part("throughput", "many awaiters: share of the ceiling", throughput, judge_throughput)
+THROUGHPUT: Final[Part] = Part("throughput", "many awaiters: share of the ceiling", throughput, judge_throughput, 360)
 
 
 if __name__ == "__main__":

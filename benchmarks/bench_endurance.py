@@ -72,7 +72,7 @@ async def endured(bench: Bench, work: Work, phase: str, count: int, loop: str) -
                 readings.append(memory(bench.device))
         statistics_ = model.statistics()
     if done < count:
-        bench.skipped[f"{phase} after {done:,}"] = "the time was up"
+        bench.unreached.append(f"endurance: {phase} after {done:,}")
     run = Run(Spread.of(seconds), done / usage.seconds, usage.cpu, usage.others)
     facts: dict[str, Any] = {
         "count": done,
@@ -163,7 +163,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
         row.verdict = verdict(misses)
 
 
-ENDURANCE: Final[Part] = Part("endurance", "memory over many awaits, cancellations and shapes", endurance, judge)
+ENDURANCE: Final[Part] = Part("endurance", "memory over many awaits, cancellations and shapes", endurance, judge, 300)
 
 
 if __name__ == "__main__":

@@ -143,16 +143,16 @@ def host_input(bench: Bench) -> Iterator[Row]:
                 yield Row("host_input", loop, AIOTRT, setting, None, measured[0], ceiling, measured[1])
 
 
-async def blocked(copier: Copier, plan: Plan, count: int) -> tuple[list[Run], Spread | None]:
+async def blocked(copier: Copier, plan: Plan, count: int) -> tuple[list[Run], list[Spread]]:
     """The runs of the blocking loop."""
 
     async def request() -> object:
         return copier.once()
 
-    return await measure(request, plan, awaiters=1, count=count, lag=0)
+    return await measure(request, plan, awaiters=1, count=count, lags=0)
 
 
-async def called(work: Work, x: torch.Tensor, slots: int, plan: Plan, count: int) -> tuple[list[Run], Spread | None]:
+async def called(work: Work, x: torch.Tensor, slots: int, plan: Plan, count: int) -> tuple[list[Run], list[Spread]]:
     """The runs of aiotrt."""
     async with opened(work, x, slots) as request:
         return await measure(request, plan, awaiters=AWAITERS[slots], count=max(count, AWAITERS[slots]))
@@ -194,7 +194,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
 
 
 HOST_INPUT: Final[Part] = Part(
-    "host_input", "inputs in host memory, against a blocking loop with the same copies", host_input, judge
+    "host_input", "inputs in host memory, against a blocking loop with the same copies", host_input, judge, 180
 )
 
 

@@ -147,7 +147,7 @@ async def _lived(bench: Bench, film: Clip, path: Path | None, seconds: float, lo
         "growth": statistics.median(last) - statistics.median(first),
         "device_growth": grown_on_device,
     }
-    return Row("live_video", loop, "pipeline", {"sources": len(SOURCES)}, None, [run], lag=lag, facts=facts)
+    return Row("live_video", loop, "pipeline", {"sources": len(SOURCES)}, None, [run], lags=[lag], facts=facts)
 
 
 def _model(bench: Bench, film: Clip) -> aiotrt.Model:

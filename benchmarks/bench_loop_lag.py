@@ -34,10 +34,10 @@ def loop_lag(bench: Bench) -> Iterator[Row]:
     for length, awaiters, way in bench.each("loop_lag", SATURATED):
         work = Work(bench.device, length / 1e6)
         for loop in bench.loops:
-            measured = bench.run(loop, waited(way, work, SLOTS, awaiters, plan, lag=10))
+            measured = bench.run(loop, waited(way, work, SLOTS, awaiters, plan, lags=plan.runs))
             setting = {"us": length, "slots": SLOTS, "awaiters": awaiters}
             if measured is not None:
-                yield Row("loop_lag", loop, way, setting, work.seconds, measured[0], lag=measured[1])
+                yield Row("loop_lag", loop, way, setting, work.seconds, measured[0], lags=measured[1])
 
 
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
@@ -48,7 +48,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
             row.verdict = verdict([] if over <= BAR else [f"p99 {1e6 * over:.0f} us over the idle loop's"])
 
 
-LOOP_LAG: Final[Part] = Part("loop_lag", "how late the loop runs while a model is busy", loop_lag, judge)
+LOOP_LAG: Final[Part] = Part("loop_lag", "how late the loop runs while a model is busy", loop_lag, judge, 120)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 A 1080p frame (240p on the host device) in the host's memory, of the caller's own; ResNet-50 at FP16, or a few convolutions
 where torchvision is missing. Four ways, each from page-locked memory: torch as it is, blocking; the same in threads, one
-stream each; one CUDA graph of all of it, blocking and without overlap; and aiotrt, with one slot and with three. All must
-give the classes that torch gives.
+stream each; one CUDA graph of all of it, blocking and without overlap; and aiotrt, with one slot and with three. All take
+the same frames in turn, and must give each of them the classes that torch gives it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["PIPELINE"]
 
 Frame: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Best: TypeAlias = tuple[Any, Any]
-Call: TypeAlias = Callable[[], Any]
+Call: TypeAlias = Callable[[Frame], Any]
 
 EAGER: Final = "torch"
 THREADS: Final = "torch in threads"
@@ -42,6 +42,7 @@ ONE: Final = "aiotrt, 1 slot"
 THREE: Final = "aiotrt, 3 slots"
 AWAITERS: Final = {EAGER: 1, THREADS: 3, GRAPH: 1, ONE: 1, THREE: 6}
 SIDE: Final = 224
+FRAMES: Final = 8  # different ones
 TOLERANCE: Final = 5e-2  # of a probability, in half precision
 ALIKE: Final = 4  # of the five classes: with random weights the last may change places with the sixth
 
@@ -51,7 +52,7 @@ class Pipeline:
 
     Attributes:
         device: where.
-        frame: what comes in.
+        frames: what comes in, in turn; of other colours each, so that one's result is not another's.
         network: on the device.
         name: of the network.
     """
@@ -59,9 +60,9 @@ class Pipeline:
     def __init__(self, device_name: str) -> None:
         self.device: Device = open_device(device_name)
         is_cuda = not self.device.unified
-        self.frame: Frame = np.random.default_rng(0).integers(
-            0, 256, (1080, 1920, 3) if is_cuda else (240, 320, 3), np.uint8
-        )
+        random, shape = np.random.default_rng(0), (1080, 1920, 3) if is_cuda else (240, 320, 3)
+        noise = random.integers(0, 64, shape, np.uint8)
+        self.frames: list[Frame] = [noise + random.integers(0, 192, 3, np.uint8) for _ in range(FRAMES)]
         self.dtype = torch.float16 if is_cuda else torch.float32
         torch.manual_seed(0)
         self.name, network = _network() if is_cuda else ("three convolutions", _convolutions())
@@ -91,7 +92,7 @@ class Eager:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         device = pipeline.device
-        self._staged = device.pinned(pipeline.frame.shape, torch.uint8)
+        self._staged = device.pinned(pipeline.frames[0].shape, torch.uint8)
         self._stream: Any = None if device.unified else torch.cuda.Stream()
 
     def __call__(self, frame: Frame) -> Best:
@@ -104,24 +105,43 @@ class Eager:
 def pipeline(bench: Bench) -> Iterator[Row]:
     """Every way."""
     pipe = Pipeline(bench.device)
-    expected = Eager(pipe)(pipe.frame)
+    eager = Eager(pipe)
+    expected = [eager(frame) for frame in pipe.frames]
     plan = bench.plan(seconds=0.25, least=20)
     for loop, way in bench.each("pipeline", [(loop, way) for loop in bench.loops for way in AWAITERS]):
 
         async def run(way: str = way, loop: str = loop) -> Row:
             async with OPENED[way](pipe) as call:
-                is_right = agrees(await call(), expected)
+                turn = itertools.cycle(pipe.frames)
+
+                async def request() -> None:
+                    await call(next(turn))
+
                 started = asyncio.get_running_loop().time()
                 for _ in range(5):
-                    await call()
+                    await request()
                 each = (asyncio.get_running_loop().time() - started) / 5
-                runs, lag = await measure(call, plan, awaiters=AWAITERS[way], count=max(2 * AWAITERS[way], plan.count(each)))
-            facts = {"network": pipe.name, "frame": list(pipe.frame.shape), "is_right": is_right}
-            return Row("pipeline", loop, way, {"awaiters": AWAITERS[way]}, None, runs, lag=lag, facts=facts)
+                count = max(2 * AWAITERS[way], plan.count(each))
+                runs, lags = await measure(request, plan, awaiters=AWAITERS[way], count=count)
+                is_right = await right(call, pipe.frames, expected, AWAITERS[way])
+            facts = {"network": pipe.name, "frame": list(pipe.frames[0].shape), "is_right": is_right}
+            return Row("pipeline", loop, way, {"awaiters": AWAITERS[way]}, None, runs, lags=lags, facts=facts)
 
         row = bench.run(loop, run())
         if row is not None:
             yield row
+
+
+async def right(call: Call, frames: Sequence[Frame], expected: Sequence[Best], awaiters: int) -> bool:
+    """Whether each frame gets its own classes, from so many callers at once."""
+    found: dict[int, Any] = {}
+
+    async def caller(i: int) -> None:
+        for number in range(i, 4 * len(frames), awaiters):
+            found[number] = await call(frames[number % len(frames)])
+
+    await asyncio.gather(*map(caller, range(awaiters)))
+    return all(agrees(got, expected[number % len(frames)]) for number, got in found.items())
 
 
 def agrees(got: Any, expected: Best) -> bool:
@@ -135,8 +155,8 @@ def agrees(got: Any, expected: Best) -> bool:
 async def _eager(pipe: Pipeline) -> AsyncIterator[Call]:
     eager = Eager(pipe)
 
-    async def call() -> Best:
-        return eager(pipe.frame)
+    async def call(frame: Frame) -> Best:
+        return eager(frame)
 
     yield call
 
@@ -148,26 +168,26 @@ async def _threads(pipe: Pipeline) -> AsyncIterator[Call]:
     for _ in range(AWAITERS[THREADS]):
         free.put(Eager(pipe))
 
-    def run() -> Best:
+    def run(frame: Frame) -> Best:
         eager = free.get()
         try:
-            return eager(pipe.frame)
+            return eager(frame)
         finally:
             free.put(eager)
 
     with ThreadPoolExecutor(AWAITERS[THREADS], initializer=pipe.device.prepare_thread) as pool:
-        yield lambda: loop.run_in_executor(pool, run)
+        yield lambda frame: loop.run_in_executor(pool, run, frame)
 
 
 @asynccontextmanager
 async def _graph(pipe: Pipeline) -> AsyncIterator[Call]:
     device = pipe.device
-    line = Line(device, pipe, torch.from_numpy(pipe.frame).to(device.torch_device))
-    staged = device.pinned(pipe.frame.shape, torch.uint8)
+    line = Line(device, pipe, torch.from_numpy(pipe.frames[0]).to(device.torch_device))
+    staged = device.pinned(pipe.frames[0].shape, torch.uint8)
     results = [device.pinned(output.shape, output.dtype) for output in line.outputs]
 
-    async def call() -> Best:
-        np.copyto(staged.numpy(), pipe.frame)
+    async def call(frame: Frame) -> Best:
+        np.copyto(staged.numpy(), frame)
         line.stream.copy(line.input, staged)
         line.submit()
         for result, output in zip(results, line.outputs, strict=True):
@@ -183,17 +203,15 @@ async def _graph(pipe: Pipeline) -> AsyncIterator[Call]:
 def _aiotrt(slots: int) -> Callable[[Pipeline], AbstractAsyncContextManager[Call]]:
     @asynccontextmanager
     async def opened(pipe: Pipeline) -> AsyncIterator[Call]:
-        # A frame of each caller's own, as a camera gives it.
-        frames = itertools.cycle([pipe.frame.copy() for _ in range(8)])
         async with aiotrt.load(
             pipe.network,
             device=pipe.device.name,
             slots=slots,
             preprocess=pipe.before,
             postprocess=pipe.after,
-            warmup=[pipe.frame],
+            warmup=[pipe.frames[0]],
         ) as model:
-            yield lambda: model(next(frames))
+            yield model
 
     return opened
 
@@ -236,7 +254,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
             row.verdict = verdict(misses)
 
 
-PIPELINE: Final[Part] = Part("pipeline", "frame to classes, against torch and a graph without overlap", pipeline, judge)
+PIPELINE: Final[Part] = Part("pipeline", "frame to classes, against torch and a graph without overlap", pipeline, judge, 120)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ captures it, and the others call the same module as it is, each thread on a stre
 First each server's settings are tuned on this machine: of its candidates those win that answer the most requests a second to
 32 connections, and among those within 5 % of that, the one that answers most to a single connection. Then come several
 rounds, in an order that is turned round each time. The loads: 1, 8 and 32 connections that ask again as soon as they are
-answered; and requests at random moments, the same for all, 70 % as many a second as the weakest server can answer at its
-best, so that all can keep up and what differs is how long they take, from the moment when a request is due.
+answered; and requests at random moments, the same for all, 70 % as many a second as the server in the middle can answer at
+its best: how long each takes counts from the moment when a request is due, and a server that cannot keep up shows it there.
 
 Where time is short, `--limit` ends it after so many seconds and the round that is under way then; a third of it is for the
 tuning, in which each server has had as many of its candidates tried as the others. The results say what was tried.
@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.measure import as_record, median_of, write
+from benchmarks.measure import as_record, finish
 from benchmarks.rows import MEETS, Row, verdict
 from benchmarks.serving_model import reader
 from benchmarks.serving_rivals.asker import Known
@@ -46,7 +46,9 @@ __all__ = ["compare", "judge", "measure", "overall"]
 PART: Final = "side_by_side"
 MOST: Final = 32  # connections
 NEAR: Final = 0.95  # of the most requests a second, among which the answers to one connection decide
-SHARE: Final = 0.7  # of the weakest's best, for requests at random moments
+SHARE: Final = 0.7  # of the best of the server in the middle, for requests at random moments
+MOMENTS: Final = 300  # at the least: of fewer there is no 99th percentile worth the name
+ROUNDS: Final = 3
 
 
 def measure(*, device: str, litserve: str | None, seconds: float, limit: float, quick: bool, folder: Path | None) -> int:
@@ -63,7 +65,8 @@ def measure(*, device: str, litserve: str | None, seconds: float, limit: float, 
     results = compare(device, litserve, seconds, limit, quick=quick)
     name = f"serving-side-by-side-{device}"
     if folder is not None:
-        print(f"results: {write(name, results, folder)}")
+        is_whole = not results["failed"] and not results["unreached"]
+        print(finish(name, results, folder, is_whole=is_whole))
     show(as_record(name, results))
     return 1 if results["failed"] or results["wrong"] else 0
 
@@ -76,7 +79,7 @@ def compare(device: str, litserve: str | None, seconds: float, limit: float, *, 
     server = same_server(versions(), installed)
     results: dict[str, Any] = {
         "device": device, "quick": quick, "versions": installed, "server": server, "idle_lag": {},
-        "skipped": {}, "failed": {}, "wrong": {}, "tuning": {}, "open": {}, "rows": [],
+        "limit": limit, "skipped": {}, "unreached": [], "failed": {}, "wrong": {}, "tuning": {}, "open": {}, "rows": [],
     }  # fmt: skip
     field = [who for who in contenders(device) if found is not None or who.program != "litserve"]
     if found is None:
@@ -109,6 +112,7 @@ def _rounds(
     every: dict[str, list[tuple[Mapping[str, Any], list[Seen]]]] = {who.name: [] for who in field}
     for candidates in zip_longest(*(who.candidates[: 1 if quick else None] for who in field)):
         if time.monotonic() - began > limit / 3:
+            results["unreached"].append(f"{trials.model}: candidates after the first {max(map(len, every.values()))}")
             break
         for who, settings in zip(field, candidates, strict=True):
             if settings is not None and (seen := _tried(trials, who, settings, seconds / 3)):
@@ -124,15 +128,16 @@ def _rounds(
             tuned[who.name] = max(near, key=lambda one: one[1][1].run.rate)[0]
     if not tuned:
         return []
-    rate = results["open"][trials.model] = SHARE * min(best.values())
-    count = max(2, round(rate * (0.5 if quick else 1.5 * seconds)))
+    rate = results["open"][trials.model] = SHARE * statistics.median_low(best.values())
+    count = max(2, round(rate * 0.5)) if quick else max(MOMENTS, round(rate * 1.5 * seconds))
     moments = np.cumsum(np.random.default_rng(1).exponential(1 / rate, count)).tolist()
     loads = [Load(_connections(n), seconds, n) for n in ((1, 8) if quick else (1, 8, MOST))]
     loads.append(Load(f"{rate:.0f} requests/s at random moments", moments=moments))
     there = [who for who in field if who.name in tuned]
     visits: dict[str, list[list[Seen]]] = {who.name: [] for who in there}
-    for number in range(1 if quick else 3):
+    for number in range(1 if quick else ROUNDS):
         if number and time.monotonic() - began > limit:
+            results["unreached"].append(f"{trials.model}: rounds after the first {number}")
             break
         for who in there if number % 2 == 0 else reversed(there):
             if visit := trials.of(who, tuned[who.name], loads):
@@ -165,7 +170,7 @@ def _row(trials: Trials, who: Contender, load: Load, settings: Mapping[str, Any]
     }
     return Row(
         PART, trials.server["loop"], who.name, {"model": trials.model, "load": load.name}, None, [one.run for one in seen],
-        lag=median_of(one.lag for one in seen), facts=facts,
+        lags=[one.lag for one in seen], facts=facts,
     )  # fmt: skip
 
 
@@ -207,6 +212,8 @@ def show(record: Mapping[str, Any]) -> None:
         print(f"FAILED: {what}:\n{how}")
     for what, why in record["skipped"].items():
         print(f"NOT MEASURED: {what}: {why}")
+    for what in record["unreached"]:
+        print(f"not come to in {record['limit']:.0f} s (--limit): {what}")
     print(f"uvicorn with {record['server']['http']} on {record['server']['loop']} for all; {record['seconds']:.0f} s")
     for name, tried in record["tuning"].items():
         print(f"tuned: {name}")

@@ -185,7 +185,7 @@ def stages(bench: Bench) -> Iterator[Row]:
     """All lengths, on all loops."""
     for length in (1000,) if bench.quick else LENGTHS[bench.device]:
         if bench.is_over:
-            bench.skipped[f"stages {length} us"] = "the time was up"
+            bench.unreached.append(f"stages, {length} us")
             continue
         work = Work(bench.device, length / 1e6)
         plan = bench.plan(seconds=0.05, least=20)
@@ -198,7 +198,7 @@ def stages(bench: Bench) -> Iterator[Row]:
 async def broken_down(bench: Bench, work: Work, length: int, loop: str, plan: Plan) -> Row | None:
     """One await taken apart; None where the device cannot say when it began."""
     async with aiotrt.load(work.function, device=bench.device, slots=1, warmup=[work.example]) as model:
-        runs, lag = await measure(lambda: model(work.example), plan, awaiters=1, count=plan.count(work.seconds))
+        runs, lags = await measure(lambda: model(work.example), plan, awaiters=1, count=plan.count(work.seconds))
     probe = Probe(work) if bench.device == "host" else CudaProbe(work)
     taken = []
     async with aiotrt.load(probe.function, device=bench.device, slots=1, warmup=[work.example]) as model:
@@ -230,7 +230,7 @@ async def broken_down(bench: Bench, work: Work, length: int, loop: str, plan: Pl
         "count": len(taken),
         "clock_error": error,
     }
-    return Row("stages", loop, CALL, {"us": length}, work.seconds, runs, lag=lag, facts=facts)
+    return Row("stages", loop, CALL, {"us": length}, work.seconds, runs, lags=lags, facts=facts)
 
 
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
@@ -240,7 +240,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
             row.verdict = "misses: the stages do not add up"
 
 
-STAGES: Final[Part] = Part("stages", "one await taken apart, from the call to the resumed coroutine", stages, judge)
+STAGES: Final[Part] = Part("stages", "one await taken apart, from the call to the resumed coroutine", stages, judge, 120)
 
 
 if __name__ == "__main__":

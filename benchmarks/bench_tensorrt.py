@@ -42,12 +42,15 @@ from rich.table import Table
 import aiotrt
 from benchmarks.bare import Bare
 from benchmarks.measure import (
+    HEARTBEAT,
+    PARTIAL,
     RESULTS,
     Heartbeat,
     Request,
     Spread,
     Usage,
     drive,
+    finish,
     idle_lag,
     loops,
     median_of,
@@ -355,35 +358,36 @@ def main(words: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available() or importlib.util.find_spec("tensorrt_rtx") is None:
         console.print("skipped: it takes an NVIDIA GPU and tensorrt_rtx")
         return
-    plan = Plan(runs=1, seconds=0.02) if arguments.quick else Plan(runs=3, seconds=0.2)
+    plan = Plan(runs=1, seconds=0.02) if arguments.quick else Plan(runs=5, seconds=0.12)
     idle = run_on(arguments.loop, idle_lag(0.2 if arguments.quick else 1.0))
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     skipped: dict[str, dict[str, str]] = {}
+    unreached: list[str] = []
     failed: dict[str, str] = {}
     folder = arguments.out or (None if arguments.quick else RESULTS)
 
-    def save() -> str:
-        if folder is None:
-            return "none: they are not kept when quick"
-        results = {
+    def results() -> dict[str, Any]:
+        return {
             "quick": arguments.quick,
+            "limit": arguments.limit if math.isfinite(arguments.limit) else None,
+            "heartbeat": HEARTBEAT,
             "loop": arguments.loop,
             "tensorrt_rtx": importlib.import_module("tensorrt_rtx").__version__,
             "awaiters": AWAITERS,
             "idle_lag": idle,
             "networks": facts,
             "skipped": skipped,
+            "unreached": unreached,
             "failed": failed,
             "rows": rows,
         }
-        return str(write("tensorrt", results, folder))
 
     with tempfile.TemporaryDirectory() as engines, console.status("starting") as status:
         os.environ["AIOTRT_CACHE_DIR"] = engines  # what is compiled for these engines is of no use to anybody later
         for name in arguments.network or NETWORKS:
             if time.monotonic() > deadline:
-                skipped[name] = {"all": f"the {arguments.limit:.0f} s were up"}
+                unreached.append(name)
                 continue
             try:
                 measured, facts[name], missed = measure(NETWORKS[name], Path(engines), plan, arguments.loop, status.update)
@@ -395,9 +399,13 @@ def main(words: Sequence[str] | None = None) -> None:
             except Exception as error:  # whatever a network, its exporter or TensorRT raises
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            save()
+            if folder is not None:
+                write(f"tensorrt{PARTIAL}", results(), folder)
             gc.collect()
-    console.print(f"results: {save()}", soft_wrap=True)
+    if folder is not None:
+        console.print(finish("tensorrt", results(), folder, is_whole=not failed and not unreached), soft_wrap=True)
+    if unreached:
+        console.print(f"not come to in {arguments.limit:.0f} s (--limit): {', '.join(unreached)}")
     show(rows, facts, skipped, idle)
     if failed:
         sys.exit("".join(f"FAILED: {name}: {reason}\n" for name, reason in failed.items()))

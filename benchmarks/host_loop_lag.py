@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import aiotrt
-from benchmarks.measure import RESULTS, Heartbeat, Spread, Usage, idle_lag, loops, median_of, run_on, write
+from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, Usage, finish, idle_lag, loops, median_of, run_on
 from examples import ocr
 
 __all__ = ["main"]
@@ -96,8 +96,14 @@ def main(words: Sequence[str] | None = None) -> None:
     os.sched_setaffinity(0, processors)
     folder = arguments.out or (None if arguments.quick else RESULTS)
     if folder is not None:
-        results = {"quick": arguments.quick, "awaiters": len(inputs), "bar_seconds": BAR, "rows": rows}
-        console.print(f"results: {write('loop-lag', results, folder)}")
+        results = {
+            "quick": arguments.quick,
+            "heartbeat": HEARTBEAT,
+            "awaiters": len(inputs),
+            "bar_seconds": BAR,
+            "rows": rows,
+        }
+        console.print(finish("loop_lag-host", results, folder, is_whole=True), soft_wrap=True)
     show(rows, len(inputs))
 
 

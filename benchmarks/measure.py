@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
@@ -24,9 +26,12 @@ import numpy as np
 import torch
 
 import aiotrt
+from aiotrt.timers import open_timer
 
 __all__ = [
+    "HEARTBEAT",
     "NO_OVERLAP",
+    "PARTIAL",
     "RESULTS",
     "Heartbeat",
     "Request",
@@ -34,7 +39,9 @@ __all__ = [
     "Usage",
     "as_record",
     "busiest",
+    "code",
     "drive",
+    "finish",
     "idle_lag",
     "loops",
     "machine",
@@ -48,8 +55,10 @@ T = TypeVar("T")
 Request: TypeAlias = Callable[[], Awaitable[object]]
 
 NO_OVERLAP: Final = "no overlap"  # what limits a way that does one thing at a time
+PARTIAL: Final = "-partial"  # the name's end of results that are not whole
 RESULTS: Final = Path(__file__).parent / "results"
-BEAT: Final = 2e-3  # seconds between heartbeats
+BEAT: Final = 1e-3  # seconds between heartbeats
+HEARTBEAT: Final = "timerfd"  # what beats; results that do not say so have the loop's own timer, which sees less on uvloop
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,13 @@ def median_of(spreads: Iterable[Spread]) -> Spread:
 
 
 class Heartbeat:
-    """Measures the event loop's lag while the block runs: how late a task wakes that sleeps 2 ms, again and again.
+    """Measures the event loop's lag while the block runs: how late a task runs on that was to run on every millisecond.
 
-    The loops' own timers round to a millisecond, so an idle loop shows a lag too: compare with `idle_lag`. The beat under
-    way when the block ends counts as well, so a loop that was blocked from beginning to end does not look well.
+    Each beat is due at its time, whether the loop came to the one before or not: a loop that is blocked for 20 ms is late
+    for twenty. The times are a timerfd's, which the loop sees as it sees a socket: its own timers round to a millisecond,
+    and uvloop's count from when its turn began, so that they do not see what holds up every turn by less. An idle loop
+    shows a lag too, since a processor takes its time to wake: compare with `idle_lag`. The beat that is due when the block
+    ends counts as well.
 
     Attributes:
         lags: in seconds, one for each beat.
@@ -112,10 +124,20 @@ class Heartbeat:
         return Spread.of(self.lags)
 
     async def _beat(self) -> None:
-        while not self._stopping:
-            started = time.perf_counter()
-            await asyncio.sleep(BEAT)
-            self.lags.append(time.perf_counter() - started - BEAT)
+        fired = asyncio.Event()
+        timer = open_timer(asyncio.get_running_loop(), fired.set)
+        due = time.perf_counter() + BEAT
+        try:
+            while not self._stopping:
+                timer.set(max(0.0, due - time.perf_counter()))
+                await fired.wait()
+                fired.clear()
+                now = time.perf_counter()
+                while due <= now:
+                    self.lags.append(now - due)
+                    due += BEAT
+        finally:
+            timer.close()
 
 
 async def idle_lag(seconds: float = 1.0) -> Spread:
@@ -154,24 +176,28 @@ class Usage:
             self.others = max(0.0, (busy - self._busy) / self.seconds - self.cpu)
 
 
-async def drive(request: Request | Sequence[Request], awaiters: int, count: int) -> list[float]:
+async def drive(request: Request | Sequence[Request], awaiters: int, count: int, *, yielding: bool = False) -> list[float]:
     """So many requests from so many awaiters, in equal shares; returns how long each took.
 
-    Of several requests each awaiter has one.
+    Of several requests each awaiter has one. Between two of them the loop has its turn if `yielding`, as it has in a program
+    that gets its requests from a network; else only if the request itself gives it.
     """
     seconds: list[float] = []
     requests = [request] if callable(request) else request
 
-    async def awaiter(request: Request) -> None:
-        for _ in range(max(1, count // awaiters)):
+    async def awaiter(i: int) -> None:
+        request = requests[i % len(requests)]
+        for _ in range(i, max(count, awaiters), awaiters):
             started = time.perf_counter()
             await request()
             seconds.append(time.perf_counter() - started)
+            if yielding:
+                await asyncio.sleep(0)
 
     if awaiters == 1:
-        await awaiter(requests[0])
+        await awaiter(0)
     else:
-        await asyncio.gather(*(awaiter(requests[i % len(requests)]) for i in range(awaiters)))
+        await asyncio.gather(*map(awaiter, range(awaiters)))
     return seconds
 
 
@@ -199,6 +225,7 @@ def machine() -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "aiotrt": aiotrt.__version__,
+        "code": code(),
         **{name: _version(name) for name in ("torch", "onnxruntime", "uvloop", "cuda-bindings", "numpy")},
         **{
             name: version
@@ -210,6 +237,16 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
     return found
+
+
+@cache
+def code() -> str:
+    """Which code this is: the beginning of a digest of the package's files, the same wherever they are."""
+    folder = Path(aiotrt.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,11 +272,30 @@ def busiest(shares: Mapping[str, float], gpu: float | None) -> str:
 
 
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``; the last run's stay."""
+    """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``; the last run's stay.
+
+    Whoever reads it meanwhile, or after a crash, finds the whole of one run or of the other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(as_record(name, results), indent=2) + "\n", encoding="utf-8")
+    path, unfinished = folder / f"{name}.json", folder / f"{name}.json.tmp"
+    unfinished.write_text(json.dumps(as_record(name, results), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
+
+
+def finish(name: str, results: Mapping[str, Any], folder: Path, *, is_whole: bool) -> str:
+    """Write a run's results where they belong; says where that is.
+
+    Those of a run that came to everything it meant to take the place of the last ones. Others are kept beside them, since
+    the documentation is made of these files: half a run would leave half a table.
+    """
+    partial = f"{name}{PARTIAL}"
+    if not is_whole:
+        said = f"NOT WHOLE: {write(partial, results, folder)}"
+        return f"{said}; {name}.json is left as it was" if (folder / f"{name}.json").exists() else said
+    path = write(name, results, folder)
+    (folder / f"{partial}.json").unlink(missing_ok=True)
+    return f"results: {path}"
 
 
 def _busy_seconds() -> float | None:

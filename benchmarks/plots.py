@@ -58,6 +58,8 @@ def draw(records: Sequence[Record], folder: Path, loops: Collection[str] = ()) -
                     continue
                 path = folder / f"{plot.__name__}-{device}-{loop}.svg"
                 picture = plot(record, [row for row in record["rows"] if row["loop"] == loop])
+                if not any(points for series in picture.panels.values() for points in series.values()):
+                    continue
                 # Letters as letters, names without chance: half as large, and the same file each time.
                 with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aiotrt"}):
                     _draw(pyplot, record, picture, loop, path)
@@ -97,8 +99,9 @@ def lag(record: Record, rows: Sequence[Record]) -> Picture:
     """The loop's lag over the idle loop's, by the length of the work."""
 
     def over(row: Record) -> Point:
-        value = 1e3 * (row["lag"]["p99"] - record["idle_lag"][row["loop"]]["p99"])
-        return row["setting"]["us"], value, value, value
+        idle = record["idle_lag"][row["loop"]]["p99"]
+        value, low, high = (1e3 * (lag - idle) for lag in (row["lag"]["p99"], *row["spread"]["lag"]))
+        return row["setting"]["us"], value, low, high
 
     series = _by_way([row for row in rows if row["lag"] is not None], over)
     return Picture({"": series}, "length of the work, us", "lag p99 over the idle loop's, ms", (1, 10, 100))

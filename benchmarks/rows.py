@@ -7,17 +7,33 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, median_of, run_on
 
-__all__ = ["MEETS", "Bench", "Part", "Plan", "Row", "Run", "measure", "verdict"]
+__all__ = ["MEETS", "Bench", "Part", "Plan", "Row", "Run", "Turned", "measure", "measure_in_turns", "verdict"]
 
 T = TypeVar("T")
 
 MEETS: Final = "meets"
+AGAIN: Final = 5  # requests at the beginning of a turn that do not count: who had the one before makes a difference to them
+
+
+@runtime_checkable
+class Turned(Protocol):
+    """A request that takes something to be so while it has its turn."""
+
+    async def __call__(self) -> object:
+        """The request."""
+        ...
+
+    def turn(self) -> AbstractContextManager[object]:
+        """That."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,9 +61,10 @@ class Row:
         setting: what tells it from the part's other rows: numbers and words, by name.
         device_seconds: what the device takes for one; None where that is not known.
         ceiling: what the device does a second when nobody waits; None where that was not measured.
-        lag: of the loop, from a run of its own; None where that was not measured.
+        lags: of the loop, from runs of their own; none where that was not measured.
         facts: what else there is to say.
         verdict: "meets", "misses: ..." or, where there is no bar, empty.
+        lag: the median of `lags`.
         overhead: the latency less `device_seconds`.
         cpu_seconds: processor time for one await.
         spread: the least and the most of each figure over the runs.
@@ -60,9 +77,10 @@ class Row:
     device_seconds: float | None
     runs: Sequence[Run]
     ceiling: float | None = None
-    lag: Spread | None = None
+    lags: Sequence[Spread] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     verdict: str = ""
+    lag: Spread | None = field(init=False)
     latency: Spread = field(init=False)
     overhead: Spread = field(init=False)
     rate: float = field(init=False)
@@ -83,20 +101,43 @@ class Row:
             "rate": [run.rate for run in self.runs],
             "cpu": [run.cpu for run in self.runs],
         }
+        self.lag = median_of(self.lags) if self.lags else None
+        if self.lags:
+            figures["lag"] = [lag.p99 for lag in self.lags]
         self.spread = {name: (min(values), max(values)) for name, values in figures.items()}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Row:
+        """The row that was written so; its verdict is to be given anew."""
+        lags = record.get("lags") or ([record["lag"]] if record.get("lag") else [])
+        return cls(
+            record["part"], record["loop"], record["way"], record["setting"], record["device_seconds"],
+            [Run(**{**run, "latency": Spread(**run["latency"])}) for run in record["runs"]],
+            record["ceiling"], [Spread(**lag) for lag in lags], record["facts"],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure: runs of each setting, seconds of each run, and requests at the least."""
+    """How much to measure.
+
+    Attributes:
+        runs: of each setting.
+        seconds: of each run.
+        least: requests of each run; of fewer than a hundred there is no 99th percentile.
+        warm: requests before, which teach aiotrt how long the work takes, and bring clocks and caches up.
+        lag: seconds of a run beside a heartbeat.
+    """
 
     runs: int
     seconds: float
     least: int
+    warm: int = 30
+    lag: float = 0.25
 
-    def count(self, expected: float) -> int:
+    def count(self, expected: float, most: int = 20_000) -> int:
         """How many requests make one run, if each takes this long."""
-        return max(self.least, min(20_000, round(self.seconds / expected)))
+        return max(self.least, min(most, round(self.seconds / expected)))
 
 
 class Bench:
@@ -113,7 +154,8 @@ class Bench:
     Attributes:
         loops: the event loops to run on.
         limit: see there.
-        skipped: what was not measured, and why.
+        skipped: what cannot be measured here, and why.
+        unreached: what was not come to in the time there was.
         failed: what raised, and what.
     """
 
@@ -134,6 +176,7 @@ class Bench:
         self.weights = weights
         self.loops = tuple(loops())
         self.skipped: dict[str, str] = {}
+        self.unreached: list[str] = []
         self.failed: dict[str, str] = {}
         self._setting = ""
         self.limit = limit
@@ -141,7 +184,7 @@ class Bench:
 
     def plan(self, *, seconds: float = 0.03, least: int = 30) -> Plan:
         """Five runs, or in a hurry one short one."""
-        return Plan(1, 0.01, min(4, least)) if self.quick else Plan(5, seconds, least)
+        return Plan(1, 0.01, min(4, least), 4, 0.02) if self.quick else Plan(5, seconds, least)
 
     @property
     def is_over(self) -> bool:
@@ -149,12 +192,12 @@ class Bench:
         return time.monotonic() > self._deadline
 
     def each(self, what: str, settings: Iterable[T]) -> Iterator[T]:
-        """These settings one after the other, as long as there is time; the others are noted as skipped."""
+        """These settings one after the other, as long as there is time; the others are noted."""
         for setting in settings:
             words = setting if isinstance(setting, tuple) else (setting,)
-            says = f"{what}: {', '.join(map(str, words))}"
+            says = f"{what}: {', '.join(str(word) for word in words if isinstance(word, str | float | int))}"
             if self.is_over:
-                self.skipped[says] = f"the {self.limit:.0f} s were up"
+                self.unreached.append(says)
             else:
                 self.tell(says)
                 self._setting = says
@@ -165,8 +208,17 @@ class Bench:
         try:
             return run_on(loop, main)
         except Exception as error:
-            self.failed[self._setting] = "".join(traceback.format_exception(error)[-6:])
+            self.fail(self._setting, error)
             return None
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Note it."""
+        self.failed[what] = "".join(traceback.format_exception(error)[-6:])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything was come to, and nothing failed."""
+        return not self.failed and not self.unreached
 
 
 @dataclass(frozen=True)
@@ -177,36 +229,92 @@ class Part:
         name: as on the command line.
         about: what it answers, in one line.
         rows: measures.
-        judge: fills in the rows' verdicts.
-        devices: where it can run.
+        judge: fills in the rows' verdicts, from them and from the idle loops' lags.
+        limit: seconds that it has where nobody says otherwise.
     """
 
     name: str
     about: str
     rows: Callable[[Bench], Iterator[Row]]
     judge: Callable[[Sequence[Row], Mapping[str, Spread]], None]
-    devices: tuple[str, ...] = ("host", "cuda")
+    limit: float = 100.0
 
 
 async def measure(
-    request: Request | Sequence[Request], plan: Plan, *, awaiters: int, count: int, lag: float = 1.0
-) -> tuple[list[Run], Spread | None]:
-    """Several runs in a row, after one that does not count: it warms caches, and teaches aiotrt how long the work takes.
+    request: Request | Sequence[Request], plan: Plan, *, awaiters: int, count: int, lags: int = 1
+) -> tuple[list[Run], list[Spread]]:
+    """Several runs in a row, after some requests that do not count.
 
-    And the loop's lag in one more, `lag` times as long, since the heartbeat would cost the others what they are measured by.
+    And `lags` more beside a heartbeat, which would cost the others what they are measured by.
     """
-    await drive(request, awaiters, min(count, 256))
-    runs = []
-    gc.collect()
-    for _ in range(plan.runs):
-        with Usage() as usage:
-            seconds = await drive(request, awaiters, count)
-        runs.append(Run(Spread.of(seconds), len(seconds) / usage.seconds, usage.cpu, usage.others))
-    if not lag:
-        return runs, None
+    with _turn(request):
+        await drive(request, awaiters, min(count, 8 * plan.warm) if awaiters > 1 else plan.warm)
+        gc.collect()
+        runs = [await _run(request, awaiters, count) for _ in range(plan.runs)]
+        return runs, [await _lag(request, awaiters, runs, plan) for _ in range(lags)]
+
+
+async def measure_in_turns(
+    ways: Mapping[str, AbstractAsyncContextManager[Request]],
+    plan: Plan,
+    count: int,
+    failed: Callable[[str, Exception], None],
+) -> dict[str, tuple[list[Run], list[Spread]]]:
+    """Several runs of each way, one awaiter at a time, as `measure` does; `failed` hears of those that raise.
+
+    The ways take turns, a run each: the host's processors are slow for seconds at a time, and then they are so to all.
+    """
+    async with AsyncExitStack() as stack:
+        requests: dict[str, Request] = {}
+        runs: dict[str, list[Run]] = {}
+        lags: dict[str, list[Spread]] = {}
+
+        async def turn(way: str, run: Callable[[Request], Coroutine[Any, Any, None]]) -> None:
+            try:
+                with _turn(requests[way]):
+                    await run(requests[way])
+            except Exception as error:
+                del requests[way]
+                failed(way, error)
+
+        async def warmed(way: str, request: Request) -> None:
+            await drive(request, 1, plan.warm)
+
+        async def run(way: str, request: Request) -> None:
+            await drive(request, 1, min(plan.warm, AGAIN))
+            runs.setdefault(way, []).append(await _run(request, 1, count))
+
+        async def lagged(way: str, request: Request) -> None:
+            lags[way] = [await _lag(request, 1, runs[way], plan)]
+
+        for way, opening in ways.items():
+            try:
+                requests[way] = await stack.enter_async_context(opening)
+            except Exception as error:
+                failed(way, error)
+        for step in (warmed, *(run for _ in range(plan.runs)), lagged):
+            gc.collect()
+            for way in list(requests):
+                await turn(way, partial(step, way))
+        return {way: (runs[way], lags[way]) for way in requests}
+
+
+def _turn(request: Request | Sequence[Request]) -> AbstractContextManager[object]:
+    return request.turn() if isinstance(request, Turned) else nullcontext()
+
+
+async def _run(request: Request | Sequence[Request], awaiters: int, count: int) -> Run:
+    with Usage() as usage:
+        seconds = await drive(request, awaiters, count)
+    return Run(Spread.of(seconds), len(seconds) / usage.seconds, usage.cpu, usage.others)
+
+
+async def _lag(request: Request | Sequence[Request], awaiters: int, runs: Sequence[Run], plan: Plan) -> Spread:
+    """The loop has its turn after each request, as it has in a program: else one that blocks would be late once, by all."""
+    count = round(plan.lag * statistics.median(run.rate for run in runs))
     async with Heartbeat() as heartbeat:
-        await drive(request, awaiters, max(awaiters, round(lag * count)))
-    return runs, heartbeat.spread
+        await drive(request, awaiters, max(awaiters, count), yielding=True)
+    return heartbeat.spread
 
 
 def verdict(misses: Sequence[str]) -> str:

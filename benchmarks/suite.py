@@ -5,10 +5,11 @@
     python -m benchmarks table [--results DIR] [--docs FILE...]
     python -m benchmarks serving ...
 
-Each part writes its results as soon as it has them, `<part>-<device>.json`, and is given a time after which it begins
-nothing new; what it did not come to is among its results. Several parts run in a process each, so that none meets what
-another left behind, and one that fails or hangs takes no other with it. `plot` and `table` read those files, and nothing
-else.
+Each part writes `<part>-<device>.json`, and is given a time after which it begins nothing new. What it did not come to is
+said among its results, and those of such a run, or of one in which something failed, or that was interrupted, are
+`<part>-<device>-partial.json` and leave the last whole ones as they were. Several parts run in a process each, so that none
+meets what another left behind, and one that fails or hangs takes no other with it. `plot` and `table` read those files, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import argparse
 import contextlib
 import faulthandler
 import importlib
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +32,9 @@ from typing import Any, Final
 import torch
 
 from benchmarks import plots, tables
-from benchmarks.bench_completion import COMPLETION, THROUGHPUT
-from benchmarks.bench_endurance import ENDURANCE
-from benchmarks.bench_host_input import HOST_INPUT
-from benchmarks.bench_jitter import JITTER
-from benchmarks.bench_live_video import LIVE_VIDEO
-from benchmarks.bench_loop_lag import LOOP_LAG
-from benchmarks.bench_pipeline import PIPELINE
-from benchmarks.bench_rfdetr_video import RFDETR_VIDEO
-from benchmarks.bench_scaling import SCALING
-from benchmarks.bench_stages import STAGES
 from benchmarks.clips import VIDEO, WEIGHTS
-from benchmarks.measure import RESULTS, as_record, idle_lag, run_on, write
+from benchmarks.measure import HEARTBEAT, PARTIAL, RESULTS, Spread, as_record, finish, idle_lag, run_on, write
+from benchmarks.parts import PARTS, is_judged
 from benchmarks.rows import Bench, Part, Row
 from benchmarks.waits import NOT_LIKE_FOR_LIKE
 
@@ -48,26 +42,13 @@ __all__ = ["NAMES", "main"]
 
 ROOT: Final = Path(__file__).parent.parent
 DOCS: Final = (ROOT / "docs" / "performance.md", ROOT / "docs" / "video.md", ROOT / "README.md")
-LIMIT: Final = 55.0  # seconds for a part, after which it begins nothing new
+TENSORRT_LIMIT: Final = 300.0  # seconds, as `Part.limit`
 GRACE: Final = 45.0  # seconds more until a part that hangs is stopped, and says where
+INTERRUPTED: Final = 130  # exit status, as a shell has it
+INTERRUPTION: Final = "interrupted"
+SAID: Final = 10.0  # seconds between two words on how far it is, where there is no terminal
 SAVED: Final = 5.0  # seconds between two writings of what there is so far
 
-PARTS: Final = {
-    part.name: part
-    for part in (
-        COMPLETION,
-        STAGES,
-        THROUGHPUT,
-        HOST_INPUT,
-        JITTER,
-        SCALING,
-        LOOP_LAG,
-        PIPELINE,
-        RFDETR_VIDEO,
-        LIVE_VIDEO,
-        ENDURANCE,
-    )
-}
 TENSORRT: Final = "tensorrt"  # has rows of its own
 NAMES: Final = (*PARTS, TENSORRT)
 NEXT_TO: Final = ("completion", "throughput")  # where the baselines are
@@ -83,10 +64,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def measure(words: Sequence[str], *, is_alone: bool) -> int:
     """Run parts."""
-    about = "\n".join(f"  {name:12}{part.about}" for name, part in PARTS.items())
+    about = "\n".join(f"  {name:14}{part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"parts:\n{about}\n  {TENSORRT:12}real engines, beside TensorRT by itself\n\nor: plot, table, serving",
+        description=f"parts:\n{about}\n  {TENSORRT:14}real engines, beside TensorRT by itself\n\nor: plot, table, serving",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them if none is named")
@@ -95,10 +76,14 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one short run of each, to see that it works; figures say nothing"
     )
-    parser.add_argument("--out", type=Path, help=f"folder for the results; {RESULTS.name} beside this file if not quick")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, help=f"seconds after which a part begins nothing new ({LIMIT:.0f})"
+        "--out", type=Path, metavar="DIR", help="folder for the results; otherwise benchmarks/results, or none if quick"
     )
+    parser.add_argument(
+        "--limit", type=_seconds, metavar="SECONDS",
+        help="after which a part begins nothing new; by default what each takes: "
+        + ", ".join(f"{part.name} {part.limit:.0f}" for part in PARTS.values()),
+    )  # fmt: skip
     parser.add_argument(
         "--video", type=Path, metavar="FILE", default=os.environ.get(VIDEO) or None,
         help=f"a video, or frames as .npy or .npz, in place of bikes.mp4; or by the environment, {VIDEO}",
@@ -117,16 +102,22 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "host"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no NVIDIA GPU here; --device host runs without one")
     folder = arguments.out or (None if arguments.quick else RESULTS)
+    if folder is not None and (why := _unwritable(folder)):
+        parser.error(f"--out {folder}: {why}")
+    limits = {name: arguments.limit or (PARTS[name].limit if name in PARTS else TENSORRT_LIMIT) for name in names}
     if len(names) == 1:
-        with _bounded(arguments.limit + GRACE) if is_alone else contextlib.nullcontext():
+        limit = limits[names[0]]
+        with _bounded(limit + GRACE) if is_alone else contextlib.nullcontext():
             return run(
-                names[0], device, quick=arguments.quick, folder=folder, limit=arguments.limit, video=arguments.video,
+                names[0], device, quick=arguments.quick, folder=folder, limit=limit, video=arguments.video,
                 weights=arguments.weights,
             )  # fmt: skip
     failed = []
     for name in names:
-        options = [name, "--device", device, "--limit", str(arguments.limit), *(["--quick"] if arguments.quick else [])]
+        options = [name, "--device", device, "--limit", str(limits[name]), *(["--quick"] if arguments.quick else [])]
         if folder is not None:
             options += ["--out", str(folder.absolute())]
         for option, file in (("--video", arguments.video), ("--weights", arguments.weights)):
@@ -134,10 +125,12 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
         started = time.monotonic()
         try:
             status = subprocess.run(
-                [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, timeout=arguments.limit + GRACE + 15, check=False
+                [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, timeout=limits[name] + GRACE + 15, check=False
             ).returncode
         except subprocess.TimeoutExpired:
             status = 124
+        except KeyboardInterrupt:  # the part has had it too, and said what it has
+            return INTERRUPTED
         print(f"== {name}: {time.monotonic() - started:.0f} s{f', FAILED with {status}' if status else ''}\n", flush=True)
         if status:
             failed.append(name)
@@ -171,43 +164,50 @@ def run(
         main_of([*options, "--limit", str(limit)] if name == TENSORRT else options)
         return 0
     part = PARTS[name]
-    bench = Bench(device, quick=quick, limit=limit, tell=_tell, video=video, weights=weights)
+    tell = _Teller(limit)
+    bench = Bench(device, quick=quick, limit=limit, tell=tell, video=video, weights=weights)
     file = f"{name}-{device}"
-    save = (lambda results: write(file, results, folder)) if folder is not None else (lambda results: None)
+    save = (lambda results: write(f"{file}{PARTIAL}", results, folder)) if folder is not None else (lambda results: None)
     rows, results = collect(part, bench, save)
-    _tell("")
+    tell("")
     if folder is not None:
-        print(f"results: {write(file, results, folder)}")
+        print(finish(file, results, folder, is_whole=bench.is_whole))
     show(as_record(file, results), rows, bench)
-    return 1 if bench.failed else 0
+    return INTERRUPTED if INTERRUPTION in bench.failed else 1 if bench.failed else 0
 
 
 def collect(part: Part, bench: Bench, save: Callable[[dict[str, Any]], object]) -> tuple[list[Row], dict[str, Any]]:
     """The part's rows with their verdicts, and its results; saved now and then, so that a hang leaves what was there."""
     started = saved = time.monotonic()
-    idle = {loop: run_on(loop, idle_lag(0.1 if bench.quick else 0.5)) for loop in bench.loops}
+    idle: dict[str, Spread] = {}
     rows: list[Row] = []
 
     def results() -> dict[str, Any]:
-        if bench.device == "cuda" or part in (ENDURANCE, LIVE_VIDEO):
-            part.judge(rows, idle)  # the bars are a GPU's, but for memory that grows and frames that are lost anywhere
+        if is_judged(part, bench.device):
+            part.judge(rows, idle)
         return {
             "device": bench.device,
             "quick": bench.quick,
+            "limit": bench.limit,
             "seconds": time.monotonic() - started,
+            "heartbeat": HEARTBEAT,
             "idle_lag": idle,
             "skipped": bench.skipped,
+            "unreached": bench.unreached,
             "failed": bench.failed,
             "rows": rows,
         }
 
     try:
+        idle |= {loop: run_on(loop, idle_lag(0.1 if bench.quick else 1.0)) for loop in bench.loops}
         for row in part.rows(bench):
             rows.append(row)
             if time.monotonic() - saved > SAVED:
                 save(results())
                 saved = time.monotonic()
-    except Exception:  # what was measured before is worth keeping
+    except KeyboardInterrupt:  # what was measured before is worth keeping
+        bench.failed[INTERRUPTION] = "by the keyboard"
+    except Exception:
         bench.failed[f"{part.name}, the rest"] = traceback.format_exc()
     return rows, results()
 
@@ -218,8 +218,10 @@ def show(record: dict[str, Any], rows: Sequence[Row], bench: Bench) -> None:
         print(f"FAILED: {what}:\n{how}")
     for what, why in bench.skipped.items():
         print(f"not measured: {what}: {why}")
+    if bench.unreached:
+        print(f"not come to in {bench.limit:.0f} s (--limit): {'; '.join(bench.unreached)}")
     part = str(record["benchmark"]).partition("-")[0]
-    if part in NEXT_TO:
+    if part in NEXT_TO and rows:
         print("not like for like:")
         for way, what in NOT_LIKE_FOR_LIKE.items():
             if any(row.way == way for row in rows):
@@ -238,7 +240,13 @@ def plot(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder for the plots")
     parser.add_argument("--loop", action="append", default=[], help="draw this event loop's only; may be repeated")
     arguments = parser.parse_args(words)
-    records = [tables.load(path) for path in arguments.files or sorted(RESULTS.glob("*.json"))]
+    whole = (path for path in sorted(RESULTS.glob("*.json")) if not path.stem.endswith(PARTIAL))
+    try:
+        records = [tables.load(path) for path in arguments.files or whole]
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except (tables.UnreadableError, OSError) as error:
+        print(error)
+        return 1
     try:
         drawn = plots.draw(records, arguments.out, arguments.loop)
     except plots.MissingMatplotlibError as error:
@@ -267,18 +275,43 @@ def table(words: Sequence[str]) -> int:
     parser.add_argument("--docs", type=Path, nargs="*", default=list(DOCS), help="files with marks")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if anything would change")
     arguments = parser.parse_args(words)
-    changed = 0
-    for path in arguments.docs:
-        text = path.read_text(encoding="utf-8")
-        if (new := tables.filled(text, arguments.results)) == text:
-            continue
-        changed += 1
+    if not arguments.results.is_dir():
+        parser.error(f"--results {arguments.results}: there is no such folder")
+    if missing := [path for path in arguments.docs if not path.is_file()]:
+        parser.error(f"--docs {missing[0]}: there is no such file")
+    try:
+        texts = {path: path.read_text(encoding="utf-8") for path in arguments.docs}
+        filled = {path: tables.filled(text, arguments.results) for path, text in texts.items()}
+    except tables.UnreadableError as error:  # before any document is changed
+        print(error)
+        return 1
+    changed = [path for path, text in texts.items() if filled[path] != text]
+    for path in changed:
         if not arguments.check:
-            path.write_text(new, encoding="utf-8")
+            path.write_text(filled[path], encoding="utf-8")
         print(f"{'out of date' if arguments.check else 'written'}: {path}")
     if not changed:
         print("up to date")
+    if others := tables.of_other_code(arguments.results):
+        print(f"measured with other code than this: {', '.join(others)}")
     return 1 if changed and arguments.check else 0
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{word} must be a number of seconds above 0")
+    return seconds
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written there; None if something can. Known before minutes are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @contextlib.contextmanager
@@ -291,6 +324,19 @@ def _bounded(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _tell(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
+class _Teller:
+    """Says what is being measured, and for how long already: on a terminal in one line, elsewhere now and then."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._began = time.monotonic()
+        self._said = -math.inf
+
+    def __call__(self, what: str) -> None:
+        now = time.monotonic()
+        says = f"{what} [{now - self._began:.0f} s, begins nothing new after {self._limit:.0f}]" if what else ""
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{says}", end="", file=sys.stderr, flush=True)
+        elif what and now - self._said > SAID:
+            self._said = now
+            print(says, file=sys.stderr, flush=True)

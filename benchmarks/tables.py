@@ -1,5 +1,7 @@
 """Tables from the results' files: for the terminal, and for the documentation, where no figure is written by hand.
 
+What was measured is the file's, what is said of it is today's: bars are judged anew when a file is read.
+
 `python -m benchmarks table` fills every place of the documentation that is marked so, with what the file of that name says:
 
     <!-- table completion-cuda -->
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from benchmarks.measure import NO_OVERLAP, RESULTS, busiest
+from benchmarks.measure import HEARTBEAT, NO_OVERLAP, PARTIAL, RESULTS, Spread, busiest, code
+from benchmarks.parts import PARTS, is_judged
+from benchmarks.rows import Row
 from benchmarks.waits import NOT_LIKE_FOR_LIKE
 
 __all__ = ["MARK", "Table", "as_markdown", "as_text", "filled", "heading_of", "load", "misses_of", "tables_of"]
@@ -38,15 +42,57 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+class UnreadableError(Exception):
+    """A results' file is none, or is damaged; says which, and what to do."""
+
+
 def load(path: Path) -> dict[str, Any]:
-    """A results' file."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """A results' file.
+
+    Raises:
+        UnreadableError: it is none.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _judge(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnreadableError(
+            f"{path} cannot be read as results ({type(error).__name__}: {error}); measure again, or name other files"
+        ) from error
     return record
+
+
+def of_other_code(results: Path) -> list[str]:
+    """The files that were not measured with the package as it is, or do not say so."""
+    files = [path for path in sorted(results.glob("*.json")) if not path.stem.endswith(PARTIAL)]
+    return [path.stem for path in files if load(path)["machine"].get("code") != code()]
+
+
+def _judge(record: dict[str, Any]) -> None:
+    name = _part_of(record)
+    if name not in PARTS or not record["rows"] or "setting" not in record["rows"][0]:
+        return
+    if record.get("heartbeat") != HEARTBEAT:
+        # The loop's own timer: on uvloop it does not see what holds up every turn by less than a millisecond, and ways
+        # that block were late once, by all of their calls.
+        for row in record["rows"]:
+            if row["loop"] == "uvloop" or name == "completion":
+                row["lag"], row["lags"] = None, []
+        record["lag_left_out"] = "measured with the loop's own timers, which do not see what they should"
+    if is_judged(PARTS[name], record["device"]):
+        rows = [Row.of(row) for row in record["rows"]]
+        PARTS[name].judge(rows, {loop: Spread(**lag) for loop, lag in record["idle_lag"].items()})
+        for row, judged in zip(record["rows"], rows, strict=True):
+            row["verdict"] = judged.verdict
+
+
+def _part_of(record: Record) -> str:
+    return str(record["benchmark"]).removesuffix(PARTIAL).removesuffix("-cuda").removesuffix("-host")
 
 
 def tables_of(record: Record) -> list[Table]:
     """The tables of one part's results."""
-    make = _MAKERS.get(str(record["benchmark"]).partition("-only")[0].removesuffix("-cuda").removesuffix("-host"))
+    make = _MAKERS.get(_part_of(record))
     return make(record) if make is not None and record.get("rows", True) else []
 
 
@@ -69,10 +115,12 @@ def heading_of(record: Record) -> str:
     machine = record["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, no GPU"
     versions = [f"{name} {machine[name]}" for name in ("driver", "cuda", "python", "torch", "uvloop") if machine.get(name)]
+    counts = {len(row["runs"]) for row in record.get("rows", ()) if len(row.get("runs", ())) > 1}
+    medians = f"; medians of {min(counts)} runs" if len(counts) == 1 else ""
     quick = "; a quick run, whose figures say nothing" if record.get("quick") else ""
     others = others_of(record)
     beside = f"; other programs used {others:.1f} cores meanwhile" if others > NOTED else ""
-    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {record['date'][:10]}{beside}{quick}"
+    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {record['date'][:10]}{medians}{beside}{quick}"
 
 
 def others_of(record: Record) -> float:
@@ -92,6 +140,18 @@ def misses_of(record: Record) -> list[str]:
     for row in missed:
         setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items())
         said.append(f"{setting}, {row['loop']}, {row['way']}: {row['verdict']}")
+    return said
+
+
+def missing_of(record: Record) -> list[str]:
+    """What is not in the tables, and why."""
+    # Of a way that was not come to, older files have the function's name too.
+    skipped = {re.sub(r", functools\.partial\(.*", "", what): why for what, why in record.get("skipped", {}).items()}
+    said = [f"{what}: {why}" for what, why in skipped.items() if isinstance(why, str)]
+    said += [f"{what}: there was no time" for what in record.get("unreached", ())]
+    said += [f"{what}: FAILED" for what in record.get("failed", {})]
+    if record.get("lag_left_out") and _part_of(record) in ("completion", "loop_lag", "rfdetr_video"):
+        said.append(f"lag{' on uvloop' if _part_of(record) != 'completion' else ''}: {record['lag_left_out']}")
     return said
 
 
@@ -116,6 +176,8 @@ def _content(name: str, results: Path) -> str:
     record = load(path)
     parts = [f"{heading_of(record)} (`benchmarks/results/{name}.json`)."]
     parts += [as_markdown(table) for table in tables_of(record)]
+    if missing := missing_of(record):
+        parts.append("\n".join(["Not there:", "", *(f"- {line}" for line in missing)]))
     if any("verdict" in row for row in record.get("rows", ())):
         said, *missed = misses_of(record)
         parts.append(
@@ -126,35 +188,40 @@ def _content(name: str, results: Path) -> str:
     return "\n\n".join(parts)
 
 
-#: What the summary shows of the results' files: of which rows, what it says of each, and which of their ways.
-_SUMMARY: Final[Sequence[tuple[str, str, Mapping[str, object], Cell, Sequence[str]]]] = (
+#: What the summary shows of the results' files: of which rows, what it says of each, which of their ways one has without
+#: aiotrt, and which with. Of ways without it the best is shown, on whichever loop that was.
+_SUMMARY: Final[Sequence[tuple[str, str, Mapping[str, object], Cell, Sequence[str], Sequence[str]]]] = (
     (
         "rfdetr_video-cuda",
         "RF-DETR segmentation of a film, TensorRT FP16: frames/s",
         {"engine": "TensorRT FP16"},
         lambda row: f"{row['facts']['mean']:,.0f}",
-        ("enqueue", "graph, synchronised", "aiotrt, 3 slots"),
+        ("enqueue", "graph, synchronised", "graph, zero copy", "whole graph"),
+        ("aiotrt, 3 slots",),
     ),
     (
         "pipeline-cuda",
         "camera frame to ResNet-50's classes: frames/s",
         {},
         lambda row: f"{row['rate']:,.0f}",
-        ("torch", "graph, no overlap", "aiotrt, 3 slots"),
+        ("torch", "torch in threads", "graph, no overlap"),
+        ("aiotrt, 3 slots",),
     ),
     (
         "serving-side-by-side-cuda",
         "ResNet-50 behind HTTP, 32 connections: requests/s (p99, ms)",
         {"load": "32 connections"},
         lambda row: f"{row['rate']:,.0f} ({1e3 * row['latency']['p99']:.0f})",
-        ("FastAPI, thread pool", "LitServe, batches", "aiotrt, batches"),
+        ("FastAPI, thread pool", "LitServe, batches"),
+        ("aiotrt", "aiotrt, batches"),
     ),
     (
         "completion-cuda",
         "one awaiter, 1 ms of work: us over the device's time (CPU)",
         {"us": 1000},
         lambda row: f"{_us(row['overhead']['p50'])} ({_percent(row['cpu'])})",
-        ("synchronize", "executor", "aiotrt lease"),
+        ("synchronize", "executor"),
+        ("aiotrt call", "aiotrt lease"),
     ),
 )
 
@@ -162,22 +229,23 @@ _SUMMARY: Final[Sequence[tuple[str, str, Mapping[str, object], Cell, Sequence[st
 def _summary(results: Path) -> Table:
     """The most telling rows of several files, on uvloop, beside what one would have without aiotrt."""
     lines, dates = [], set()
-    for name, what, setting, cell, ways in _SUMMARY:
+    for name, what, setting, cell, without, ours in _SUMMARY:
         path = results / f"{name}.json"
         if not path.exists():
             continue
         record = load(path)
-        rows = {
-            row["way"]: row
-            for row in record["rows"]
-            if row["loop"] in ("uvloop", "none") and setting.items() <= row["setting"].items()
-        }
-        if not rows.keys() >= set(ways):
+        found: dict[str, list[Record]] = {}
+        for row in record["rows"]:
+            if setting.items() <= row["setting"].items() and (row["way"] in without or row["loop"] != "asyncio"):
+                found.setdefault(row["way"], []).append(row)
+        if not found.keys() >= {*without, *ours}:
             continue
-        lines.append([what, *(f"{way}: {cell(rows[way])}" for way in ways)])
+        best = {way: min(rows, key=lambda row: row["latency"]["p50"]) for way, rows in found.items()}
+        cells = ["; ".join(f"{way}: {cell(best[way])}" for way in ways) for ways in (without, ours)]
+        lines.append([what, *cells])
         dates.add((record["machine"]["gpu"], record["date"][:10]))
     measured = ", ".join(f"{gpu}, {date}" for gpu, date in sorted(dates)) or "not measured yet"
-    return Table(f"{measured}, uvloop", ["", "without", "without", "aiotrt"], lines)
+    return Table(f"{measured}; aiotrt on uvloop", ["", "without aiotrt", "with"], lines)
 
 
 # Cells...
@@ -186,6 +254,25 @@ def _summary(results: Path) -> Table:
 def _us(seconds: float) -> str:
     micros = 1e6 * seconds
     return f"{micros:,.1f}" if abs(micros) < 100 else f"{micros:,.0f}"
+
+
+def _half(row: Record, name: str, scale: float = 1.0) -> str:
+    """Half of what the runs differ by, to be read after their median."""
+    low, high = (scale * limit for limit in row["spread"][name])
+    half = (high - low) / 2
+    return f"±{half:,.1f}" if half < 10 else f"±{half:,.0f}"
+
+
+def _over(row: Record) -> str:
+    """An await's time over the device's, of which there is a 99th percentile if there were a hundred."""
+    over = row["overhead"]
+    are_many = all(run["latency"]["count"] >= 100 for run in row["runs"])
+    most = _us(over["p99"]) if are_many else f"worst {_us(over['worst'])}"
+    return f"{_us(over['p50'])}{_half(row, 'p50', 1e6)} / {most} ({_percent(row['cpu'])})"
+
+
+def _rate(row: Record, more: str) -> str:
+    return f"{row['rate']:,.0f}{_half(row, 'rate')} ({more})"
 
 
 def _percent(share: float) -> str:
@@ -220,7 +307,7 @@ def _completion(record: Record) -> list[Table]:
             "way",
             lambda row: row["way"],
             lambda row: f"{row['setting']['us']:,} us",
-            lambda row: f"{_us(row['overhead']['p50'])} / {_us(row['overhead']['p99'])} ({_percent(row['cpu'])})",
+            _over,
         )
         for loop, rows in _by_loop(record["rows"])
     ]
@@ -234,7 +321,7 @@ def _throughput(record: Record) -> list[Table]:
             "slots, awaiters, way",
             lambda row: f"{row['setting']['slots']}, {row['setting']['awaiters']}, {row['way']}",
             lambda row: f"{row['setting']['us']:,} us",
-            lambda row: f"{row['rate']:,.0f} ({_percent(row['rate'] / row['ceiling'])})",
+            lambda row: _rate(row, _percent(row["rate"] / row["ceiling"])),
         )
         for loop, rows in _by_loop(record["rows"])
     ]
@@ -243,12 +330,13 @@ def _throughput(record: Record) -> list[Table]:
 def _host_input(record: Record) -> list[Table]:
     def cell(row: Record) -> str:
         if row["setting"]["slots"] == 1:
-            return f"{_us(row['latency']['p50'])} us"
-        return f"{row['rate']:,.0f}/s ({_percent(row['rate'] / row['ceiling'])}, CPU {_percent(row['cpu'])})"
+            return f"{_us(row['latency']['p50'])}{_half(row, 'p50', 1e6)} us"
+        return _rate(row, f"{_percent(row['rate'] / row['ceiling'])}, CPU {_percent(row['cpu'])}")
 
     return [
         _pivot(
-            f"{loop}: 1 slot: p50 of an await; 4 slots: requests a second (share of the ceiling, CPU), by size of the input",
+            f"{loop} (the blocking loop runs on none, and is the same in all): 1 slot: p50 of an await; 4 slots: requests a "
+            "second (share of the ceiling, CPU), by size of the input",
             sorted(rows, key=lambda row: (row["setting"]["bytes"], row["setting"]["slots"], row["setting"]["memory"])),
             "slots, memory, way",
             lambda row: f"{row['setting']['slots']}, {row['setting']['memory']}, {row['way']}",
@@ -267,7 +355,7 @@ def _scaling(record: Record) -> list[Table]:
             "axis",
             lambda row: f"{row['setting']['n']:,} {row['setting']['axis']}",
             lambda row: row["loop"],
-            lambda row: f"{_us(row['cpu_seconds'])} ({row['rate']:,.0f})",
+            lambda row: f"{_us(row['cpu_seconds'])} ({row['rate']:,.0f}{_half(row, 'rate')})",
         )
     ]
 
@@ -280,7 +368,7 @@ def _jitter(record: Record) -> list[Table]:
             "durations",
             lambda row: row["setting"]["scenario"],
             lambda row: row["way"],
-            lambda row: f"{_us(row['overhead']['p50'])} / {_us(row['overhead']['p99'])} ({_percent(row['cpu'])})",
+            _over,
         )
         for loop, rows in _by_loop(record["rows"])
     ]
@@ -312,7 +400,9 @@ def _pipeline(record: Record) -> list[Table]:
             "way",
             lambda row: row["way"] + ("" if row["facts"]["is_right"] else ", WRONG"),
             lambda row: row["loop"],
-            lambda row: f"{row['rate']:,.0f}, {1e3 * row['latency']['p50']:.2f} ({_percent(row['cpu'])})",
+            lambda row: (
+                f"{row['rate']:,.0f}{_half(row, 'rate')}, {1e3 * row['latency']['p50']:.2f} ({_percent(row['cpu'])})"
+            ),
         )
     ]
 
@@ -328,14 +418,16 @@ def _rfdetr_video(record: Record) -> list[Table]:
             + ("" if facts.get("is_complete", True) else ", FRAMES LOST"),
             f"{statistics.fmean(run['rate'] for run in row['runs']):,.1f}",
             f"{low:,.1f} to {high:,.1f}",
-            "" if row["lag"] is None else f"{1e3 * row['lag']['p99']:.2f}",
+            *([f"{1e3 * row['lag']['p99']:.2f}"] if has_lag else []),
             "" if busy is None else _percent(busy),
             # Anew, so that an older file is read by today's rule.
             facts["limit"] if facts["limit"] == NO_OVERLAP else busiest(facts["shares"], facts["gpu_share"]),
             _percent(row["cpu"]),
         ]
 
-    headings = ["way", "frames/s, mean", "least to most", "lag p99, ms", "GPU busy", "limited by", "CPU"]
+    has_lag = all(row["lag"] is not None for row in record["rows"])
+    lag = ["lag p99, ms"] if has_lag else []
+    headings = ["way", "frames/s, mean", "least to most", *lag, "GPU busy", "limited by", "CPU"]
     first = record["rows"][0]["facts"]
     return [
         Table(f"{engine}; {first['network']}; {first['film']}", headings, [line(row) for row in rows])
@@ -379,6 +471,10 @@ def _loop_lag(record: Record) -> list[Table]:
     if "runs" in record["rows"][0] and "lag" in record["rows"][0]["runs"][0]:
         return _host_loop_lag(record)
     idle = record["idle_lag"]
+
+    def half(row: Record) -> str:
+        return _half(row, "lag", 1e3) if "lag" in row["spread"] else ""
+
     return [
         _pivot(
             "lag of the loop, p99 over the idle loop's, ms (calls a second)",
@@ -386,7 +482,10 @@ def _loop_lag(record: Record) -> list[Table]:
             "work, awaiters, way",
             lambda row: f"{row['setting']['us']:,} us, {row['setting']['awaiters']}, {row['way']}",
             lambda row: row["loop"],
-            lambda row: f"{1e3 * (row['lag']['p99'] - idle[row['loop']]['p99']):.2f} ({row['rate']:,.0f})",
+            lambda row: (
+                ("- " if row["lag"] is None else f"{1e3 * (row['lag']['p99'] - idle[row['loop']]['p99']):.2f}{half(row)} ")
+                + f"({row['rate']:,.0f})"
+            ),
         )
     ]
 
@@ -440,12 +539,16 @@ def _side_by_side(record: Record) -> list[Table]:
     settings = dict.fromkeys((row["setting"]["model"], row["setting"]["load"]) for row in record["rows"])
     return [
         Table(
-            f"{model}, {load}, median of {len(record['rows'][0]['runs'])} rounds (least-most)",
+            f"{model}, {load}, {_rounds(len(record['rows'][0]['runs']))}",
             headings,
             [line(row) for row in record["rows"] if row["setting"] == {"model": model, "load": load}],
         )
         for model, load in settings
     ]
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"median of {count} rounds (least-most)"
 
 
 def _overload(record: Record) -> list[Table]:
@@ -486,7 +589,6 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "live_video": _live_video,
     "stages": _stages,
     "loop_lag": _loop_lag,
-    "loop-lag": _loop_lag,
     "tensorrt": _tensorrt,
     "serving-overload": _overload,
     "serving-side-by-side": _side_by_side,

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -286,7 +286,7 @@ async def opened(way: str, work: Work, slots: int, progress: Progress = "predict
         return
     lines = [Line(work.device, work.function, asleep=way == EXECUTOR_ASLEEP) for _ in range(slots)]
     async with _WAITS[way](lines) as requests:
-        yield requests[0] if slots == 1 else _any_of(requests)
+        yield requests[0] if len(requests) == 1 else _any_of(requests)
     for line in lines:
         line.block()
         line.close()
@@ -322,22 +322,26 @@ async def _blocking(lines: Sequence[Line]) -> AsyncIterator[list[Request]]:
     yield [request(line) for line in lines]
 
 
-@asynccontextmanager
-async def _torch(lines: Sequence[Line]) -> AsyncIterator[list[Request]]:
-    def request(line: Line) -> Request:
+class _Replay:
+    """A replay on torch's current stream, which is the line's for as long as this has its turn."""
+
+    def __init__(self, line: Line) -> None:
         stream: Any = line.stream
         graph: Any = line.graph
-        replay, synchronize = graph._graph.replay, stream.torch.synchronize  # torch's own graph and stream
+        self._stream = stream.torch
+        self._replay, self._synchronize = graph._graph.replay, self._stream.synchronize  # torch's own graph and stream
 
-        async def wait() -> None:
-            replay()
-            synchronize()
+    async def __call__(self) -> None:
+        self._replay()
+        self._synchronize()
 
-        return wait
+    def turn(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
 
-    current: Any = lines[0].stream
-    with torch.cuda.stream(current.torch):  # with several lines all replay here: torch replays on the current stream
-        yield [request(lines[0])] * len(lines)
+
+@asynccontextmanager
+async def _torch(lines: Sequence[Line]) -> AsyncIterator[list[Request]]:
+    yield [_Replay(lines[0])]  # one stream, however many there are: torch replays on the current one
 
 
 @asynccontextmanager

@@ -34,7 +34,7 @@ def row(way: str, *, rate: float, p99: float, batched: bool = False, load: str =
     facts = {"is_batched": batched, "is_open": "random" in load, "memory": 1 << 20, "client_cpu": 0.1}
     runs = [Run(Spread(p99 / 2, p99, p99, 100), rate, 1.0, 0.0)]
     return Row(
-        "side_by_side", "uvloop", way, {"model": "reader", "load": load}, None, runs, lag=runs[0].latency, facts=facts
+        "side_by_side", "uvloop", way, {"model": "reader", "load": load}, None, runs, lags=[runs[0].latency], facts=facts
     )
 
 

@@ -40,7 +40,7 @@ def healthy() -> dict[str, Any]:
 
 def said(facts: dict[str, Any]) -> str:
     row = Row(
-        "live_video", "uvloop", "pipeline", {"sources": 8}, None, [Run(SPREAD, 220, 0.2, 1.5)], lag=SPREAD, facts=facts
+        "live_video", "uvloop", "pipeline", {"sources": 8}, None, [Run(SPREAD, 220, 0.2, 1.5)], lags=[SPREAD], facts=facts
     )
     judge([row], {})
     return row.verdict
