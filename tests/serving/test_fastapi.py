@@ -128,6 +128,25 @@ async def test_a_loaded_model_and_a_network_can_be_given_as_they_are() -> None:
         serving.Models({"x": 7})  # type: ignore[dict-item]
 
 
+async def test_what_is_being_loaded_when_all_is_closed_does_not_stay() -> None:
+    opened, gate = asyncio.Event(), asyncio.Event()
+
+    async def wait(name: str, model: aiotrt.Model) -> None:
+        opened.set()
+        await gate.wait()
+
+    models = serving.Models({"a": Affine()}, opened=wait)
+    loading = asyncio.create_task(models.load("a"))
+    await opened.wait()
+    assert await models.aclose()
+    gate.set()
+    with pytest.raises(aiotrt.ModelClosedError, match="all models are being closed"):
+        await loading  # `_no_leaks` says so if the model was left open
+    with pytest.raises(aiotrt.ModelClosedError, match="all models are being closed"):
+        await models.load("a")
+    assert not models.open()
+
+
 async def test_an_application_whose_model_cannot_be_loaded_does_not_start_and_leaves_nothing() -> None:
     enter = serving.lifespan(affine=affine(), broken="no/such/file.onnx")
     with pytest.raises(aiotrt.EngineError, match="no/such/file"):

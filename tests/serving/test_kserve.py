@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 import aiotrt
 from aiotrt.errors import DeviceError
+from aiotrt.serving import Standing
 from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app
 from tests.building import models as onnx_models
 from tests.serving.test_fastapi import until_slow, until_waiting
@@ -215,6 +216,25 @@ async def test_unloading_waits_for_what_is_under_way(tmp_path: Path) -> None:
             latch.open()
             await unloading
         np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
+
+
+@pytest.mark.every_loop
+async def test_unloading_goes_on_without_who_asked_for_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (http, client):
+        models = http.server.lifespan.state["aiotrt"]
+        model = model_behind(http)
+        with held(model):
+            call = asyncio.create_task(client.infer("double", [given(X)]))
+            await until_waiting(model, 0)
+            unloading = asyncio.create_task(http.post("/v2/repository/models/double/unload"))
+            await until_slow(lambda: models.standing("double")[0] is Standing.UNLOADING)
+            unloading.cancel()
+            await until_slow(lambda: not models._entries["double"].lock.locked())  # the server knows that its client has gone
+        np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
+        await until_slow(lambda: models.standing("double") == (Standing.UNAVAILABLE, "it was unloaded"))
+        assert model._executor is None, "its memory is free"
+        await client.load_model("double")
+        np.testing.assert_array_equal((await client.infer("double", [given(X)])).as_numpy("y"), X + X)
 
 
 @pytest.mark.every_loop
