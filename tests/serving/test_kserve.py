@@ -14,12 +14,14 @@ import onnx
 import pytest
 import tritonclient.http.aio as triton
 from onnx import TensorProto, helper
+from starlette.requests import Request
 from tritonclient.utils import InferenceServerException
 
 import aiotrt
 from aiotrt.errors import DeviceError
 from aiotrt.serving import Standing
 from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app
+from aiotrt.serving.kserve.guards import Budget
 from tests.building import models as onnx_models
 from tests.serving.test_fastapi import until_slow, until_waiting
 from tests.serving.tools import Served, raw, served
@@ -229,12 +231,41 @@ async def test_unloading_goes_on_without_who_asked_for_it(tmp_path: Path) -> Non
             unloading = asyncio.create_task(http.post("/v2/repository/models/double/unload"))
             await until_slow(lambda: models.standing("double")[0] is Standing.UNLOADING)
             unloading.cancel()
-            await until_slow(lambda: not models._entries["double"].lock.locked())  # the server knows that its client has gone
+            await until_slow(lambda: not models._entries["double"].lock.locked())  # its client has gone
         np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
         await until_slow(lambda: models.standing("double") == (Standing.UNAVAILABLE, "it was unloaded"))
         assert model._executor is None, "its memory is free"
         await client.load_model("double")
         np.testing.assert_array_equal((await client.infer("double", [given(X)])).as_numpy("y"), X + X)
+
+
+async def test_a_model_that_is_unloaded_while_a_request_comes_is_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, unloaded = asyncio.Event(), asyncio.Event()
+    real = Budget.read
+
+    async def read(budget: Budget, request: Request) -> bytearray:
+        reading.set()
+        return await real(budget, request)
+
+    async with serving(tmp_path) as (http, client):
+
+        async def body() -> AsyncIterator[bytes]:
+            text = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}]}).encode()
+            yield text[:-1]
+            await unloaded.wait()
+            yield text[-1:]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Budget, "read", read)
+            call = asyncio.create_task(http.post("/v2/models/double/infer", content=body()))
+            await reading.wait()
+        await client.unload_model("double")
+        unloaded.set()
+        answer = await call
+        assert answer.status_code == 503
+        assert "closed" in answer.json()["error"]
 
 
 @pytest.mark.every_loop

@@ -165,11 +165,11 @@ class _Server:
     async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
         """Run a model."""
         model = self._model(name, version)
+        outputs = self._outputs[name]  # this model's: it may be unloaded, or another be loaded, while the body comes
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
         with self._budget.reserve(request):
             called = await self._parse(request)
-            outputs = self._outputs[name]
             wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
             deadline = min(called.deadline or math.inf, self._settings.max_deadline)
             results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
@@ -214,7 +214,6 @@ class _Server:
         self._check(name, None)
         await self._small_json(request)
         await self.models.unload(name)
-        self._outputs.pop(name, None)
         return {}
 
     # Errors...
