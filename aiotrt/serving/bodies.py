@@ -12,7 +12,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
@@ -37,6 +37,7 @@ __all__ = [
     "decode_image",
     "image_body",
     "image_request",
+    "is_possible",
     "numbers",
     "off_loop",
     "read_body",
@@ -167,11 +168,19 @@ def decode_array(data: bytes | bytearray) -> Array:
         raise InputError(f"the array: expected numbers or booleans, got dtype {dtype}")
     start = file.tell()
     size = math.prod(shape) * dtype.itemsize  # of Python's integers, which do not overflow
-    if any(extent < 0 for extent in shape) or len(shape) > 32 or size != len(data) - start:
+    if size != len(data) - start:
         raise InputError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
+    # `True` is an integer to the head's reader, and to nobody after it.
+    if any(extent < 0 or isinstance(extent, bool) for extent in shape) or not is_possible(shape):
+        raise InputError(f"the array: no array has the shape {_said(shape)}")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = flat.reshape(shape, order="F" if is_fortran else "C")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether an array can have these extents. Even where one is 0, numpy fails for others whose product is too large."""
+    return len(shape) <= 32 and math.prod(extent or 1 for extent in shape) < 1 << 48
 
 
 def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Array:

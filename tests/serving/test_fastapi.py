@@ -69,6 +69,12 @@ def npy(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
+def headed(shape: str) -> bytes:
+    """The head of an .npy file of float32."""
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+
+
 def png(width: int = 20, height: int = 10, form: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(file, form, **options)
@@ -235,6 +241,10 @@ BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
         "needs 120,000,000,000,000,000,000,000 bytes",
         {"content": npy(X).replace(b"(2, 3)", b"(1" + b"0" * 22 + b", 3)")},
     ),
+    (422, "no array has the shape (0, 11805", {"content": headed(f"(0, {1 << 70})")}),
+    (422, "no array has the shape (0, 46116", {"content": headed(f"(0, {1 << 62}, {1 << 62})")}),
+    (422, "no array has the shape (True,)", {"content": headed("(True,)") + bytes(4)}),
+    (422, "no array has the shape (-1, -1)", {"content": headed("(-1, -1)") + bytes(4)}),
     (422, "got dtype object", {"content": npy(np.array([{}], object))}),
     (422, "got dtype", {"content": npy(np.zeros(2, [("a", "f4")]))}),
     (422, "input 'x': expected", {"content": npy(X[None])}),
