@@ -58,7 +58,7 @@ def register(
         default=[],
         help="capture ahead, such as 1x3x640x640; for a single input",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, errors=True)  # it goes on after requests that failed
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -162,7 +162,9 @@ class Models:
                     raise
             except BaseException as error:
                 entry.standing = Standing.UNAVAILABLE
-                entry.reason = "loading was cancelled" if not isinstance(error, Exception) else f"loading failed: {error}"
+                # What it says may name files, and clients are told the reason.
+                is_error = isinstance(error, Exception)
+                entry.reason = "loading failed; the log says why" if is_error else "loading was cancelled"
                 raise
             entry.model = model
             entry.standing, entry.reason = Standing.READY, ""
@@ -281,7 +283,7 @@ async def running(
     async def load_behind() -> None:
         try:
             await (loading or load_all)()
-        except Exception as error:  # nobody awaits this: what went wrong is in the log and in /readyz
+        except Exception as error:  # nobody awaits this: what went wrong is in the log
             _log.error("loading failed: %s", error, exc_info=not isinstance(error, AiotrtError))
 
     drain = False

@@ -171,7 +171,7 @@ async def test_a_large_answer_arrives_whole(tmp_path: Path) -> None:
             np.testing.assert_array_equal(result.as_numpy("y"), array)
 
 
-async def test_the_repository(tmp_path: Path) -> None:
+async def test_the_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = onnx_models.relu(tmp_path / "relu.onnx")
     models = (
         ModelSettings("later", path, options={"device": "host"}, is_loaded=False),
@@ -197,7 +197,9 @@ async def test_the_repository(tmp_path: Path) -> None:
         assert await client.is_server_ready()  # it is not one of those that must be there
         with pytest.raises(InferenceServerException):
             await client.load_model("bad")
-        assert (await client.get_model_repository_index())[2]["reason"].startswith("loading failed")
+        assert (await client.get_model_repository_index())[2]["reason"] == "loading failed; the log says why"
+        assert "missing.onnx" in caplog.text
+        assert str(tmp_path) not in (await http.get("/readyz")).text, "files are nobody's business out there"
         with pytest.raises(InferenceServerException, match="parameters are not taken"):
             await client.load_model("later", config=json.dumps({"path": "/etc/passwd"}))
         with pytest.raises(InferenceServerException, match="404"):
@@ -455,6 +457,8 @@ async def test_the_token(tmp_path: Path) -> None:
     settings = ServerSettings((ModelSettings("relu", path, options={"device": "host"}),), token=TOKEN)
     assert TOKEN not in repr(settings)
     async with served(create_app(settings)) as client:
+        await until_slow(lambda: client.server.lifespan.state["aiotrt"].is_ready)
+        assert (await client.get("/readyz")).json() == {"ready": True, "draining": False}, "no names, and no reasons"
         for open_path in ("/livez", "/v2/health/live"):
             assert (await client.get(open_path)).status_code == 200
         for path_, headers in (

@@ -33,7 +33,7 @@ TOKEN = "a token of more than 16 characters"
 
 
 @contextlib.contextmanager
-def process(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(*arguments: object, reads: bool = True, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server, and its address once it has said it."""
     with subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -47,8 +47,8 @@ def process(*arguments: object, **environment: str) -> Iterator[tuple[subprocess
                 line = server.stdout.readline()
                 assert line, said
                 said += line
-            # Nobody else reads what it prints, and a full pipe would stop it.
-            threading.Thread(target=server.stdout.read, daemon=True).start()
+            if reads:  # since nobody else does, and a full pipe would stop it
+                threading.Thread(target=server.stdout.read, daemon=True).start()
             yield server, found[0]
         finally:
             server.kill()
@@ -169,6 +169,21 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
     ):
         assert main(["serve", *arguments]) == status, says
         assert says in capsys.readouterr().err
+
+
+def test_what_fails_while_it_serves_is_shown(relu: Path) -> None:
+    config = relu.with_name("models.toml")
+    relu.with_name("bad.onnx").write_bytes(b"nonsense")
+    config.write_text(
+        '[server]\nport = 0\n[models.relu]\npath = "relu.onnx"\ndevice = "host"\n'
+        '[models.bad]\npath = "bad.onnx"\ndevice = "host"\nload = false\n'
+    )
+    with process("-m", "aiotrt", "serve", "--config", config, reads=False) as (server, url):
+        until_ready(url)
+        assert httpx.post(f"{url}/v2/repository/models/bad/load", trust_env=False).status_code == 500
+        server.send_signal(signal.SIGTERM)
+        assert server.stdout is not None
+        assert "error: model bad could not be loaded" in server.stdout.read()
 
 
 @pytest.mark.parametrize(

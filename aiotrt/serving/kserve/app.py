@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from aiotrt.tensors import TensorSpec
 
 __all__ = ["create_app"]
 
+_log: Final = logging.getLogger("aiotrt")
 #: There is one version of each model: what its file is.
 _VERSION: Final = "1"
 _EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
@@ -85,7 +87,8 @@ def create_app(
     )
     app.state.models = server.models
     app.include_router(server.routes())
-    for path, endpoint in (("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
+    ready = readyz if settings.token is None else server.readyz
+    for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):
         app.add_route(path, endpoint, include_in_schema=False)
     app.router.routes.extend(status_page().routes)
     for kind in (AiotrtError, TimeoutError, HTTPException):
@@ -140,6 +143,11 @@ class _Server:
     async def server_ready(self, request: Request) -> Response:
         """Whether all models can be called."""
         return JSONResponse({"ready": self.models.is_ready}, 200 if self.models.is_ready else 503)
+
+    async def readyz(self, request: Request) -> Response:
+        """Likewise for probes, which have no token: they are not told which models there are, and how each stands."""
+        said = {"ready": self.models.is_ready, "draining": self.models.is_draining}
+        return JSONResponse(said, 200 if self.models.is_ready else 503)
 
     # A model...
 
@@ -206,7 +214,11 @@ class _Server:
         fields = await self._small_json(request)
         if fields.get("parameters"):
             raise InputError("a model is loaded as the server was told to: parameters are not taken")
-        await self.models.load(name)
+        try:
+            await self.models.load(name)
+        except AiotrtError as error:  # of others there is more in the log
+            _log.error("model %s could not be loaded: %s", name, error)
+            raise
         return {}
 
     async def unload(self, request: Request, name: str) -> dict[str, Any]:
