@@ -71,8 +71,9 @@ def image_body(
 
     Args:
         max_bytes: of the body; more is 413.
-        max_pixels: of the image, checked before it is unpacked; more is 413.
-        mode: Pillow's name for what the pixels should be.
+        max_pixels: of the image, checked before it is unpacked; more is 413. So is more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, some 179 million, which is for the whole process and yours to set.
+        mode: Pillow's name for what the pixels should be. Of 16 bits the upper 8 are taken.
         field: the form's field.
         timeout: seconds that sending the body may take; more is 408.
     """
@@ -132,21 +133,28 @@ def array_body(
 
 
 def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") -> Pixels:
-    """Pixels of an image file. Takes a while; for a thread.
+    """Pixels of an image file: (height, width, channels). Takes a while; for a thread.
 
     Raises:
-        InputError: it is not an image, or damaged.
-        BodyTooLargeError: it has more than `max_pixels`.
+        InputError: it is not an image, or damaged, or of 32 bits, whose range nobody knows.
+        BodyTooLargeError: it has more than `max_pixels`, or than Pillow takes.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BodyTooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are taken")
+            if image.mode in ("I", "F"):
+                raise InputError(f"the image has pixels of 32 bits (Pillow's mode {image.mode!r}); send 8 or 16 bits")
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(image.convert(mode))
+            # Pillow would make white of all that is over 255.
+            narrow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+            pixels = np.array(narrow.convert(mode))
+            return pixels.reshape(*pixels.shape[:2], -1)
     except InputError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BodyTooLargeError(f"the image has too many pixels; at most {max_pixels:,} are taken: {error}") from error
     except Exception as error:  # Pillow's decoders raise many unrelated classes for one and the same: a bad file
         raise InputError(f"the body is not an image that can be read ({len(data):,} bytes): {error}") from error
 

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import contextlib
 import io
+import struct
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
 
@@ -67,6 +69,13 @@ def npy(array: npt.NDArray[Any]) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def vast(width: int, height: int) -> bytes:
+    """A PNG whose head says so."""
+    parts = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def headed(shape: str) -> bytes:
@@ -305,6 +314,24 @@ async def test_image_bodies() -> None:
             assert (answer.status_code, answer.json()) == (200, size)
 
 
+def encoded(array: npt.NDArray[Any], form: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, form)
+    return file.getvalue()
+
+
+async def test_images_of_16_bits_are_as_bright_as_they_were() -> None:
+    gray = np.arange(256, dtype=np.uint16).reshape(8, 32) * 256 + 7
+    for data in (encoded(gray, "PNG"), encoded(gray, "TIFF"), encoded(gray.astype(">u2"), "TIFF")):
+        pixels = serving.decode_image(data, 1000)
+        assert (pixels == np.arange(256).reshape(8, 32, 1)).all()
+        assert pixels.shape == (8, 32, 3)
+        assert serving.decode_image(data, 1000, "L").shape == (8, 32, 1)
+    for array in (gray.astype(np.int32), gray.astype(np.float32)):
+        with pytest.raises(aiotrt.InputError, match=r"pixels of 32 bits \(Pillow's mode '[IF]'\); send 8 or 16 bits"):
+            serving.decode_image(encoded(array, "TIFF"), 1000)
+
+
 BAD_IMAGES: list[tuple[int, str, dict[str, Any]]] = [
     (422, "not an image", {"content": b"GIF89a"}),
     (422, "not an image", {"content": png()[:-30]}),
@@ -312,6 +339,7 @@ BAD_IMAGES: list[tuple[int, str, dict[str, Any]]] = [
     (422, "not base64", {"json": {"image": "?"}}),
     (422, "expected JSON like", {"json": ["?"]}),
     (413, "400 x 100 pixels; at most 10,000 are taken", {"content": png(400, 100)}),
+    (413, "at most 10,000 are taken", {"content": vast(20_000, 10_000)}),  # for Pillow too
     (413, "more than 100,000 bytes", {"content": bytes(100_001)}),
     (415, "got content type 'text/plain'", {"content": b"?", "headers": {"content-type": "text/plain"}}),
 ]
