@@ -31,6 +31,7 @@ from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
 
 __all__ = [
+    "COPIED",
     "array_body",
     "array_request",
     "decode_array",
@@ -53,6 +54,8 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _NPY_HEAD: Final = 4096
 #: JSON is parsed under the interpreter lock, in a thread or not: this much takes some 10 ms.
 _MAX_JSON: Final = 4 << 20
+#: From how many bytes on what may be copied is copied in a thread.
+COPIED: Final = 1 << 20
 _limiters: dict[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = {}
 
 
@@ -124,7 +127,7 @@ def array_body(
             raise UnsupportedMediaTypeError(
                 f"expected application/x-npy, multipart/form-data or application/json, got content type {kind!r}"
             )
-        array = decode_array(data)
+        array = await off_loop(lambda: decode_array(data), len(data), COPIED)
         if wanted is not None and array.dtype != wanted:
             raise InputError(f"the array: expected dtype {wanted}, got {array.dtype}")
         return array
@@ -282,9 +285,9 @@ def limited(request: Request, limit: int) -> Callable[[], Coroutine[Any, Any, Me
     return receive
 
 
-async def off_loop(function: Callable[[], T], size: int | None = None) -> T:
-    """Run something that takes a while in a thread, or at once where it is for less than 16 KiB."""
-    if size is not None and size < 16 << 10:
+async def off_loop(function: Callable[[], T], size: int | None = None, least: int = 16 << 10) -> T:
+    """Run something that takes a while in a thread, or at once where it is for fewer bytes than `least`."""
+    if size is not None and size < least:
         return function()
     loop = asyncio.get_running_loop()
     limiter = _limiters.get(loop)
@@ -322,7 +325,8 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
         file = form.get(field)
         if not isinstance(file, UploadFile):
             raise InputError(f"expected a form with a file in the field {field!r}, got the fields {sorted(form)}")
-        return bytearray(await file.read())
+        content = await file.read()
+        return await off_loop(lambda: bytearray(content), len(content), COPIED)
     finally:
         await form.close()
 

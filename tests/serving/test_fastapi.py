@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import struct
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
@@ -236,6 +237,27 @@ async def test_array_bodies() -> None:
             answer = await client.post("/affine", **request)
             assert answer.status_code == 200, answer.text
             assert answer.json() == expected
+
+
+async def test_large_arrays_are_copied_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def decode(data: bytearray) -> npt.NDArray[Any]:
+        threads.append(threading.current_thread())
+        return serving.decode_array(data)
+
+    monkeypatch.setattr("aiotrt.serving.bodies.decode_array", decode)
+    app = FastAPI()
+
+    @app.post("/")
+    async def size(array: Annotated[npt.NDArray[Any], Depends(serving.array_body())]) -> int:
+        return array.size
+
+    async with served(app) as client:
+        for many in (10, 1 << 18):
+            assert (await client.post("/", content=npy(np.zeros(many, ">f4")))).json() == many
+            assert (await client.post("/", files={"file": npy(np.zeros(many, ">f4"))})).json() == many
+    assert [thread is not threading.main_thread() for thread in threads] == [False, False, True, True]
 
 
 BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from tritonclient.utils import InferenceServerException
 import aiotrt
 from aiotrt.errors import DeviceError
 from aiotrt.serving import Standing
-from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app
+from aiotrt.serving.kserve import ModelSettings, ServerSettings, binary, create_app
+from aiotrt.serving.kserve.binary import InferRequest
 from aiotrt.serving.kserve.guards import Budget
 from tests.building import models as onnx_models
 from tests.serving.test_fastapi import until_slow, until_waiting
@@ -437,6 +439,34 @@ async def test_a_large_json_request_does_not_stop_the_loop(tmp_path: Path) -> No
         beating.cancel()
         assert answer.status_code == 200
         assert longest < 0.5  # the client's own work is on this loop too
+
+
+@pytest.mark.parametrize(("size", "is_aside"), [(1 << 21, True), (1 << 12, False)])
+async def test_strings_are_copied_aside_if_they_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, is_aside: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def parse(body: bytearray, length: int) -> InferRequest:
+        threads.append(threading.current_thread())
+        return binary.parse(body, length)
+
+    monkeypatch.setattr("aiotrt.serving.kserve.app.parse", parse)
+    path = onnx_models.save(
+        tmp_path / "same.onnx", [helper.make_node("Identity", ["x"], ["y"])], {"x": ("?", "?")}, elem_type=TensorProto.UINT8
+    )
+    parameters = {"binary_data_size": size + 4}
+    entry = {"name": "x", "datatype": "BYTES", "shape": [1], "parameters": parameters}
+    head = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+    head += b" " * (-len(head) % 8)  # so that numbers after it would be aligned
+    async with serving(tmp_path, ModelSettings("same", path, options={"device": "host"})) as (http, _):
+        answer = await http.post(
+            "/v2/models/same/infer",
+            content=head + size.to_bytes(4, "little") + b"x" * size,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+        )
+        assert answer.content.endswith(b"x" * size)
+    assert [thread is not threading.main_thread() for thread in threads] == [is_aside]
 
 
 async def test_request_bytes_in_memory_are_bounded(tmp_path: Path) -> None:

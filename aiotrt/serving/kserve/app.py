@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 import aiotrt
 from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
 from aiotrt.model import Model
-from aiotrt.serving.bodies import off_loop
+from aiotrt.serving.bodies import COPIED, off_loop
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
@@ -263,8 +263,8 @@ class _Server:
                 f"the request has {length:,} bytes of JSON, at most {self._settings.max_json:,} are taken: "
                 "send tensors with the binary extension"
             )
-        # Tensors that come as bytes are not copied, unless they stand where no number of their size can.
-        return await off_loop(lambda: parse(body, length), length if length % 8 == 0 else len(body))
+        # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
+        return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body))
 
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await Budget(0, 64 << 10, self._settings.body_timeout).read(request)
