@@ -190,10 +190,13 @@ class Gatherer:
         return [(self._of_batches(specs), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
 
     def _check(self, deadline: object, priority: object) -> int:
-        if deadline is not None and (
-            isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline)
-        ):
-            raise InputError(f"deadline must be a number of seconds or None, got {deadline!r}")
+        try:
+            if deadline is not None and (
+                isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline)
+            ):
+                raise InputError(f"deadline must be a number of seconds or None, got {deadline!r}")
+        except OverflowError:
+            raise InputError("deadline must be a number of seconds or None, got an integer too large for one") from None
         classes = self._batching.priorities
         if priority is None:
             return 0 if classes == 1 else 1  # so that a call can be more urgent than those that do not say

@@ -324,7 +324,7 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
     try:
         file = form.get(field)
         if not isinstance(file, UploadFile):
-            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {sorted(form)}")
+            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {_said(sorted(form))}")
         content = await file.read()
         return await off_loop(lambda: bytearray(content), len(content), COPIED)
     finally:
@@ -348,7 +348,7 @@ def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
     found = _json(data)
     if isinstance(found, Mapping):
         if list(found) != ["array"]:
-            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {list(found)[:8]}')
+            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {_said(list(found))}')
         found = found["array"]
     return numbers("the array", found, dtype)
 
