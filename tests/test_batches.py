@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.gathering import OverloadedError
 from aiotrt.slots import State
 from aiotrt.stacking import Batch, Call
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
@@ -492,7 +491,9 @@ async def test_what_would_be_too_late_is_refused_at_once(device: str) -> None:
             if one is other:
                 assert right(await hasty[0], 3)
             else:
-                with pytest.raises(OverloadedError, match=r"a result is expected in \d+.* after deadline=15 s") as caught:
+                with pytest.raises(
+                    aiotrt.OverloadedError, match=r"result is expected in \d+.* after deadline=15 s"
+                ) as caught:
                     await hasty[0]
                 assert isinstance(caught.value, aiotrt.DeadlineError)
                 assert 10 < caught.value.seconds <= 20 + 1, "the batch on the device, the next one, its own"

@@ -19,9 +19,9 @@ from aiotrt.errors import (
     InputError,
     ModelBrokenError,
     ModelClosedError,
+    OverloadedError,
     QueueFullError,
 )
-from aiotrt.gathering import OverloadedError
 
 __all__ = [
     "BodyTimeoutError",
