@@ -89,7 +89,8 @@ def image_body(
             data = await read_body(request, max_bytes, timeout)
         else:
             raise UnsupportedMediaTypeError(
-                f"expected an image, multipart/form-data or application/json, got content type {kind!r}"
+                "expected an image (content type image/* or application/octet-stream), multipart/form-data or "
+                f"application/json, got content type {kind[:80]!r}; with curl add -H 'Content-Type: image/png'"
             )
         if kind == "application/json":
             data = await off_loop(lambda: _image_in_json(data), len(data))
@@ -125,7 +126,8 @@ def array_body(
             data = await read_body(request, max_bytes, timeout)
         else:
             raise UnsupportedMediaTypeError(
-                f"expected application/x-npy, multipart/form-data or application/json, got content type {kind!r}"
+                "expected an .npy file (content type application/x-npy or application/octet-stream), multipart/form-data or "
+                f"application/json, got content type {kind[:80]!r}; with curl add -H 'Content-Type: application/x-npy'"
             )
         array = await off_loop(lambda: decode_array(data), len(data), COPIED)
         if wanted is not None and array.dtype != wanted:

@@ -294,6 +294,7 @@ BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
     (422, "the form cannot be read", {"content": b"--", "headers": {"content-type": "multipart/form-data"}}),
     (413, "more than 4,096 bytes", {"content": npy(np.zeros((2, 3000), np.float32))}),
     (413, "more than 4,096 bytes", {"files": {"file": ("x.npy", npy(np.zeros((2, 3000), np.float32)))}}),
+    (415, "with curl add -H 'Content-Type: application/x-npy'", {"data": {"what": "curl says of --data-binary"}}),
     (415, "got content type 'text/html'", {"content": b"<", "headers": {"content-type": "text/html; charset=utf-8"}}),
 ]
 
@@ -365,6 +366,7 @@ BAD_IMAGES: list[tuple[int, str, dict[str, Any]]] = [
     (413, "400 x 100 pixels; at most 10,000 are taken", {"content": png(400, 100)}),
     (413, "at most 10,000 are taken", {"content": vast(20_000, 10_000)}),  # for Pillow too
     (413, "more than 100,000 bytes", {"content": bytes(100_001)}),
+    (415, "with curl add -H 'Content-Type: image/png'", {"data": {"what": "curl says of --data-binary"}}),
     (415, "got content type 'text/plain'", {"content": b"?", "headers": {"content-type": "text/plain"}}),
 ]
 
