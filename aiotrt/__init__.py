@@ -21,6 +21,7 @@ from aiotrt.errors import (
     MissingDependencyError,
     ModelBrokenError,
     ModelClosedError,
+    OverloadedError,
     QueueFullError,
     UsageError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Model",
     "ModelBrokenError",
     "ModelClosedError",
+    "OverloadedError",
     "QueueFullError",
     "Statistics",
     "Stream",

@@ -22,7 +22,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from aiotrt.errors import InputError
 
@@ -339,11 +339,11 @@ class Queue(Generic[E]):
 
 
 class Deadlines(Generic[E]):
-    """Entries by deadline, the next one first; memory is proportional to those that count."""
+    """Entries by deadline, the next one first; memory is proportional to those that count, and nobody else is held."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, E]] = []
-        self._live: set[int] = set()
+        self._heap: list[list[Any]] = []  # deadline, number, entry; None for one that is watched no longer
+        self._live: dict[E, list[Any]] = {}
         self._added = 0
 
     def __len__(self) -> int:
@@ -353,20 +353,23 @@ class Deadlines(Generic[E]):
         """Watch this one, which must have a deadline."""
         assert entry.deadline is not None
         self._added += 1
-        heapq.heappush(self._heap, (entry.deadline, self._added, entry))
-        self._live.add(id(entry))
+        self._live[entry] = item = [entry.deadline, self._added, entry]
+        heapq.heappush(self._heap, item)
 
     def discard(self, entry: E) -> None:
         """Watch it no longer."""
-        self._live.discard(id(entry))
+        item = self._live.pop(entry, None)
+        if item is None:
+            return
+        item[2] = None  # the heap would keep its inputs and its result until the next deadline
         # Marked, and swept when the marked outnumber the others: most entries are done long before their deadline.
         if len(self._heap) > 2 * len(self._live) + _SWEEP:
-            self._heap = [item for item in self._heap if id(item[2]) in self._live]
+            self._heap = [item for item in self._heap if item[2] is not None]
             heapq.heapify(self._heap)
 
     def next(self) -> float | None:
         """The earliest deadline."""
-        while self._heap and id(self._heap[0][2]) not in self._live:
+        while self._heap and self._heap[0][2] is None:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
@@ -375,7 +378,7 @@ class Deadlines(Generic[E]):
         found = []
         while (deadline := self.next()) is not None and deadline <= now:
             entry = heapq.heappop(self._heap)[2]
-            self._live.discard(id(entry))
+            del self._live[entry]
             found.append(entry)
         return found
 

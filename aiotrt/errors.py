@@ -10,6 +10,7 @@
     │                               at load: no model exists; in a call: that call failed alone, the model is usable
     ├── QueueFullError              all slots are busy and the queue is at its bound; nothing was submitted; try later
     ├── DeadlineError (TimeoutError)   a call's ``deadline=`` passed before its result was there; the model is usable
+    │   └── OverloadedError         its result would come after it; nothing was submitted; `.seconds` is how much too late
     ├── ModelClosedError            you closed the model, or have not opened it; the call can never succeed on it
     ├── ModelBrokenError            something else broke the model, `__cause__` says what; load it again, and after a
     │                               DeviceError on CUDA do so in a new process
@@ -34,6 +35,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelBrokenError",
     "ModelClosedError",
+    "OverloadedError",
     "QueueFullError",
     "UsageError",
 ]
@@ -80,6 +82,21 @@ class DeadlineError(AiotrtError, TimeoutError):
 
     If the item still waited, the device never sees it; if not, its result is dropped. The model is usable.
     """
+
+
+class OverloadedError(DeadlineError):
+    """At the pace that was measured, a call's result would come after its ``deadline=``.
+
+    It was refused at once: nothing was submitted, and the model is usable. Try later, or answer your own caller with "busy".
+
+    Args:
+        message: what is expected.
+        seconds: how much too late the result would come.
+    """
+
+    def __init__(self, message: str, *, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class ModelClosedError(AiotrtError):

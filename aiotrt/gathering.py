@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiotrt.batching import Batching, Deadlines, Pace, Queue, choose_sizes
-from aiotrt.errors import DeadlineError, EngineError, InputError, QueueFullError
+from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedError, QueueFullError
 from aiotrt.executor import Executor
 from aiotrt.handshake import ready_events
 from aiotrt.slots import State
@@ -26,19 +26,7 @@ from aiotrt.stacking import Batch, Call, Single
 from aiotrt.submission import Times
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
-__all__ = ["Gatherer", "ItemCounters", "OverloadedError"]
-
-
-class OverloadedError(DeadlineError):
-    """A call was refused at once, since its result would come after its deadline. Nothing was submitted; try later.
-
-    Attributes:
-        seconds: how much too late it would come.
-    """
-
-    def __init__(self, message: str, seconds: float) -> None:
-        super().__init__(message)
-        self.seconds = seconds
+__all__ = ["Gatherer", "ItemCounters"]
 
 
 @dataclass
@@ -190,10 +178,13 @@ class Gatherer:
         return [(self._of_batches(specs), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
 
     def _check(self, deadline: object, priority: object) -> int:
-        if deadline is not None and (
-            isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline)
-        ):
-            raise InputError(f"deadline must be a number of seconds or None, got {deadline!r}")
+        try:
+            if deadline is not None and (
+                isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline)
+            ):
+                raise InputError(f"deadline must be a number of seconds or None, got {deadline!r}")
+        except OverflowError:
+            raise InputError("deadline must be a number of seconds or None, got an integer too large for one") from None
         classes = self._batching.priorities
         if priority is None:
             return 0 if classes == 1 else 1  # so that a call can be more urgent than those that do not say
@@ -210,7 +201,7 @@ class Gatherer:
             raise OverloadedError(
                 f"{self._executor.recipe.engine.name}: {len(self._queue)} items wait, and a result is expected in "
                 f"{seconds:.3g} s, which is after deadline={deadline:.3g} s; call again later",
-                seconds - deadline,
+                seconds=seconds - deadline,
             )
 
     def _add(self, call: Call, bounded: bool) -> None:

@@ -261,6 +261,7 @@ class Model:
             InputError: an input does not fit. Nothing was submitted.
             QueueFullError: all slots are busy and `max_queue` calls wait. Nothing was submitted.
             DeadlineError: the deadline passed; the model is usable.
+            OverloadedError: the result would come after it. Nothing was submitted.
             EngineError: the engine raised. This call failed, with the others of its batch; the model is usable.
             DeviceError: the device broke; so did the model.
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.

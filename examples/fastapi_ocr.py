@@ -1,7 +1,7 @@
 """A page in, boxes around its lines of text out: PP-OCR's detector behind FastAPI, on a GPU or the host.
 
 python examples/fastapi_ocr.py
-curl --data-binary @page.png http://127.0.0.1:8000/lines
+curl -H "Content-Type: image/png" --data-binary @page.png http://127.0.0.1:8000/lines
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A page in, its text out: PP-OCR's detector, and its recogniser for each line that it finds, behind FastAPI.
 
 python examples/fastapi_read.py
-curl --data-binary @page.png http://127.0.0.1:8000/text
+curl -H "Content-Type: image/png" --data-binary @page.png http://127.0.0.1:8000/text
 
 Two models on one device, chained by `await`. The lines of all pages that are being read share the recogniser's batches.
 """

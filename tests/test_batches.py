@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.gathering import OverloadedError
 from aiotrt.slots import State
 from aiotrt.stacking import Batch, Call
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
@@ -241,6 +240,8 @@ async def test_leases_are_refused_and_arguments_checked(device: str) -> None:
             {"priority": True},
             {"deadline": "1"},
             {"deadline": float("nan")},
+            {"deadline": 10**400},
+            {"deadline": -(10**5000)},
         ):
             with pytest.raises(aiotrt.InputError, match=rf"{next(iter(options))} must be"):
                 await model(frame(1), **options)
@@ -371,17 +372,18 @@ async def test_closing(device: str, drain: bool, delay: float) -> None:
         await model(frame(0))
 
 
-async def test_who_is_served_leaves_no_memory_behind(device: str) -> None:
+@pytest.mark.parametrize("deadline", [None, 60.0])
+async def test_who_is_served_leaves_no_memory_behind(device: str, deadline: float | None) -> None:
     async with load(device, warmup=frame(0)) as model:
         gc.disable()
         try:
             item = frame(1)
             alive = weakref.ref(item)
-            results = await asyncio.gather(model(item), model(frame(2)))
+            results = await asyncio.gather(model(item, deadline=deadline), model(frame(2)))
             del item
             await until(lambda: count(model, State.FREE) == 1)
             await turns()
-            assert alive() is None, "a cycle keeps inputs until the next garbage collection"
+            assert alive() is None, "a cycle keeps inputs until the next garbage collection, or a deadline until it passes"
             assert len(results) == 2
         finally:
             gc.enable()
@@ -489,7 +491,9 @@ async def test_what_would_be_too_late_is_refused_at_once(device: str) -> None:
             if one is other:
                 assert right(await hasty[0], 3)
             else:
-                with pytest.raises(OverloadedError, match=r"a result is expected in \d+.* after deadline=15 s") as caught:
+                with pytest.raises(
+                    aiotrt.OverloadedError, match=r"result is expected in \d+.* after deadline=15 s"
+                ) as caught:
                     await hasty[0]
                 assert isinstance(caught.value, aiotrt.DeadlineError)
                 assert 10 < caught.value.seconds <= 20 + 1, "the batch on the device, the next one, its own"

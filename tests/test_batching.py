@@ -6,6 +6,7 @@ import heapq
 import itertools
 import math
 import random
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -451,6 +452,23 @@ def test_of_many_deadlines_those_that_count_are_kept_and_in_order() -> None:
         assert item.deadline == deadline
         found.append(item)
     assert found == sorted(items[:50], key=lambda item: item.deadline or 0.0)
+
+
+def test_who_is_watched_no_longer_is_not_held() -> None:
+    class Large(Entry):
+        pass
+
+    deadlines: Deadlines[Entry] = Deadlines()
+    items = [Large("a", 0, 0.0, deadline) for deadline in (1.0, 2.0, 3.0)]
+    held = [weakref.ref(item) for item in items]
+    for item in items:
+        deadlines.add(item)
+    deadlines.discard(items[1])
+    deadlines.discard(entry(deadline=1.0))  # never watched: nothing happens
+    assert deadlines.expired(1.0) == items[:1]
+    del items, item
+    assert [reference() is None for reference in held] == [True, True, False], "held until somebody else's deadline"
+    assert (len(deadlines), deadlines.next()) == (1, 3.0)
 
 
 # --- shedding -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.gathering import OverloadedError
 from aiotrt.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
@@ -380,7 +379,7 @@ def test_who_would_be_served_too_late_is_refused_at_once() -> None:
                 items = calls(model, range(10))
                 await in_flight(model)
                 await turns()
-                with pytest.raises(OverloadedError):
+                with pytest.raises(aiotrt.OverloadedError):
                     await model(frame(9), deadline=5 * usual)
                 items += calls(model, range(10, 11), deadline=1000.0)
                 await turns()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: the arguments are wrong (2), or help was asked for (0).
     """
     arguments = _parser().parse_args(argv)
-    with _logging(verbose=arguments.verbose):
+    with _logging(verbose=arguments.verbose, errors=arguments.errors):
         try:
             status: int = arguments.run(arguments)
             sys.stdout.flush()
@@ -64,19 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(errors=False)
     for command in COMMANDS:
         command.register(subparsers, [common])
     return parser
 
 
 @contextmanager
-def _logging(*, verbose: bool) -> Iterator[None]:
-    """Show the package's log on standard error while a command runs; errors are left to the exception that comes."""
+def _logging(*, verbose: bool, errors: bool) -> Iterator[None]:
+    """Show the package's log on standard error while a command runs.
+
+    Args:
+        verbose: all of it.
+        errors: those too for which no exception ends the command; otherwise they are left to the one that comes.
+    """
     log = logging.getLogger("aiotrt")
     handler = _Handler()
     level = log.level
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if not verbose:
+    if not verbose and not errors:
         handler.addFilter(lambda record: record.levelno < logging.ERROR)
     log.addHandler(handler)
     try:

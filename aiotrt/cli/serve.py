@@ -58,7 +58,7 @@ def register(
         default=[],
         help="capture ahead, such as 1x3x640x640; for a single input",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, errors=True)  # it goes on after requests that failed
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,14 +67,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = settings_from(arguments)
 
+    loading = ", ".join(model.name for model in settings.models if model.is_loaded)
+
     def started(address: str) -> None:
-        names = ", ".join(model.name for model in settings.models)
-        print(f"serving {names} at {address} (in a browser, a status page)", flush=True)
+        print(f"starting at {address} (in a browser, a status page); loading {loading or 'nothing yet'}", flush=True)
         if settings.token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
             print("anybody who can reach this address may use it: there is no token", flush=True)
 
+    def loaded() -> None:
+        print(f"serving {', '.join(model.name for model in settings.models)}", flush=True)
+
     try:
-        return serve(settings, started=started)
+        return serve(settings, started=started, loaded=loaded)
+    except InputError as error:
+        if arguments.shape:  # what it says is for who calls a model
+            raise InputError(f"--shape {' '.join(arguments.shape)}: {error}") from error
+        raise
     except OSError as error:
         raise EngineError(f"cannot serve at {settings.host} port {settings.port}: {error}") from error
 

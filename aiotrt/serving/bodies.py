@@ -12,7 +12,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
@@ -31,12 +31,14 @@ from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
 
 __all__ = [
+    "COPIED",
     "array_body",
     "array_request",
     "decode_array",
     "decode_image",
     "image_body",
     "image_request",
+    "is_possible",
     "numbers",
     "off_loop",
     "read_body",
@@ -52,6 +54,8 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _NPY_HEAD: Final = 4096
 #: JSON is parsed under the interpreter lock, in a thread or not: this much takes some 10 ms.
 _MAX_JSON: Final = 4 << 20
+#: From how many bytes on what may be copied is copied in a thread.
+COPIED: Final = 1 << 20
 _limiters: dict[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = {}
 
 
@@ -70,8 +74,9 @@ def image_body(
 
     Args:
         max_bytes: of the body; more is 413.
-        max_pixels: of the image, checked before it is unpacked; more is 413.
-        mode: Pillow's name for what the pixels should be.
+        max_pixels: of the image, checked before it is unpacked; more is 413. So is more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, some 179 million, which is for the whole process and yours to set.
+        mode: Pillow's name for what the pixels should be. Of 16 bits the upper 8 are taken.
         field: the form's field.
         timeout: seconds that sending the body may take; more is 408.
     """
@@ -84,7 +89,8 @@ def image_body(
             data = await read_body(request, max_bytes, timeout)
         else:
             raise UnsupportedMediaTypeError(
-                f"expected an image, multipart/form-data or application/json, got content type {kind!r}"
+                "expected an image (content type image/* or application/octet-stream), multipart/form-data or "
+                f"application/json, got content type {kind[:80]!r}; with curl add -H 'Content-Type: image/png'"
             )
         if kind == "application/json":
             data = await off_loop(lambda: _image_in_json(data), len(data))
@@ -120,9 +126,10 @@ def array_body(
             data = await read_body(request, max_bytes, timeout)
         else:
             raise UnsupportedMediaTypeError(
-                f"expected application/x-npy, multipart/form-data or application/json, got content type {kind!r}"
+                "expected an .npy file (content type application/x-npy or application/octet-stream), multipart/form-data or "
+                f"application/json, got content type {kind[:80]!r}; with curl add -H 'Content-Type: application/x-npy'"
             )
-        array = decode_array(data)
+        array = await off_loop(lambda: decode_array(data), len(data), COPIED)
         if wanted is not None and array.dtype != wanted:
             raise InputError(f"the array: expected dtype {wanted}, got {array.dtype}")
         return array
@@ -131,21 +138,28 @@ def array_body(
 
 
 def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") -> Pixels:
-    """Pixels of an image file. Takes a while; for a thread.
+    """Pixels of an image file: (height, width, channels). Takes a while; for a thread.
 
     Raises:
-        InputError: it is not an image, or damaged.
-        BodyTooLargeError: it has more than `max_pixels`.
+        InputError: it is not an image, or damaged, or of 32 bits, whose range nobody knows.
+        BodyTooLargeError: it has more than `max_pixels`, or than Pillow takes.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BodyTooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are taken")
+            if image.mode in ("I", "F"):
+                raise InputError(f"the image has pixels of 32 bits (Pillow's mode {image.mode!r}); send 8 or 16 bits")
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(image.convert(mode))
+            # Pillow would make white of all that is over 255.
+            narrow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+            pixels = np.array(narrow.convert(mode))
+            return pixels.reshape(*pixels.shape[:2], -1)
     except InputError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BodyTooLargeError(f"the image has too many pixels; at most {max_pixels:,} are taken: {error}") from error
     except Exception as error:  # Pillow's decoders raise many unrelated classes for one and the same: a bad file
         raise InputError(f"the body is not an image that can be read ({len(data):,} bytes): {error}") from error
 
@@ -167,11 +181,19 @@ def decode_array(data: bytes | bytearray) -> Array:
         raise InputError(f"the array: expected numbers or booleans, got dtype {dtype}")
     start = file.tell()
     size = math.prod(shape) * dtype.itemsize  # of Python's integers, which do not overflow
-    if any(extent < 0 for extent in shape) or len(shape) > 32 or size != len(data) - start:
+    if size != len(data) - start:
         raise InputError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
+    # `True` is an integer to the head's reader, and to nobody after it.
+    if any(extent < 0 or isinstance(extent, bool) for extent in shape) or not is_possible(shape):
+        raise InputError(f"the array: no array has the shape {_said(shape)}")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = flat.reshape(shape, order="F" if is_fortran else "C")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether an array can have these extents. Even where one is 0, numpy fails for others whose product is too large."""
+    return len(shape) <= 32 and math.prod(extent or 1 for extent in shape) < 1 << 48
 
 
 def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Array:
@@ -265,9 +287,9 @@ def limited(request: Request, limit: int) -> Callable[[], Coroutine[Any, Any, Me
     return receive
 
 
-async def off_loop(function: Callable[[], T], size: int | None = None) -> T:
-    """Run something that takes a while in a thread, or at once where it is for less than 16 KiB."""
-    if size is not None and size < 16 << 10:
+async def off_loop(function: Callable[[], T], size: int | None = None, least: int = 16 << 10) -> T:
+    """Run something that takes a while in a thread, or at once where it is for fewer bytes than `least`."""
+    if size is not None and size < least:
         return function()
     loop = asyncio.get_running_loop()
     limiter = _limiters.get(loop)
@@ -304,8 +326,9 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
     try:
         file = form.get(field)
         if not isinstance(file, UploadFile):
-            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {sorted(form)}")
-        return bytearray(await file.read())
+            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {_said(sorted(form))}")
+        content = await file.read()
+        return await off_loop(lambda: bytearray(content), len(content), COPIED)
     finally:
         await form.close()
 
@@ -327,7 +350,7 @@ def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
     found = _json(data)
     if isinstance(found, Mapping):
         if list(found) != ["array"]:
-            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {list(found)[:8]}')
+            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {_said(list(found))}')
         found = found["array"]
     return numbers("the array", found, dtype)
 

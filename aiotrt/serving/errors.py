@@ -19,9 +19,9 @@ from aiotrt.errors import (
     InputError,
     ModelBrokenError,
     ModelClosedError,
+    OverloadedError,
     QueueFullError,
 )
-from aiotrt.gathering import OverloadedError
 
 __all__ = [
     "BodyTimeoutError",
@@ -106,7 +106,7 @@ def problem(error: Exception, wait: float = 1.0) -> Problem:
             message = "the deadline passed before the result was there"
     elif status == 500:
         # What our own code or the engine says may name files and functions: the log gets it, the client does not.
-        _log.error("a request failed", exc_info=error)
+        _log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
         message = "the model failed for this input" if name == "engine_error" else "the server failed"
     if isinstance(error, OverloadedError):
         wait = error.seconds

@@ -50,6 +50,7 @@ class _Entry:
         self.standing = Standing.UNAVAILABLE
         self.reason = "not loaded yet"
         self.lock = asyncio.Lock()  # loading and unloading, one at a time
+        self.closing: asyncio.Task[bool] | None = None  # as long as it is
 
 
 class Models:
@@ -88,6 +89,7 @@ class Models:
         self._durations = Durations(self.registry)
         self.is_draining = False
         self.is_closed = False
+        self._is_ending = False
 
     def names(self) -> list[str]:
         """Of all, loaded or not."""
@@ -136,33 +138,42 @@ class Models:
         self.is_draining = True
 
     async def load(self, name: str) -> None:
-        """Load and warm up, if that was not done or went wrong. Raises what `aiotrt.load` does."""
+        """Load and warm up, if that was not done or went wrong.
+
+        Raises what `aiotrt.load` does, and `ModelClosedError` when all models are being closed.
+        """
         entry = self._entry(name)
         async with entry.lock:
+            self._check_going_on(name)
             if entry.model is not None and entry.model.is_ready:
                 return
-            if entry.model is not None:
-                await self._close(entry)
+            await self._close(entry)
             entry.standing, entry.reason = Standing.LOADING, "it is being loaded and warmed up"
             try:
                 model = await entry.make()
                 Observer(name, self._durations, self.monitor.history.took, tracing_of(name)).observe(model)
-                if self._opened is not None:
-                    try:
+                try:
+                    if self._opened is not None:
                         await self._opened(name, model)
-                    except BaseException:
-                        with anyio.CancelScope(shield=True):
-                            await model.aclose(drain=False)
-                        raise
+                    self._check_going_on(name)  # or it would be opened when all have been closed, and stay
+                except BaseException:
+                    with anyio.CancelScope(shield=True):
+                        await model.aclose(drain=False)
+                    raise
             except BaseException as error:
                 entry.standing = Standing.UNAVAILABLE
-                entry.reason = "loading was cancelled" if not isinstance(error, Exception) else f"loading failed: {error}"
+                # What it says may name files, and clients are told the reason.
+                is_error = isinstance(error, Exception)
+                entry.reason = "loading failed; the log says why" if is_error else "loading was cancelled"
                 raise
             entry.model = model
             entry.standing, entry.reason = Standing.READY, ""
 
     async def unload(self, name: str) -> None:
-        """Close, when the calls that are under way have ended. New ones raise `ModelClosedError`."""
+        """Close, when the calls that are under way have ended. New ones raise `ModelClosedError`.
+
+        Cancellation stops the waiting, not the closing.
+        """
         entry = self._entry(name)
         async with entry.lock:
             await self._close(entry)
@@ -177,6 +188,7 @@ class Models:
             Whether all are closed; not so when a device hangs.
         """
         self.drain()
+        self._is_ending = True
         done = True
         for entry in reversed(self._entries.values()):
             done &= await self._close(entry, drain=drain)
@@ -184,10 +196,15 @@ class Models:
         return done
 
     async def _close(self, entry: _Entry, *, drain: bool = True) -> bool:
-        model = entry.model
-        if model is None:
+        """Whether it is closed. A task of its own does it: one that is cancelled half-way would leave the model for ever."""
+        if entry.model is None:
             return True
-        entry.standing, entry.reason = Standing.UNLOADING, "it is being unloaded"
+        if entry.closing is None:
+            entry.standing, entry.reason = Standing.UNLOADING, "it is being unloaded"
+            entry.closing = asyncio.create_task(self._finish(entry, entry.model, drain), name=f"aiotrt closing {entry.name}")
+        return await asyncio.shield(entry.closing)
+
+    async def _finish(self, entry: _Entry, model: Model, drain: bool) -> bool:
         closed = False
         for drains, seconds in ((True, self._close_timeout), (False, _CLOSE)):
             if drains <= drain and not closed:
@@ -196,9 +213,13 @@ class Models:
                     closed = True
         if not closed:
             _log.warning("model %s could not be closed: its device does not finish", entry.name)
-        entry.model = None
+        entry.model = entry.closing = None
         entry.standing, entry.reason = Standing.UNAVAILABLE, "it was unloaded"
         return closed
+
+    def _check_going_on(self, name: str) -> None:
+        if self._is_ending:
+            raise ModelClosedError(f"model {name!r} is not loaded any more: all models are being closed")
 
     def _entry(self, name: str) -> _Entry:
         try:
@@ -262,7 +283,7 @@ async def running(
     async def load_behind() -> None:
         try:
             await (loading or load_all)()
-        except Exception as error:  # nobody awaits this: what went wrong is in the log and in /readyz
+        except Exception as error:  # nobody awaits this: what went wrong is in the log
             _log.error("loading failed: %s", error, exc_info=not isinstance(error, AiotrtError))
 
     drain = False

@@ -181,6 +181,12 @@ def test_empty_tensors_and_scalars() -> None:
         ("shape must be a list", one(shape=[1 << 63])),
         ("shape must be a list", one(shape=[1] * 33)),
         ("expected data of shape (4294967296, 4294967296)", one(shape=[1 << 32, 1 << 32])),
+        ("no tensor has the shape [0, 4611686018427387904]", one(shape=[0, 1 << 62], data=[])),
+        ("no tensor has the shape [0, 4611686018427387904]", one(shape=[0, 1 << 62], datatype="BYTES", data=[])),
+        (
+            "no tensor has the shape [281474976710656, 0]",
+            one(shape=[1 << 48, 0], data=None, parameters={"binary_data_size": 0}),
+        ),
         ("expected data of shape (3, 2), flat or nested, got shape (2, 3)", one(shape=[3, 2], data=X.tolist())),
         ("expected data of shape (2, 3), flat or nested, got shape (1,)", one(data=[1])),
         ("expected a list of numbers, got 7", one(data=7)),
@@ -283,6 +289,7 @@ REQUEST = st.fixed_dictionaries(
 
 @settings(max_examples=1500, deadline=None)
 @given(REQUEST, st.binary(max_size=64), st.integers(-3, 3))
+@example(one(data=[], shape=[0, 1 << 62, 1 << 62]), b"", 0)
 @example(one(data=None, shape=[1 << 40], parameters={"binary_data_size": 1 << 42}), bytes(24), 0)
 def test_any_request_is_read_or_refused(request: object, payload: bytes, lie: int) -> None:
     text = json.dumps(request).encode()

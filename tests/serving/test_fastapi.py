@@ -6,6 +6,9 @@ import asyncio
 import base64
 import contextlib
 import io
+import struct
+import threading
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
 
@@ -69,6 +72,19 @@ def npy(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
+def vast(width: int, height: int) -> bytes:
+    """A PNG whose head says so."""
+    parts = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def headed(shape: str) -> bytes:
+    """The head of an .npy file of float32."""
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+
+
 def png(width: int = 20, height: int = 10, form: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(file, form, **options)
@@ -126,6 +142,25 @@ async def test_a_loaded_model_and_a_network_can_be_given_as_they_are() -> None:
     assert await models.aclose()
     with pytest.raises(aiotrt.InputError, match="expected a file"):
         serving.Models({"x": 7})  # type: ignore[dict-item]
+
+
+async def test_what_is_being_loaded_when_all_is_closed_does_not_stay() -> None:
+    opened, gate = asyncio.Event(), asyncio.Event()
+
+    async def wait(name: str, model: aiotrt.Model) -> None:
+        opened.set()
+        await gate.wait()
+
+    models = serving.Models({"a": Affine()}, opened=wait)
+    loading = asyncio.create_task(models.load("a"))
+    await opened.wait()
+    assert await models.aclose()
+    gate.set()
+    with pytest.raises(aiotrt.ModelClosedError, match="all models are being closed"):
+        await loading  # `_no_leaks` says so if the model was left open
+    with pytest.raises(aiotrt.ModelClosedError, match="all models are being closed"):
+        await models.load("a")
+    assert not models.open()
 
 
 async def test_an_application_whose_model_cannot_be_loaded_does_not_start_and_leaves_nothing() -> None:
@@ -204,6 +239,27 @@ async def test_array_bodies() -> None:
             assert answer.json() == expected
 
 
+async def test_large_arrays_are_copied_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def decode(data: bytearray) -> npt.NDArray[Any]:
+        threads.append(threading.current_thread())
+        return serving.decode_array(data)
+
+    monkeypatch.setattr("aiotrt.serving.bodies.decode_array", decode)
+    app = FastAPI()
+
+    @app.post("/")
+    async def size(array: Annotated[npt.NDArray[Any], Depends(serving.array_body())]) -> int:
+        return array.size
+
+    async with served(app) as client:
+        for many in (10, 1 << 18):
+            assert (await client.post("/", content=npy(np.zeros(many, ">f4")))).json() == many
+            assert (await client.post("/", files={"file": npy(np.zeros(many, ">f4"))})).json() == many
+    assert [thread is not threading.main_thread() for thread in threads] == [False, False, True, True]
+
+
 BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
     (422, "expected dtype float32, got float64", {"content": npy(X.astype(np.float64))}),
     (422, "not an .npy file", {"content": b"\x93NUMPY\x01\x00\xff\xff{"}),
@@ -216,6 +272,10 @@ BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
         "needs 120,000,000,000,000,000,000,000 bytes",
         {"content": npy(X).replace(b"(2, 3)", b"(1" + b"0" * 22 + b", 3)")},
     ),
+    (422, "no array has the shape (0, 11805", {"content": headed(f"(0, {1 << 70})")}),
+    (422, "no array has the shape (0, 46116", {"content": headed(f"(0, {1 << 62}, {1 << 62})")}),
+    (422, "no array has the shape (True,)", {"content": headed("(True,)") + bytes(4)}),
+    (422, "no array has the shape (-1, -1)", {"content": headed("(-1, -1)") + bytes(4)}),
     (422, "got dtype object", {"content": npy(np.array([{}], object))}),
     (422, "got dtype", {"content": npy(np.zeros(2, [("a", "f4")]))}),
     (422, "input 'x': expected", {"content": npy(X[None])}),
@@ -227,11 +287,14 @@ BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
     (422, "expected only float and int, got", {"json": [[[1], 2]]}),
     (422, "does not fit into float32", {"json": [[1e300]]}),
     (422, "expected a list of numbers, got 7", {"json": {"array": 7}}),
-    (422, "got the keys", {"json": {"data": 7}}),
+    (422, "got the keys ['data']", {"json": {"data": 7}}),
+    (422, f"got the keys ['{'k' * 38}...", {"json": {"k" * 3000: 7}}),
     (422, "file in the field 'file'", {"files": {"page": ("x.npy", npy(X))}}),
+    (422, f"got the fields ['{'k' * 38}...", {"files": {"k" * 3000: ("x.npy", npy(X))}}),
     (422, "the form cannot be read", {"content": b"--", "headers": {"content-type": "multipart/form-data"}}),
     (413, "more than 4,096 bytes", {"content": npy(np.zeros((2, 3000), np.float32))}),
     (413, "more than 4,096 bytes", {"files": {"file": ("x.npy", npy(np.zeros((2, 3000), np.float32)))}}),
+    (415, "with curl add -H 'Content-Type: application/x-npy'", {"data": {"what": "curl says of --data-binary"}}),
     (415, "got content type 'text/html'", {"content": b"<", "headers": {"content-type": "text/html; charset=utf-8"}}),
 ]
 
@@ -276,6 +339,24 @@ async def test_image_bodies() -> None:
             assert (answer.status_code, answer.json()) == (200, size)
 
 
+def encoded(array: npt.NDArray[Any], form: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, form)
+    return file.getvalue()
+
+
+async def test_images_of_16_bits_are_as_bright_as_they_were() -> None:
+    gray = np.arange(256, dtype=np.uint16).reshape(8, 32) * 256 + 7
+    for data in (encoded(gray, "PNG"), encoded(gray, "TIFF"), encoded(gray.astype(">u2"), "TIFF")):
+        pixels = serving.decode_image(data, 1000)
+        assert (pixels == np.arange(256).reshape(8, 32, 1)).all()
+        assert pixels.shape == (8, 32, 3)
+        assert serving.decode_image(data, 1000, "L").shape == (8, 32, 1)
+    for array in (gray.astype(np.int32), gray.astype(np.float32)):
+        with pytest.raises(aiotrt.InputError, match=r"pixels of 32 bits \(Pillow's mode '[IF]'\); send 8 or 16 bits"):
+            serving.decode_image(encoded(array, "TIFF"), 1000)
+
+
 BAD_IMAGES: list[tuple[int, str, dict[str, Any]]] = [
     (422, "not an image", {"content": b"GIF89a"}),
     (422, "not an image", {"content": png()[:-30]}),
@@ -283,7 +364,9 @@ BAD_IMAGES: list[tuple[int, str, dict[str, Any]]] = [
     (422, "not base64", {"json": {"image": "?"}}),
     (422, "expected JSON like", {"json": ["?"]}),
     (413, "400 x 100 pixels; at most 10,000 are taken", {"content": png(400, 100)}),
+    (413, "at most 10,000 are taken", {"content": vast(20_000, 10_000)}),  # for Pillow too
     (413, "more than 100,000 bytes", {"content": bytes(100_001)}),
+    (415, "with curl add -H 'Content-Type: image/png'", {"data": {"what": "curl says of --data-binary"}}),
     (415, "got content type 'text/plain'", {"content": b"?", "headers": {"content-type": "text/plain"}}),
 ]
 

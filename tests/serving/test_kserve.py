@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ import onnx
 import pytest
 import tritonclient.http.aio as triton
 from onnx import TensorProto, helper
+from starlette.requests import Request
 from tritonclient.utils import InferenceServerException
 
 import aiotrt
 from aiotrt.errors import DeviceError
-from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app
+from aiotrt.serving import Standing
+from aiotrt.serving.kserve import ModelSettings, ServerSettings, binary, create_app
+from aiotrt.serving.kserve.binary import InferRequest
+from aiotrt.serving.kserve.guards import Budget
 from tests.building import models as onnx_models
 from tests.serving.test_fastapi import until_slow, until_waiting
 from tests.serving.tools import Served, raw, served
@@ -168,7 +173,7 @@ async def test_a_large_answer_arrives_whole(tmp_path: Path) -> None:
             np.testing.assert_array_equal(result.as_numpy("y"), array)
 
 
-async def test_the_repository(tmp_path: Path) -> None:
+async def test_the_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = onnx_models.relu(tmp_path / "relu.onnx")
     models = (
         ModelSettings("later", path, options={"device": "host"}, is_loaded=False),
@@ -194,7 +199,9 @@ async def test_the_repository(tmp_path: Path) -> None:
         assert await client.is_server_ready()  # it is not one of those that must be there
         with pytest.raises(InferenceServerException):
             await client.load_model("bad")
-        assert (await client.get_model_repository_index())[2]["reason"].startswith("loading failed")
+        assert (await client.get_model_repository_index())[2]["reason"] == "loading failed; the log says why"
+        assert "missing.onnx" in caplog.text
+        assert str(tmp_path) not in (await http.get("/readyz")).text, "files are nobody's business out there"
         with pytest.raises(InferenceServerException, match="parameters are not taken"):
             await client.load_model("later", config=json.dumps({"path": "/etc/passwd"}))
         with pytest.raises(InferenceServerException, match="404"):
@@ -215,6 +222,54 @@ async def test_unloading_waits_for_what_is_under_way(tmp_path: Path) -> None:
             latch.open()
             await unloading
         np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
+
+
+@pytest.mark.every_loop
+async def test_unloading_goes_on_without_who_asked_for_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (http, client):
+        models = http.server.lifespan.state["aiotrt"]
+        model = model_behind(http)
+        with held(model):
+            call = asyncio.create_task(client.infer("double", [given(X)]))
+            await until_waiting(model, 0)
+            unloading = asyncio.create_task(http.post("/v2/repository/models/double/unload"))
+            await until_slow(lambda: models.standing("double")[0] is Standing.UNLOADING)
+            unloading.cancel()
+            await until_slow(lambda: not models._entries["double"].lock.locked())  # its client has gone
+        np.testing.assert_array_equal((await call).as_numpy("y"), X + X)
+        await until_slow(lambda: models.standing("double") == (Standing.UNAVAILABLE, "it was unloaded"))
+        assert model._executor is None, "its memory is free"
+        await client.load_model("double")
+        np.testing.assert_array_equal((await client.infer("double", [given(X)])).as_numpy("y"), X + X)
+
+
+async def test_a_model_that_is_unloaded_while_a_request_comes_is_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, unloaded = asyncio.Event(), asyncio.Event()
+    real = Budget.read
+
+    async def read(budget: Budget, request: Request) -> bytearray:
+        reading.set()
+        return await real(budget, request)
+
+    async with serving(tmp_path) as (http, client):
+
+        async def body() -> AsyncIterator[bytes]:
+            text = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}]}).encode()
+            yield text[:-1]
+            await unloaded.wait()
+            yield text[-1:]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Budget, "read", read)
+            call = asyncio.create_task(http.post("/v2/models/double/infer", content=body()))
+            await reading.wait()
+        await client.unload_model("double")
+        unloaded.set()
+        answer = await call
+        assert answer.status_code == 503
+        assert "closed" in answer.json()["error"]
 
 
 @pytest.mark.every_loop
@@ -386,6 +441,34 @@ async def test_a_large_json_request_does_not_stop_the_loop(tmp_path: Path) -> No
         assert longest < 0.5  # the client's own work is on this loop too
 
 
+@pytest.mark.parametrize(("size", "is_aside"), [(1 << 21, True), (1 << 12, False)])
+async def test_strings_are_copied_aside_if_they_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, is_aside: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def parse(body: bytearray, length: int) -> InferRequest:
+        threads.append(threading.current_thread())
+        return binary.parse(body, length)
+
+    monkeypatch.setattr("aiotrt.serving.kserve.app.parse", parse)
+    path = onnx_models.save(
+        tmp_path / "same.onnx", [helper.make_node("Identity", ["x"], ["y"])], {"x": ("?", "?")}, elem_type=TensorProto.UINT8
+    )
+    parameters = {"binary_data_size": size + 4}
+    entry = {"name": "x", "datatype": "BYTES", "shape": [1], "parameters": parameters}
+    head = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+    head += b" " * (-len(head) % 8)  # so that numbers after it would be aligned
+    async with serving(tmp_path, ModelSettings("same", path, options={"device": "host"})) as (http, _):
+        answer = await http.post(
+            "/v2/models/same/infer",
+            content=head + size.to_bytes(4, "little") + b"x" * size,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+        )
+        assert answer.content.endswith(b"x" * size)
+    assert [thread is not threading.main_thread() for thread in threads] == [is_aside]
+
+
 async def test_request_bytes_in_memory_are_bounded(tmp_path: Path) -> None:
     async with serving(tmp_path, max_bodies=1000) as (http, client):
         with held(model_behind(http)):
@@ -404,6 +487,8 @@ async def test_the_token(tmp_path: Path) -> None:
     settings = ServerSettings((ModelSettings("relu", path, options={"device": "host"}),), token=TOKEN)
     assert TOKEN not in repr(settings)
     async with served(create_app(settings)) as client:
+        await until_slow(lambda: client.server.lifespan.state["aiotrt"].is_ready)
+        assert (await client.get("/readyz")).json() == {"ready": True, "draining": False}, "no names, and no reasons"
         for open_path in ("/livez", "/v2/health/live"):
             assert (await client.get(open_path)).status_code == 200
         for path_, headers in (

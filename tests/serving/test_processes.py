@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from PIL import Image
 
 from aiotrt.cli import main
 from aiotrt.errors import InputError
-from aiotrt.serving.kserve import ModelSettings, ServerSettings, read_config
+from aiotrt.serving.kserve import ModelSettings, ServerSettings, read_config, token_from
 from tests.building import models as onnx_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,7 +34,7 @@ TOKEN = "a token of more than 16 characters"
 
 
 @contextlib.contextmanager
-def process(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(*arguments: object, reads: bool = True, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server, and its address once it has said it."""
     with subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -47,8 +48,8 @@ def process(*arguments: object, **environment: str) -> Iterator[tuple[subprocess
                 line = server.stdout.readline()
                 assert line, said
                 said += line
-            # Nobody else reads what it prints, and a full pipe would stop it.
-            threading.Thread(target=server.stdout.read, daemon=True).start()
+            if reads:  # since nobody else does, and a full pipe would stop it
+                threading.Thread(target=server.stdout.read, daemon=True).start()
             yield server, found[0]
         finally:
             server.kill()
@@ -155,7 +156,7 @@ def test_a_config_and_a_token(relu: Path) -> None:
 
 def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.onnx"
-    bad.write_bytes(b"nonsense")
+    bad.write_bytes(b"\xffnonsense")
     for status, says, arguments in (
         (2, "no model to serve", []),
         (2, "there is no file", ["missing.onnx"]),
@@ -164,11 +165,36 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
         (2, "slots must be an integer", [str(relu), "--slots", "0"]),
         (2, "expected a shape such as", [str(relu), "--shape", "axb"]),
         (2, "port must be a number", [str(relu), "--port", "99999"]),
-        (2, "the token", [str(relu), "--token-file", str(tmp_path / "none")]),
+        (2, "drain_timeout must be a number of seconds, got inf", [str(relu), "--drain-timeout", "inf"]),
+        (2, "drain_delay must be a number of seconds, got nan", [str(relu), "--drain-delay", "nan"]),
+        (2, f"token file {tmp_path / 'none'}: there is no such file", [str(relu), "--token-file", str(tmp_path / "none")]),
+        (2, f"token file {bad}: is not text in UTF-8", [str(relu), "--token-file", str(bad)]),
+        (2, f"{tmp_path / 'none'}: there is no such file", ["--config", str(tmp_path / "none")]),
+        (2, f"{tmp_path}: cannot be read: Is a directory", ["--config", str(tmp_path)]),
+        (2, "--shape 3: input 'x': ", [str(relu), "--port", "0", "--device", "host", "--shape", "3"]),
         (1, "cannot load this file", [str(bad), "--port", "0", "--device", "host"]),
     ):
         assert main(["serve", *arguments]) == status, says
         assert says in capsys.readouterr().err
+
+
+def test_what_fails_while_it_serves_is_shown(relu: Path) -> None:
+    config = relu.with_name("models.toml")
+    relu.with_name("bad.onnx").write_bytes(b"nonsense")
+    config.write_text(
+        '[server]\nport = 0\n[models.relu]\npath = "relu.onnx"\ndevice = "host"\n'
+        '[models.bad]\npath = "bad.onnx"\ndevice = "host"\nload = false\n'
+    )
+    with process("-m", "aiotrt", "serve", "--config", config, reads=False) as (server, url):
+        until_ready(url)
+        assert httpx.post(f"{url}/v2/repository/models/bad/load", trust_env=False).status_code == 500
+        server.send_signal(signal.SIGTERM)
+        assert server.stdout is not None
+        assert "error: model bad could not be loaded" in server.stdout.read()
+
+
+def model(option: str) -> str:
+    return f'[models.a]\npath = "a.onnx"\n{option}'
 
 
 @pytest.mark.parametrize(
@@ -183,7 +209,18 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
         ("unknown option 'slot'", '[models.a]\npath = "a.onnx"\nslot = 3'),
         ("warmup must be a list of shapes", '[models.a]\npath = "a.onnx"\nwarmup = [3]'),
         ("batching", '[models.a]\npath = "a.onnx"\nbatching = { size = 3 }'),
-        ("max_size must be", '[models.a]\npath = "a.onnx"\nbatching = { max_size = 0 }'),
+        ("model 'a': batching: max_size must be", model("batching = { max_size = 0 }")),
+        ("model 'a': batching has no option 'max'; there are max_size, max_delay", model("batching = { max = 3 }")),
+        ("model 'a': batching: 'int' object is not iterable", model("batching = { sizes = 3 }")),
+        ("model 'a': batching must be true, false or a table, got 0", model("batching = 0")),
+        ("model 'a': batching must be true, false or a table, got 'false'", model('batching = "false"')),
+        ("model 'a': load must be true or false, got 'no'", model('load = "no"')),
+        ("model 'a': slots must be an integer of at least 1, got '3'", model('slots = "3"')),
+        ("model 'a': device must be a string, got 3", model("device = 3")),
+        ("model 'a': profiles must be a list of tables, got 3", model("profiles = 3")),
+        ("model 'a': allow_host_code must be true or false, got 'false'", model('allow_host_code = "false"')),
+        ("model 'a': warmup must be a list of shapes", model('warmup = [["3"]]')),
+        ("token_file must be a string, got 3", "[server]\ntoken_file = 3"),
     ],
 )
 def test_a_bad_config(tmp_path: Path, says: str, text: str) -> None:
@@ -195,9 +232,21 @@ def test_a_bad_config(tmp_path: Path, says: str, text: str) -> None:
 
 def test_settings_out_of_range() -> None:
     model = ModelSettings("a", Path("a.onnx"))
-    for name, value in (("max_body", 0), ("drain_delay", -1), ("port", "8000"), ("max_connections", True)):
+    for name, value in (
+        ("max_body", 0), ("drain_delay", -1), ("port", "8000"), ("max_connections", True), ("host", 1), ("repository", "no"),
+        ("body_timeout", math.nan), ("max_deadline", math.inf), ("drain_timeout", math.inf),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=name):
             ServerSettings((model,), **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_token_is_stripped_wherever_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text(f" {TOKEN}\n")
+    monkeypatch.setenv("AIOTRT_TOKEN", f" {TOKEN}\n")
+    assert token_from(file) == token_from(None) == TOKEN
+    monkeypatch.delenv("AIOTRT_TOKEN")
+    assert token_from(None) is None
 
 
 def test_the_example(tmp_path: Path) -> None:

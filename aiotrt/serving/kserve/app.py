@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 import aiotrt
 from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
 from aiotrt.model import Model
-from aiotrt.serving.bodies import off_loop
+from aiotrt.serving.bodies import COPIED, off_loop
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
@@ -34,6 +35,7 @@ from aiotrt.tensors import TensorSpec
 
 __all__ = ["create_app"]
 
+_log: Final = logging.getLogger("aiotrt")
 #: There is one version of each model: what its file is.
 _VERSION: Final = "1"
 _EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
@@ -85,7 +87,8 @@ def create_app(
     )
     app.state.models = server.models
     app.include_router(server.routes())
-    for path, endpoint in (("/livez", livez), ("/readyz", readyz), ("/metrics", metrics)):
+    ready = readyz if settings.token is None else server.readyz
+    for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):
         app.add_route(path, endpoint, include_in_schema=False)
     app.router.routes.extend(status_page().routes)
     for kind in (AiotrtError, TimeoutError, HTTPException):
@@ -141,6 +144,11 @@ class _Server:
         """Whether all models can be called."""
         return JSONResponse({"ready": self.models.is_ready}, 200 if self.models.is_ready else 503)
 
+    async def readyz(self, request: Request) -> Response:
+        """Likewise for probes, which have no token: they are not told which models there are, and how each stands."""
+        said = {"ready": self.models.is_ready, "draining": self.models.is_draining}
+        return JSONResponse(said, 200 if self.models.is_ready else 503)
+
     # A model...
 
     async def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
@@ -165,11 +173,11 @@ class _Server:
     async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
         """Run a model."""
         model = self._model(name, version)
+        outputs = self._outputs[name]  # this model's: it may be unloaded, or another be loaded, while the body comes
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
         with self._budget.reserve(request):
             called = await self._parse(request)
-            outputs = self._outputs[name]
             wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
             deadline = min(called.deadline or math.inf, self._settings.max_deadline)
             results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
@@ -206,7 +214,11 @@ class _Server:
         fields = await self._small_json(request)
         if fields.get("parameters"):
             raise InputError("a model is loaded as the server was told to: parameters are not taken")
-        await self.models.load(name)
+        try:
+            await self.models.load(name)
+        except AiotrtError as error:  # of others there is more in the log
+            _log.error("model %s could not be loaded: %s", name, error)
+            raise
         return {}
 
     async def unload(self, request: Request, name: str) -> dict[str, Any]:
@@ -214,7 +226,6 @@ class _Server:
         self._check(name, None)
         await self._small_json(request)
         await self.models.unload(name)
-        self._outputs.pop(name, None)
         return {}
 
     # Errors...
@@ -252,8 +263,8 @@ class _Server:
                 f"the request has {length:,} bytes of JSON, at most {self._settings.max_json:,} are taken: "
                 "send tensors with the binary extension"
             )
-        # Tensors that come as bytes are not copied, unless they stand where no number of their size can.
-        return await off_loop(lambda: parse(body, length), length if length % 8 == 0 else len(body))
+        # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
+        return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body))
 
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await Budget(0, 64 << 10, self._settings.body_timeout).read(request)

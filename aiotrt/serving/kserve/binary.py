@@ -18,7 +18,7 @@ import orjson
 import torch
 
 from aiotrt.errors import InputError
-from aiotrt.serving.bodies import numbers
+from aiotrt.serving.bodies import is_possible, numbers
 from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
 
@@ -283,6 +283,8 @@ def _datatype(what: str, name: object) -> Datatype:
 def _shape(what: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS or not all(map(_is_count, value)):
         raise InputError(f"{what}: shape must be a list of at most {_MOST_DIMENSIONS} extents, got {_said(value)}")
+    if 0 in value and not is_possible(value):  # without a 0 there is never so much data
+        raise InputError(f"{what}: no tensor has the shape {value}")
     return tuple(value)
 
 

@@ -29,7 +29,12 @@ _log: Final = logging.getLogger("aiotrt")
 _MAX_HEAD: Final = 32 << 10
 
 
-def serve(settings: ServerSettings, *, started: Callable[[str], None] | None = None) -> int:
+def serve(
+    settings: ServerSettings,
+    *,
+    started: Callable[[str], None] | None = None,
+    loaded: Callable[[], object] | None = None,
+) -> int:
     """Serve until a signal comes: SIGTERM, or Ctrl-C.
 
     Then ``/readyz`` says no; after `drain_delay` no connection is accepted any more; requests may finish for
@@ -37,7 +42,8 @@ def serve(settings: ServerSettings, *, started: Callable[[str], None] | None = N
 
     Args:
         settings: what to serve, and how.
-        started: called with the address when connections are accepted.
+        started: called with the address when connections are accepted; models are being loaded then.
+        loaded: called when all models are that are loaded at the start.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C.
@@ -52,7 +58,15 @@ def serve(settings: ServerSettings, *, started: Callable[[str], None] | None = N
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=fail, on_loaded=_settle)
+    def settle() -> None:
+        # What is there now stays: torch and the rest are 200,000 objects, and every two thousand requests Python would look
+        # through all of them, which takes a tenth of a second in which nothing else runs, and find nothing.
+        gc.collect()
+        gc.freeze()
+        if loaded is not None:
+            loaded()
+
+    app = create_app(settings, on_failure=fail, on_loaded=settle)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -82,13 +96,6 @@ def serve(settings: ServerSettings, *, started: Callable[[str], None] | None = N
         sys.stderr.flush()
         os._exit(1)
     return 130 if server.signal == signal.SIGINT else 0
-
-
-def _settle() -> None:
-    # What is there now stays: torch and the rest are 200,000 objects, and every two thousand requests Python would look
-    # through all of them, which takes a tenth of a second in which nothing else runs, and find nothing.
-    gc.collect()
-    gc.freeze()
 
 
 def _url(host: str, port: int) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, cast
 
 from aiotrt.batching import Batching
 from aiotrt.errors import InputError
@@ -24,6 +26,17 @@ _OPTIONS: Final = frozenset(
         "progress", "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
     )
 )  # fmt: skip
+#: What those must be that `load` does not check at once, so that "no" is never taken for true.
+_TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
+    "device": ("a string", (str,)),
+    "runtime": ("a string", (str, NoneType)),
+    "precision": ("a string", (str, NoneType)),
+    "sha256": ("a string", (str, NoneType)),
+    "graphs": ("true or false", (bool,)),
+    "allow_host_code": ("true or false", (bool,)),
+    "profiles": ("a list of tables", (list, tuple, Mapping, NoneType)),
+    "batching": ("true, false or a table", (bool, Mapping)),
+}
 #: Of a model: letters that need no quoting in a URL.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -60,26 +73,33 @@ class ModelSettings:
             )
         if not isinstance(self.warmup, (list, tuple)):
             raise InputError(f"model {self.name!r}: warmup must be a list of shapes, got {self.warmup!r}")
-        _ = self.batching
+        for option, value in self.options.items():
+            said, types = _TYPES.get(option, ("", (object,)))
+            if not isinstance(value, types):
+                raise InputError(f"model {self.name!r}: {option} must be {said}, got {value!r}")
         self.maker()  # what is wrong with the options is said now, not when a client loads the model
 
     @property
     def batching(self) -> Batching:
         """How its requests are queued; each is an item of a batch only if ``batching`` says so."""
         options = self.options.get("batching", False)
-        if isinstance(options, Mapping):
-            try:
-                return Batching(**options)
-            except TypeError as error:
-                raise InputError(f"model {self.name!r}: batching: {error}") from error
-        return Batching(stack=options is not False)
+        if not isinstance(options, Mapping):
+            return Batching(stack=options)
+        known = [f.name for f in dataclasses.fields(Batching)]
+        unknown = set(options) - set(known)
+        if unknown:
+            raise InputError(f"batching has no option {min(unknown)!r}; there are {', '.join(known)}")
+        try:
+            return Batching(**options)
+        except TypeError as error:
+            raise InputError(f"batching: {error}") from error
 
     def maker(self) -> Callable[[], Model]:
         """A function that loads it."""
         try:
             entries = [
                 # Not the shape by itself: one of a single extent would be taken for an input.
-                {name: tuple(shape) for name, shape in entry.items()} if isinstance(entry, Mapping) else (tuple(entry),)
+                {name: _shape(shape) for name, shape in entry.items()} if isinstance(entry, Mapping) else (_shape(entry),)
                 for entry in self.warmup
             ]
         except TypeError as error:
@@ -88,7 +108,10 @@ class ModelSettings:
         def make() -> Model:
             return load(self.path, warmup=entries, **{**self.options, "batching": self.batching})
 
-        _ = make()  # a `Model` that nobody opens holds nothing
+        try:
+            _ = make()  # a `Model` that nobody opens holds nothing
+        except InputError as error:
+            raise InputError(f"model {self.name!r}: {error}") from error
         return make
 
 
@@ -129,12 +152,18 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("max_body", "max_json", "max_bodies", "max_connections", "body_timeout", "max_deadline"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"{name} must be a positive number, got {value!r}")
         for name in ("drain_delay", "drain_timeout"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise InputError(f"{name} must be a number of seconds, got {value!r}")
+        host: object = self.host
+        if not isinstance(host, str):
+            raise InputError(f"host must be a name or an address, got {host!r}")
+        repository: object = self.repository
+        if not isinstance(repository, bool):
+            raise InputError(f"repository must be true or false, got {repository!r}")
         port: object = self.port
         if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
             raise InputError(f"port must be a number from 0 to 65535, got {port!r}")
@@ -155,8 +184,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
         InputError: it is missing, not TOML, or has something that is not known.
     """
     try:
-        found = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = tomllib.loads(_text(path))
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     server, models = found.pop("server", {}), found.pop("models", {})
     tables = [server, models, *(models.values() if isinstance(models, dict) else ())]
@@ -169,6 +198,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
     if unknown:
         raise InputError(f"{path}: [server] has an unknown option {min(unknown)!r}; there are {', '.join(sorted(known))}")
     if "token_file" in server:
+        if not isinstance(server["token_file"], str):
+            raise InputError(f"{path}: token_file must be a string, got {server['token_file']!r}")
         server["token_file"] = path.parent / server["token_file"]
     settings = []
     for name, options in models.items():
@@ -176,7 +207,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
         if not isinstance(file, str):
             raise InputError(f"{path}: [models.{name}] needs a path")
         warmup, is_loaded = options.pop("warmup", ()), options.pop("load", True)
-        settings.append(ModelSettings(name, path.parent / file, warmup, options, bool(is_loaded)))
+        if not isinstance(is_loaded, bool):
+            raise InputError(f"model {name!r}: load must be true or false, got {is_loaded!r}")
+        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded))
     return server, settings
 
 
@@ -187,9 +220,30 @@ def token_from(file: Path | None) -> str | None:
         InputError: the file cannot be read, or the token is too short to be one.
     """
     try:
-        token = os.environ.get("AIOTRT_TOKEN") if file is None else file.read_text().strip()
-    except OSError as error:
-        raise InputError(f"the token: {error}") from error
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
+        token = os.environ.get("AIOTRT_TOKEN") if file is None else _text(file)
+    except InputError as error:
+        raise InputError(f"token file {error}") from error
+    if token is None:
+        return None
+    token = token.strip()  # as those that clients send are
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise InputError("the token must have at least 16 printable ASCII characters")
     return token
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not text in UTF-8") from error
+
+
+def _shape(extents: Iterable[object]) -> tuple[int, ...]:
+    shape = tuple(extents)
+    if not all(isinstance(extent, int) and not isinstance(extent, bool) for extent in shape):
+        raise TypeError
+    return cast("tuple[int, ...]", shape)
