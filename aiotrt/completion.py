@@ -248,16 +248,17 @@ class Hub:
     def _poll(self) -> None:
         if self._closed:
             return
-        self._polling = True
+        now = self._clock()
+        heap = self._heap
+        due = []
         try:
-            now = self._clock()
-            heap = self._heap
-            due = []
+            self._polling = True
             while heap and heap[0][0] <= now:
-                entry = heappop(heap)
+                entry = heap[0]
                 lane = entry[2]
                 if lane.entry is entry:
                     due.append(lane)
+                heappop(heap)  # only now: an interrupt must find it in one of the two
             # Collected first and looked at after: a lane that is due again at once goes back into the heap, and must not
             # be found again in this same poll, or the loop would never get its turn.
             for number, lane in enumerate(due):
@@ -266,10 +267,16 @@ class Hub:
                         self._enlist(other, now)  # the first to be looked at after the loop's turn
                     break
                 self._look(lane)
+        except BaseException:
+            # An interrupt, after which the loop may go on, as a notebook's does: who was not looked at would never be.
+            for lane in due:
+                if lane.pending:
+                    self._enlist(lane, now)
+            raise
         finally:
             self._polling = False
-        if self._heap:
-            self._arm(self._clock())
+            if heap:
+                self._arm(self._clock())
 
     def _look(self, lane: Lane) -> None:
         lane.entry = None
@@ -285,7 +292,9 @@ class Hub:
             error: BaseException | None = None
             try:
                 is_complete = head.query()
-            except Exception as failure:
+            except (KeyboardInterrupt, SystemExit):
+                raise  # the loop's business; it is asked again
+            except BaseException as failure:
                 is_complete, error = True, failure
             now = self._clock()
             if not is_complete:

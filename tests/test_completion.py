@@ -280,6 +280,49 @@ async def test_a_callback_that_raises_takes_nobody_with_it() -> None:
     assert "bad callback" in str(contexts[0]["exception"])
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["query", "callback"])
+async def test_an_interrupt_is_the_loops_and_loses_nobody_if_that_goes_on(
+    where: str, interrupt: type[BaseException]
+) -> None:
+    world = World()
+    raised: list[BaseException] = []
+
+    def once() -> bool:
+        if not raised:
+            raised.append(interrupt())
+            raise raised[0]
+        return True
+
+    def interrupted(_: BaseException | None) -> None:
+        once()
+
+    before = Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    lane = Lane()
+    struck = Work(world, 0.0)
+    if where == "query":
+        world.hub.watch(lane, once, struck.done, estimate=learned(0.010))
+    else:
+        world.hub.watch(lane, lambda: True, interrupted, estimate=learned(0.010))
+    behind = Work(world, 0.010).watch(lane, estimate=learned(0.010))
+    after = Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    with pytest.raises(interrupt):
+        await world.advance(0.020)
+    assert raised
+    await world.advance(0.020)
+    assert struck.outcomes == ([None] if where == "query" else [])
+    assert before.outcomes == behind.outcomes == after.outcomes == [None]
+    assert not world.hub._heap
+
+
+async def test_an_error_of_whatever_kind_is_told_to_who_waits() -> None:
+    world = World()
+    error = asyncio.CancelledError("of the work, and not of who looks")
+    work = Work(world, 0.001, error).watch(Lane())
+    await world.advance(0.1)
+    assert work.outcomes == [error]
+
+
 async def test_spinning_looks_at_every_turn_and_lets_others_run() -> None:
     world = World(Progress.SPIN)
     work = Work(world, 0.001).watch(Lane())

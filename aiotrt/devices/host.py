@@ -174,8 +174,14 @@ class _Failure:
         self._error: BaseException | None = None
 
     def put(self, error: BaseException) -> None:
-        if self._error is None:
+        if self._error is not None:
+            return
+        if isinstance(error, Exception):
             self._error = error
+        else:
+            # A SystemExit, say. Raised by a query, it would end whichever loop asks, and not be the work's failure.
+            self._error = RuntimeError(f"the work raised {type(error).__name__}: {error}")
+            self._error.__cause__ = error
 
     def take(self) -> BaseException | None:
         error, self._error = self._error, None
