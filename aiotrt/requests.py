@@ -153,7 +153,12 @@ class Requests:
             self._executor.work(slot, lambda: copy_in(request, program), self._staged)
             return
         if nbytes:
-            copy_in(request, program)
+            try:
+                copy_in(request, program)
+            except Exception as error:  # its caller reshaped an array while it stood in line, say
+                refusal = self._executor.explain(error, "while its inputs were copied")
+                self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
+                return
         self._launch(slot, request, program)
 
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:

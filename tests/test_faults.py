@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ import aiotrt
 from aiotrt.devices.base import CaptureError, Event, Stream
 from aiotrt.devices.host import HostDevice
 from aiotrt.errors import DeviceError
+from aiotrt.slots import Event as Move
 from aiotrt.slots import State
+from aiotrt.tensors import Kind
 from tests.tools import Affine, count, executor_of, frame, held, turns, until
 
 pytestmark = pytest.mark.asyncio
@@ -242,6 +246,52 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
             patch.setattr("aiotrt.requests.own", full)
             with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                 await model(frame(1))
+        assert (await model(frame(1)))[0, 0] == 4
+
+
+async def test_a_job_for_which_no_thread_can_be_started_is_given_up() -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with aiotrt.load(Affine(), device=Faulty(), slots=1) as model:
+        with (
+            mock.patch.object(threading.Thread, "start", refuse),
+            pytest.raises(aiotrt.EngineError, match="RuntimeError while it was prepared: can't start new thread"),
+        ):
+            await model(frame(1))
+        assert count(model, State.FREE) == 1
+        assert (await model(frame(1)))[0, 0] == 4
+        assert model.statistics().captures == 1
+
+
+async def test_a_job_that_a_thread_has_already_is_done_once() -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            super().submit(function, *args, **kwargs).result(30)
+            raise RuntimeError("can't start new thread")  # one more of them
+
+    class Few(Faulty):
+        def workers(self, count: int) -> Any:
+            return Pool(count)
+
+    async with aiotrt.load(Affine(), device=Few(), slots=1) as model:
+        assert (await model(frame(1)))[0, 0] == 4
+        await until(lambda: executor_of(model)._is_idle())
+        assert model.statistics().captures == 1
+
+
+async def test_an_interrupt_of_the_next_request_is_not_that_of_the_one_before() -> None:
+    async with aiotrt.load(Affine(), device=Faulty(), slots=1, warmup=frame(0)) as model:
+        executor = executor_of(model)
+        specs = executor.specs.specs
+        assert specs is not None
+        first, second = (executor.lease(specs, ((2, 3),), Kind.NUMPY) for _ in range(2))
+        assert first.slot is not None
+        told: list[bool] = []
+        with mock.patch.object(executor.requests, "begin", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            executor.move(first.slot, Move.RELEASE, then=lambda: told.append(True))
+        assert told == [True]
+        executor.abandon(second)
         assert (await model(frame(1)))[0, 0] == 4
 
 
