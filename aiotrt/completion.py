@@ -442,7 +442,7 @@ async def wait(event: object) -> None:
 
 
 _hubs: Final[dict[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = {}
-_hubs_lock: Final = threading.Lock()
+_hubs_lock = threading.Lock()
 
 
 def _processors() -> int:
@@ -457,6 +457,16 @@ def _drop_hubs_of_closed_loops() -> None:
     with _hubs_lock:
         for key in [key for key in _hubs if key[0].is_closed()]:
             _hubs.pop(key).close()
+
+
+def _begin_anew() -> None:
+    """In a child process: the hubs are the parent's loops', and whoever held the lock is not here to give it back."""
+    global _hubs_lock  # noqa: PLW0603  # a process has one
+    _hubs.clear()
+    _hubs_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:

@@ -128,6 +128,23 @@ def test_hubs_of_loops_that_are_gone_are_closed_when_another_one_is_opened() -> 
     assert hubs[-1]._closed
 
 
+@asyncio_test
+async def test_a_child_process_begins_with_no_hubs_and_with_a_lock_that_nobody_holds() -> None:
+    hub, hubs, lock = Hub.acquire(), dict(completion._hubs), completion._hubs_lock
+    try:
+        completion._begin_anew()
+        assert completion._hubs == {}
+        assert completion._hubs_lock is not lock
+        other = Hub.acquire()
+        assert other is not hub
+        other.release()
+    finally:
+        completion._hubs.update(hubs)
+        completion._hubs_lock = lock
+        hub.release()
+    assert hub._closed
+
+
 def test_a_loop_in_virtual_time_has_hubs_in_virtual_time() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -301,6 +301,38 @@ async def test_after_a_fork() -> None:
     assert "'spawn'" in done.stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_models_that_are_loaded_after_a_fork_work_whatever_the_parent_did() -> None:
+    program = """
+        import asyncio, os, signal, warnings
+        import numpy as np, torch, aiotrt
+        from aiotrt import completion, devices
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)  # torch's own threads do not survive a fork either
+
+        async def main():
+            x = np.ones((1, 2), np.float32)
+            async with aiotrt.load(torch.nn.Identity(), device="host", slots=1, warmup=x) as model:
+                async with model.lease() as slot:  # which orders on the calling thread's current stream
+                    slot.inputs[0][...] = x
+                    assert (await slot.replay()).sum() == 2
+
+        asyncio.run(main())
+        with completion._hubs_lock, devices._devices_lock:  # as if by threads that are not in the child
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                asyncio.run(main())
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("when", ["load", "call"])
 def test_ctrl_c(when: str) -> None:
     program = f"""

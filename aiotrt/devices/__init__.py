@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -15,7 +16,8 @@ from aiotrt.errors import MissingDependencyError, UsageError
 __all__ = ["CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
 
 _devices: Final[dict[str, Device]] = {}
-_devices_lock: Final = threading.Lock()
+_devices_lock = threading.Lock()
+_inherited: Final[list[Device]] = []  # of the parent process; never freed, since on a GPU that cannot be done from here
 
 
 def open_device(name: str | torch.device | Device = "auto") -> Device:
@@ -97,3 +99,14 @@ def _make(name: str) -> Device:
             f"device {name!r} needs cuda.bindings ({error}); pip install 'aiotrt[cuda]', or use device='host'"
         ) from error
     return CudaDevice(int(name.removeprefix("cuda:")))
+
+
+def _begin_anew() -> None:
+    """In a child process: the parent's devices have threads that are not here, and whoever held the lock is not either."""
+    global _devices_lock  # noqa: PLW0603  # a process has one
+    _inherited.extend(_devices.values())
+    _devices.clear()
+    _devices_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
