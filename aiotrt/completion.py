@@ -442,7 +442,8 @@ async def wait(event: object) -> None:
 
 
 _hubs: Final[dict[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = {}
-_hubs_lock = threading.Lock()
+# A finalizer that runs inside it, of a model whose loop is closed, takes it again to release that model's hub.
+_hubs_lock = threading.RLock()
 
 
 def _processors() -> int:
@@ -455,15 +456,16 @@ def _processors() -> int:
 def _drop_hubs_of_closed_loops() -> None:
     """Forget hubs whose loop was closed under them: their owners can no longer be told anything."""
     with _hubs_lock:
-        for key in [key for key in _hubs if key[0].is_closed()]:
-            _hubs.pop(key).close()
+        for key in list(_hubs):
+            if key[0].is_closed() and (hub := _hubs.pop(key, None)) is not None:  # a finalizer may have come before
+                hub.close()
 
 
 def _begin_anew() -> None:
     """In a child process: the hubs are the parent's loops', and whoever held the lock is not here to give it back."""
     global _hubs_lock  # noqa: PLW0603  # a process has one
     _hubs.clear()
-    _hubs_lock = threading.Lock()
+    _hubs_lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_begin_anew)

@@ -212,6 +212,23 @@ async def test_if_the_whole_cannot_be_captured_its_pieces_are_tried() -> None:
         assert statistics.fallback_runs == 4
 
 
+async def test_a_finalizer_may_stop_listening_in_the_middle_of_a_fault() -> None:
+    """The garbage collector runs where it likes."""
+    device = Faulty()
+    told: list[str] = []
+
+    class Collecting(dict[object, Callable[[DeviceError], None]]):
+        def values(self) -> Any:
+            stop()
+            return super().values()
+
+    device._callbacks = Collecting()
+    stop = device.on_fault(lambda _: told.append("gone"))
+    device.on_fault(lambda _: told.append("there"))
+    device.fail(fault())
+    assert told == ["there"]
+
+
 @pytest.mark.parametrize("spare", [True, False])
 async def test_out_of_memory_evicts_what_nobody_uses_and_tries_again(spare: bool) -> None:
     device = Faulty()

@@ -128,6 +128,34 @@ def test_hubs_of_loops_that_are_gone_are_closed_when_another_one_is_opened() -> 
     assert hubs[-1]._closed
 
 
+def test_a_finalizer_may_release_a_hub_in_the_middle_of_whatever_is_done_with_hubs() -> None:
+    """The garbage collector runs where it likes: in the middle of `acquire`, say, a model is gone whose loop is closed."""
+    hubs: list[Hub] = []
+
+    async def acquire(progress: Progress) -> None:
+        hubs.append(Hub.acquire(progress))
+
+    async def acquire_two() -> None:
+        await acquire(Progress.PREDICT)
+        await acquire(Progress.SPIN)
+
+    asyncio.run(acquire_two())
+    first, second = hubs
+    close = first._timer.close
+
+    def closing() -> None:
+        close()
+        second.release()
+
+    first._timer.close = closing  # type: ignore[method-assign]
+    asyncio.run(acquire(Progress.PREDICT))  # which drops those of the loop that is closed
+    assert first._closed
+    assert second._closed
+    first.release()
+    hubs[-1].release()
+    assert not any(hub in completion._hubs.values() for hub in hubs)
+
+
 @asyncio_test
 async def test_a_child_process_begins_with_no_hubs_and_with_a_lock_that_nobody_holds() -> None:
     hub, hubs, lock = Hub.acquire(), dict(completion._hubs), completion._hubs_lock
