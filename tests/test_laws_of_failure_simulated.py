@@ -13,7 +13,7 @@ import gc
 import itertools
 import random
 import warnings
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,8 @@ import torch
 
 import aiotrt
 from aiotrt import submission
+from aiotrt.devices import Event
+from aiotrt.graphs import Program
 from aiotrt.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, VirtualLoop, Workers, fault_points
 from tests.simulated import Audit, Striker, held_streams, run_simulated
@@ -501,6 +503,42 @@ def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: i
                 else:
                     assert right(result, i)
             assert right(await model(frame(9)), 9)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_evicted_for_memory_waits_for_its_readers_though_its_slot_is_taken_meanwhile(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        awaited: dict[int, list[Event]] = {}
+
+        def retiring(program: Program, gates: Sequence[Event]) -> None:
+            awaited[program.slot] = list(gates)
+            submission.retire(program, gates)
+
+        async with load(striker, slots=2, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            work, gates = executor.work, dict[int, list[Event]]()
+
+            def working(*job: Any) -> None:
+                work(*job)
+                if executor.counters.evictions and not gates:  # before the thread begins, whoever takes the slot opens them
+                    for slot in executor.slots:
+                        gates[slot.index] = list(slot.gates)
+                        slot.gates.clear()
+
+            reader = device.stream()
+            async with model.lease(), model.lease() as first:
+                first.inputs[0][...] = frame(3)
+                first.launch()
+                first.consumed(reader)
+            striker.strike("empty", FaultKind.MEMORY)
+            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.requests.retire", retiring):
+                assert right(await model(frame(1, (5, 5))), 1)
+            assert awaited
+            assert all(awaited.values())
+            assert all(gates[slot] == awaited[slot] for slot in awaited)
 
     under_schedules(group, program)
 
