@@ -194,7 +194,7 @@ class Executor:
         if asyncio._get_running_loop() is not self.loop:
             check_loop(self.loop, self.recipe.engine.name)
         if self.closing:
-            raise ModelClosedError(f"{self.recipe.engine.name} is closed")
+            raise ModelClosedError(f"{self.recipe.engine.name} is closed: load it again")
         if self.broken is not None:
             raise ModelBrokenError(f"{self.recipe.engine.name} is broken: {self.broken}") from self.broken
 
