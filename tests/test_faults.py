@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import aiotrt
 from aiotrt.devices.base import CaptureError, Event, Stream
-from aiotrt.devices.host import HostDevice
+from aiotrt.devices.host import HostDevice, HostStream
 from aiotrt.errors import DeviceError
 from aiotrt.slots import Event as Move
 from aiotrt.slots import State
@@ -227,6 +228,27 @@ async def test_a_finalizer_may_stop_listening_in_the_middle_of_a_fault() -> None
     device.on_fault(lambda _: told.append("there"))
     device.fail(fault())
     assert told == ["there"]
+
+
+async def test_while_a_thread_waits_for_all_streams_others_may_open_more() -> None:
+    device = Faulty()
+
+    class Guarded(weakref.WeakSet[HostStream]):
+        def __iter__(self) -> Any:
+            assert device._streams_lock.locked()
+            return super().__iter__()
+
+        def add(self, stream: HostStream) -> None:
+            assert device._streams_lock.locked()
+            super().add(stream)
+
+    device._streams = Guarded()
+    stream = device.stream()
+    done: list[bool] = []
+    stream.run(lambda: done.append(not device._streams_lock.locked()))
+    device.synchronize()
+    assert done == [True], "and not only when it is over"
+    stream.close()
 
 
 @pytest.mark.parametrize("spare", [True, False])

@@ -249,6 +249,7 @@ class HostDevice(BaseDevice):
         super().__init__()
         self._local = threading.local()
         self._streams: weakref.WeakSet[HostStream] = weakref.WeakSet()
+        self._streams_lock = threading.Lock()  # each thread that asks for its current stream may add one
 
     def stream(self) -> HostStream:
         return self._open(None)
@@ -266,7 +267,8 @@ class HostDevice(BaseDevice):
 
     def _open(self, name: str | None) -> HostStream:
         stream = HostStream(name)
-        self._streams.add(stream)
+        with self._streams_lock:
+            self._streams.add(stream)
         return stream
 
     def adopt_stream(self, stream: object) -> HostStream:
@@ -308,7 +310,9 @@ class HostDevice(BaseDevice):
         return done.result()
 
     def synchronize(self) -> None:
-        for stream in list(self._streams):
+        with self._streams_lock:
+            streams = list(self._streams)
+        for stream in streams:
             stream.synchronize()
 
     def holds(self, tensor: torch.Tensor) -> bool:
