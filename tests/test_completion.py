@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
@@ -432,6 +433,32 @@ async def test_wait_raises_what_the_event_raises() -> None:
         await wait(Bad())
 
 
-async def test_wait_refuses_what_is_no_event() -> None:
-    with pytest.raises(aiotrt.UsageError, match="cannot wait for a int"):
-        await wait(3)
+@pytest.mark.parametrize("name", ["is_done", "done"])
+async def test_wait_asks_an_event_that_says_by_an_attribute_whether_it_is_done(name: str) -> None:
+    class Asked:
+        times = 0
+
+        def is_it(self) -> bool:
+            self.times += 1
+            return self.times > 3
+
+    setattr(Asked, name, property(Asked.is_it))
+    event = Asked()
+    await wait(event)
+    assert event.times == 4
+
+
+class Later:
+    """Its method says whether it is done; the method itself is true."""
+
+    def is_done(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [int, asyncio.Future, concurrent.futures.Future, Later])
+async def test_wait_refuses_what_is_no_event(kind: Callable[[], object]) -> None:
+    what = kind()
+    with pytest.raises(
+        aiotrt.UsageError, match=rf"cannot wait for an object of type {type(what).__name__}: .* that Lease\.launch returned"
+    ):
+        await wait(what)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,18 @@ async def test_before_open_and_after_close(device: str) -> None:
         await model(frame(1))
     async with model:
         await model(frame(1))
-    with pytest.raises(aiotrt.ModelClosedError, match="Affine is closed"):
+    with pytest.raises(aiotrt.ModelClosedError, match="Affine is closed: load it again"):
         await model(frame(1))
     with pytest.raises(aiotrt.ModelClosedError, match="is closed: load it again"):
         _ = await model
     await model.aclose()
+
+
+@pytest.mark.parametrize("wrong", [0, None, "gpu"])
+@asyncio_test
+async def test_what_is_no_device_is_refused(wrong: Any) -> None:
+    with pytest.raises(aiotrt.UsageError, match=rf"unknown device {wrong!r}.*; expected 'auto', 'host', 'cuda', "):
+        _ = await aiotrt.load(Affine(), device=wrong)
 
 
 @asyncio_test
