@@ -208,7 +208,15 @@ class Hub:
             estimate: what is known about the work's duration; learns from it.
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
             when_complete: calls what it is given when the event is complete, on any thread; None where it must be asked.
+
+        Raises:
+            UsageError: the hub is closed: its models are, or were forgotten.
         """
+        if self._closed:  # nothing would ever look, and its timer's descriptor may be another's by now
+            raise UsageError(
+                "nothing looks at this model's events any more: it was closed or forgotten while it was in use; keep it "
+                "until its calls and leases have ended"
+            )
         if self.progress is not PREDICT:
             when_complete = None  # the others say how to look
         now = self._clock()

@@ -9,6 +9,7 @@ import pytest
 
 from aiotrt import completion
 from aiotrt.completion import Hub, Lane
+from aiotrt.errors import UsageError
 from aiotrt.prediction import Estimate, Progress
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import run_simulated
@@ -105,6 +106,17 @@ async def test_a_closed_hub_sets_no_timer_and_looks_no_more() -> None:
     world.fire()
     assert asleep.queries == soon.queries == 0
     assert not world.hub._heap
+
+
+@asyncio_test
+async def test_a_closed_hub_takes_nothing_to_look_at() -> None:
+    world = World()
+    lane = Lane()
+    world.hub.close()
+    with pytest.raises(UsageError, match="keep it until its calls and leases have ended"):
+        Work(world, 0.0).watch(lane)
+    assert not lane.pending
+    assert not world.due
 
 
 def test_hubs_of_loops_that_are_gone_are_closed_when_another_one_is_opened() -> None:
