@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from aiotrt import completion
-from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, TURN, Hub, Lane
+from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, STALL, STALL_SHARE, TURN, Hub, Lane
 from aiotrt.errors import DeviceHangError
 from aiotrt.prediction import (
     DOZE,
@@ -380,6 +380,19 @@ async def test_while_the_machine_stands_still_no_work_is_overdue(stalls: tuple[f
     await world.advance(0.2 + sum(min(stall, PATROL) if told else 0.02 for stall in stalls))
     assert works[0].outcomes == [None]
     assert isinstance(works[1].outcomes[0], DeviceHangError)
+
+
+@pytest.mark.parametrize(("late", "hang_timeout"), [(STALL, 0.5), (STALL_SHARE * 16.0, 16.0)])
+async def test_a_look_is_not_that_late_until_it_is_later(late: float, hang_timeout: float) -> None:
+    world = World()
+    lane = Lane()
+    Work(world, None).watch(lane, hang_timeout=hang_timeout)
+    (head,) = lane.pending
+    world.hub._hung(head, late, 0.0, 0.0)
+    assert head.stalled == 0.0
+    later = math.nextafter(late, math.inf)
+    world.hub._hung(head, later, 0.0, 0.0)
+    assert head.stalled == later
 
 
 @pytest.mark.parametrize(("late", "hang_timeout"), [(0.09, 0.2), (0.4, 5.0)])
