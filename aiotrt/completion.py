@@ -49,7 +49,12 @@ from aiotrt.timers import Timer, open_timer
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
 
-LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one late look after a stall of the loop proves nothing
+LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one alone proves nothing
+#: A look that is later than this, in seconds, and than this share of its hang timeout, was late since the loop, the process
+#: or the machine stood still, and the work may have too. Then no time counts since the look before. If it is less late, time
+#: does count: a busy loop must find hangs as well.
+STALL: Final = 0.1
+STALL_SHARE: Final = 0.1
 #: Seconds of one poll after which the loop has its turn. What follows from a completion takes about as long, the next launch
 #: among it; without this a loop that serves many slots at once runs late by all of them, twice.
 TURN: Final = 50e-6
@@ -59,7 +64,9 @@ PATROL: Final = 1.0  # seconds between looks at work whose end the device will t
 class _Pending:
     """One event that somebody waits for."""
 
-    __slots__ = ("estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "submitted", "told")
+    __slots__ = (
+        "estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "stalled", "submitted", "told",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class _Pending:
         self.told = told  # when the device said that it is complete; infinity until it does, 0.0 if it will not say
         self.looks = 0  # how often it was found not complete as the head
         self.overdue = 0  # likewise, past its hang timeout
+        self.stalled = 0.0  # seconds of its time that do not count: see `STALL`
         self.looked = 0.0  # when it was last
 
 
@@ -200,7 +208,15 @@ class Hub:
             estimate: what is known about the work's duration; learns from it.
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
             when_complete: calls what it is given when the event is complete, on any thread; None where it must be asked.
+
+        Raises:
+            UsageError: the hub is closed: its models are, or were forgotten.
         """
+        if self._closed:  # nothing would ever look, and its timer's descriptor may be another's by now
+            raise UsageError(
+                "nothing looks at this model's events any more: it was closed or forgotten while it was in use; keep it "
+                "until its calls and leases have ended"
+            )
         if self.progress is not PREDICT:
             when_complete = None  # the others say how to look
         now = self._clock()
@@ -248,30 +264,36 @@ class Hub:
     def _poll(self) -> None:
         if self._closed:
             return
-        self._polling = True
+        now = self._clock()
+        heap = self._heap
+        due = []
         try:
-            now = self._clock()
-            heap = self._heap
-            due = []
+            self._polling = True
             while heap and heap[0][0] <= now:
-                entry = heappop(heap)
-                lane = entry[2]
-                if lane.entry is entry:
-                    due.append(lane)
+                entry = heap[0]
+                if entry[2].entry is entry:
+                    due.append(entry)
+                heappop(heap)  # only now: an interrupt must find it in one of the two
             # Collected first and looked at after: a lane that is due again at once goes back into the heap, and must not
             # be found again in this same poll, or the loop would never get its turn.
-            for number, lane in enumerate(due):
+            for number, entry in enumerate(due):
                 if number and self._clock() - now > TURN:
                     for other in due[number:]:
-                        self._enlist(other, now)  # the first to be looked at after the loop's turn
+                        heappush(heap, other)  # the first to be looked at after the loop's turn
                     break
-                self._look(lane)
+                self._look(entry[2], entry[0])
+        except BaseException:
+            # An interrupt, after which the loop may go on, as a notebook's does: who was not looked at would never be.
+            for _, _, lane in due:
+                if lane.pending:
+                    self._enlist(lane, now)
+            raise
         finally:
             self._polling = False
-        if self._heap:
-            self._arm(self._clock())
+            if heap:
+                self._arm(self._clock())
 
-    def _look(self, lane: Lane) -> None:
+    def _look(self, lane: Lane, due: float) -> None:
         lane.entry = None
         pending = lane.pending
         turns = len(pending)  # those that callbacks submit have theirs when the loop has had one, or it might never
@@ -285,11 +307,13 @@ class Hub:
             error: BaseException | None = None
             try:
                 is_complete = head.query()
-            except Exception as failure:
+            except (KeyboardInterrupt, SystemExit):
+                raise  # the loop's business; it is asked again
+            except BaseException as failure:
                 is_complete, error = True, failure
             now = self._clock()
             if not is_complete:
-                error = self._hung(head, now - started)
+                error = self._hung(head, now, started, due)
                 if error is None:
                     head.looks += 1
                     head.looked = now
@@ -308,7 +332,7 @@ class Hub:
                 else:
                     lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
                     estimate.at_most(ran)
-            lane.last_done = now
+            lane.last_done = due = now
             try:
                 head.on_done(error)
             except Exception as failure:
@@ -317,11 +341,17 @@ class Hub:
         if pending and lane.entry is None:  # if it is empty, whoever watches next enlists it
             self._enlist(lane, self._first_look(lane.last_done, pending[0]))
 
-    def _hung(self, head: _Pending, ran: float) -> DeviceHangError | None:
-        """What to say of work that is not complete: nothing, or that it hangs."""
-        if head.hang_timeout is None or ran <= head.hang_timeout:
+    def _hung(self, head: _Pending, now: float, started: float, due: float) -> DeviceHangError | None:
+        """What to say of work that is not complete, and was to be looked at when it was `due`: nothing, or that it hangs."""
+        if head.hang_timeout is None:
             return None
-        head.overdue += 1  # earlier looks do not count: since then the loop, or the whole machine, may have stood still
+        late = now - due
+        if late > STALL and late > STALL_SHARE * head.hang_timeout:
+            head.stalled += now - max(started, head.looked)
+        ran = now - started - head.stalled
+        if ran <= head.hang_timeout:
+            return None
+        head.overdue += 1
         if head.overdue < LOOKS_BEFORE_HANG:
             return None
         return DeviceHangError(
@@ -392,7 +422,7 @@ def _patrol(now: float, head: _Pending, started: float) -> float:
     """When to look at work whose end the device will tell: for a word that was lost, and when it is overdue."""
     if head.hang_timeout is None:
         return now + PATROL
-    return min(now + PATROL, max(started + head.hang_timeout, next_look(now, started, started, 0.0)))
+    return min(now + PATROL, max(started + head.stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
 
 
 async def wait(event: object) -> None:
@@ -433,7 +463,8 @@ async def wait(event: object) -> None:
 
 
 _hubs: Final[dict[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = {}
-_hubs_lock: Final = threading.Lock()
+# A finalizer that runs inside it, of a model whose loop is closed, takes it again to release that model's hub.
+_hubs_lock = threading.RLock()
 
 
 def _processors() -> int:
@@ -446,8 +477,19 @@ def _processors() -> int:
 def _drop_hubs_of_closed_loops() -> None:
     """Forget hubs whose loop was closed under them: their owners can no longer be told anything."""
     with _hubs_lock:
-        for key in [key for key in _hubs if key[0].is_closed()]:
-            _hubs.pop(key).close()
+        for key in list(_hubs):
+            if key[0].is_closed() and (hub := _hubs.pop(key, None)) is not None:  # a finalizer may have come before
+                hub.close()
+
+
+def _begin_anew() -> None:
+    """In a child process: the hubs are the parent's loops', and whoever held the lock is not here to give it back."""
+    global _hubs_lock  # noqa: PLW0603  # a process has one
+    _hubs.clear()
+    _hubs_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:

@@ -194,7 +194,7 @@ class Executor:
         if asyncio._get_running_loop() is not self.loop:
             check_loop(self.loop, self.recipe.engine.name)
         if self.closing:
-            raise ModelClosedError(f"{self.recipe.engine.name} is closed")
+            raise ModelClosedError(f"{self.recipe.engine.name} is closed: load it again")
         if self.broken is not None:
             raise ModelBrokenError(f"{self.recipe.engine.name} is broken: {self.broken}") from self.broken
 
@@ -247,13 +247,25 @@ class Executor:
                 request.is_queued = False
                 if request.times is not None:
                     request.times.granted = time.perf_counter()
-                request.granted()
-                self.requests.begin(slot, request)
+                try:
+                    request.granted()
+                    self.requests.begin(slot, request)
+                except Exception as error:
+                    self._begin_failed(slot, request, error)
                 if not self._granted:
                     return
                 grant = self._granted.popleft()
         finally:
             self._serving = False
+
+    def _begin_failed(self, slot: Slot, request: Request, error: Exception) -> None:
+        """An error that nobody foresaw: it is this request's, and not that of whoever had the slot before, or is next."""
+        told = self.failed(error, "before it was launched")
+        if slot.request is request and self.machine.states[slot.index] is State.CLAIMED:
+            self.move(slot, Move.RELEASE)
+        else:
+            self.lost_track(error)
+        self.reject(request, told)
 
     def reject(self, request: Request, error: BaseException) -> None:
         """The request failed with `error`, unless whoever waited was cancelled, or told of something else, before."""
@@ -405,18 +417,25 @@ class Executor:
             request, slot.request, slot.program = slot.request, None, None
             if request is not None:
                 request.slot = None
-        if grant is not None:
-            self._serve(grant)
-        if then is not None:
-            then()
-        if self._idle is not None:
-            self._check_idle()
+        try:
+            if grant is not None:
+                self._serve(grant)
+        finally:  # an interrupt of the next request must not keep this one's caller waiting for ever
+            if then is not None:
+                then()
+            if self._idle is not None:
+                self._check_idle()
 
     def work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
         """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job."""
+        todo = [job]
 
         def run() -> None:
             result, error = None, None
+            try:
+                job = todo.pop()
+            except IndexError:
+                return  # it was given up
             try:
                 result = job()
             except BaseException as failure:
@@ -427,7 +446,14 @@ class Executor:
                 # The loop was closed under pending work. Nobody is left to tell, so keep what may still be in use.
                 keep_for_ever((self, result))
 
-        self._workers.submit(run)
+        try:
+            self._workers.submit(run)
+        except RuntimeError as error:
+            # No thread could be started. It stands in the pool's line all the same, and must not be done when somebody else
+            # has the slot.
+            with contextlib.suppress(IndexError):  # a thread that was there before is doing it
+                todo.pop()
+                self.loop.call_soon(then, slot, None, error)
 
     def evict(self, newest: Program) -> None:
         """Free what is over the cache's bounds now that `newest` is in it."""
@@ -439,7 +465,8 @@ class Executor:
 
     def retire(self, program: Program, gates: Sequence[Event]) -> None:
         """Free a program in a worker thread, once its last readers are done."""
-        self._workers.submit(retire, program, gates)
+        with contextlib.suppress(RuntimeError):  # no thread could be started: it waits for one of those there are
+            self._workers.submit(retire, program, gates)
 
     def busy(self, besides: Slot) -> list[int]:
         """The slots that somebody has, besides this one."""

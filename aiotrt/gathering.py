@@ -22,7 +22,7 @@ from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedErro
 from aiotrt.executor import Executor
 from aiotrt.handshake import ready_events
 from aiotrt.slots import State
-from aiotrt.stacking import Batch, Call, Single
+from aiotrt.stacking import Batch, Call, Single, check_stackable
 from aiotrt.submission import Times
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
@@ -108,7 +108,8 @@ class Gatherer:
         """Check an item and let it wait.
 
         Raises:
-            InputError: the item does not fit. Nothing was submitted; so too for all below.
+            InputError: the item does not fit, or has too many extents to be stacked. Nothing was submitted; so too for all
+                below.
             DeadlineError: `deadline` has passed already.
             OverloadedError: at the pace that was measured, it will have passed before the result is there.
             QueueFullError: `bounded`, and the queue is full.
@@ -118,6 +119,8 @@ class Gatherer:
         executor.check_usable()
         self.learn()
         arguments, shapes, kind, specs = self.specs.parse(values, named)
+        if self._batching.stack and specs is not self.specs.specs:  # else they have as many extents as those accepted before
+            check_stackable(arguments, specs)
         priority = self._check(deadline, priority)
         now = self._loop.time()
         call = Call(
@@ -255,17 +258,25 @@ class Gatherer:
 
     def _assemble(self, batch: Batch) -> bool:
         """Fill it with whoever should go now; false if nobody should."""
-        plan = self._queue.take(self._loop.time(), is_gone=self._is_gone, hold=not self._executor.closing)
-        for call in plan.expired:
-            self._expire(call)
-        if self._held is not None:
-            self._held.cancel()
-            self._held = None
-        if not plan.items:
-            if plan.until is not None:
-                self._held = self._loop.call_at(plan.until, self._release)
-            return False
-        batch.fill(plan.items, plan.size, self._of_batches(plan.items[0].specs))
+        while True:
+            plan = self._queue.take(self._loop.time(), is_gone=self._is_gone, hold=not self._executor.closing)
+            for call in plan.expired:
+                self._expire(call)
+            if self._held is not None:
+                self._held.cancel()
+                self._held = None
+            if not plan.items:
+                if plan.until is not None:
+                    self._held = self._loop.call_at(plan.until, self._release)
+                return False
+            try:
+                batch.fill(plan.items, plan.size, self._of_batches(plan.items[0].specs))
+                break
+            except Exception as error:  # they are in no line any more: nobody else would tell them; whoever is next may go
+                refusal = self._executor.explain(error, "while a batch was put together")
+                for call in plan.items:
+                    call.batch = batch
+                    self._settle(call, None, refusal)
         number = self._pace.begin(self._loop.time())
         batch.future.add_done_callback(lambda future: self._ended(number, future))
         if self._batching.stack:

@@ -592,7 +592,7 @@ class Model:
     def _not_open(self) -> ModelClosedError:
         name = _name(self._options.source)
         if self._is_closed:
-            return ModelClosedError(f"{name} is closed")
+            return ModelClosedError(f"{name} is closed: load it again")
         return ModelClosedError(
             f"{name} is not open: use 'async with aiotrt.load(...) as model' or 'await aiotrt.load(...)'"
         )

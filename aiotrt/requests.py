@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from aiotrt.devices import Event
 from aiotrt.errors import AiotrtError, DeviceError, DeviceHangError, InputError
 from aiotrt.graphs import Program
 from aiotrt.handshake import carry
@@ -69,11 +70,13 @@ class Requests:
             executor.move(slot, Move.PREPARE)
             executor.work(slot, lambda: self._build(slot, request, program, ()), self._built)
 
-    def _build(self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[Program]) -> Program:
+    def _build(
+        self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[tuple[Program, Sequence[Event]]]
+    ) -> Program:
         """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
         self._executor.device.prepare_thread()
-        for old in evicted:
-            retire(old, self._executor.slots[old.slot].gates)
+        for old, gates in evicted:
+            retire(old, gates)
         if request.bound:
             request.order(slot)  # the warm-up reads them where they are
         recipe = self._executor.recipe
@@ -97,7 +100,9 @@ class Requests:
             self._executor.counters.evictions += len(evicted)
             if evicted:  # with the memory of programs that nobody uses now, it may do
                 have = self._executor.cache.get(slot.index, request.key)
-                self._executor.work(slot, lambda: self._build(slot, request, have, evicted), self._built)
+                # The gates as they are now: their slots are free, and whoever gets one next opens them.
+                gated = [(old, list(self._executor.slots[old.slot].gates)) for old in evicted]
+                self._executor.work(slot, lambda: self._build(slot, request, have, gated), self._built)
                 return
         if program is not None:
             try:
@@ -153,7 +158,12 @@ class Requests:
             self._executor.work(slot, lambda: copy_in(request, program), self._staged)
             return
         if nbytes:
-            copy_in(request, program)
+            try:
+                copy_in(request, program)
+            except Exception as error:  # its caller reshaped an array while it stood in line, say
+                refusal = self._executor.explain(error, "while its inputs were copied")
+                self._executor.move(slot, Move.RELEASE, then=lambda: self._executor.reject(request, refusal))
+                return
         self._launch(slot, request, program)
 
     def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:

@@ -16,13 +16,13 @@ import torch
 
 from aiotrt.batching import Entry
 from aiotrt.devices import Device, Event, Stream
-from aiotrt.errors import EngineError
+from aiotrt.errors import EngineError, InputError
 from aiotrt.graphs import Program
 from aiotrt.handshake import bound_inputs, mark_consumed, wants_consumed
 from aiotrt.submission import Request, Slot, Times, allocate, follow
 from aiotrt.tensors import Argument, Kind, Specs
 
-__all__ = ["Batch", "Call", "Single", "Stacked", "check_extents"]
+__all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackable"]
 
 T = TypeVar("T")
 
@@ -133,13 +133,13 @@ class Batch(Request):
         self._taken: list[Call] = []
 
     def fill(self, calls: list[Call], size: int, specs: Specs) -> None:
-        """These go; all of one group."""
+        """These go; all of one group. If it raises, the batch is as empty as it was."""
+        self.size = size
+        self.arguments = self.joined(calls)
         self.calls = self._outcome.calls = calls
         self.left = len(calls)
-        self.size = size
         self.specs = specs
         self.kind = calls[0].kind
-        self.arguments = self.joined(calls)
         self.shapes = tuple([argument.shape for argument in self.arguments])
         for call in calls:
             call.batch = self
@@ -254,6 +254,22 @@ class _Outcome(asyncio.Future[Any]):
         calls, self.calls = self.calls, []
         for call in calls:
             self._settle(call, None, error)
+
+
+def check_stackable(items: Sequence[Argument], specs: Specs) -> None:
+    """An item's inputs can be rows of a batch's.
+
+    Raises:
+        InputError: one cannot; the message names it.
+    """
+    for item, spec in zip(items, specs, strict=True):
+        try:
+            Stacked([item], 1)
+        except ValueError as error:
+            raise InputError(
+                f"input {spec.name!r} has {len(item.shape)} extents, which leaves none for the batch: pass items of fewer, "
+                f"or load without batching= ({error})"
+            ) from None
 
 
 def check_extents(program: Program, size: int) -> None:

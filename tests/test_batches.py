@@ -113,6 +113,19 @@ async def test_a_first_item_that_the_engine_does_not_take_is_alone_with_its_erro
         assert isinstance(results[3], aiotrt.EngineError)
 
 
+async def test_an_item_that_leaves_no_extent_for_the_batch_is_refused(device: str) -> None:
+    most = np.broadcast_to(np.zeros(()), (1,) * (64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0b1" else 32))
+    async with load(device) as model:
+        with held(model):
+            first = asyncio.ensure_future(model(frame(1)))
+            await turns()
+            with pytest.raises(aiotrt.InputError, match=f"'x' has {most.ndim} extents, which leaves none for the batch"):
+                await model(most.astype(np.float32))
+        assert right(await first, 1)
+        assert right(await model(frame(2)), 2)
+        assert model.statistics().submitted == 2
+
+
 async def test_a_batch_that_fails_fails_its_members_and_nobody_else(device: str) -> None:
     def positive(x: torch.Tensor) -> torch.Tensor:
         if bool((x < 0).any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,13 @@ class World:
                 self.fire()
             else:
                 self.now = end
+
+    def stall(self, seconds: float) -> None:
+        """The loop, or the machine, stands still for so long: then a timer that was due fires."""
+        self.now += seconds
+        if self.due is not None and self.due <= self.now:
+            self.due = None
+            self.fire()
 
     fire: Callable[[], None]
 
@@ -219,12 +227,12 @@ async def test_one_late_look_after_a_stall_of_the_loop_is_not_a_hang() -> None:
     world = World()
     work = Work(world, None).watch(Lane(), hang_timeout=5.0)
     await asyncio.sleep(0)
-    world.now += 3600.0  # the loop, or the machine, stood still: nothing was looked at
     assert world.due is not None
-    world.due = None
-    world.fire()
+    world.stall(3600.0)
     assert work.outcomes == []
-    await world.advance(0.1)
+    await world.advance(4.9)
+    assert work.outcomes == []
+    await world.advance(0.2)
     assert len(work.outcomes) == 1
 
 
@@ -278,6 +286,49 @@ async def test_a_callback_that_raises_takes_nobody_with_it() -> None:
     await world.advance(0.1)
     assert fine.outcomes == [None]
     assert "bad callback" in str(contexts[0]["exception"])
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["query", "callback"])
+async def test_an_interrupt_is_the_loops_and_loses_nobody_if_that_goes_on(
+    where: str, interrupt: type[BaseException]
+) -> None:
+    world = World()
+    raised: list[BaseException] = []
+
+    def once() -> bool:
+        if not raised:
+            raised.append(interrupt())
+            raise raised[0]
+        return True
+
+    def interrupted(_: BaseException | None) -> None:
+        once()
+
+    before = Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    lane = Lane()
+    struck = Work(world, 0.0)
+    if where == "query":
+        world.hub.watch(lane, once, struck.done, estimate=learned(0.010))
+    else:
+        world.hub.watch(lane, lambda: True, interrupted, estimate=learned(0.010))
+    behind = Work(world, 0.010).watch(lane, estimate=learned(0.010))
+    after = Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    with pytest.raises(interrupt):
+        await world.advance(0.020)
+    assert raised
+    await world.advance(0.020)
+    assert struck.outcomes == ([None] if where == "query" else [])
+    assert before.outcomes == behind.outcomes == after.outcomes == [None]
+    assert not world.hub._heap
+
+
+async def test_an_error_of_whatever_kind_is_told_to_who_waits() -> None:
+    world = World()
+    error = asyncio.CancelledError("of the work, and not of who looks")
+    work = Work(world, 0.001, error).watch(Lane())
+    await world.advance(0.1)
+    assert work.outcomes == [error]
 
 
 async def test_spinning_looks_at_every_turn_and_lets_others_run() -> None:
@@ -382,6 +433,32 @@ async def test_wait_raises_what_the_event_raises() -> None:
         await wait(Bad())
 
 
-async def test_wait_refuses_what_is_no_event() -> None:
-    with pytest.raises(aiotrt.UsageError, match="cannot wait for a int"):
-        await wait(3)
+@pytest.mark.parametrize("name", ["is_done", "done"])
+async def test_wait_asks_an_event_that_says_by_an_attribute_whether_it_is_done(name: str) -> None:
+    class Asked:
+        times = 0
+
+        def is_it(self) -> bool:
+            self.times += 1
+            return self.times > 3
+
+    setattr(Asked, name, property(Asked.is_it))
+    event = Asked()
+    await wait(event)
+    assert event.times == 4
+
+
+class Later:
+    """Its method says whether it is done; the method itself is true."""
+
+    def is_done(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [int, asyncio.Future, concurrent.futures.Future, Later])
+async def test_wait_refuses_what_is_no_event(kind: Callable[[], object]) -> None:
+    what = kind()
+    with pytest.raises(
+        aiotrt.UsageError, match=rf"cannot wait for an object of type {type(what).__name__}: .* that Lease\.launch returned"
+    ):
+        await wait(what)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ import torch
 
 import aiotrt
 from aiotrt.devices.base import CaptureError, Event, Stream
-from aiotrt.devices.host import HostDevice
+from aiotrt.devices.host import HostDevice, HostStream
 from aiotrt.errors import DeviceError
+from aiotrt.slots import Event as Move
 from aiotrt.slots import State
+from aiotrt.tensors import Kind
 from tests.tools import Affine, count, executor_of, frame, held, turns, until
 
 pytestmark = pytest.mark.asyncio
@@ -208,6 +213,44 @@ async def test_if_the_whole_cannot_be_captured_its_pieces_are_tried() -> None:
         assert statistics.fallback_runs == 4
 
 
+async def test_a_finalizer_may_stop_listening_in_the_middle_of_a_fault() -> None:
+    """The garbage collector runs where it likes."""
+    device = Faulty()
+    told: list[str] = []
+
+    class Collecting(dict[object, Callable[[DeviceError], None]]):
+        def values(self) -> Any:
+            stop()
+            return super().values()
+
+    device._callbacks = Collecting()
+    stop = device.on_fault(lambda _: told.append("gone"))
+    device.on_fault(lambda _: told.append("there"))
+    device.fail(fault())
+    assert told == ["there"]
+
+
+async def test_while_a_thread_waits_for_all_streams_others_may_open_more() -> None:
+    device = Faulty()
+
+    class Guarded(weakref.WeakSet[HostStream]):
+        def __iter__(self) -> Any:
+            assert device._streams_lock.locked()
+            return super().__iter__()
+
+        def add(self, stream: HostStream) -> None:
+            assert device._streams_lock.locked()
+            super().add(stream)
+
+    device._streams = Guarded()
+    stream = device.stream()
+    done: list[bool] = []
+    stream.run(lambda: done.append(not device._streams_lock.locked()))
+    device.synchronize()
+    assert done == [True], "and not only when it is over"
+    stream.close()
+
+
 @pytest.mark.parametrize("spare", [True, False])
 async def test_out_of_memory_evicts_what_nobody_uses_and_tries_again(spare: bool) -> None:
     device = Faulty()
@@ -242,6 +285,52 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
             patch.setattr("aiotrt.requests.own", full)
             with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                 await model(frame(1))
+        assert (await model(frame(1)))[0, 0] == 4
+
+
+async def test_a_job_for_which_no_thread_can_be_started_is_given_up() -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with aiotrt.load(Affine(), device=Faulty(), slots=1) as model:
+        with (
+            mock.patch.object(threading.Thread, "start", refuse),
+            pytest.raises(aiotrt.EngineError, match="RuntimeError while it was prepared: can't start new thread"),
+        ):
+            await model(frame(1))
+        assert count(model, State.FREE) == 1
+        assert (await model(frame(1)))[0, 0] == 4
+        assert model.statistics().captures == 1
+
+
+async def test_a_job_that_a_thread_has_already_is_done_once() -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            super().submit(function, *args, **kwargs).result(30)
+            raise RuntimeError("can't start new thread")  # one more of them
+
+    class Few(Faulty):
+        def workers(self, count: int) -> Any:
+            return Pool(count)
+
+    async with aiotrt.load(Affine(), device=Few(), slots=1) as model:
+        assert (await model(frame(1)))[0, 0] == 4
+        await until(lambda: executor_of(model)._is_idle())
+        assert model.statistics().captures == 1
+
+
+async def test_an_interrupt_of_the_next_request_is_not_that_of_the_one_before() -> None:
+    async with aiotrt.load(Affine(), device=Faulty(), slots=1, warmup=frame(0)) as model:
+        executor = executor_of(model)
+        specs = executor.specs.specs
+        assert specs is not None
+        first, second = (executor.lease(specs, ((2, 3),), Kind.NUMPY) for _ in range(2))
+        assert first.slot is not None
+        told: list[bool] = []
+        with mock.patch.object(executor.requests, "begin", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            executor.move(first.slot, Move.RELEASE, then=lambda: told.append(True))
+        assert told == [True]
+        executor.abandon(second)
         assert (await model(frame(1)))[0, 0] == 4
 
 

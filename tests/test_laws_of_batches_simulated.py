@@ -12,6 +12,7 @@ import gc
 import random
 import weakref
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 import aiotrt
 from aiotrt.slots import State
+from aiotrt.stacking import Stacked
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_batches_simulated import balanced, load, simulated
@@ -480,6 +482,45 @@ def test_a_batch_that_failed_is_over(group: int) -> None:
             await settle(model, 1)
             assert model._gatherer is not None
             assert not model._gatherer._pace._running, "it is thought to be on the device still"
+            assert right(await model(frame(1)), 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_batch_that_cannot_be_put_together_fails_its_items_and_whoever_is_next_goes(group: int, busy: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        full = choose.randint(1, 3)  # so many batches in a row; three are all
+
+        def stacked(items: Any, size: int) -> Stacked:
+            nonlocal full
+            if full:
+                full -= 1
+                raise MemoryError("no memory")
+            return Stacked(items, size)
+
+        async with load(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            bad = min(2 * full, 5)
+            with contextlib.ExitStack() as hold, contextlib.ExitStack() as patch:
+                hold.enter_context(held_streams(device, *streams_of(model)))
+                before = calls(model, range(busy))
+                if busy:
+                    await in_flight(model)
+                patch.enter_context(mock.patch("aiotrt.stacking.Stacked", stacked))
+                items = calls(model, range(bad), deadline=choose.choice([None, 60.0])) + calls(model, range(bad, 5))
+                await turns()
+                hold.close()
+                results = await asyncio.gather(*before, *items, return_exceptions=True)
+            if busy:
+                assert right(results.pop(0), 0)
+            for item in results[:bad]:
+                assert isinstance(item, aiotrt.EngineError)
+                assert "Affine raised MemoryError while a batch was put together: no memory" in str(item)
+            assert all(right(results[value], value) for value in range(bad, 5))
+            await settle(model, 1)
+            assert balanced(model)
+            assert model.statistics().failed == bad
             assert right(await model(frame(1)), 1)
 
     under_schedules(group, program)

@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import random
 import warnings
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import aiotrt
 from aiotrt import submission
+from aiotrt.devices import Event
+from aiotrt.graphs import Program
 from aiotrt.slots import State
-from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, VirtualLoop, fault_points
+from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, VirtualLoop, Workers, fault_points
 from tests.simulated import Audit, Striker, held_streams, run_simulated
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import SHAPE, load, right, settle, under_schedules
@@ -404,6 +408,137 @@ def test_a_worker_thread_that_comes_back_to_a_broken_model_changes_nothing(group
         await asyncio.sleep(1.0)
         assert count(model, State.BROKEN) == 1
         await model.aclose()
+
+    under_schedules(group, program)
+
+
+# Errors of one call's own, on the loop...
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_who_reshapes_an_array_that_is_in_line_fails_alone(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            rows = choose.choice([2, 3])  # of the latter there is no program yet
+            array = frame(2, (rows, 3))
+            with held_streams(device, *streams_of(model)):
+                first = asyncio.ensure_future(model(frame(1)))
+                bad, third = (asyncio.ensure_future(model(x)) for x in (array, frame(3)))
+                await turns()
+                array.resize((rows * 3,), refcheck=False)
+            assert right(await first, 1)
+            with pytest.raises(aiotrt.EngineError, match="ValueError while its inputs were copied"):
+                await bad
+            assert right(await third, 3)
+            await settle(model, 1)
+            assert model.statistics().failed == 1
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("when", ["before its launch", "after its launch", "by a fault"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_error_that_nobody_foresaw_is_told_and_takes_nobody_else_with_it(group: int, when: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        model = await load(device, slots=1, warmup=frame(0))
+        executor = executor_of(model)
+        begin = executor.requests.begin
+
+        def beginning(slot: submission.Slot, request: submission.Request) -> None:
+            host = request.arguments[0].host
+            if host is None or host[0, 0] != 2:
+                begin(slot, request)
+                return
+            if when == "after its launch":
+                begin(slot, request)
+            raise fault() if when == "by a fault" else KeyError("nobody foresaw this")
+
+        with mock.patch.object(executor.requests, "begin", beginning):
+            calls = [asyncio.ensure_future(model(frame(value))) for value in range(1, 5)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        assert right(results[0], 1), "the one that had the slot before"
+        assert isinstance(results[1], aiotrt.EngineError if when == "before its launch" else aiotrt.DeviceError)
+        if when == "before its launch":
+            assert "Affine raised KeyError before it was launched" in str(results[1])
+            assert right(results[2], 3)
+            assert right(results[3], 4)
+            await settle(model, 1)
+            assert model.statistics().failed == 1
+        else:  # the end of what is on the device will not be seen
+            assert all(isinstance(result, aiotrt.DeviceError) for result in results[2:])
+            assert not model.is_ready
+        await model.aclose()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: int) -> None:
+    """As the standard library does it: the job stands in the pool's line all the same, and may be come to later."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        submit = Workers.submit
+        strikes = set(choose.sample(range(30), 8))
+        uses = itertools.count()
+
+        def submitting(self: Workers, function: Any, *args: Any) -> Any:
+            future = submit(self, function, *args)
+            if next(uses) in strikes:
+                raise RuntimeError("can't start new thread")
+            return future
+
+        slots = choose.randint(1, 2)
+        async with load(device, slots=slots, graph_cache_entries=choose.choice([1, 4])) as model:
+            with (
+                mock.patch.object(Workers, "submit", submitting),
+                mock.patch("aiotrt.requests.COPY_ON_LOOP_BYTES", choose.choice([0, 1 << 20])),
+            ):
+                calls = [asyncio.ensure_future(model(frame(i, (1 + i % 3, 3)))) for i in range(8)]
+                results = await asyncio.gather(*calls, return_exceptions=True)
+                await settle(model, slots)
+            for i, result in enumerate(results):
+                if isinstance(result, BaseException):
+                    assert isinstance(result, aiotrt.EngineError)
+                    assert "can't start new thread" in str(result)
+                else:
+                    assert right(result, i)
+            assert right(await model(frame(9)), 9)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_evicted_for_memory_waits_for_its_readers_though_its_slot_is_taken_meanwhile(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        awaited: dict[int, list[Event]] = {}
+
+        def retiring(program: Program, gates: Sequence[Event]) -> None:
+            awaited[program.slot] = list(gates)
+            submission.retire(program, gates)
+
+        async with load(striker, slots=2, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            work, gates = executor.work, dict[int, list[Event]]()
+
+            def working(*job: Any) -> None:
+                work(*job)
+                if executor.counters.evictions and not gates:  # before the thread begins, whoever takes the slot opens them
+                    for slot in executor.slots:
+                        gates[slot.index] = list(slot.gates)
+                        slot.gates.clear()
+
+            reader = device.stream()
+            async with model.lease(), model.lease() as first:
+                first.inputs[0][...] = frame(3)
+                first.launch()
+                first.consumed(reader)
+            striker.strike("empty", FaultKind.MEMORY)
+            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.requests.retire", retiring):
+                assert right(await model(frame(1, (5, 5))), 1)
+            assert awaited
+            assert all(awaited.values())
+            assert all(gates[slot] == awaited[slot] for slot in awaited)
 
     under_schedules(group, program)
 

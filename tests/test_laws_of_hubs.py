@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from aiotrt import completion
-from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, TURN, Hub, Lane
+from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, STALL, STALL_SHARE, TURN, Hub, Lane
 from aiotrt.errors import DeviceHangError
 from aiotrt.prediction import (
     DOZE,
@@ -340,19 +340,99 @@ async def test_a_clock_may_begin_at_zero() -> None:
 
 async def test_work_is_overdue_past_its_timeout_and_hung_when_it_was_found_so_three_times() -> None:
     world = World()
-    work = Work(world, None).watch(Lane(), hang_timeout=5.0)
+    work = Work(world, None).watch(Lane(), estimate=learned(5.0), hang_timeout=5.0)
 
-    def look_at(time: float) -> None:
+    def look_at(time: float | None) -> None:
+        assert time is not None
         world.now, world.due = time, None
         world.fire()
 
+    look_at(world.due)
+    assert world.due == pytest.approx(105.0)
     look_at(105.0)  # not a moment too late
-    assert work.queries == 1
-    for i in range(1, LOOKS_BEFORE_HANG):
-        look_at(105.0 + i)
-    assert work.queries == LOOKS_BEFORE_HANG
+    assert work.queries == 2
+    for _ in range(1, LOOKS_BEFORE_HANG):
+        look_at(world.due)
+    assert work.queries == LOOKS_BEFORE_HANG + 1
     assert work.outcomes == []
-    look_at(110.0)
+    look_at(world.due)
+    assert isinstance(work.outcomes[0], DeviceHangError)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("stalls", [(0.5,), (2.3,), (4.2,), (0.1, 0.2, 2.5, 4.0)])
+async def test_while_the_machine_stands_still_no_work_is_overdue(stalls: tuple[float, ...], told: bool) -> None:
+    """A debugger, a machine that is moved: the clock goes on, and nothing else does. A hang is found all the same."""
+    world = World()
+    kind = Told if told else Watched
+    start, stood = world.now, 0.0
+    works = [kind(world, duration) for duration in (4.5, None)]
+    for work in works:
+        work.watch(Lane(), hang_timeout=5.0)
+    for stall in stalls:
+        await world.advance(start + stood + stall - world.now)
+        stood += 3600.0
+        works[0]._until = start + stood + 4.5
+        world.stall(3600.0)
+    await world.advance(start + stood + 4.9 - world.now)
+    assert works[1].outcomes == []
+    # What went by since the look before does not count either.
+    await world.advance(0.2 + sum(min(stall, PATROL) if told else 0.02 for stall in stalls))
+    assert works[0].outcomes == [None]
+    assert isinstance(works[1].outcomes[0], DeviceHangError)
+
+
+@pytest.mark.parametrize(("late", "hang_timeout"), [(STALL, 0.5), (STALL_SHARE * 16.0, 16.0)])
+async def test_a_look_is_not_that_late_until_it_is_later(late: float, hang_timeout: float) -> None:
+    world = World()
+    lane = Lane()
+    Work(world, None).watch(lane, hang_timeout=hang_timeout)
+    (head,) = lane.pending
+    world.hub._hung(head, late, 0.0, 0.0)
+    assert head.stalled == 0.0
+    later = math.nextafter(late, math.inf)
+    world.hub._hung(head, later, 0.0, 0.0)
+    assert head.stalled == later
+
+
+@pytest.mark.parametrize(("late", "hang_timeout"), [(0.09, 0.2), (0.4, 5.0)])
+async def test_a_loop_that_is_always_late_finds_hangs_too(late: float, hang_timeout: float) -> None:
+    world = World(late=late)
+    start = world.now
+    work = Work(world, None).watch(Lane(), hang_timeout=hang_timeout)
+    await world.advance(3 * hang_timeout)
+    assert isinstance(work.outcomes[0], DeviceHangError)
+    assert work.seen_at - start < hang_timeout + (LOOKS_BEFORE_HANG + 1) * (late + LONGEST_SLEEP)
+
+
+async def test_a_stall_in_the_time_of_the_work_before_is_nothing_to_the_next() -> None:
+    world = World()
+    lane = Lane()
+    first = Work(world, 1.0).watch(lane, hang_timeout=5.0)
+    second = Work(world, None).watch(lane, hang_timeout=5.0)
+    await world.advance(0.5)
+    world.stall(3600.0)
+    start = world.now
+    assert first.outcomes == [None]
+    await world.advance(5.1)
+    assert isinstance(second.outcomes[0], DeviceHangError)
+    assert second.seen_at - start < 5.05
+
+
+async def test_who_must_wait_after_a_stall_until_the_loop_has_had_its_turn_is_not_overdue_for_that() -> None:
+    world = World()
+
+    def busy(_: BaseException | None) -> None:
+        world.now += 2 * TURN
+
+    world.hub.watch(Lane(), lambda: True, busy, estimate=learned(1.0))
+    work = Work(world, None).watch(Lane(), estimate=learned(1.0), hang_timeout=5.0)
+    world.stall(3600.0)
+    assert work.queries == 0
+    await world.advance(4.9)
+    assert work.queries > 1
+    assert work.outcomes == []
+    await world.advance(0.2)
     assert isinstance(work.outcomes[0], DeviceHangError)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from aiotrt import completion
 from aiotrt.completion import Hub, Lane
+from aiotrt.errors import UsageError
 from aiotrt.prediction import Estimate, Progress
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import run_simulated
@@ -107,6 +108,17 @@ async def test_a_closed_hub_sets_no_timer_and_looks_no_more() -> None:
     assert not world.hub._heap
 
 
+@asyncio_test
+async def test_a_closed_hub_takes_nothing_to_look_at() -> None:
+    world = World()
+    lane = Lane()
+    world.hub.close()
+    with pytest.raises(UsageError, match="keep it until its calls and leases have ended"):
+        Work(world, 0.0).watch(lane)
+    assert not lane.pending
+    assert not world.due
+
+
 def test_hubs_of_loops_that_are_gone_are_closed_when_another_one_is_opened() -> None:
     hubs: list[Hub] = []
 
@@ -126,6 +138,51 @@ def test_hubs_of_loops_that_are_gone_are_closed_when_another_one_is_opened() -> 
     assert [hub for hub in hubs if hub in completion._hubs.values()] == hubs[-1:]
     hubs[-1].release()
     assert hubs[-1]._closed
+
+
+def test_a_finalizer_may_release_a_hub_in_the_middle_of_whatever_is_done_with_hubs() -> None:
+    """The garbage collector runs where it likes: in the middle of `acquire`, say, a model is gone whose loop is closed."""
+    hubs: list[Hub] = []
+
+    async def acquire(progress: Progress) -> None:
+        hubs.append(Hub.acquire(progress))
+
+    async def acquire_two() -> None:
+        await acquire(Progress.PREDICT)
+        await acquire(Progress.SPIN)
+
+    asyncio.run(acquire_two())
+    first, second = hubs
+    close = first._timer.close
+
+    def closing() -> None:
+        close()
+        second.release()
+
+    first._timer.close = closing  # type: ignore[method-assign]
+    asyncio.run(acquire(Progress.PREDICT))  # which drops those of the loop that is closed
+    assert first._closed
+    assert second._closed
+    first.release()
+    hubs[-1].release()
+    assert not any(hub in completion._hubs.values() for hub in hubs)
+
+
+@asyncio_test
+async def test_a_child_process_begins_with_no_hubs_and_with_a_lock_that_nobody_holds() -> None:
+    hub, hubs, lock = Hub.acquire(), dict(completion._hubs), completion._hubs_lock
+    try:
+        completion._begin_anew()
+        assert completion._hubs == {}
+        assert completion._hubs_lock is not lock
+        other = Hub.acquire()
+        assert other is not hub
+        other.release()
+    finally:
+        completion._hubs.update(hubs)
+        completion._hubs_lock = lock
+        hub.release()
+    assert hub._closed
 
 
 def test_a_loop_in_virtual_time_has_hubs_in_virtual_time() -> None:

@@ -202,11 +202,24 @@ def test_the_host_is_not_handed_what_is_not_complete(group: int) -> None:
     under_schedules(group, program)
 
 
+class OddError(BaseException):
+    """No `Exception`."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ValueError, "ValueError while it ran: thirteen"),
+        (SystemExit, "RuntimeError while it ran: the work raised SystemExit: thirteen"),
+        (asyncio.CancelledError, "RuntimeError while it ran: the work raised CancelledError: thirteen"),
+        (OddError, "RuntimeError while it ran: the work raised OddError: thirteen"),
+    ],
+)
 @pytest.mark.parametrize("group", GROUPS)
-def test_an_engine_that_raises_for_one_input_fails_that_call_only(group: int) -> None:
+def test_an_engine_that_raises_for_one_input_fails_that_call_only(group: int, kind: type[BaseException], said: str) -> None:
     def picky(x: torch.Tensor) -> torch.Tensor:
         if x[0, 0] == 13:
-            raise ValueError("thirteen")
+            raise kind("thirteen")
         return x * 3 + 1
 
     async def program(device: VirtualHost, choose: random.Random) -> None:
@@ -216,7 +229,10 @@ def test_an_engine_that_raises_for_one_input_fails_that_call_only(group: int) ->
             for i, outcome in enumerate(outcomes, 11):
                 if i == 13:
                     assert isinstance(outcome, aiotrt.EngineError)
-                    assert "picky raised ValueError while it ran: thirteen" in str(outcome)
+                    assert f"picky raised {said}" in str(outcome)
+                    cause = outcome.__cause__
+                    assert cause is not None
+                    assert isinstance(cause, kind) or isinstance(cause.__cause__, kind)
                 else:
                     assert right(outcome, i), outcome
             async with model.lease() as slot:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,18 @@ async def test_before_open_and_after_close(device: str) -> None:
         await model(frame(1))
     async with model:
         await model(frame(1))
-    with pytest.raises(aiotrt.ModelClosedError, match="Affine is closed"):
+    with pytest.raises(aiotrt.ModelClosedError, match="Affine is closed: load it again"):
         await model(frame(1))
     with pytest.raises(aiotrt.ModelClosedError, match="is closed: load it again"):
         _ = await model
     await model.aclose()
+
+
+@pytest.mark.parametrize("wrong", [0, None, "gpu"])
+@asyncio_test
+async def test_what_is_no_device_is_refused(wrong: Any) -> None:
+    with pytest.raises(aiotrt.UsageError, match=rf"unknown device {wrong!r}.*; expected 'auto', 'host', 'cuda', "):
+        _ = await aiotrt.load(Affine(), device=wrong)
 
 
 @asyncio_test
@@ -299,6 +307,38 @@ async def test_after_a_fork() -> None:
     assert done.returncode == 0, done.stderr
     assert "Identity was loaded before a fork" in done.stdout
     assert "'spawn'" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_models_that_are_loaded_after_a_fork_work_whatever_the_parent_did() -> None:
+    program = """
+        import asyncio, os, signal, warnings
+        import numpy as np, torch, aiotrt
+        from aiotrt import completion, devices
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)  # torch's own threads do not survive a fork either
+
+        async def main():
+            x = np.ones((1, 2), np.float32)
+            async with aiotrt.load(torch.nn.Identity(), device="host", slots=1, warmup=x) as model:
+                async with model.lease() as slot:  # which orders on the calling thread's current stream
+                    slot.inputs[0][...] = x
+                    assert (await slot.replay()).sum() == 2
+
+        asyncio.run(main())
+        with completion._hubs_lock, devices._devices_lock:  # as if by threads that are not in the child
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                asyncio.run(main())
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("when", ["load", "call"])

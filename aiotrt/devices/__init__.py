@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -14,8 +16,11 @@ from aiotrt.errors import MissingDependencyError, UsageError
 
 __all__ = ["CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
 
+_EXPECTED: Final = "'auto', 'host', 'cuda', 'cuda:<index>', a torch.device or a Device"
+
 _devices: Final[dict[str, Device]] = {}
-_devices_lock: Final = threading.Lock()
+_devices_lock = threading.Lock()
+_inherited: Final[list[Device]] = []  # of the parent process; never freed, since on a GPU that cannot be done from here
 
 
 def open_device(name: str | torch.device | Device = "auto") -> Device:
@@ -30,6 +35,8 @@ def open_device(name: str | torch.device | Device = "auto") -> Device:
         MissingDependencyError: it needs a package that is not installed.
     """
     if not isinstance(name, (str, torch.device)):
+        if not hasattr(name, "torch_device"):
+            raise UsageError(f"unknown device {name!r} of type {type(name).__name__}; expected {_EXPECTED}")
         return name
     name = str(name)
     if name in ("host", "cpu") or (name == "auto" and not torch.cuda.is_available()):
@@ -37,7 +44,7 @@ def open_device(name: str | torch.device | Device = "auto") -> Device:
     elif name in ("auto", "cuda") or name.startswith("cuda:"):
         name = _cuda_name(name)
     else:
-        raise UsageError(f"unknown device {name!r}; expected 'auto', 'host', 'cuda' or 'cuda:<index>'")
+        raise UsageError(f"unknown device {name!r}; expected {_EXPECTED}")
     with _devices_lock:
         device = _devices.get(name)
         if device is None:
@@ -56,13 +63,12 @@ def event_query(event: object) -> Callable[[], bool]:
         return event.query
     if (probe := getattr(event, "query", None)) is not None and callable(probe):
         return _translated(probe)  # torch.cuda.Event, and whatever follows its example
-    if hasattr(type(event), "is_done"):
-        return _translated(lambda: event.is_done)  # type: ignore[attr-defined]  # cuda.core
-    if hasattr(type(event), "done"):
-        return _translated(lambda: event.done)  # type: ignore[attr-defined]  # CuPy
+    for name in ("is_done", "done"):  # of cuda.core, and of CuPy
+        if hasattr(type(event), name) and not callable(getattr(type(event), name)):  # a future's is a method, always true
+            return _translated(partial(getattr, event, name))
     raise UsageError(
-        f"cannot wait for a {type(event).__name__}: expected a torch.cuda.Event, an event of cuda.core or CuPy, "
-        "or a tensor that carries _trt_produce_event"
+        f"cannot wait for an object of type {type(event).__name__}: expected a torch.cuda.Event, an event of cuda.core or "
+        "CuPy, the event that Lease.launch returned, or a tensor that carries _trt_produce_event"
     )
 
 
@@ -97,3 +103,14 @@ def _make(name: str) -> Device:
             f"device {name!r} needs cuda.bindings ({error}); pip install 'aiotrt[cuda]', or use device='host'"
         ) from error
     return CudaDevice(int(name.removeprefix("cuda:")))
+
+
+def _begin_anew() -> None:
+    """In a child process: the parent's devices have threads that are not here, and whoever held the lock is not either."""
+    global _devices_lock  # noqa: PLW0603  # a process has one
+    _inherited.extend(_devices.values())
+    _devices.clear()
+    _devices_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -239,7 +239,7 @@ class BaseDevice:
 
     def __init__(self) -> None:
         self._callbacks: dict[object, Callable[[DeviceError], None]] = {}
-        self._faults_lock = threading.Lock()
+        self._faults_lock = threading.RLock()  # a finalizer that runs inside it stops listening
 
     def on_fault(self, callback: Callable[[DeviceError], None]) -> Callable[[], None]:
         key = object()

@@ -174,8 +174,14 @@ class _Failure:
         self._error: BaseException | None = None
 
     def put(self, error: BaseException) -> None:
-        if self._error is None:
+        if self._error is not None:
+            return
+        if isinstance(error, Exception):
             self._error = error
+        else:
+            # A SystemExit, say. Raised by a query, it would end whichever loop asks, and not be the work's failure.
+            self._error = RuntimeError(f"the work raised {type(error).__name__}: {error}")
+            self._error.__cause__ = error
 
     def take(self) -> BaseException | None:
         error, self._error = self._error, None
@@ -243,6 +249,7 @@ class HostDevice(BaseDevice):
         super().__init__()
         self._local = threading.local()
         self._streams: weakref.WeakSet[HostStream] = weakref.WeakSet()
+        self._streams_lock = threading.Lock()  # each thread that asks for its current stream may add one
 
     def stream(self) -> HostStream:
         return self._open(None)
@@ -260,7 +267,8 @@ class HostDevice(BaseDevice):
 
     def _open(self, name: str | None) -> HostStream:
         stream = HostStream(name)
-        self._streams.add(stream)
+        with self._streams_lock:
+            self._streams.add(stream)
         return stream
 
     def adopt_stream(self, stream: object) -> HostStream:
@@ -302,7 +310,9 @@ class HostDevice(BaseDevice):
         return done.result()
 
     def synchronize(self) -> None:
-        for stream in list(self._streams):
+        with self._streams_lock:
+            streams = list(self._streams)
+        for stream in streams:
             stream.synchronize()
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -123,7 +123,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "completion.py",
         "_patrol",
         (
-            "0.0 -> -1.0, in: return min(now + PATROL, max(started + head.hang_timeout, "
+            "0.0 -> -1.0, in: return min(now + PATROL, max(started + head.stalled + head.hang_timeout, "
             "next_look(now, started, started, 0.0)))"
         ),
         0,
