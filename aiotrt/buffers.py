@@ -55,13 +55,15 @@ class Buffer:
         runs, in that stream's order. An input may be written here.
 
         Raises:
-            UsageError: the lease has ended; for an output, nothing was launched yet, or (host) it is not complete.
+            UsageError: the lease has ended; a replay without a graph is not on the device yet; for an output, nothing was
+                launched yet, or (host) it is not complete.
         """
         hold = self._hold
         if hold.executor.device.is_on_stream():
             # Its turn may come after the lease has ended: what `consumed` promised keeps the slot's contents for it.
             return self._tensor
         hold.check()
+        hold.check_submitted()
         if self._is_input:
             hold.wrote(self._index, host=False)
         else:
@@ -83,6 +85,7 @@ class Buffer:
         """
         hold = self._hold
         hold.check()
+        hold.check_submitted()
         if not self._is_input:
             hold.check_launched()
         hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
@@ -108,15 +111,18 @@ class Buffer:
 
         Raises:
             InputError: wrong dtype, shape or device.
-            UsageError: the lease has ended; it is an output; a host value while a launch is not complete; values from the
-                host and from the device mixed in one input.
+            UsageError: the lease has ended; it is an output; a host value while a launch is not complete, or any value while
+                a replay without a graph is not on the device yet; values from the host and from the device mixed in one
+                input.
         """
         hold = self._hold
         hold.check()
+        hold.check_submitted()
         if not self._is_input:
             raise UsageError(f"output {self.name!r} is written by the model; only inputs can be assigned to")
         if isinstance(value, Buffer):
             value._hold.check()
+            value._hold.check_submitted()
             value._hold.check_launched()
             value._hold.order()
             if value.dtype is not self.dtype:
@@ -295,6 +301,13 @@ class Hold:
         if self._request.is_revoked or self.slot.request is not self._request:
             raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
 
+    def check_submitted(self) -> None:
+        """Raise while a worker thread submits the last launch: the slot is that thread's, and nothing is in order yet."""
+        if self.executor.machine.states[self.slot.index] is State.PREPARING:
+            raise UsageError(
+                "the last launch is not complete: without a graph, a worker submits it; await it or take another lease"
+            )
+
     def check_launched(self) -> None:
         """Raise unless something was launched."""
         if self._last is None:
@@ -373,6 +386,7 @@ class Hold:
         """Launch in a worker thread, for a program whose launch occupies its thread."""
         executor, slot = self.executor, self.slot
         self._check_written()
+        self.check_submitted()
         if executor.machine.states[slot.index] is State.IN_FLIGHT:
             raise UsageError("the last launch is not complete: await it before the next")
         try:
@@ -380,7 +394,7 @@ class Hold:
             current = executor.device.current_stream()
         except Exception as error:
             raise executor.failed(error, "while it was launched") from error
-        orders = self._take_orders()  # here, on the loop's thread, which goes on writing and naming meanwhile
+        orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
 
         def submit() -> None:
             executor.device.prepare_thread()

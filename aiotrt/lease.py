@@ -93,12 +93,14 @@ class Lease:
         without a graph is launched op by op, on this thread: prefer `replay` then, which uses a worker.
 
         Raises:
-            UsageError: the lease has ended, or an input was never written.
+            UsageError: the lease has ended, an input was never written, or a replay without a graph is under way.
             ModelBrokenError, ModelClosedError: the model is; the lease has ended with it.
             EngineError: without a graph, the model raised.
             DeviceError: the device broke.
         """
-        return self._held().launch(None)
+        hold = self._held()
+        hold.check_submitted()
+        return hold.launch(None)
 
     async def replay(self) -> Any:
         """Launch, and wait for the results.
@@ -107,8 +109,8 @@ class Lease:
             The outputs as views of the slot's buffers, valid until the next launch or the end of the lease. One comes bare,
             several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them.
 
-        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does; after an
-        EngineError the lease is usable.
+        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
+        a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
         """
         hold = self._held()
         executor = hold.executor

@@ -298,6 +298,55 @@ def test_without_a_graph_a_lease_is_used_in_order_too(group: int) -> None:
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("group", GROUPS)
+def test_while_a_worker_thread_submits_a_lease_nobody_else_touches_the_slot(group: int, before: int) -> None:
+    """A write was accepted and mixed with what was replayed, and a second replay was a move that the slots do not have."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with (
+            load(device, slots=1, warmup=frame(0), graphs=False) as model,
+            load(device, slots=1, warmup=frame(0)) as next_model,
+            model.lease(outputs="numpy") as slot,
+            next_model.lease() as other,
+        ):
+            x, output = slot.inputs[0], slot.outputs[0]
+            for value in range(before):
+                x[...] = frame(value)
+                assert right(await slot.replay(), value)
+            x[...] = frame(3)
+            replay = asyncio.ensure_future(slot.replay())
+            await until(lambda: count(model, State.PREPARING) == 1)
+            refused(
+                aiotrt.UsageError,
+                "the last launch is not complete",
+                slot.launch,
+                lambda: x.tensor,
+                lambda: x.host,
+                lambda: x.__setitem__(..., 9.0),
+                lambda: x.__setitem__(..., frame(9)),
+                lambda: x.__setitem__(..., device.tensor(frame(9))),
+                lambda: output.tensor,
+                lambda: output.host,
+                lambda: other.inputs[0].__setitem__(..., output),
+            )
+            with pytest.raises(aiotrt.UsageError, match="the last launch is not complete"):
+                await slot.replay()
+            if choose.random() < 0.5:
+                replay.cancel()
+                await asyncio.wait([replay])
+                await until(lambda: count(model, State.PREPARING) == 0)
+                while count(model, State.READABLE) == 0:
+                    await asyncio.sleep(1e-5)
+                assert right(output.host, 3)
+            else:
+                assert right(await replay, 3)
+            x[...] = frame(4)
+            assert right(await slot.replay(), 4)
+
+    under_schedules(group, program)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_replay_whose_lease_has_ended_meanwhile_returns_nothing(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
