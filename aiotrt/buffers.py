@@ -64,14 +64,15 @@ class Buffer:
             return self._tensor
         hold.check()
         hold.check_submitted()
-        if self._is_input:
-            hold.wrote(self._index, host=False)
-        else:
+        if not self._is_input:
             hold.check_launched()
         hold.order()
         if hold.unified:
             hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
-        return self._tensor if self._is_input else hold.handed_out(self._tensor)
+        if not self._is_input:
+            return hold.handed_out(self._tensor)
+        hold.wrote(self._index, host=False)
+        return self._tensor
 
     @property
     def host(self) -> torch.Tensor:
@@ -110,7 +111,8 @@ class Buffer:
                 order of the current stream; or another lease's output buffer, copied on the device once it is produced.
 
         Raises:
-            InputError: wrong dtype, shape or device.
+            InputError: wrong dtype, shape or device, a number that the dtype does not hold, or no such index. Nothing was
+                written.
             UsageError: the lease has ended; it is an output; a host value while a launch is not complete, or any value while
                 a replay without a graph is not on the device yet; values from the host and from the device mixed in one
                 input.
@@ -156,11 +158,12 @@ class Buffer:
     def _write_host(self, index: Any, value: Any) -> None:
         hold = self._hold
         hold.check_settled(f"input {self.name!r}")
-        hold.wrote(self._index, host=True)
         view = hold.program.input_views[self._index]
         assert view is not None
-        if isinstance(value, np.ndarray):
-            self._check_broadcast(view[index].shape, value.shape)
+        if not isinstance(value, np.ndarray):
+            value = self._number(value, view.dtype)
+        self._check_broadcast(view, index, value.shape)
+        hold.wrote(self._index, host=True)  # only now: what was refused was not written
         if hold.unified and not hold.is_current_idle():
             # Copies made on the device side stand in line there; this one must come after them.
             value = np.array(value)
@@ -172,7 +175,7 @@ class Buffer:
         hold = self._hold
         destination = self._tensor
         hold.order()  # what the last launch reads must not change before it has
-        self._check_broadcast(tuple(destination[index].shape), tuple(source.shape))
+        self._check_broadcast(destination, index, source.shape)
         hold.wrote(self._index, host=False)
 
         def write() -> None:
@@ -184,13 +187,23 @@ class Buffer:
         else:
             write()  # torch submits it to the current stream
 
-    def _check_broadcast(self, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def _number(self, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
         try:
-            fits = np.broadcast_shapes(place, shape) == tuple(place)  # torch's own imports sympy first: 0.3 s on the loop
+            return np.array(value, dtype)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InputError(f"input {self.name!r}: expected a number that {self.dtype} holds, got {value!r}") from error
+
+    def _check_broadcast(self, whole: Any, index: Any, shape: Sequence[int]) -> None:
+        try:
+            place = tuple(whole[index].shape)
+        except (IndexError, TypeError, ValueError) as error:
+            raise InputError(f"input {self.name!r} of shape {self.shape} has no {index!r}: {error}") from error
+        try:
+            fits = np.broadcast_shapes(place, shape) == place  # torch's own imports sympy first: 0.3 s on the loop
         except ValueError:
             fits = False
         if not fits:
-            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {shape}")
+            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {tuple(shape)}")
 
 
 class Buffers(Sequence[Buffer]):

@@ -266,6 +266,34 @@ def test_a_lease_is_used_by_its_holder_only_and_in_order(group: int) -> None:
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("index", [7, "a", (0, 0, 0), slice(None, None, -1)])
+def test_an_assignment_that_is_refused_wrote_nothing(index: object) -> None:
+    """A caller who was refused, and replayed all the same, was given what the one before had written."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=np.zeros(SHAPE, np.uint8)) as model:
+            await model(np.full(SHAPE, 42, np.uint8))
+            async with model.lease(outputs="numpy") as slot:
+                x = slot.inputs[0]
+
+                def write(index: Any, value: object) -> Callable[[], object]:
+                    return lambda: x.__setitem__(index, value)
+
+                wrong = np.zeros((5, 5), np.uint8)
+                refused(aiotrt.InputError, "expected a value of shape", write(..., wrong), write(..., device.tensor(wrong)))
+                for value in (300, -1, float("nan"), 1j, np.str_("a")):
+                    refused(aiotrt.InputError, r"expected a number that torch\.uint8 holds, got ", write(..., value))
+                some = device.tensor(np.zeros(3, np.uint8))
+                refused(aiotrt.InputError, r"input 'x' of shape \(2, 3\) has no ", write(index, some))
+                if not isinstance(index, slice):  # numpy has those
+                    refused(aiotrt.InputError, r"input 'x' of shape \(2, 3\) has no ", write(index, 1))
+                refused(aiotrt.UsageError, "never written", slot.launch)
+                x[0], x[1, 0], x[1, 1:] = 1, True, np.float32(1)
+                assert right(await slot.replay(), 1)
+
+    under_schedules(0, program)
+
+
 def test_a_lease_that_launched_nothing_has_nothing_to_copy_from() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=2, warmup=frame(0)) as model, model.lease() as first, model.lease() as second:
