@@ -18,7 +18,7 @@ from aiotrt.graphs import Program
 from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, submit_lease
-from aiotrt.tensors import DEVICE, Kind
+from aiotrt.tensors import DEVICE, Kind, number, widened
 
 __all__ = ["Buffer", "Buffers", "Hold"]
 
@@ -161,7 +161,7 @@ class Buffer:
         view = hold.program.input_views[self._index]
         assert view is not None
         if not isinstance(value, np.ndarray):
-            value = self._number(value, view.dtype)
+            value = self._number(value)
         self._check_broadcast(view, index, value.shape)
         hold.wrote(self._index, host=True)  # only now: what was refused was not written
         if hold.unified and not hold.is_current_idle():
@@ -187,10 +187,10 @@ class Buffer:
         else:
             write()  # torch submits it to the current stream
 
-    def _number(self, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    def _number(self, value: object) -> np.ndarray[Any, Any]:
         try:
-            return np.array(value, dtype)
-        except (OverflowError, TypeError, ValueError) as error:
+            return number(value, self.dtype)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"input {self.name!r}: expected a number that {self.dtype} holds, got {value!r}") from error
 
     def _check_broadcast(self, whole: Any, index: Any, shape: Sequence[int]) -> None:
@@ -501,7 +501,7 @@ class Hold:
         if self.kind is DEVICE:
             return names.pack([self.handed_out(output) for output in outputs])
         if self.kind is Kind.NUMPY:
-            return names.pack([self.program.output_view(i) for i in range(len(outputs))])
+            return names.pack([widened(self.program.output_view(i), output.dtype) for i, output in enumerate(outputs)])
         if self.unified:
             return names.pack(list(outputs))
         return names.pack(list(self.program.staged_outputs))

@@ -107,7 +107,8 @@ class Lease:
 
         Returns:
             The outputs as views of the slot's buffers, valid until the next launch or the end of the lease. One comes bare,
-            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them.
+            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them. bfloat16,
+            float8 and complex32, which numpy lacks, are copied here and now, to arrays of float32 or complex64.
 
         Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
         a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.

@@ -255,7 +255,7 @@ class Model:
         Returns:
             The results, when they are complete, one bare, several as a named tuple. They belong to the caller, for ever.
             Of the kind that went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless
-            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32.
+            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32, complex32 as complex64.
 
         Raises:
             InputError: an input does not fit. Nothing was submitted.

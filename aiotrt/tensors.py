@@ -34,8 +34,10 @@ __all__ = [
     "arrange",
     "examples",
     "flatten",
+    "number",
     "numpy_view",
     "own",
+    "widened",
 ]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -400,20 +402,35 @@ def numpy_view(tensor: torch.Tensor) -> Array:
     return view
 
 
+def number(value: object, dtype: torch.dtype) -> Array:
+    """A number as an array of no dimensions, viewed as `numpy_view` does.
+
+    Raises:
+        OverflowError, RuntimeError, TypeError, ValueError: the dtype does not hold it.
+    """
+    numpy_dtype = _NUMPY_DTYPES.get(dtype)
+    return numpy_view(torch.tensor(value, dtype=dtype)) if numpy_dtype is None else np.array(value, numpy_dtype)
+
+
+def widened(view: Array, dtype: torch.dtype) -> Array:
+    """What numpy gets for a `numpy_view`: itself, or where numpy lacks the dtype a copy in one that holds all its values."""
+    if dtype in _NUMPY_DTYPES:
+        return view
+    wide: Array = torch.from_numpy(view).view(dtype).to(torch.complex64 if dtype.is_complex else torch.float32).numpy()
+    return wide
+
+
 def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
     """A copy of staged results that belongs to the caller.
 
     Args:
         view: `numpy_view` of the staging buffer.
         dtype: the tensor's dtype.
-        kind: NUMPY or TORCH. numpy has no bfloat16 or float8: those become float32, which holds each of their values.
+        kind: NUMPY or TORCH. numpy has no bfloat16, float8 or complex32: see `widened`.
     """
     copy = view.copy()
     if kind is Kind.NUMPY:
-        if dtype in _NUMPY_DTYPES:
-            return copy
-        widened: Array = torch.from_numpy(copy).view(dtype).float().numpy()
-        return widened
+        return widened(copy, dtype)
     tensor = torch.from_numpy(copy)
     return tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype)
 

@@ -294,6 +294,37 @@ def test_an_assignment_that_is_refused_wrote_nothing(index: object) -> None:
     under_schedules(0, program)
 
 
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex32], ids=str)
+def test_a_lease_takes_and_gives_numbers_in_dtypes_that_numpy_lacks(dtype: torch.dtype, graphs: bool) -> None:
+    """A number was written as the integer that numpy sees in such a buffer's place, and results came as such integers."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        first = torch.zeros(SHAPE, dtype=dtype)
+        part = 0.25j if dtype.is_complex else 0.25
+        async with aiotrt.load(same, device=device, slots=1, warmup=first, graphs=graphs) as model:
+            async with model.lease(outputs="numpy") as slot:
+                x = slot.inputs[0]
+                x[...] = 1.5
+                x[0], x[1, 0] = np.float32(2), 2 + part
+                word = np.str_("a")
+                refused(aiotrt.InputError, f"expected a number that {dtype} holds, got ", lambda: x.__setitem__(..., word))
+                result = await slot.replay()
+                assert result.dtype == (np.complex64 if dtype.is_complex else np.float32)
+                np.testing.assert_array_equal(result, [[2, 2, 2], [2 + part, 1.5, 1.5]])
+                assert slot.outputs[0].host.dtype is dtype
+                x[...] = torch.full(SHAPE, 3, dtype=dtype)
+                np.testing.assert_array_equal(await slot.replay(), np.full(SHAPE, 3))
+                np.testing.assert_array_equal(result, [[2, 2, 2], [2 + part, 1.5, 1.5]])
+
+    under_schedules(0, program)
+
+
 def test_a_lease_that_launched_nothing_has_nothing_to_copy_from() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=2, warmup=frame(0)) as model, model.lease() as first, model.lease() as second:

@@ -93,6 +93,20 @@ async def test_bfloat16_comes_to_numpy_as_float32(device: str) -> None:
         assert torch.equal(tensor, expected)
 
 
+def to_complex32(x: torch.Tensor) -> torch.Tensor:
+    return torch.complex(x, 2 * x).to(torch.complex32)
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+async def test_complex32_comes_to_numpy_as_complex64(device: str) -> None:
+    x = frame(3)
+    async with aiotrt.load(to_complex32, device=device) as model:
+        result = await model(x)
+        assert result.dtype == np.complex64
+        np.testing.assert_array_equal(result, x + 2j * x)
+
+
 @pytest.mark.asyncio
 async def test_bfloat16_goes_in_from_tensors_only(device: str) -> None:
     x = torch.arange(6.0).view(2, 3).to(torch.bfloat16)
