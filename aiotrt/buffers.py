@@ -56,7 +56,7 @@ class Buffer:
 
         Raises:
             UsageError: the lease has ended; a replay without a graph is not on the device yet; for an output, nothing was
-                launched yet, or (host) it is not complete.
+                launched yet, or (host) it is not complete; for an input (host), what was assigned to it is not there yet.
         """
         hold = self._hold
         if hold.executor.device.is_on_stream():
@@ -71,6 +71,7 @@ class Buffer:
             hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
         if not self._is_input:
             return hold.handed_out(self._tensor)
+        hold.check_arrived(self._index, self.name)
         hold.wrote(self._index, host=False)
         return self._tensor
 
@@ -82,7 +83,8 @@ class Buffer:
         if the lease was taken with ``outputs="torch"`` or ``"numpy"``.
 
         Raises:
-            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host.
+            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host; on the
+                host device, what was assigned to an input is not there yet.
         """
         hold = self._hold
         hold.check()
@@ -91,6 +93,7 @@ class Buffer:
             hold.check_launched()
         hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
         if self._is_input:
+            hold.check_arrived(self._index, self.name)
             hold.wrote(self._index, host=True)
             return hold.program.staged_input(self._index)
         if hold.unified:
@@ -167,7 +170,7 @@ class Buffer:
         if hold.unified and not hold.is_current_idle():
             # Copies made on the device side stand in line there; this one must come after them.
             value = np.array(value)
-            hold.on_current(lambda: view.__setitem__(index, value))
+            hold.on_current(self._index, lambda: view.__setitem__(index, value))
         else:
             view[index] = value
 
@@ -183,7 +186,7 @@ class Buffer:
                 destination[index] = source
 
         if hold.unified:
-            hold.on_current(write)
+            hold.on_current(self._index, write)
         else:
             write()  # torch submits it to the current stream
 
@@ -287,6 +290,7 @@ class Hold:
         self._spares: list[Event] = []  # complete, and nobody else has them
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._marks: dict[int, Event] = {}  # likewise, of what writes each input
         self._state = GraphState()
         self._left = False
 
@@ -351,16 +355,25 @@ class Hold:
 
     # The current stream of the host device, where copies between buffers are ordered...
 
-    def on_current(self, function: Callable[[], None]) -> None:
-        """Put work on the current stream, and remember that it is there."""
+    def on_current(self, index: int, function: Callable[[], None]) -> None:
+        """Put what writes an input on the current stream, and remember that it is there."""
         stream = self.executor.device.current_stream()
         stream.run(function)
-        self._current_mark = self.executor.device.event()
+        self._current_mark = self._marks[index] = self.executor.device.event()
         stream.record(self._current_mark)
 
     def is_current_idle(self) -> bool:
         """Whether that work is done."""
         return self._current_mark is None or self._is_complete(self._current_mark)
+
+    def check_arrived(self, index: int, name: str) -> None:
+        """Raise while such work is to write an input: it would overwrite what plain Python writes now."""
+        mark = self._marks.get(index)
+        if mark is not None and not self._is_complete(mark):
+            raise UsageError(
+                f"input {name!r}: what was assigned to it waits for a launch and would overwrite this: "
+                "assign this too, with buffer[...] = value, or await that launch"
+            )
 
     # Launching...
 

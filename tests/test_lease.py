@@ -178,6 +178,32 @@ async def test_host_and_device_writes_keep_their_order(device: str) -> None:
                 np.testing.assert_array_equal(await host((await b.replay()).total), frame(8))
 
 
+@pytest.mark.parametrize("how", ["assigned", "tensor", "host"])
+async def test_what_is_written_last_is_what_is_replayed_on_the_host_device(how: str) -> None:
+    async with (
+        aiotrt.load(Affine(), device="host", slots=1, warmup=frame(0)) as first,
+        aiotrt.load(TwoOutputs(), device="host", slots=1, warmup=[(frame(0), frame(0))]) as second,
+        first.lease() as a,
+        second.lease() as b,
+    ):
+        with held(first) as latch:
+            a.inputs[0][...] = 1.0
+            a.launch()
+            b.inputs.x[...] = a.outputs[0]  # waits for that launch
+            b.inputs.y.host.fill_(2)  # and this for nothing
+            if how == "assigned":
+                b.inputs.x[...] = 5.0
+            else:
+                with pytest.raises(aiotrt.UsageError, match=r"input 'x': what was assigned .* assign this too"):
+                    getattr(b.inputs.x, how)
+            latch.open()
+        await a.replay()
+        if how != "assigned":
+            await until(lambda: b._hold is not None and b._hold.is_current_idle())
+            getattr(b.inputs.x, how).fill_(5)
+        np.testing.assert_array_equal((await b.replay()).total, frame(7))
+
+
 async def test_shapes_can_be_named_or_are_the_usual_ones(device: str) -> None:
     async with aiotrt.load(Affine(), device=device) as model:
         with pytest.raises(aiotrt.InputError, match="shapes are not known yet"):
