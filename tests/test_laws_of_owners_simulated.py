@@ -165,6 +165,27 @@ def test_a_slot_granted_to_somebody_who_is_gone_goes_to_the_next(group: int, fir
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_lease_is_entered_by_one_and_by_another_when_that_one_gives_up(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, warmup=frame(0)) as model:
+            lease = model.lease(outputs="numpy")
+            async with model.lease(), model.lease():
+                for _ in range(2):
+                    first = asyncio.ensure_future(lease.__aenter__())
+                    await turns()
+                    with pytest.raises(aiotrt.UsageError, match="entered once; ask the model for another one"):
+                        await lease.__aenter__()
+                    first.cancel()
+                    await asyncio.wait([first])
+            async with lease as slot:
+                slot.inputs[0][...] = frame(3)
+                assert right(await slot.replay(), 3)
+            await settle(model, 2)
+
+    under_schedules(group, program)
+
+
 def test_who_left_the_line_does_not_stand_in_it() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:

@@ -318,6 +318,21 @@ async def test_cancelling_the_wait_for_a_lease_gives_the_place_up(device: str) -
         assert (await model(frame(2)))[0, 0] == 7
 
 
+async def test_a_lease_that_two_wait_to_enter_is_one_lease(device: str) -> None:
+    """Both were granted a slot, and the first one's stayed claimed for ever."""
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        lease = model.lease()
+        async with model.lease(), model.lease():
+            first, second = (asyncio.ensure_future(lease.__aenter__()) for _ in range(2))
+            await turns()
+            with pytest.raises(aiotrt.UsageError, match="entered once; ask the model for another one"):
+                second.result()
+        await first
+        assert count(model, State.CLAIMED) == 1
+        await lease.__aexit__(None, None, None)
+        await until(lambda: count(model, State.FREE) == 2)
+
+
 async def test_granted_and_cancelled_in_the_same_turn_loses_no_slot(device: str) -> None:
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
         holder = model.lease()
