@@ -428,8 +428,12 @@ def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
         dtype: the tensor's dtype.
         kind: NUMPY or TORCH. numpy has no bfloat16, float8 or complex32: see `widened`.
     """
+    if kind is not NUMPY and torch.is_inference_mode_enabled():
+        # The mode is the thread's, and so that of whichever task awaits inside one: nobody could write to the result.
+        with torch.inference_mode(False):
+            return own(view, dtype, kind)
     copy = view.copy()
-    if kind is Kind.NUMPY:
+    if kind is NUMPY:
         return widened(copy, dtype)
     tensor = torch.from_numpy(copy)
     return tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype)

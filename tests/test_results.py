@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import aiotrt
-from tests.tools import Affine, TwoOutputs, frame
+from tests.tools import Affine, TwoOutputs, frame, held, turns
 
 
 def place(device: str) -> torch.device:
@@ -50,6 +50,26 @@ async def test_results_are_of_the_kind_that_went_in(device: str) -> None:
                 if isinstance(result, torch.Tensor):
                     assert result.device == where
                 np.testing.assert_array_equal(as_array(result), x * 2)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("outputs", ["torch", "device"])
+async def test_another_tasks_inference_mode_is_not_that_of_the_results(
+    device: str, outputs: Literal["torch", "device"]
+) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, outputs=outputs, warmup=frame(0)) as model:
+        with held(model) as latch:
+            call = asyncio.ensure_future(model(frame(1)))
+            await turns()
+            with torch.inference_mode():  # of this task, which waits inside: the mode is the thread's
+                also = asyncio.ensure_future(model(frame(2)))
+                await turns()
+                latch.open()
+                await call
+                results = [call.result(), await also, await model(frame(3))]
+        for value, result in enumerate(results, start=1):
+            result += 1
+            np.testing.assert_array_equal(as_array(result), frame(3 * value + 2))
 
 
 @pytest.mark.asyncio
