@@ -209,8 +209,11 @@ class Buffer:
             raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {tuple(shape)}")
 
 
-class Buffers(Sequence[Buffer]):
-    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes."""
+class Buffers:
+    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes.
+
+    Like a tuple, but it has none of a tuple's methods: an input may be called ``count`` or ``index``.
+    """
 
     def __init__(self, what: str, buffers: Sequence[Buffer]) -> None:
         self._what = what
@@ -224,18 +227,25 @@ class Buffers(Sequence[Buffer]):
         return iter(self._buffers)
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return self._buffers[key]
+        """One by its name or position; a slice gives a tuple.
+
+        Raises:
+            KeyError: there is none of this name.
+            IndexError: there is none at this position.
+        """
         try:
-            return self._by_name[key]
-        except KeyError:
-            raise KeyError(f"there is no {self._what} {key!r}; there are {', '.join(self._by_name)}") from None
+            return self._by_name[key] if isinstance(key, str) else self._buffers[key]
+        except LookupError as error:
+            raise type(error)(self._lacks(key)) from None
 
     def __getattr__(self, name: str) -> Buffer:
-        try:
-            return self.__dict__["_by_name"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"there is no {self.__dict__['_what']} {name!r}") from None
+        by_name: dict[str, Buffer] = self.__dict__["_by_name"]
+        if name not in by_name:
+            raise AttributeError(self._lacks(name))
+        return by_name[name]
+
+    def _lacks(self, key: object) -> str:
+        return f"there is no {self._what} {key!r}; the {self._what}s are {', '.join(self._by_name)}"
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_"):
@@ -312,7 +322,7 @@ class Hold:
         if asyncio._get_running_loop() is not executor.loop:
             check_loop(executor.loop, "a lease")
         if self._left:
-            raise UsageError("this lease has ended: its buffers belong to somebody else now")
+            raise UsageError("this lease has ended: its buffers are somebody else's now; take another with model.lease()")
         if executor.broken is not None:
             raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
         if self._request.is_revoked or self.slot.request is not self._request:

@@ -40,12 +40,33 @@ async def test_inputs_and_outputs_go_by_position_name_and_attribute(device: str)
         slot.inputs[1][1, :] = torch.full((3,), 5.0)
         result = await slot.replay()
         np.testing.assert_array_equal(await host(result.total), [[7, 7, 7], [8, 8, 8]])
-        with pytest.raises(KeyError, match="there is no input 'z'; there are x, y"):
+        with pytest.raises(KeyError, match="there is no input 'z'; the inputs are x, y"):
             slot.inputs["z"]
-        with pytest.raises(AttributeError, match="there is no output 'z'"):
+        with pytest.raises(IndexError, match="there is no input 2; the inputs are x, y"):
+            slot.inputs[2]
+        with pytest.raises(AttributeError, match="there is no output 'z'; the outputs are total, product"):
             _ = slot.outputs.z
         with pytest.raises(AttributeError, match=r"write to a buffer with inputs\.x\[\.\.\.\] = value"):
             slot.inputs.x = frame(1)
+
+
+def swapped(count: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"count": index + 1, "index": count + 2}
+
+
+async def test_buffers_are_a_sequence_and_their_names_are_all_their_attributes(device: str) -> None:
+    """An input whose name is that of a sequence's method could not be written as an attribute."""
+    async with aiotrt.load(swapped, device=device, warmup=[(frame(0), frame(0))]) as model, model.lease() as slot:
+        slot.inputs.count[...] = 1
+        slot.inputs.index[...] = 2
+        result = await slot.replay()
+        np.testing.assert_array_equal(await host(result.index), frame(3))
+        assert slot.outputs.count is slot.outputs[0]
+        first, second = slot.inputs
+        assert (len(slot.inputs), slot.inputs[-1], slot.inputs[:1]) == (2, second, (first,))
+        assert second in slot.inputs
+        assert slot.outputs[0] not in slot.inputs
+        assert [*reversed(slot.inputs)] == [second, first]
 
 
 async def test_an_input_that_was_not_written_again_keeps_its_value(device: str) -> None:
@@ -247,7 +268,7 @@ async def test_misuse_is_told_and_harms_nothing(device: str) -> None:
             np.testing.assert_array_equal(await host(await slot.replay()), frame(4))
             buffer = slot.inputs[0]
         for use in (slot.launch, lambda: buffer.tensor, slot.consumed):
-            with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
+            with pytest.raises(aiotrt.UsageError, match="this lease has ended: .*; take another with model.lease"):
                 use()
         with pytest.raises(aiotrt.UsageError, match="entered once"):
             await lease.__aenter__()
