@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import anyio
+import numpy as np
 import torch
 
 from aiotrt.batching import Batching
@@ -692,7 +693,7 @@ def _is_shape(value: object) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
-        and all(isinstance(extent, int) and not isinstance(extent, bool) for extent in value)
+        and all(isinstance(extent, (int, np.integer)) and not isinstance(extent, bool) for extent in value)
     )
 
 

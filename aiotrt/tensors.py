@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import operator
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ class InputSpecs:
         shapes = []
         for spec, value in zip(specs, values, strict=True):
             assert isinstance(value, Sequence)
-            shape = tuple(value)
+            shape = tuple(map(operator.index, value))  # numpy's integers too
             self._check_shape(spec, shape)
             shapes.append(shape)
         return tuple(shapes)

@@ -232,9 +232,12 @@ async def test_shapes_can_be_named_or_are_the_usual_ones(device: str) -> None:
         await model(frame(1, (4, 4)))
         async with model.lease() as slot:
             assert slot.inputs.x.shape == (4, 4)
-        for shapes in ((2, 2), [(2, 2)], {"x": (2, 2)}):
+        for shapes in ((2, 2), [(2, 2)], {"x": (2, 2)}, (np.int64(2), np.int32(2))):
             async with model.lease(shapes) as slot:
                 assert slot.inputs.x.shape == (2, 2)
+        for wrong in ((True, 2), (np.bool_(True), 2), (2.0, 2), (np.float32(2), 2)):
+            with pytest.raises(aiotrt.InputError, match="shapes must be tuples of integers"):
+                model.lease(wrong)
         with pytest.raises(aiotrt.InputError, match="expected x"):
             model.lease((1, 2, 3))
 
@@ -268,7 +271,7 @@ async def test_misuse_is_told_and_harms_nothing(device: str) -> None:
             np.testing.assert_array_equal(await host(await slot.replay()), frame(4))
             buffer = slot.inputs[0]
         for use in (slot.launch, lambda: buffer.tensor, slot.consumed):
-            with pytest.raises(aiotrt.UsageError, match="this lease has ended: .*; take another with model.lease"):
+            with pytest.raises(aiotrt.UsageError, match=r"this lease has ended: .*; take another with model.lease"):
                 use()
         with pytest.raises(aiotrt.UsageError, match="entered once"):
             await lease.__aenter__()
