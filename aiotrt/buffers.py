@@ -18,7 +18,7 @@ from aiotrt.graphs import Program
 from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
 from aiotrt.submission import Request, Slot, submit_lease
-from aiotrt.tensors import DEVICE, Kind
+from aiotrt.tensors import DEVICE, Kind, number, widened
 
 __all__ = ["Buffer", "Buffers", "Hold"]
 
@@ -55,21 +55,25 @@ class Buffer:
         runs, in that stream's order. An input may be written here.
 
         Raises:
-            UsageError: the lease has ended; for an output, nothing was launched yet, or (host) it is not complete.
+            UsageError: the lease has ended; a replay without a graph is not on the device yet; for an output, nothing was
+                launched yet, or (host) it is not complete; for an input (host), what was assigned to it is not there yet.
         """
         hold = self._hold
         if hold.executor.device.is_on_stream():
             # Its turn may come after the lease has ended: what `consumed` promised keeps the slot's contents for it.
             return self._tensor
         hold.check()
-        if self._is_input:
-            hold.wrote(self._index, host=False)
-        else:
+        hold.check_submitted()
+        if not self._is_input:
             hold.check_launched()
         hold.order()
         if hold.unified:
             hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
-        return self._tensor if self._is_input else hold.handed_out(self._tensor)
+        if not self._is_input:
+            return hold.handed_out(self._tensor)
+        hold.check_arrived(self._index, self.name)
+        hold.wrote(self._index, host=False)
+        return self._tensor
 
     @property
     def host(self) -> torch.Tensor:
@@ -79,14 +83,17 @@ class Buffer:
         if the lease was taken with ``outputs="torch"`` or ``"numpy"``.
 
         Raises:
-            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host.
+            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host; on the
+                host device, what was assigned to an input is not there yet.
         """
         hold = self._hold
         hold.check()
+        hold.check_submitted()
         if not self._is_input:
             hold.check_launched()
         hold.check_settled(f"{'input' if self._is_input else 'output'} {self.name!r}")
         if self._is_input:
+            hold.check_arrived(self._index, self.name)
             hold.wrote(self._index, host=True)
             return hold.program.staged_input(self._index)
         if hold.unified:
@@ -107,16 +114,20 @@ class Buffer:
                 order of the current stream; or another lease's output buffer, copied on the device once it is produced.
 
         Raises:
-            InputError: wrong dtype, shape or device.
-            UsageError: the lease has ended; it is an output; a host value while a launch is not complete; values from the
-                host and from the device mixed in one input.
+            InputError: wrong dtype, shape or device, a number that the dtype does not hold, or no such index. Nothing was
+                written.
+            UsageError: the lease has ended; it is an output; a host value while a launch is not complete, or any value while
+                a replay without a graph is not on the device yet; values from the host and from the device mixed in one
+                input.
         """
         hold = self._hold
         hold.check()
+        hold.check_submitted()
         if not self._is_input:
             raise UsageError(f"output {self.name!r} is written by the model; only inputs can be assigned to")
         if isinstance(value, Buffer):
             value._hold.check()
+            value._hold.check_submitted()
             value._hold.check_launched()
             value._hold.order()
             if value.dtype is not self.dtype:
@@ -150,15 +161,16 @@ class Buffer:
     def _write_host(self, index: Any, value: Any) -> None:
         hold = self._hold
         hold.check_settled(f"input {self.name!r}")
-        hold.wrote(self._index, host=True)
         view = hold.program.input_views[self._index]
         assert view is not None
-        if isinstance(value, np.ndarray):
-            self._check_broadcast(view[index].shape, value.shape)
+        if not isinstance(value, np.ndarray):
+            value = self._number(value)
+        self._check_broadcast(view, index, value.shape)
+        hold.wrote(self._index, host=True)  # only now: what was refused was not written
         if hold.unified and not hold.is_current_idle():
             # Copies made on the device side stand in line there; this one must come after them.
             value = np.array(value)
-            hold.on_current(lambda: view.__setitem__(index, value))
+            hold.on_current(self._index, lambda: view.__setitem__(index, value))
         else:
             view[index] = value
 
@@ -166,7 +178,7 @@ class Buffer:
         hold = self._hold
         destination = self._tensor
         hold.order()  # what the last launch reads must not change before it has
-        self._check_broadcast(tuple(destination[index].shape), tuple(source.shape))
+        self._check_broadcast(destination, index, source.shape)
         hold.wrote(self._index, host=False)
 
         def write() -> None:
@@ -174,21 +186,34 @@ class Buffer:
                 destination[index] = source
 
         if hold.unified:
-            hold.on_current(write)
+            hold.on_current(self._index, write)
         else:
             write()  # torch submits it to the current stream
 
-    def _check_broadcast(self, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def _number(self, value: object) -> np.ndarray[Any, Any]:
         try:
-            fits = np.broadcast_shapes(place, shape) == tuple(place)  # torch's own imports sympy first: 0.3 s on the loop
+            return number(value, self.dtype)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"input {self.name!r}: expected a number that {self.dtype} holds, got {value!r}") from error
+
+    def _check_broadcast(self, whole: Any, index: Any, shape: Sequence[int]) -> None:
+        try:
+            place = tuple(whole[index].shape)
+        except (IndexError, TypeError, ValueError) as error:
+            raise InputError(f"input {self.name!r} of shape {self.shape} has no {index!r}: {error}") from error
+        try:
+            fits = np.broadcast_shapes(place, shape) == place  # torch's own imports sympy first: 0.3 s on the loop
         except ValueError:
             fits = False
         if not fits:
-            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {shape}")
+            raise InputError(f"input {self.name!r}: expected a value of shape {place}, got {tuple(shape)}")
 
 
-class Buffers(Sequence[Buffer]):
-    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes."""
+class Buffers:
+    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes.
+
+    Like a tuple, but it has none of a tuple's methods: an input may be called ``count`` or ``index``.
+    """
 
     def __init__(self, what: str, buffers: Sequence[Buffer]) -> None:
         self._what = what
@@ -202,18 +227,25 @@ class Buffers(Sequence[Buffer]):
         return iter(self._buffers)
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return self._buffers[key]
+        """One by its name or position; a slice gives a tuple.
+
+        Raises:
+            KeyError: there is none of this name.
+            IndexError: there is none at this position.
+        """
         try:
-            return self._by_name[key]
-        except KeyError:
-            raise KeyError(f"there is no {self._what} {key!r}; there are {', '.join(self._by_name)}") from None
+            return self._by_name[key] if isinstance(key, str) else self._buffers[key]
+        except LookupError as error:
+            raise type(error)(self._lacks(key)) from None
 
     def __getattr__(self, name: str) -> Buffer:
-        try:
-            return self.__dict__["_by_name"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"there is no {self.__dict__['_what']} {name!r}") from None
+        by_name: dict[str, Buffer] = self.__dict__["_by_name"]
+        if name not in by_name:
+            raise AttributeError(self._lacks(name))
+        return by_name[name]
+
+    def _lacks(self, key: object) -> str:
+        return f"there is no {self._what} {key!r}; the {self._what}s are {', '.join(self._by_name)}"
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_"):
@@ -268,6 +300,7 @@ class Hold:
         self._spares: list[Event] = []  # complete, and nobody else has them
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._marks: dict[int, Event] = {}  # likewise, of what writes each input
         self._state = GraphState()
         self._left = False
 
@@ -289,11 +322,18 @@ class Hold:
         if asyncio._get_running_loop() is not executor.loop:
             check_loop(executor.loop, "a lease")
         if self._left:
-            raise UsageError("this lease has ended: its buffers belong to somebody else now")
+            raise UsageError("this lease has ended: its buffers are somebody else's now; take another with model.lease()")
         if executor.broken is not None:
             raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
         if self._request.is_revoked or self.slot.request is not self._request:
             raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
+
+    def check_submitted(self) -> None:
+        """Raise while a worker thread submits the last launch: the slot is that thread's, and nothing is in order yet."""
+        if self.executor.machine.states[self.slot.index] is State.PREPARING:
+            raise UsageError(
+                "the last launch is not complete: without a graph, a worker submits it; await it or take another lease"
+            )
 
     def check_launched(self) -> None:
         """Raise unless something was launched."""
@@ -325,16 +365,25 @@ class Hold:
 
     # The current stream of the host device, where copies between buffers are ordered...
 
-    def on_current(self, function: Callable[[], None]) -> None:
-        """Put work on the current stream, and remember that it is there."""
+    def on_current(self, index: int, function: Callable[[], None]) -> None:
+        """Put what writes an input on the current stream, and remember that it is there."""
         stream = self.executor.device.current_stream()
         stream.run(function)
-        self._current_mark = self.executor.device.event()
+        self._current_mark = self._marks[index] = self.executor.device.event()
         stream.record(self._current_mark)
 
     def is_current_idle(self) -> bool:
         """Whether that work is done."""
         return self._current_mark is None or self._is_complete(self._current_mark)
+
+    def check_arrived(self, index: int, name: str) -> None:
+        """Raise while such work is to write an input: it would overwrite what plain Python writes now."""
+        mark = self._marks.get(index)
+        if mark is not None and not self._is_complete(mark):
+            raise UsageError(
+                f"input {name!r}: what was assigned to it waits for a launch and would overwrite this: "
+                "assign this too, with buffer[...] = value, or await that launch"
+            )
 
     # Launching...
 
@@ -373,6 +422,7 @@ class Hold:
         """Launch in a worker thread, for a program whose launch occupies its thread."""
         executor, slot = self.executor, self.slot
         self._check_written()
+        self.check_submitted()
         if executor.machine.states[slot.index] is State.IN_FLIGHT:
             raise UsageError("the last launch is not complete: await it before the next")
         try:
@@ -380,7 +430,7 @@ class Hold:
             current = executor.device.current_stream()
         except Exception as error:
             raise executor.failed(error, "while it was launched") from error
-        orders = self._take_orders()  # here, on the loop's thread, which goes on writing and naming meanwhile
+        orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
 
         def submit() -> None:
             executor.device.prepare_thread()
@@ -474,7 +524,7 @@ class Hold:
         if self.kind is DEVICE:
             return names.pack([self.handed_out(output) for output in outputs])
         if self.kind is Kind.NUMPY:
-            return names.pack([self.program.output_view(i) for i in range(len(outputs))])
+            return names.pack([widened(self.program.output_view(i), output.dtype) for i, output in enumerate(outputs)])
         if self.unified:
             return names.pack(list(outputs))
         return names.pack(list(self.program.staged_outputs))

@@ -26,7 +26,8 @@ class Lease:
     """One slot, held from entering to leaving the block.
 
     Made by `Model.lease`. Entering waits for a free slot and, for new shapes, for its graph; cancelling that gives up the
-    place in line. Leaving is immediate: whatever is still on the device goes on, and the slot is free after it.
+    place in line, and the lease can be entered later. Leaving is immediate: whatever is still on the device goes on, and the
+    slot is free after it.
     """
 
     def __init__(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
@@ -34,17 +35,20 @@ class Lease:
         self._specs = specs
         self._shapes = shapes
         self._kind = kind
+        self._is_entered = False  # or about to be: whoever came meanwhile would be granted a slot too
         self._hold: Hold | None = None
         self._inputs: Buffers | None = None
         self._outputs: Buffers | None = None
 
     async def __aenter__(self) -> Self:
-        if self._hold is not None:
+        if self._is_entered:
             raise UsageError("a lease can be entered once; ask the model for another one")
         request = self._executor.lease(self._specs, self._shapes, self._kind)
+        self._is_entered = True
         try:
             await request.future
         except BaseException:
+            self._is_entered = False
             # Also where the slot was granted in the same turn of the loop as the cancellation: without this it would
             # belong to nobody for ever.
             self._executor.abandon(request)
@@ -63,6 +67,7 @@ class Lease:
             hold.open()
         except Exception as error:
             # Nobody calls __aexit__ when __aenter__ raises: without this the slot would stay claimed for ever.
+            self._is_entered = False
             self._hold = request.record_readers = None
             self._executor.abandon(request)
             raise self._executor.failed(error, "while a lease was entered") from error
@@ -93,22 +98,25 @@ class Lease:
         without a graph is launched op by op, on this thread: prefer `replay` then, which uses a worker.
 
         Raises:
-            UsageError: the lease has ended, or an input was never written.
+            UsageError: the lease has ended, an input was never written, or a replay without a graph is under way.
             ModelBrokenError, ModelClosedError: the model is; the lease has ended with it.
             EngineError: without a graph, the model raised.
             DeviceError: the device broke.
         """
-        return self._held().launch(None)
+        hold = self._held()
+        hold.check_submitted()
+        return hold.launch(None)
 
     async def replay(self) -> Any:
         """Launch, and wait for the results.
 
         Returns:
             The outputs as views of the slot's buffers, valid until the next launch or the end of the lease. One comes bare,
-            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them.
+            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them. bfloat16,
+            float8 and complex32, which numpy lacks, are copied here and now, to arrays of float32 or complex64.
 
-        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does; after an
-        EngineError the lease is usable.
+        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
+        a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
         """
         hold = self._held()
         executor = hold.executor

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import anyio
+import numpy as np
 import torch
 
 from aiotrt.batching import Batching
@@ -255,7 +256,7 @@ class Model:
         Returns:
             The results, when they are complete, one bare, several as a named tuple. They belong to the caller, for ever.
             Of the kind that went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless
-            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32.
+            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32, complex32 as complex64.
 
         Raises:
             InputError: an input does not fit. Nothing was submitted.
@@ -693,7 +694,7 @@ def _is_shape(value: object) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
-        and all(isinstance(extent, int) and not isinstance(extent, bool) for extent in value)
+        and all(isinstance(extent, (int, np.integer)) and not isinstance(extent, bool) for extent in value)
     )
 
 

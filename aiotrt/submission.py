@@ -384,4 +384,7 @@ def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) ->
 
 
 def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if torch.is_inference_mode_enabled():  # some other task's, maybe: see `tensors.own`
+        with torch.inference_mode(False):
+            return _empty(device, outputs)
     return [device.empty(output.shape, output.dtype) for output in outputs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import operator
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ __all__ = [
     "arrange",
     "examples",
     "flatten",
+    "number",
     "numpy_view",
     "own",
+    "widened",
 ]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -231,7 +234,7 @@ class InputSpecs:
         shapes = []
         for spec, value in zip(specs, values, strict=True):
             assert isinstance(value, Sequence)
-            shape = tuple(value)
+            shape = tuple(map(operator.index, value))  # numpy's integers too
             self._check_shape(spec, shape)
             shapes.append(shape)
         return tuple(shapes)
@@ -249,14 +252,14 @@ class InputSpecs:
 
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
         """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
-        names = [*(self._name(i) for i in range(len(values))), *named]
+        names = [*(self._name(i, len(values)) for i in range(len(values))), *named]
         known = self.parameters
         if not names:
             raise InputError("the model takes at least one input, got none")
         for name in names:
             if name in named and name not in known.names and not known.any_name:
                 listing = ", ".join(known.names)
-                raise InputError(f"there is no input {name!r}; the inputs are {listing or 'by position only'}")
+                _refuse_name(name, listing or "by position only")
             if names.count(name) > 1:
                 raise InputError(f"input {name!r} was given twice, by position and by name")
         for name in known.required:
@@ -271,14 +274,14 @@ class InputSpecs:
         given = specs[: len(values)]
         return (*given, *sorted(specs[len(values) :], key=lambda spec: (rank.get(spec.name, len(rank)), spec.name)))
 
-    def _name(self, i: int) -> str:
+    def _name(self, i: int, count: int) -> str:
         known = self.parameters.positional
         if i < len(known):
             return known[i]
         if self.parameters.any_position:
             return f"input_{i}"
-        plural = "s" * (len(known) != 1)
-        raise InputError(f"the model takes {len(known)} input{plural} ({', '.join(known)}), got more")
+        listing = f" ({', '.join(known)})" if known else ""
+        raise InputError(f"the model takes {len(known)} input{'s' * (len(known) != 1)}{listing} by position, got {count}")
 
     def _place(self, specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
         if len(values) > len(specs):
@@ -289,7 +292,7 @@ class InputSpecs:
         for name, value in named.items():
             i = index.get(name)
             if i is None:
-                raise InputError(f"there is no input {name!r}; the inputs are {', '.join(index)}")
+                _refuse_name(name, ", ".join(index))
             if placed[i] is not missing:
                 raise InputError(f"input {name!r} was given twice, by position and by name")
             placed[i] = value
@@ -400,20 +403,39 @@ def numpy_view(tensor: torch.Tensor) -> Array:
     return view
 
 
+def number(value: object, dtype: torch.dtype) -> Array:
+    """A number as an array of no dimensions, viewed as `numpy_view` does.
+
+    Raises:
+        OverflowError, RuntimeError, TypeError, ValueError: the dtype does not hold it.
+    """
+    numpy_dtype = _NUMPY_DTYPES.get(dtype)
+    return numpy_view(torch.tensor(value, dtype=dtype)) if numpy_dtype is None else np.array(value, numpy_dtype)
+
+
+def widened(view: Array, dtype: torch.dtype) -> Array:
+    """What numpy gets for a `numpy_view`: itself, or where numpy lacks the dtype a copy in one that holds all its values."""
+    if dtype in _NUMPY_DTYPES:
+        return view
+    wide: Array = torch.from_numpy(view).view(dtype).to(torch.complex64 if dtype.is_complex else torch.float32).numpy()
+    return wide
+
+
 def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
     """A copy of staged results that belongs to the caller.
 
     Args:
         view: `numpy_view` of the staging buffer.
         dtype: the tensor's dtype.
-        kind: NUMPY or TORCH. numpy has no bfloat16 or float8: those become float32, which holds each of their values.
+        kind: NUMPY or TORCH. numpy has no bfloat16, float8 or complex32: see `widened`.
     """
+    if kind is not NUMPY and torch.is_inference_mode_enabled():
+        # The mode is the thread's, and so that of whichever task awaits inside one: nobody could write to the result.
+        with torch.inference_mode(False):
+            return own(view, dtype, kind)
     copy = view.copy()
-    if kind is Kind.NUMPY:
-        if dtype in _NUMPY_DTYPES:
-            return copy
-        widened: Array = torch.from_numpy(copy).view(dtype).float().numpy()
-        return widened
+    if kind is NUMPY:
+        return widened(copy, dtype)
     tensor = torch.from_numpy(copy)
     return tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype)
 
@@ -513,9 +535,10 @@ def _as_tensor(name: str, value: object) -> torch.Tensor:
                 f"input {name!r}: {type(value).__name__} could not be read through __cuda_array_interface__: {error}"
             ) from error
     else:
+        hint = "pass named inputs as model(**inputs)" if isinstance(value, Mapping) else "convert it with np.asarray(...)"
         raise InputError(
             f"input {name!r}: expected a numpy array, a torch tensor, or an object with DLPack or "
-            f"__cuda_array_interface__, got {type(value).__name__}"
+            f"__cuda_array_interface__, got {type(value).__name__}; {hint}"
         )
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -533,6 +556,13 @@ def _strided(source: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _refuse(spec: TensorSpec, got: str, hint: str = "") -> NoReturn:
     raise InputError(f"input {spec.name!r}: expected {spec}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def _refuse_name(name: str, listing: str) -> NoReturn:
+    hint = ""
+    if name in {"deadline", "priority"}:
+        hint = "; deadline= and priority= need load(..., batching=aiotrt.Batching(stack=False)), or Batching() to stack them"
+    raise InputError(f"there is no input {name!r}; the inputs are {listing}{hint}")
 
 
 def _conversion(value: object, dtype: torch.dtype) -> str:

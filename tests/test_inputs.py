@@ -197,7 +197,7 @@ async def test_the_first_inputs_are_counted_and_named(device: str) -> None:
     a, b = frame(2), frame(3)
     async with aiotrt.load(TwoOutputs(), device=device) as model:
         await refused(model, says=("at least one input", "got none"))
-        await refused(model, a, b, a, says=("takes 2 inputs (x, y)", "got more"))
+        await refused(model, a, b, a, says=("takes 2 inputs (x, y) by position, got 3",))
         await refused(model, a, x=b, says=("input 'x'", "twice, by position and by name"))
         await refused(model, a, z=b, says=("no input 'z'", "x, y"))
         assert model.inputs is None
@@ -211,6 +211,21 @@ async def test_a_missing_first_input_is_refused_and_fixes_nothing(device: str) -
         await refused(model, a, says=("missing input 'y'",))
         await refused(model, y=a, says=("missing input 'x'",))
         np.testing.assert_array_equal((await model(a, b)).total, a + b)
+
+
+@pytest.mark.asyncio
+async def test_a_refusal_says_what_to_do_next(device: str) -> None:
+    async with aiotrt.load(lambda: torch.zeros(1), device=device) as model:
+        await refused(model, GOOD, GOOD, says=("the model takes 0 inputs by position, got 2",))
+    async with aiotrt.load(Affine(), device=device) as model:
+        for _ in ("the first call", "a later one"):
+            for option in ("deadline", "priority"):
+                says = f"there is no input '{option}'; the inputs are x; deadline= and priority= need load(..., batching="
+                await refused(model, GOOD, **{option: 1}, says=(says,))
+            await works(model)
+        for odd in ([1.0], 1.0, np.float32(1), "x"):
+            await refused(model, odd, says=(f"got {type(odd).__name__}; convert it with np.asarray(...)",))
+        await refused(model, {"x": GOOD}, says=("got dict; pass named inputs as model(**inputs)",))
 
 
 @pytest.mark.asyncio

@@ -371,6 +371,19 @@ def test_after_a_cancelled_replay_the_outputs_are_read_in_order(group: int, grap
     under_schedules(group, program)
 
 
+def test_results_on_the_device_can_be_written_whoever_infers_meanwhile() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            inputs = [device.tensor(frame(value)) for value in range(3)]
+            with torch.inference_mode():  # the mode is the thread's, and so that of all tasks while this one waits
+                results = await asyncio.gather(*map(model, inputs))
+            for value, result in enumerate(results):
+                assert not result.is_inference()
+                assert right(device.read(result), value)
+
+    under_schedules(0, program)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_outputs_from_before_a_cancelled_replay_are_read_in_order_after_it(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

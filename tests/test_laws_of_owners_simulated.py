@@ -165,6 +165,27 @@ def test_a_slot_granted_to_somebody_who_is_gone_goes_to_the_next(group: int, fir
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_lease_is_entered_by_one_and_by_another_when_that_one_gives_up(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, warmup=frame(0)) as model:
+            lease = model.lease(outputs="numpy")
+            async with model.lease(), model.lease():
+                for _ in range(2):
+                    first = asyncio.ensure_future(lease.__aenter__())
+                    await turns()
+                    with pytest.raises(aiotrt.UsageError, match="entered once; ask the model for another one"):
+                        await lease.__aenter__()
+                    first.cancel()
+                    await asyncio.wait([first])
+            async with lease as slot:
+                slot.inputs[0][...] = frame(3)
+                assert right(await slot.replay(), 3)
+            await settle(model, 2)
+
+    under_schedules(group, program)
+
+
 def test_who_left_the_line_does_not_stand_in_it() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:
@@ -266,6 +287,65 @@ def test_a_lease_is_used_by_its_holder_only_and_in_order(group: int) -> None:
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("index", [7, "a", (0, 0, 0), slice(None, None, -1)])
+def test_an_assignment_that_is_refused_wrote_nothing(index: object) -> None:
+    """A caller who was refused, and replayed all the same, was given what the one before had written."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=np.zeros(SHAPE, np.uint8)) as model:
+            await model(np.full(SHAPE, 42, np.uint8))
+            async with model.lease(outputs="numpy") as slot:
+                x = slot.inputs[0]
+
+                def write(index: Any, value: object) -> Callable[[], object]:
+                    return lambda: x.__setitem__(index, value)
+
+                wrong = np.zeros((5, 5), np.uint8)
+                refused(aiotrt.InputError, "expected a value of shape", write(..., wrong), write(..., device.tensor(wrong)))
+                for value in (300, -1, float("nan"), 1j, np.str_("a")):
+                    refused(aiotrt.InputError, r"expected a number that torch\.uint8 holds, got ", write(..., value))
+                some = device.tensor(np.zeros(3, np.uint8))
+                refused(aiotrt.InputError, r"input 'x' of shape \(2, 3\) has no ", write(index, some))
+                if not isinstance(index, slice):  # numpy has those
+                    refused(aiotrt.InputError, r"input 'x' of shape \(2, 3\) has no ", write(index, 1))
+                refused(aiotrt.UsageError, "never written", slot.launch)
+                x[0], x[1, 0], x[1, 1:] = 1, True, np.float32(1)
+                assert right(await slot.replay(), 1)
+
+    under_schedules(0, program)
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex32], ids=str)
+def test_a_lease_takes_and_gives_numbers_in_dtypes_that_numpy_lacks(dtype: torch.dtype, graphs: bool) -> None:
+    """A number was written as the integer that numpy sees in such a buffer's place, and results came as such integers."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        first = torch.zeros(SHAPE, dtype=dtype)
+        part = 0.25j if dtype.is_complex else 0.25
+        async with aiotrt.load(same, device=device, slots=1, warmup=first, graphs=graphs) as model:
+            async with model.lease(outputs="numpy") as slot:
+                x = slot.inputs[0]
+                x[...] = 1.5
+                x[0], x[1, 0] = np.float32(2), 2 + part
+                word = np.str_("a")
+                refused(aiotrt.InputError, f"expected a number that {dtype} holds, got ", lambda: x.__setitem__(..., word))
+                result = await slot.replay()
+                assert result.dtype == (np.complex64 if dtype.is_complex else np.float32)
+                np.testing.assert_array_equal(result, [[2, 2, 2], [2 + part, 1.5, 1.5]])
+                assert slot.outputs[0].host.dtype is dtype
+                x[...] = torch.full(SHAPE, 3, dtype=dtype)
+                np.testing.assert_array_equal(await slot.replay(), np.full(SHAPE, 3))
+                np.testing.assert_array_equal(result, [[2, 2, 2], [2 + part, 1.5, 1.5]])
+
+    under_schedules(0, program)
+
+
 def test_a_lease_that_launched_nothing_has_nothing_to_copy_from() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=2, warmup=frame(0)) as model, model.lease() as first, model.lease() as second:
@@ -294,6 +374,55 @@ def test_without_a_graph_a_lease_is_used_in_order_too(group: int) -> None:
                     await slot.replay()
                 assert right(await first, 2)
             assert right(await model(frame(1)), 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("group", GROUPS)
+def test_while_a_worker_thread_submits_a_lease_nobody_else_touches_the_slot(group: int, before: int) -> None:
+    """A write was accepted and mixed with what was replayed, and a second replay was a move that the slots do not have."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with (
+            load(device, slots=1, warmup=frame(0), graphs=False) as model,
+            load(device, slots=1, warmup=frame(0)) as next_model,
+            model.lease(outputs="numpy") as slot,
+            next_model.lease() as other,
+        ):
+            x, output = slot.inputs[0], slot.outputs[0]
+            for value in range(before):
+                x[...] = frame(value)
+                assert right(await slot.replay(), value)
+            x[...] = frame(3)
+            replay = asyncio.ensure_future(slot.replay())
+            await until(lambda: count(model, State.PREPARING) == 1)
+            refused(
+                aiotrt.UsageError,
+                "the last launch is not complete",
+                slot.launch,
+                lambda: x.tensor,
+                lambda: x.host,
+                lambda: x.__setitem__(..., 9.0),
+                lambda: x.__setitem__(..., frame(9)),
+                lambda: x.__setitem__(..., device.tensor(frame(9))),
+                lambda: output.tensor,
+                lambda: output.host,
+                lambda: other.inputs[0].__setitem__(..., output),
+            )
+            with pytest.raises(aiotrt.UsageError, match="the last launch is not complete"):
+                await slot.replay()
+            if choose.random() < 0.5:
+                replay.cancel()
+                await asyncio.wait([replay])
+                await until(lambda: count(model, State.PREPARING) == 0)
+                while count(model, State.READABLE) == 0:
+                    await asyncio.sleep(1e-5)
+                assert right(output.host, 3)
+            else:
+                assert right(await replay, 3)
+            x[...] = frame(4)
+            assert right(await slot.replay(), 4)
 
     under_schedules(group, program)
 

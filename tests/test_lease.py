@@ -40,12 +40,33 @@ async def test_inputs_and_outputs_go_by_position_name_and_attribute(device: str)
         slot.inputs[1][1, :] = torch.full((3,), 5.0)
         result = await slot.replay()
         np.testing.assert_array_equal(await host(result.total), [[7, 7, 7], [8, 8, 8]])
-        with pytest.raises(KeyError, match="there is no input 'z'; there are x, y"):
+        with pytest.raises(KeyError, match="there is no input 'z'; the inputs are x, y"):
             slot.inputs["z"]
-        with pytest.raises(AttributeError, match="there is no output 'z'"):
+        with pytest.raises(IndexError, match="there is no input 2; the inputs are x, y"):
+            slot.inputs[2]
+        with pytest.raises(AttributeError, match="there is no output 'z'; the outputs are total, product"):
             _ = slot.outputs.z
         with pytest.raises(AttributeError, match=r"write to a buffer with inputs\.x\[\.\.\.\] = value"):
             slot.inputs.x = frame(1)
+
+
+def swapped(count: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"count": index + 1, "index": count + 2}
+
+
+async def test_buffers_are_a_sequence_and_their_names_are_all_their_attributes(device: str) -> None:
+    """An input whose name is that of a sequence's method could not be written as an attribute."""
+    async with aiotrt.load(swapped, device=device, warmup=[(frame(0), frame(0))]) as model, model.lease() as slot:
+        slot.inputs.count[...] = 1
+        slot.inputs.index[...] = 2
+        result = await slot.replay()
+        np.testing.assert_array_equal(await host(result.index), frame(3))
+        assert slot.outputs.count is slot.outputs[0]
+        first, second = slot.inputs
+        assert (len(slot.inputs), slot.inputs[-1], slot.inputs[:1]) == (2, second, (first,))
+        assert second in slot.inputs
+        assert slot.outputs[0] not in slot.inputs
+        assert [*reversed(slot.inputs)] == [second, first]
 
 
 async def test_an_input_that_was_not_written_again_keeps_its_value(device: str) -> None:
@@ -178,6 +199,32 @@ async def test_host_and_device_writes_keep_their_order(device: str) -> None:
                 np.testing.assert_array_equal(await host((await b.replay()).total), frame(8))
 
 
+@pytest.mark.parametrize("how", ["assigned", "tensor", "host"])
+async def test_what_is_written_last_is_what_is_replayed_on_the_host_device(how: str) -> None:
+    async with (
+        aiotrt.load(Affine(), device="host", slots=1, warmup=frame(0)) as first,
+        aiotrt.load(TwoOutputs(), device="host", slots=1, warmup=[(frame(0), frame(0))]) as second,
+        first.lease() as a,
+        second.lease() as b,
+    ):
+        with held(first) as latch:
+            a.inputs[0][...] = 1.0
+            a.launch()
+            b.inputs.x[...] = a.outputs[0]  # waits for that launch
+            b.inputs.y.host.fill_(2)  # and this for nothing
+            if how == "assigned":
+                b.inputs.x[...] = 5.0
+            else:
+                with pytest.raises(aiotrt.UsageError, match=r"input 'x': what was assigned .* assign this too"):
+                    getattr(b.inputs.x, how)
+            latch.open()
+        await a.replay()
+        if how != "assigned":
+            await until(lambda: b._hold is not None and b._hold.is_current_idle())
+            getattr(b.inputs.x, how).fill_(5)
+        np.testing.assert_array_equal((await b.replay()).total, frame(7))
+
+
 async def test_shapes_can_be_named_or_are_the_usual_ones(device: str) -> None:
     async with aiotrt.load(Affine(), device=device) as model:
         with pytest.raises(aiotrt.InputError, match="shapes are not known yet"):
@@ -185,9 +232,12 @@ async def test_shapes_can_be_named_or_are_the_usual_ones(device: str) -> None:
         await model(frame(1, (4, 4)))
         async with model.lease() as slot:
             assert slot.inputs.x.shape == (4, 4)
-        for shapes in ((2, 2), [(2, 2)], {"x": (2, 2)}):
+        for shapes in ((2, 2), [(2, 2)], {"x": (2, 2)}, (np.int64(2), np.int32(2))):
             async with model.lease(shapes) as slot:
                 assert slot.inputs.x.shape == (2, 2)
+        for wrong in ((True, 2), (np.bool_(True), 2), (2.0, 2), (np.float32(2), 2)):
+            with pytest.raises(aiotrt.InputError, match="shapes must be tuples of integers"):
+                model.lease(wrong)
         with pytest.raises(aiotrt.InputError, match="expected x"):
             model.lease((1, 2, 3))
 
@@ -221,7 +271,7 @@ async def test_misuse_is_told_and_harms_nothing(device: str) -> None:
             np.testing.assert_array_equal(await host(await slot.replay()), frame(4))
             buffer = slot.inputs[0]
         for use in (slot.launch, lambda: buffer.tensor, slot.consumed):
-            with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
+            with pytest.raises(aiotrt.UsageError, match=r"this lease has ended: .*; take another with model.lease"):
                 use()
         with pytest.raises(aiotrt.UsageError, match="entered once"):
             await lease.__aenter__()
@@ -290,6 +340,21 @@ async def test_cancelling_the_wait_for_a_lease_gives_the_place_up(device: str) -
                 await waiting
             assert model.statistics().waiting == 0
         assert (await model(frame(2)))[0, 0] == 7
+
+
+async def test_a_lease_that_two_wait_to_enter_is_one_lease(device: str) -> None:
+    """Both were granted a slot, and the first one's stayed claimed for ever."""
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        lease = model.lease()
+        async with model.lease(), model.lease():
+            first, second = (asyncio.ensure_future(lease.__aenter__()) for _ in range(2))
+            await turns()
+            with pytest.raises(aiotrt.UsageError, match="entered once; ask the model for another one"):
+                second.result()
+        await first
+        assert count(model, State.CLAIMED) == 1
+        await lease.__aexit__(None, None, None)
+        await until(lambda: count(model, State.FREE) == 2)
 
 
 async def test_granted_and_cancelled_in_the_same_turn_loses_no_slot(device: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import aiotrt
-from tests.tools import Affine, TwoOutputs, frame
+from tests.tools import Affine, TwoOutputs, frame, held, turns
 
 
 def place(device: str) -> torch.device:
@@ -53,6 +53,26 @@ async def test_results_are_of_the_kind_that_went_in(device: str) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("outputs", ["torch", "device"])
+async def test_another_tasks_inference_mode_is_not_that_of_the_results(
+    device: str, outputs: Literal["torch", "device"]
+) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, outputs=outputs, warmup=frame(0)) as model:
+        with held(model) as latch:
+            call = asyncio.ensure_future(model(frame(1)))
+            await turns()
+            with torch.inference_mode():  # of this task, which waits inside: the mode is the thread's
+                also = asyncio.ensure_future(model(frame(2)))
+                await turns()
+                latch.open()
+                await call
+                results = [call.result(), await also, await model(frame(3))]
+        for value, result in enumerate(results, start=1):
+            result += 1
+            np.testing.assert_array_equal(as_array(result), frame(3 * value + 2))
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("outputs", ["numpy", "torch", "device"])
 async def test_outputs_overrides_the_kind(device: str, outputs: Literal["numpy", "torch", "device"]) -> None:
     x = frame(2)
@@ -91,6 +111,20 @@ async def test_bfloat16_comes_to_numpy_as_float32(device: str) -> None:
         tensor = await model(torch.from_numpy(x))
         assert tensor.dtype is torch.bfloat16
         assert torch.equal(tensor, expected)
+
+
+def to_complex32(x: torch.Tensor) -> torch.Tensor:
+    return torch.complex(x, 2 * x).to(torch.complex32)
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+async def test_complex32_comes_to_numpy_as_complex64(device: str) -> None:
+    x = frame(3)
+    async with aiotrt.load(to_complex32, device=device) as model:
+        result = await model(x)
+        assert result.dtype == np.complex64
+        np.testing.assert_array_equal(result, x + 2j * x)
 
 
 @pytest.mark.asyncio
