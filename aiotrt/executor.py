@@ -112,6 +112,7 @@ class Executor:
         self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
         self.broken: DeviceError | None = None
         self.closing = False
+        self.is_discarded = False
         self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
@@ -360,6 +361,8 @@ class Executor:
 
     def reclaim(self, slot: Slot) -> None:
         """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
+        if self.is_discarded:
+            return  # the model went with the lease, and what may still be in use is kept
         state = self.machine.states[slot.index]
         if state in (IN_FLIGHT, State.PREPARING):
             slot.is_forgotten = True
@@ -586,6 +589,7 @@ class Executor:
 
     def discard(self) -> None:
         """The model was garbage collected without having been closed. On any thread, so it only lets go."""
+        self.closing = self.is_discarded = True
         self._stop_listening()
         self._workers.shutdown(wait=False)
         if not self._is_idle():

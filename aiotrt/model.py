@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import anyio
 import torch
@@ -311,7 +311,7 @@ class Model:
             )
         kind = _kind(outputs) or Kind.DEVICE
         shapes = self._lease_shapes(executor, shapes)
-        return Lease(executor, executor.specs.known(), shapes, kind)
+        return Lease(executor, executor.specs.known(), shapes, kind, self)
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
@@ -465,6 +465,10 @@ class Model:
         counts = ", ".join(f"{n} {state.value}" for state in State if (n := executor.machine.count(state)))
         waiting = executor.machine.waiting if self._gatherer is None else self._gatherer.waiting
         return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {waiting} waiting>"
+
+    def __reduce__(self) -> NoReturn:
+        # Of two models with one executor, the first that is garbage would take it from the other.
+        raise TypeError(f"{self!r} cannot be copied or pickled: share it, or load the engine again")
 
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)

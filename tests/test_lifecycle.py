@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -232,6 +235,16 @@ async def test_a_model_that_was_never_closed_warns(device: str) -> None:
         del model
         gc.collect()
     await turns()
+
+
+@asyncio_test
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+async def test_a_model_is_not_copied(device: str, duplicate: Callable[[object], object]) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        with pytest.raises(TypeError, match=r"Model Affine .* cannot be copied or pickled: share it, or load"):
+            duplicate(model)
+        gc.collect()
+        assert (await model(frame(1)))[0, 0] == 4
 
 
 def test_a_loop_that_is_closed_under_pending_work(device: str) -> None:
