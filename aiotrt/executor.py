@@ -523,21 +523,19 @@ class Executor:
         else:
             self.move(slot, Move.RELEASE)
 
-    async def idle(self) -> None:
-        """Return when nobody waits and every slot is free (or broken)."""
-        if self._is_idle():
-            return
-        if self._idle is None:
-            self._idle = self.loop.create_future()
-        # Shielded: one closer's cancellation must not take the wake-up from another.
-        await asyncio.shield(self._idle)
+    def idle(self) -> asyncio.Future[None]:
+        """Done when nobody waits and every slot is free (or broken)."""
+        idle = self._idle = self.loop.create_future()
+        self._check_idle()
+        return idle
 
-    async def consumed(self) -> None:
-        """Return when the last consumers of all slots are done, or the device counts as hung; then it is broken."""
+    def consumed(self) -> asyncio.Future[None]:
+        """Done when the last consumers of all slots are, or the device counts as hung; then it is broken."""
+        passed: asyncio.Future[None] = self.loop.create_future()
         gates = [gate for slot in self.slots for gate in slot.gates]
         if self.broken is not None or not gates:
-            return
-        passed: asyncio.Future[None] = self.loop.create_future()
+            passed.set_result(None)
+            return passed
 
         def done(error: BaseException | None) -> None:
             if isinstance(error, DeviceError):
@@ -546,7 +544,7 @@ class Executor:
                 passed.set_result(None)
 
         self.when_passed(gates, done)
-        await passed
+        return passed
 
     def when_passed(self, gates: Sequence[Event], then: Callable[[BaseException | None], None]) -> None:
         """Call `then` once all consumers are done, or with the error that the device answered."""

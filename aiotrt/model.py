@@ -30,6 +30,7 @@ from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
 from aiotrt.stacking import check_extents
+from aiotrt.submission import Request
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
@@ -221,8 +222,8 @@ class Model:
         self._opening: asyncio.Task[None] | None = None
         self._awaiting = 0
         self._is_closed = False
+        self._closing: asyncio.Task[None] | None = None
         self._freeing: asyncio.Future[None] | None = None
-        self._close_lock = anyio.Lock()
         self._warmup_lock = anyio.Lock()
 
     def __await__(self) -> Generator[Any, None, Model]:
@@ -435,25 +436,7 @@ class Model:
             self._is_closed = True
             return
         check_loop(executor.loop, executor.recipe.engine.name)
-        if self._freeing is None:
-            executor.refuse()
-            if self._gatherer is not None:
-                self._gatherer.flush()
-            if not drain:
-                executor.drop()
-        async with self._close_lock:
-            if self._executor is None:
-                return  # another closer was first
-            if self._freeing is None:
-                await executor.idle()
-                await executor.consumed()
-                self._is_closed = True
-                executor.detach()
-                if self._gatherer is not None:
-                    self._gatherer.close()
-                self._freeing = _start_thread(executor.free)
-            await asyncio.shield(self._freeing)  # a closer that is cancelled must not take it from the others
-            self._executor = self._gatherer = None
+        await asyncio.shield(self._begin_closing(executor, drain))
 
     def __repr__(self) -> str:
         executor = self._executor
@@ -474,9 +457,13 @@ class Model:
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
             executor.discard()
-            warnings.warn(
-                f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, stacklevel=1, source=self
-            )
+            if self._closing is None:  # else the loop was closed under it
+                warnings.warn(
+                    f"{self!r} was never closed: use 'async with', or await aclose()",
+                    ResourceWarning,
+                    stacklevel=1,
+                    source=self,
+                )
 
     # Opening...
 
@@ -525,8 +512,7 @@ class Model:
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self.aclose(drain=False)
+            await _outlast(self._begin_closing(self._executor, drain=False), self._executor)
             raise
 
     def _make_executor(self, device: Device, engine: Engine) -> Executor:
@@ -567,8 +553,9 @@ class Model:
     async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, batch: int | None = None) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
-            requests = [executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots]
+            requests: list[Request] = []
             try:
+                requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
                 for request in requests:
                     await request.future
                     if batch is not None:
@@ -582,6 +569,34 @@ class Model:
                     executor.abandon(request)
                     if request.future.done() and not request.future.cancelled():
                         request.future.exception()  # seen: the first one's is raised
+
+    # Closing...
+
+    def _begin_closing(self, executor: Executor, drain: bool) -> asyncio.Task[None]:
+        """Refuse, or `drop`, callers from now on. Returns the closing, which goes on whoever waits for it."""
+        if not self._is_closed:
+            executor.refuse()
+            if self._gatherer is not None:
+                self._gatherer.flush()
+            if not drain:
+                executor.drop()
+        if self._closing is None or self._closing.done():  # the first, or the last one failed
+            self._closing = asyncio.ensure_future(self._close(executor))
+            self._closing._log_destroy_pending = False  # type: ignore[attr-defined]  # by a loop that is closed under it
+        return self._closing
+
+    async def _close(self, executor: Executor) -> None:
+        if not self._is_closed:
+            await _outlast(executor.idle(), executor)
+            await _outlast(executor.consumed(), executor)
+            self._is_closed = True
+            executor.detach()
+            if self._gatherer is not None:
+                self._gatherer.close()
+        if self._freeing is None:
+            self._freeing = _start_thread(executor.free)
+        await _outlast(self._freeing, executor)
+        self._executor = self._gatherer = None
 
     # Helpers...
 
@@ -667,6 +682,16 @@ class _Loading:
             self._is_abandoned = True
             if self._engine is not None:
                 self._engine.close()
+
+
+async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
+    """Wait for a step of closing, however often that is cancelled: before the device is done nothing can be freed."""
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
+    future.result()
 
 
 def _kind(outputs: object) -> Kind | None:

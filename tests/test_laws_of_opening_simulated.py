@@ -111,6 +111,25 @@ def test_a_warm_up_that_was_cancelled_is_no_failure_when_the_device_breaks_after
     under_schedules(group, program)
 
 
+def test_a_warm_up_that_is_refused_half_way_gives_back_what_it_has() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=3, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            lease, refusals = executor.lease, iter([None, None, aiotrt.EngineError("no more")])
+
+            def refused(*args: Any, **options: Any) -> Any:
+                if refusal := next(refusals):
+                    raise refusal
+                return lease(*args, **options)
+
+            with mock.patch.object(executor, "lease", refused), pytest.raises(aiotrt.EngineError, match="no more"):
+                await model.warmup([(1, 3)])
+            await settle(model, 3)
+            assert right(await model(frame(1)), 1)
+
+    under_schedules(0, program)
+
+
 @pytest.mark.parametrize("group", range(1))
 def test_a_warm_up_that_fails_on_every_slot_is_one_error(group: int) -> None:
     def narrow(x: torch.Tensor) -> torch.Tensor:

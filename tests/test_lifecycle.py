@@ -10,15 +10,18 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable
 
+import anyio
 import pytest
 import torch
 
 import aiotrt
 from aiotrt.completion import _hubs
+from aiotrt.devices import HostDevice
 from aiotrt.slots import State
-from tests.tools import Affine, Latch, count, frame, held, turns, until
+from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
 asyncio_test = pytest.mark.asyncio
 
@@ -127,6 +130,59 @@ async def test_a_cancelled_close_can_be_awaited_again(device: str) -> None:
         latch.open()
         await call
         await model.aclose()
+
+
+@asyncio_test
+async def test_leaving_a_block_in_a_scope_that_was_cancelled_closes(device: str) -> None:
+    with anyio.CancelScope() as scope:
+        async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    await until(lambda: repr(model) == "<aiotrt.Model Affine: closed>")
+
+
+def test_the_end_of_a_loop_ends_a_closing(device: str) -> None:
+    async def main() -> tuple[aiotrt.Model, aiotrt.Lease]:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
+        lease = await model.lease().__aenter__()
+        closing = asyncio.ensure_future(model.aclose())
+        await turns()
+        closing.cancel()
+        return model, lease
+
+    model, _ = asyncio.run(main())
+    assert repr(model) == "<aiotrt.Model Affine: closed>"
+
+
+def test_a_loop_that_is_closed_under_a_closing() -> None:
+    latch = Latch("host")
+
+    async def main() -> aiotrt.Model:
+        model = await aiotrt.load(Affine(), device=HostDevice(), slots=1, warmup=frame(0))
+        latch.hold(executor_of(model).slots[0].stream)
+        for use in (model(frame(1)), model.aclose()):
+            task = asyncio.ensure_future(use)
+            await turns()
+            task.cancel()
+            await asyncio.wait([task])
+        return model
+
+    async def again() -> None:  # what waits at the old loop's hub is dropped when there is another loop
+        async with aiotrt.load(Affine(), device="host") as other:
+            assert (await other(frame(2)))[0, 0] == 7
+
+    told: list[object] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    forgotten = weakref.ref(loop.run_until_complete(main()))
+    loop.close()
+    latch.open()
+    assert "1 draining" in repr(forgotten())
+    asyncio.run(again())
+    gc.collect()  # which warns of nothing: it was being closed
+    assert forgotten() is None
+    assert told == []
 
 
 @asyncio_test
