@@ -7,7 +7,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -428,15 +428,20 @@ class Model:
         Returns when the device is done with the model and everything is freed. Cancellation stops the waiting, not the
         closing: call it again to wait on. A broken model's memory is kept, because the device may still use it.
         """
-        if self._opening is not None and not self._opening.done() and asyncio.current_task() is not self._opening:
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
+        opening = self._opening
+        if opening is not None and not opening.done():
+            check_loop(opening.get_loop(), _name(self._options.source))
+            opening.cancel()
+            await asyncio.wait([opening])
         executor = self._executor
         if executor is None:
             self._is_closed = True
             return
         check_loop(executor.loop, executor.recipe.engine.name)
-        await asyncio.shield(self._begin_closing(executor, drain))
+        self._refuse(executor, drain)
+        if self._closing is None or self._closing.done():  # the first, or the last one failed
+            self._closing = _in_background(self._close(executor))
+        await asyncio.shield(self._closing)
 
     def __repr__(self) -> str:
         executor = self._executor
@@ -456,8 +461,9 @@ class Model:
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
+            was_closing = executor.closing  # and the loop was closed under that
             executor.discard()
-            if self._closing is None:  # else the loop was closed under it
+            if not was_closing:
                 warnings.warn(
                     f"{self!r} was never closed: use 'async with', or await aclose()",
                     ResourceWarning,
@@ -471,22 +477,23 @@ class Model:
         if self._is_closed:
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
-            self._opening = asyncio.ensure_future(self._open())
-        task = self._opening
+            self._opening = _in_background(self._open())
+        opening = self._opening
+        check_loop(opening.get_loop(), _name(self._options.source))
         self._awaiting += 1
         try:
-            # Shielded: of several tasks that await one model, each can be cancelled by itself.
-            await asyncio.shield(task)
+            if not opening.done():
+                await asyncio.wait([opening])  # of several tasks that await one model, each can be cancelled by itself
         except asyncio.CancelledError:
-            if self._awaiting == 1 and not task.done():
-                task.cancel()
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait([task])
-            if task.done() and not task.cancelled():
-                task.exception()  # seen; the cancellation is what the caller asked for
+            if self._awaiting == 1:
+                opening.cancel()  # it goes on to free what it has
+                opening.add_done_callback(_seen)
             raise
         finally:
             self._awaiting -= 1
+        if opening.cancelled():
+            raise ModelClosedError(f"{_name(self._options.source)} was closed while it was being opened")
+        opening.result()
         return self
 
     async def _open(self) -> None:
@@ -512,7 +519,8 @@ class Model:
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
         except BaseException:
-            await _outlast(self._begin_closing(self._executor, drain=False), self._executor)
+            self._refuse(self._executor, drain=False)
+            await self._close(self._executor)
             raise
 
     def _make_executor(self, device: Device, engine: Engine) -> Executor:
@@ -572,18 +580,13 @@ class Model:
 
     # Closing...
 
-    def _begin_closing(self, executor: Executor, drain: bool) -> asyncio.Task[None]:
-        """Refuse, or `drop`, callers from now on. Returns the closing, which goes on whoever waits for it."""
+    def _refuse(self, executor: Executor, drain: bool) -> None:
         if not self._is_closed:
             executor.refuse()
             if self._gatherer is not None:
                 self._gatherer.flush()
             if not drain:
                 executor.drop()
-        if self._closing is None or self._closing.done():  # the first, or the last one failed
-            self._closing = asyncio.ensure_future(self._close(executor))
-            self._closing._log_destroy_pending = False  # type: ignore[attr-defined]  # by a loop that is closed under it
-        return self._closing
 
     async def _close(self, executor: Executor) -> None:
         if not self._is_closed:
@@ -701,6 +704,18 @@ def _kind(outputs: object) -> Kind | None:
     if outputs is not None:
         raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
     return None
+
+
+def _in_background(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.ensure_future(coroutine)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # nobody can do anything about a loop that was closed
+    return task
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Whoever waited for it was cancelled, and so told of that."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

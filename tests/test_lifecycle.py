@@ -19,7 +19,7 @@ import torch
 
 import aiotrt
 from aiotrt.completion import _hubs
-from aiotrt.devices import HostDevice
+from aiotrt.devices.host import HostDevice
 from aiotrt.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
@@ -198,49 +198,99 @@ async def test_an_exception_in_the_block_closes_without_waiting_for_the_line(dev
     assert all(isinstance(outcome, aiotrt.ModelClosedError) for outcome in outcomes[1:])
 
 
+class Slow(torch.nn.Module):
+    """Runs until it is told to end, on a worker thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latch = Latch("host")
+        self.entered = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._loop.call_soon_threadsafe(self.entered.set)
+        self.latch._opened.wait()
+        return x
+
+
+async def _opened(model: aiotrt.Model) -> bool:
+    return await model is model
+
+
 @asyncio_test
-async def test_cancelling_a_load_leaves_nothing(device: str) -> None:
-    latch = Latch("host")
-    entered = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    class Slow(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            loop.call_soon_threadsafe(entered.set)
-            latch._opened.wait()
-            return x
-
-    model = aiotrt.load(Slow(), device=device, warmup=frame(0))
-
-    async def use() -> None:
-        _ = await model
-
-    task = asyncio.ensure_future(use())
-    await entered.wait()
+async def test_cancelling_a_load_returns_at_once_and_leaves_nothing(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    task = asyncio.ensure_future(_opened(model))
+    await slow.entered.wait()
     task.cancel()
     await turns()
-    latch.open()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    assert task.cancelled()
     assert not model.is_ready
+    slow.latch.open()
+    await model.aclose()
     with pytest.raises(aiotrt.ModelClosedError):
         await model(frame(1))
-    assert not [hub for (owner, _), hub in _hubs.items() if owner is loop]
+    assert not [hub for (owner, _), hub in _hubs.items() if owner is asyncio.get_running_loop()]
+
+
+def test_the_end_of_a_loop_ends_a_load_that_was_cancelled(device: str) -> None:
+    async def main() -> aiotrt.Model:
+        slow = Slow()
+        model = aiotrt.load(slow, device=device, warmup=frame(0))
+        task = asyncio.ensure_future(_opened(model))
+        await slow.entered.wait()
+        asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, slow.latch.open)
+        task.cancel()
+        return model
+
+    assert repr(asyncio.run(main())) == "<aiotrt.Model Slow: closed>"
+
+
+@asyncio_test
+async def test_whoever_waits_for_a_load_is_told_that_the_model_was_closed(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    waiting = [asyncio.ensure_future(_opened(model)) for _ in range(2)]
+    await slow.entered.wait()
+    closing = asyncio.ensure_future(model.aclose())
+    await turns()
+    slow.latch.open()
+    await asyncio.wait([closing, *waiting])
+    for task in waiting:
+        with pytest.raises(aiotrt.ModelClosedError, match="Slow was closed while it was being opened"):
+            task.result()
+
+
+@asyncio_test
+async def test_another_loop_leaves_an_opening_alone(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    opening = asyncio.ensure_future(_opened(model))
+
+    def elsewhere() -> None:
+        for use in (model.aclose, lambda: _opened(model)):
+            with pytest.raises(aiotrt.UsageError, match="Slow was used from another event loop"):
+                asyncio.run(use())
+
+    await slow.entered.wait()
+    await asyncio.to_thread(elsewhere)
+    slow.latch.open()
+    assert await opening
+    await asyncio.to_thread(elsewhere)
+    await model.aclose()
 
 
 @asyncio_test
 async def test_one_of_two_who_await_a_load_may_be_cancelled(device: str) -> None:
     model = aiotrt.load(Affine(), device=device, warmup=frame(0))
 
-    async def use() -> object:
-        return await model
-
-    first, second = asyncio.ensure_future(use()), asyncio.ensure_future(use())
+    first, second = asyncio.ensure_future(_opened(model)), asyncio.ensure_future(_opened(model))
     await turns(1)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert await second is model
+    assert await second
     await model.aclose()
 
 
