@@ -220,7 +220,8 @@ class Executor:
             self.counters.rejected += 1
             raise QueueFullError(
                 f"{self.recipe.engine.name}: {len(self.slots)} of {len(self.slots)} slots are busy and "
-                f"{self.machine.waiting} of max_queue={self.machine.max_waiting} places in line are taken; call again later"
+                f"{self.machine.max_waiting} of max_queue={self.machine.max_waiting} places in line are taken; "
+                "call again later"
             ) from None
         self.counters.submitted += not request.is_warmup
         if self.observer is not None and not request.is_warmup:

@@ -166,6 +166,22 @@ async def test_map_is_bounded(device: str) -> None:
         assert fetched == 100
 
 
+async def test_a_map_takes_no_place_in_line(device: str) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, max_queue=1, warmup=frame(0)) as model:
+        results = model.map(map(frame, range(6)), in_flight=4)
+        with held(model):
+            first = asyncio.ensure_future(anext(results))
+            await turns()
+            call = asyncio.ensure_future(model(frame(9)))
+            await turns()
+            assert model.statistics().waiting == 4
+            with pytest.raises(aiotrt.QueueFullError, match="1 of 1 slots are busy and 1 of max_queue=1 places"):
+                await model(frame(8))
+        assert [(await first)[0, 0], *[result[0, 0] async for result in results]] == [1, 4, 7, 10, 13, 16]
+        assert (await call)[0, 0] == 28
+        assert model.statistics().rejected == 1
+
+
 async def test_map_delivers_what_came_before_a_failure_and_then_the_failure(device: str) -> None:
     def frames() -> Iterator[object]:
         yield frame(0)
