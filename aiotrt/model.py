@@ -487,7 +487,6 @@ class Model:
         except asyncio.CancelledError:
             if self._awaiting == 1:
                 opening.cancel()  # it goes on to free what it has
-                opening.add_done_callback(_seen)
             raise
         finally:
             self._awaiting -= 1
@@ -710,12 +709,6 @@ def _in_background(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = asyncio.ensure_future(coroutine)
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # nobody can do anything about a loop that was closed
     return task
-
-
-def _seen(task: asyncio.Task[None]) -> None:
-    """Whoever waited for it was cancelled, and so told of that."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

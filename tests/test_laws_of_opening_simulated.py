@@ -93,26 +93,6 @@ def test_an_opening_ends_with_the_last_who_waits_for_it(group: int) -> None:
     under_schedules(group, program)
 
 
-def test_an_opening_that_fails_as_the_last_who_waits_is_cancelled_is_no_news() -> None:
-    def broken(x: torch.Tensor) -> torch.Tensor:
-        raise ValueError("it does not work")
-
-    async def give_up(device: SimulatedDevice) -> None:
-        model = aiotrt.load(broken, device=device, warmup=frame(0))
-        waiting = asyncio.ensure_future(opened(model))
-        await turns(1)
-        assert model._opening is not None
-        model._opening.add_done_callback(lambda _: waiting.cancel())  # told, and its task has not run yet
-        await asyncio.wait([waiting])
-        assert waiting.cancelled()
-
-    async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        await give_up(device)
-        gc.collect()
-
-    under_schedules(0, program)
-
-
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_opening_that_is_given_up_takes_back_what_others_have(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

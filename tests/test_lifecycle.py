@@ -248,6 +248,27 @@ def test_the_end_of_a_loop_ends_a_load_that_was_cancelled(device: str) -> None:
 
 
 @asyncio_test
+async def test_a_load_that_fails_as_the_last_who_waits_is_cancelled_is_no_news(device: str) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("it does not work")
+
+    async def give_up() -> None:
+        model = aiotrt.load(broken, device=device, warmup=frame(0))
+        waiting = asyncio.ensure_future(_opened(model))
+        await turns(1)
+        assert model._opening is not None
+        model._opening.add_done_callback(lambda _: waiting.cancel())  # told, and its task has not run yet
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    await give_up()
+    gc.collect()
+    assert told == []
+
+
+@asyncio_test
 async def test_whoever_waits_for_a_load_is_told_that_the_model_was_closed(device: str) -> None:
     slow = Slow()
     model = aiotrt.load(slow, device=device, warmup=frame(0))
