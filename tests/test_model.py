@@ -4,6 +4,8 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +149,33 @@ async def test_map_takes_asynchronous_iterables_tuples_and_dicts(device: str) ->
     async with aiotrt.load(TwoOutputs(), device=device) as model:
         totals = [result.total[0, 0] async for result in model.map(frames())]
         assert totals == [i + 1 for i in range(20)]
+
+
+async def test_a_map_takes_all_items_of_a_source_in_one_context(device: str) -> None:
+    span: ContextVar[str] = ContextVar("span", default="none")
+    seen = []
+
+    async def frames() -> AsyncIterator[object]:
+        token = span.set("span")
+        try:
+            for i in range(3):
+                await asyncio.sleep(0)
+                seen.append(span.get())
+                yield frame(i)
+        finally:
+            span.reset(token)
+
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        assert [result[0, 0] async for result in model.map(frames())] == [1, 4, 7]
+    assert seen == ["span"] * 3
+    assert span.get() == "none"
+
+
+@pytest.mark.parametrize("in_flight", [0, 2.5, "3", True])
+async def test_a_map_whose_bound_is_none(device: str, in_flight: Any) -> None:
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        with pytest.raises(aiotrt.InputError, match=f"in_flight must be an integer of at least 1, got {in_flight!r}"):
+            await anext(model.map([frame(1)], in_flight=in_flight))
 
 
 async def test_map_is_bounded(device: str) -> None:
