@@ -485,6 +485,16 @@ def test_ctrl_c(when: str) -> None:
 
 
 @asyncio_test
+async def test_run_inside_a_running_loop_says_what_to_write_instead() -> None:
+    async def main() -> None:
+        pytest.fail("it ran")
+
+    with pytest.raises(aiotrt.UsageError, match=r"inside a running event loop: write 'await main\(\)' there"):
+        aiotrt.run(main())
+    gc.collect()  # Python would warn of a coroutine that was never awaited
+
+
+@asyncio_test
 async def test_everything_is_free_after_the_block(device: str) -> None:
     before = {thread.name for thread in threading.enumerate()}
     async with aiotrt.load(Affine(), device=device, slots=3, warmup=frame(0)) as model:
