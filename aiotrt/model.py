@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import sys
 import threading
 import warnings
@@ -96,7 +97,8 @@ def load(
         progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
             iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
         threads: how many threads one run of a host engine may use.
-        runtime: the TensorRT to build and run with; None for what is installed and reads the file.
+        runtime: the TensorRT to build and run a file with; None for what is installed and reads it. The host has no use
+            for this, nor for the next two.
         precision: to build an ``.onnx`` file with on CUDA; see `build`.
         profiles: to build an ``.onnx`` file with on CUDA; see `build`.
         sha256: the file's checksum in hexadecimal, checked before anything looks into the file. Engines are code: pin those
@@ -104,7 +106,8 @@ def load(
         allow_host_code: whether code for the host inside an engine may run.
 
     Raises:
-        InputError: an option is out of range; at once. The following when awaited or entered; no model exists then.
+        InputError: an option is out of range, or is for files and the engine is none; at once. The following when awaited or
+            entered; no model exists then.
         EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
         MissingDependencyError: a package is missing that this engine or device needs.
         UsageError: there is no such device.
@@ -118,8 +121,9 @@ def load(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not isinstance(overlap, bool):
-        raise InputError(f"overlap must be True or False, got {overlap!r}")
+    for name, value in (("overlap", overlap), ("graphs", graphs), ("allow_host_code", allow_host_code)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, got {value!r}")
     limit: object = hang_timeout
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
@@ -132,6 +136,7 @@ def load(
     for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
+    _check_engine_options(source, {"runtime": runtime, "precision": precision, "profiles": profiles, "sha256": sha256})
     options = _Options(
         source, device, slots, overlap, max_queue, graphs, warmup, preprocess, postprocess,
         kind,
@@ -694,6 +699,21 @@ async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
         except asyncio.CancelledError:
             executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
     future.result()
+
+
+def _check_engine_options(source: object, options: Mapping[str, object]) -> None:
+    choices = {"runtime": ("tensorrt", "tensorrt_rtx", "tensorrt_lean"), "precision": ("fp32", "fp16", "bf16")}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in choices and value not in choices[name]:
+            raise InputError(f"{name} must be {', '.join(map(repr, choices[name]))} or None, got {value!r}")
+        if name == "profiles" and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise InputError(f"profiles must be dicts of input names to shapes, or None, got {value!r}")
+        if name == "sha256" and not (isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value)):
+            raise InputError(f"sha256 must be 64 hexadecimal digits or None, got {value!r}")
+        if not is_file(source):
+            raise InputError(f"{name} is for files, and the engine is of type {type(source).__name__}: leave it out")
 
 
 def _kind(outputs: object) -> Kind | None:

@@ -24,6 +24,11 @@ def is_idle(model: aiotrt.Model) -> bool:
     return statistics.free == len(executor_of(model).slots) and statistics.waiting == 0
 
 
+async def test_a_checksum_that_nothing_is_checked_against_is_refused(device: str) -> None:
+    with pytest.raises(aiotrt.InputError, match="sha256 is for files, and the engine is of type Affine"):
+        _ = aiotrt.load(Affine(), device=device, sha256="0" * 64)
+
+
 async def test_each_caller_gets_the_result_of_its_own_input(device: str) -> None:
     async with aiotrt.load(Affine(), device=device, slots=3) as model:
         results = await asyncio.gather(*(model(frame(i)) for i in range(200)))
