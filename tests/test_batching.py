@@ -215,9 +215,9 @@ def test_who_is_not_bounded_neither_counts_nor_makes_way(overload: Any) -> None:
         assert q.add(third) == [first]
     assert all(other.place == "queue" for other in others)
     q.clear()
-    for _ in range(2):
-        q.add(entry())
-        assert [item.place for item in q][-1] == "queue"
+    for bounded in (False, False, False, True, True):
+        assert q.add(entry(), bounded=bounded) == []
+    assert [item.place for item in q] == ["queue"] * 5
 
 
 def test_a_free_slot_is_for_those_who_are_not_bounded_too() -> None:
