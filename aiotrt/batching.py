@@ -136,10 +136,11 @@ class Entry:
 
     Attributes:
         due: when it should be held back no longer; `Queue.add` sets it.
+        is_bounded: whether it counts against `max_waiting`, and may be dropped for a newer one; `Queue.add` sets it.
         place: where it waits: "queue" or "door", None when it does not.
     """
 
-    __slots__ = ("arrival", "deadline", "due", "group", "place", "priority")
+    __slots__ = ("arrival", "deadline", "due", "group", "is_bounded", "place", "priority")
 
     def __init__(self, group: Hashable, priority: int, arrival: float, deadline: float | None = None) -> None:
         self.group = group
@@ -147,6 +148,7 @@ class Entry:
         self.arrival = arrival
         self.deadline = deadline
         self.due = arrival
+        self.is_bounded = True
         self.place: Literal["queue", "door"] | None = None
 
 
@@ -186,6 +188,7 @@ class Queue(Generic[E]):
         elif batching.overload == "wait" and max_waiting is not None:
             max_waiting = max(max_waiting, self.limit)  # or what stands at the door could never fill a batch
         self.max_waiting = max_waiting
+        self._bounded = 0  # how many in the queue that counts against
         self._delay = batching.max_delay
         self._overload = batching.overload
         self._queue: _Lines[E] = _Lines(batching.priorities, batching.patience)
@@ -213,7 +216,7 @@ class Queue(Generic[E]):
 
         Args:
             entry: who.
-            bounded: whether `max_waiting` applies.
+            bounded: whether `max_waiting` applies, and it counts.
             spare: how many more may wait just now: one for each free slot, which is about to take it.
 
         Returns:
@@ -222,6 +225,7 @@ class Queue(Generic[E]):
         Raises:
             OverflowError: there is no place for it. Nothing changed.
         """
+        entry.is_bounded = bounded
         entry.due = entry.arrival + self._delay
         if entry.deadline is not None:
             # Half of the time it has is for running: an item held up to its deadline would be lost on an idle device.
@@ -256,6 +260,7 @@ class Queue(Generic[E]):
         everybody = list(self)
         for entry in everybody:
             entry.place = None
+        self._bounded = 0
         self._queue.clear()
         self._door.clear()
         self._groups.clear()
@@ -290,10 +295,14 @@ class Queue(Generic[E]):
         return Plan([], 0, expired, min((entry.due for entry in self._queue), default=None))
 
     def _is_full(self, spare: int) -> bool:
-        return self.max_waiting is not None and len(self._queue) >= self.max_waiting + spare
+        if self.max_waiting is None:
+            return False
+        others = len(self._queue) - self._bounded  # they do not count, and the slots that are free are theirs too
+        return self._bounded >= self.max_waiting + max(0, spare - others)
 
     def _enter(self, entry: E) -> None:
         entry.place = "queue"
+        self._bounded += entry.is_bounded
         self._queue.add(entry)
         lines = self._groups.get(entry.group)
         if lines is None:
@@ -302,6 +311,7 @@ class Queue(Generic[E]):
 
     def _leave(self, entry: E) -> None:
         entry.place = None
+        self._bounded -= entry.is_bounded
         self._queue.remove(entry)
         lines = self._groups[entry.group]
         del lines[entry.priority][entry]
@@ -506,8 +516,8 @@ class _Lines(Generic[E]):
         return sum(map(len, self._lines[: priority + 1]))
 
     def last(self) -> E | None:
-        """The oldest of the least urgent class: who can be missed best."""
-        return next((next(iter(line)) for line in reversed(self._lines) if line), None)
+        """The oldest of the least urgent class, of those that count: who can be missed best."""
+        return next((entry for line in reversed(self._lines) for entry in line if entry.is_bounded), None)
 
     def by_turn(self) -> Iterator[E]:
         """Everybody, in the order in which it is their turn to be a batch's head."""

@@ -112,6 +112,7 @@ class Executor:
         self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
         self.broken: DeviceError | None = None
         self.closing = False
+        self.is_discarded = False
         self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
@@ -219,7 +220,8 @@ class Executor:
             self.counters.rejected += 1
             raise QueueFullError(
                 f"{self.recipe.engine.name}: {len(self.slots)} of {len(self.slots)} slots are busy and "
-                f"{self.machine.waiting} of max_queue={self.machine.max_waiting} places in line are taken; call again later"
+                f"{self.machine.max_waiting} of max_queue={self.machine.max_waiting} places in line are taken; "
+                "call again later"
             ) from None
         self.counters.submitted += not request.is_warmup
         if self.observer is not None and not request.is_warmup:
@@ -372,6 +374,8 @@ class Executor:
 
     def reclaim(self, slot: Slot) -> None:
         """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
+        if self.is_discarded:
+            return  # the model went with the lease, and what may still be in use is kept
         state = self.machine.states[slot.index]
         if state in (IN_FLIGHT, State.PREPARING):
             slot.is_forgotten = True
@@ -547,21 +551,19 @@ class Executor:
         else:
             self.move(slot, Move.RELEASE)
 
-    async def idle(self) -> None:
-        """Return when nobody waits and every slot is free (or broken)."""
-        if self._is_idle():
-            return
-        if self._idle is None:
-            self._idle = self.loop.create_future()
-        # Shielded: one closer's cancellation must not take the wake-up from another.
-        await asyncio.shield(self._idle)
+    def idle(self) -> asyncio.Future[None]:
+        """Done when nobody waits and every slot is free (or broken)."""
+        idle = self._idle = self.loop.create_future()
+        self._check_idle()
+        return idle
 
-    async def consumed(self) -> None:
-        """Return when the last consumers of all slots are done, or the device counts as hung; then it is broken."""
+    def consumed(self) -> asyncio.Future[None]:
+        """Done when the last consumers of all slots are, or the device counts as hung; then it is broken."""
+        passed: asyncio.Future[None] = self.loop.create_future()
         gates = [gate for slot in self.slots for gate in slot.gates]
         if self.broken is not None or not gates:
-            return
-        passed: asyncio.Future[None] = self.loop.create_future()
+            passed.set_result(None)
+            return passed
 
         def done(error: BaseException | None) -> None:
             if isinstance(error, DeviceError):
@@ -570,7 +572,7 @@ class Executor:
                 passed.set_result(None)
 
         self.when_passed(gates, done)
-        await passed
+        return passed
 
     def when_passed(self, gates: Sequence[Event], then: Callable[[BaseException | None], None]) -> None:
         """Call `then` once all consumers are done, or with the error that the device answered."""
@@ -613,6 +615,7 @@ class Executor:
 
     def discard(self) -> None:
         """The model was garbage collected without having been closed. On any thread, so it only lets go."""
+        self.closing = self.is_discarded = True
         self._stop_listening()
         self._workers.shutdown(wait=False)
         if not self._is_idle():

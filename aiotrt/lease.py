@@ -30,8 +30,9 @@ class Lease:
     slot is free after it.
     """
 
-    def __init__(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind) -> None:
+    def __init__(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, model: object) -> None:
         self._executor = executor
+        self._model = model  # a model that is garbage lets go of its slots, and so of this one
         self._specs = specs
         self._shapes = shapes
         self._kind = kind

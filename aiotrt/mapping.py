@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -31,8 +32,9 @@ async def map_in_order(
     executor: _Taker[P], frames: Iterable[object] | AsyncIterable[object], limit: int
 ) -> AsyncGenerator[Any, None]:
     """What `Model.map` promises."""
-    if limit < 1:
-        raise InputError(f"in_flight must be at least 1, got {limit}")
+    given: object = limit
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InputError(f"in_flight must be an integer of at least 1, got {limit!r}")
     source = _Source(frames)
     pending: deque[P] = deque()
     failure: BaseException | None = None
@@ -67,6 +69,7 @@ class _Source:
 
     def __init__(self, frames: Iterable[object] | AsyncIterable[object]) -> None:
         self.is_exhausted = False
+        self._context = contextvars.copy_context()  # one for all items: a source resets later what it has set
         self._next: asyncio.Future[object] | None = None
         self._async: AsyncIterator[object] | None = None
         if isinstance(frames, AsyncIterable):
@@ -79,7 +82,7 @@ class _Source:
         if self._async is None:
             return True
         if self._next is None:
-            self._next = asyncio.ensure_future(_anext(self._async))
+            self._next = asyncio.get_running_loop().create_task(_anext(self._async), context=self._context)
         futures = {self._next} if other is None else {self._next, other}
         await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         return self._next.done()

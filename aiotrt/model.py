@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import sys
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import anyio
 import numpy as np
@@ -31,6 +32,7 @@ from aiotrt.mapping import map_in_order
 from aiotrt.prediction import Progress
 from aiotrt.slots import State
 from aiotrt.stacking import check_extents
+from aiotrt.submission import Request
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
@@ -96,7 +98,8 @@ def load(
         progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
             iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
         threads: how many threads one run of a host engine may use.
-        runtime: the TensorRT to build and run with; None for what is installed and reads the file.
+        runtime: the TensorRT to build and run a file with; None for what is installed and reads it. The host has no use
+            for this, nor for the next two.
         precision: to build an ``.onnx`` file with on CUDA; see `build`.
         profiles: to build an ``.onnx`` file with on CUDA; see `build`.
         sha256: the file's checksum in hexadecimal, checked before anything looks into the file. Engines are code: pin those
@@ -104,7 +107,8 @@ def load(
         allow_host_code: whether code for the host inside an engine may run.
 
     Raises:
-        InputError: an option is out of range; at once. The following when awaited or entered; no model exists then.
+        InputError: an option is out of range, or is for files and the engine is none; at once. The following when awaited or
+            entered; no model exists then.
         EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
         MissingDependencyError: a package is missing that this engine or device needs.
         UsageError: there is no such device.
@@ -118,8 +122,9 @@ def load(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not isinstance(overlap, bool):
-        raise InputError(f"overlap must be True or False, got {overlap!r}")
+    for name, value in (("overlap", overlap), ("graphs", graphs), ("allow_host_code", allow_host_code)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, got {value!r}")
     limit: object = hang_timeout
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
@@ -132,6 +137,7 @@ def load(
     for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
+    _check_engine_options(source, {"runtime": runtime, "precision": precision, "profiles": profiles, "sha256": sha256})
     options = _Options(
         source, device, slots, overlap, max_queue, graphs, warmup, preprocess, postprocess,
         kind,
@@ -222,8 +228,8 @@ class Model:
         self._opening: asyncio.Task[None] | None = None
         self._awaiting = 0
         self._is_closed = False
+        self._closing: asyncio.Task[None] | None = None
         self._freeing: asyncio.Future[None] | None = None
-        self._close_lock = anyio.Lock()
         self._warmup_lock = anyio.Lock()
 
     def __await__(self) -> Generator[Any, None, Model]:
@@ -313,7 +319,7 @@ class Model:
             )
         kind = _kind(outputs) or Kind.DEVICE
         shapes = self._lease_shapes(executor, shapes)
-        return Lease(executor, executor.specs.known(), shapes, kind)
+        return Lease(executor, executor.specs.known(), shapes, kind, self)
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
@@ -429,33 +435,20 @@ class Model:
         Returns when the device is done with the model and everything is freed. Cancellation stops the waiting, not the
         closing: call it again to wait on. A broken model's memory is kept, because the device may still use it.
         """
-        if self._opening is not None and not self._opening.done() and asyncio.current_task() is not self._opening:
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
+        opening = self._opening
+        if opening is not None and not opening.done():
+            check_loop(opening.get_loop(), _name(self._options.source))
+            opening.cancel()
+            await asyncio.wait([opening])
         executor = self._executor
         if executor is None:
             self._is_closed = True
             return
         check_loop(executor.loop, executor.recipe.engine.name)
-        if self._freeing is None:
-            executor.refuse()
-            if self._gatherer is not None:
-                self._gatherer.flush()
-            if not drain:
-                executor.drop()
-        async with self._close_lock:
-            if self._executor is None:
-                return  # another closer was first
-            if self._freeing is None:
-                await executor.idle()
-                await executor.consumed()
-                self._is_closed = True
-                executor.detach()
-                if self._gatherer is not None:
-                    self._gatherer.close()
-                self._freeing = _start_thread(executor.free)
-            await asyncio.shield(self._freeing)  # a closer that is cancelled must not take it from the others
-            self._executor = self._gatherer = None
+        self._refuse(executor, drain)
+        if self._closing is None or self._closing.done():  # the first, or the last one failed
+            self._closing = _in_background(self._close(executor))
+        await asyncio.shield(self._closing)
 
     def __repr__(self) -> str:
         executor = self._executor
@@ -468,13 +461,22 @@ class Model:
         waiting = executor.machine.waiting if self._gatherer is None else self._gatherer.waiting
         return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {waiting} waiting>"
 
+    def __reduce__(self) -> NoReturn:
+        # Of two models with one executor, the first that is garbage would take it from the other.
+        raise TypeError(f"{self!r} cannot be copied or pickled: share it, or load the engine again")
+
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
+            was_closing = executor.closing  # and the loop was closed under that
             executor.discard()
-            warnings.warn(
-                f"{self!r} was never closed: use 'async with', or await aclose()", ResourceWarning, stacklevel=1, source=self
-            )
+            if not was_closing:
+                warnings.warn(
+                    f"{self!r} was never closed: use 'async with', or await aclose()",
+                    ResourceWarning,
+                    stacklevel=1,
+                    source=self,
+                )
 
     # Opening...
 
@@ -482,22 +484,22 @@ class Model:
         if self._is_closed:
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
-            self._opening = asyncio.ensure_future(self._open())
-        task = self._opening
+            self._opening = _in_background(self._open())
+        opening = self._opening
+        check_loop(opening.get_loop(), _name(self._options.source))
         self._awaiting += 1
         try:
-            # Shielded: of several tasks that await one model, each can be cancelled by itself.
-            await asyncio.shield(task)
+            if not opening.done():
+                await asyncio.wait([opening])  # of several tasks that await one model, each can be cancelled by itself
         except asyncio.CancelledError:
-            if self._awaiting == 1 and not task.done():
-                task.cancel()
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait([task])
-            if task.done() and not task.cancelled():
-                task.exception()  # seen; the cancellation is what the caller asked for
+            if self._awaiting == 1:
+                opening.cancel()  # it goes on to free what it has
             raise
         finally:
             self._awaiting -= 1
+        if opening.cancelled():
+            raise ModelClosedError(f"{_name(self._options.source)} was closed while it was being opened")
+        opening.result()
         return self
 
     async def _open(self) -> None:
@@ -523,8 +525,8 @@ class Model:
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self.aclose(drain=False)
+            self._refuse(self._executor, drain=False)
+            await self._close(self._executor)
             raise
 
     def _make_executor(self, device: Device, engine: Engine) -> Executor:
@@ -565,8 +567,9 @@ class Model:
     async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, batch: int | None = None) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         async with self._warmup_lock:
-            requests = [executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots]
+            requests: list[Request] = []
             try:
+                requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
                 for request in requests:
                     await request.future
                     if batch is not None:
@@ -580,6 +583,29 @@ class Model:
                     executor.abandon(request)
                     if request.future.done() and not request.future.cancelled():
                         request.future.exception()  # seen: the first one's is raised
+
+    # Closing...
+
+    def _refuse(self, executor: Executor, drain: bool) -> None:
+        if not self._is_closed:
+            executor.refuse()
+            if self._gatherer is not None:
+                self._gatherer.flush()
+            if not drain:
+                executor.drop()
+
+    async def _close(self, executor: Executor) -> None:
+        if not self._is_closed:
+            await _outlast(executor.idle(), executor)
+            await _outlast(executor.consumed(), executor)
+            self._is_closed = True
+            executor.detach()
+            if self._gatherer is not None:
+                self._gatherer.close()
+        if self._freeing is None:
+            self._freeing = _start_thread(executor.free)
+        await _outlast(self._freeing, executor)
+        self._executor = self._gatherer = None
 
     # Helpers...
 
@@ -667,6 +693,31 @@ class _Loading:
                 self._engine.close()
 
 
+async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
+    """Wait for a step of closing, however often that is cancelled: before the device is done nothing can be freed."""
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
+    future.result()
+
+
+def _check_engine_options(source: object, options: Mapping[str, object]) -> None:
+    choices = {"runtime": ("tensorrt", "tensorrt_rtx", "tensorrt_lean"), "precision": ("fp32", "fp16", "bf16")}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in choices and value not in choices[name]:
+            raise InputError(f"{name} must be {', '.join(map(repr, choices[name]))} or None, got {value!r}")
+        if name == "profiles" and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise InputError(f"profiles must be dicts of input names to shapes, or None, got {value!r}")
+        if name == "sha256" and not (isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value)):
+            raise InputError(f"sha256 must be 64 hexadecimal digits or None, got {value!r}")
+        if not is_file(source):
+            raise InputError(f"{name} is for files, and the engine is of type {type(source).__name__}: leave it out")
+
+
 def _kind(outputs: object) -> Kind | None:
     for kind in Kind:
         if kind.value == outputs:
@@ -674,6 +725,12 @@ def _kind(outputs: object) -> Kind | None:
     if outputs is not None:
         raise InputError(f"outputs must be 'numpy', 'torch', 'device' or None, got {outputs!r}")
     return None
+
+
+def _in_background(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.ensure_future(coroutine)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # nobody can do anything about a loop that was closed
+    return task
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

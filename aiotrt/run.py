@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from aiotrt.errors import UsageError
+
 __all__ = ["run"]
 
 T = TypeVar("T")
@@ -19,8 +21,14 @@ def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None) -> T:
         debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
 
     Returns what `main` returns, and raises what it raises. Ctrl-C cancels `main` and then raises `KeyboardInterrupt`.
-    Must not be called inside a running loop.
+
+    Raises:
+        UsageError: a loop is running on this thread already, as in a notebook. `main` is closed.
     """
+    if asyncio._get_running_loop() is not None:
+        main.close()
+        name = getattr(main, "__name__", "main")
+        raise UsageError(f"aiotrt.run() was called inside a running event loop: write 'await {name}()' there")
     try:
         import uvloop
     except ImportError:

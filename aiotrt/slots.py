@@ -142,17 +142,26 @@ class Line(Generic[Ticket]):
     def __init__(self) -> None:
         self._tickets: deque[Ticket] = deque()
         self._gone: set[int] = set()
+        self._uncounted: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._tickets) - len(self._gone)
 
-    def join(self, ticket: Ticket) -> None:
+    @property
+    def counted(self) -> int:
+        """How many there are of those that count."""
+        return len(self) - len(self._uncounted)
+
+    def join(self, ticket: Ticket, *, counts: bool = True) -> None:
         """Stand at the end."""
         self._tickets.append(ticket)
+        if not counts:
+            self._uncounted.add(id(ticket))
 
     def leave(self, ticket: Ticket) -> None:
         """Leave from wherever `ticket` stands; it must be in the line."""
         self._gone.add(id(ticket))
+        self._uncounted.discard(id(ticket))
         if len(self._gone) * 2 > len(self._tickets):
             self._tickets = deque(t for t in self._tickets if id(t) not in self._gone)
             self._gone.clear()
@@ -162,6 +171,7 @@ class Line(Generic[Ticket]):
         while self._tickets:
             ticket = self._tickets.popleft()
             if id(ticket) not in self._gone:
+                self._uncounted.discard(id(ticket))
                 return ticket
             self._gone.discard(id(ticket))
         return None
@@ -172,7 +182,7 @@ class Slots(Generic[Ticket]):
 
     Args:
         count: how many slots; at least 1.
-        max_waiting: the longest the line may grow; None for no bound.
+        max_waiting: how many may stand in the line, of those that it applies to; None for no bound.
     """
 
     def __init__(self, count: int, max_waiting: int | None = None) -> None:
@@ -196,7 +206,7 @@ class Slots(Generic[Ticket]):
         Args:
             ticket: who asks; compared by identity.
             prefer: slots that suit the ticket better than others, if one of them is free.
-            bounded: whether `max_waiting` applies.
+            bounded: whether `max_waiting` applies, and the ticket counts in line.
 
         Returns:
             A grant, when a slot is free (then nobody waits: see `_serve`); None when the ticket now stands in line.
@@ -209,9 +219,9 @@ class Slots(Generic[Ticket]):
             if at > 0:
                 at = next((i for i in range(at, -1, -1) if self._free[i] in prefer), at)
             return self._grant(self._free.pop(at), ticket)
-        if bounded and self.max_waiting is not None and len(self._line) >= self.max_waiting:
+        if bounded and self.max_waiting is not None and self._line.counted >= self.max_waiting:
             raise OverflowError
-        self._line.join(ticket)
+        self._line.join(ticket, counts=bounded)
         return None
 
     def withdraw(self, ticket: Ticket) -> None:

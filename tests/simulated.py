@@ -103,7 +103,7 @@ class Audit:
         assert not self.device._callbacks, "somebody still listens for faults"
         kept = False
         for executor in self.executors:
-            if executor.broken is None and not executor.closing:
+            if executor.broken is None and executor.is_discarded:
                 kept = True  # its model was forgotten
                 continue
             states = set(executor.machine.states)

@@ -228,6 +228,29 @@ async def test_an_engine_for_one_size_of_batch_is_padded_to_it(device: str) -> N
         _ = await load(device, program, sizes=[1, 2])
 
 
+@pytest.mark.parametrize("overload", ["reject", "drop_oldest", "latest", "wait"])
+async def test_a_map_takes_no_place_in_the_queue_and_loses_none(device: str, overload: str) -> None:
+    async with load(device, warmup=frame(0), max_size=2, max_queue=2, overload=overload) as model:
+        results = model.map(map(frame, range(12)), in_flight=8)
+        with held(model):
+            first = asyncio.ensure_future(anext(results))
+            await until(lambda: model.statistics().waiting == 6)
+            single = calls(model, [20, 21])
+            await turns()
+            assert not any(call.done() for call in single)
+            single += calls(model, [22])
+            await turns()
+            refused = {"reject": [2], "wait": []}.get(overload, [0])
+            assert [i for i, call in enumerate(single) if call.done()] == refused
+        assert all(map(right, [await first, *[result async for result in results]], range(12)))
+        for i, call in enumerate(single):
+            if i in refused:
+                with pytest.raises(aiotrt.QueueFullError):
+                    await call
+            else:
+                assert right(await call, 20 + i)
+
+
 async def test_map_is_item_by_item(device: str) -> None:
     async with load(device, max_size=4, slots=2, warmup=frame(0), max_queue=0) as model:
         values = range(50)

@@ -195,6 +195,40 @@ def test_reject(spare: int) -> None:
     assert len(q) == 3 + spare
 
 
+@pytest.mark.parametrize("overload", ["reject", "drop_oldest", "latest", "wait"])
+def test_who_is_not_bounded_neither_counts_nor_makes_way(overload: Any) -> None:
+    q = queue(2, overload=overload, max_size=2)
+    others = [entry(priority=1) for _ in range(5)]
+    first, second, third = entry(), entry(), entry()
+    for item in (*others, first, second):
+        assert q.add(item, bounded=item not in others) == []
+        assert item.place == "queue"
+    if overload == "wait":
+        assert q.add(third) == []
+        q.remove(others.pop())
+        assert [item.place for item in q][-1] == "door"
+        q.remove(first)
+        assert [item.place for item in q][-1] == "queue"
+    elif overload == "reject":
+        with pytest.raises(OverflowError):
+            q.add(third)
+    else:
+        assert q.add(third) == [first]
+    assert all(other.place == "queue" for other in others)
+    q.clear()
+    for bounded in (False, False, False, True, True):
+        assert q.add(entry(), bounded=bounded) == []
+    assert [item.place for item in q] == ["queue"] * 5
+
+
+def test_a_free_slot_is_for_those_who_are_not_bounded_too() -> None:
+    q = queue(0, overload="reject", max_size=1)
+    q.add(entry(), bounded=False)
+    assert q.add(entry(), spare=2) == []
+    with pytest.raises(OverflowError):  # one slot is left, and there is one who came before
+        q.add(entry(), spare=2)
+
+
 def test_drop_oldest_drops_the_oldest_of_the_least_urgent() -> None:
     q = queue(3, overload="drop_oldest")
     urgent, old, young = entry(priority=0), entry(priority=1), entry(priority=1)
@@ -310,16 +344,22 @@ class QueueMachine(RuleBasedStateMachine):
         self.gone: set[int] = set()
         self.passed: dict[int, int] = {}
 
-    @rule(group=st.integers(0, 2), priority=st.integers(0, 2), deadline=st.one_of(st.none(), st.integers(0, 6)))
-    def add(self, group: int, priority: int, deadline: int | None) -> None:
+    @rule(
+        group=st.integers(0, 2),
+        priority=st.integers(0, 2),
+        deadline=st.one_of(st.none(), st.integers(0, 6)),
+        bounded=st.booleans(),
+    )
+    def add(self, group: int, priority: int, deadline: int | None, bounded: bool) -> None:
         item = entry(
             group, min(priority, self.options.priorities - 1), self.now, None if deadline is None else self.now + deadline
         )
-        inside = [other for other in self.waiting if other.place == "queue"]
+        inside = [other for other in self.waiting if other.place == "queue" and other.is_bounded]
         bound = self.queue.max_waiting
         try:
-            dropped = self.queue.add(item)
+            dropped = self.queue.add(item, bounded=bounded)
         except OverflowError:
+            assert bounded
             assert bound is not None
             assert len(inside) >= bound
             assert self.options.overload != "wait"
@@ -403,9 +443,11 @@ class QueueMachine(RuleBasedStateMachine):
         inside = [item for item in self.waiting if item.place == "queue"]
         assert self.queue.groups == len({item.group for item in inside})
         bound = self.queue.max_waiting
+        counted = sum(item.is_bounded for item in inside)
+        assert self.queue._bounded == counted
         if bound is not None:
-            assert len(inside) <= bound
-            if len(inside) < bound:
+            assert counted <= bound
+            if counted < bound:
                 assert all(item.place == "queue" for item in self.waiting), "at the door, and there is a place"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from unittest import mock
 
 import pytest
 
 import aiotrt
+from aiotrt import model as model_module
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams, run_simulated
 from tests.tools import Affine, executor_of, frame
@@ -49,6 +51,76 @@ def test_a_close_that_is_cancelled_still_closes(seed: int, turns: int) -> None:
         assert repr(model) == "<aiotrt.Model Affine: closed>"
 
     run_simulated(main(), device)  # which looks whether graphs, engines, streams and threads are closed
+
+
+@pytest.mark.parametrize("turns", range(1, 6))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_close_that_nobody_waits_for_goes_on_to_its_end(seed: int, turns: int) -> None:
+    device = SimulatedDevice(seed)
+
+    async def main() -> None:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
+        call = asyncio.ensure_future(model(frame(1)))
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(model.aclose())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert (await call == 4).all()
+        await asyncio.sleep(0.1)
+        assert repr(model) == "<aiotrt.Model Affine: closed>"
+
+    run_simulated(main(), device)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_ends_every_task_waits_for_a_closing_and_for_no_lease(seed: int) -> None:
+    device = SimulatedDevice(seed)
+
+    async def main() -> None:
+        model = await aiotrt.load(Affine(), device=device, slots=2, warmup=frame(0))
+        slot = await model.lease().__aenter__()  # nobody leaves it
+        with held_streams(device, *executor_of(model).slots):
+            call = asyncio.ensure_future(model(frame(1)))
+            await asyncio.sleep(0)
+            closer = asyncio.ensure_future(model.aclose())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:  # as `asyncio.run` does in the end
+                task.cancel()
+            await asyncio.sleep(0.1)
+            assert [task for task in tasks if not task.done()] == [model._closing]
+            assert call.cancelled()
+            assert closer.cancelled()
+        async with asyncio.timeout(10.0):
+            await asyncio.wait(tasks)
+        assert repr(model) == "<aiotrt.Model Affine: closed>"
+        with pytest.raises(aiotrt.ModelClosedError, match="and this lease with it"):
+            slot.launch()
+
+    run_simulated(main(), device)
+
+
+def test_a_closing_that_could_not_free_is_taken_up_where_it_stopped() -> None:
+    device = SimulatedDevice(0)
+
+    async def main() -> None:
+        model, other = [await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) for _ in range(2)]
+        with (
+            mock.patch.object(model_module, "_start_thread", side_effect=RuntimeError("can't start new thread")),
+            pytest.raises(RuntimeError, match="can't start new thread"),
+        ):
+            await model.aclose()
+        with pytest.raises(aiotrt.ModelClosedError):
+            await model(frame(1))
+        await model.aclose()
+        assert repr(model) == "<aiotrt.Model Affine: closed>"
+        assert (await other(frame(1)) == 4).all()  # their hub was given back once
+        await other.aclose()
+
+    run_simulated(main(), device)
 
 
 def test_what_the_holder_of_a_revoked_lease_reads_is_not_freed_under_it() -> None:

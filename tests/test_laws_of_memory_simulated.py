@@ -571,6 +571,48 @@ def test_a_model_that_was_forgotten_says_so_and_keeps_what_is_in_use(group: int,
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_model_lives_as_long_as_somebody_has_a_slot_of_it(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async def use() -> bool:
+            async with (await load(device, slots=1, warmup=frame(0))).lease(outputs="numpy") as slot:
+                gc.collect(1)
+                slot.inputs[0][...] = frame(2)
+                return right(await slot.replay(), 2)
+
+        with pytest.warns(ResourceWarning, match="was never closed: use 'async with'"):
+            using = asyncio.ensure_future(use())
+            await asyncio.wait([using])
+        assert using.result()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_a_lease_has_that_is_forgotten_with_its_model_is_kept(group: int, launched: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        kept = len(submission._kept)
+        slot = await (await load(device, slots=1, warmup=frame(0))).lease().__aenter__()
+        slot.inputs[0][...] = frame(1)
+        if launched:
+            slot.launch()
+        buffer, executor = slot.inputs[0], slot._executor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one that is recorded keeps the lease that it is of
+            del slot
+            gc.collect()
+        assert executor.is_discarded
+        assert len(submission._kept) == kept + 1
+        await asyncio.sleep(0.1)  # nothing of this is for the loop's exception handler
+        with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
+            buffer[...] = frame(2)
+        with pytest.raises(aiotrt.ModelClosedError, match="is closed"):
+            executor.submit((frame(1),), {})
+
+    under_schedules(group, program)
+
+
 def test_a_model_that_outlives_its_loop_lets_go_of_everything() -> None:
     """On a loop of asyncio's own: there is a real timer, whose file must be closed."""
     from aiotrt import completion

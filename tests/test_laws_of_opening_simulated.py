@@ -64,7 +64,7 @@ def test_a_model_that_is_closed_while_it_opens_is_closed_when_that_is_over(group
         assert model._opening.done()
         assert not model.is_ready
         for result in await asyncio.gather(*awaiting, return_exceptions=True):
-            assert was_ready or isinstance(result, (asyncio.CancelledError, aiotrt.ModelClosedError)), result
+            assert was_ready or isinstance(result, aiotrt.ModelClosedError), result
         with pytest.raises(aiotrt.ModelClosedError):
             await opened(model)
 
@@ -80,12 +80,37 @@ def test_an_opening_ends_with_the_last_who_waits_for_it(group: int) -> None:
         for task in choose.sample(awaiting, 3):
             assert not model.is_ready
             task.cancel()
-            await asyncio.wait([task])
+            await turns(2)
             assert task.cancelled()
         assert model._opening is not None
-        assert model._opening.done()
         assert not model.is_ready
-        await model.aclose()
+        if choose.random() < 0.5:
+            await model.aclose()
+        else:
+            await asyncio.wait([model._opening])
+        assert repr(model) == "<aiotrt.Model Affine: closed>"
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_opening_that_is_given_up_takes_back_what_others_have(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        model = load(device, slots=1, warmup=[frame(0), frame(0, (1, 3))])
+        waiting = asyncio.ensure_future(opened(model))
+        while model._executor is None or model.inputs is None:
+            await asyncio.sleep(0)
+        slot = await model.lease([SHAPE]).__aenter__()  # before the second warm-up
+        call = asyncio.ensure_future(model(frame(1)))
+        await turns()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        async with asyncio.timeout(10.0):
+            with pytest.raises(aiotrt.ModelClosedError):
+                await call
+            await model.aclose()
+        with pytest.raises(aiotrt.ModelClosedError, match="and this lease with it"):
+            slot.launch()
 
     under_schedules(group, program)
 
@@ -109,6 +134,25 @@ def test_a_warm_up_that_was_cancelled_is_no_failure_when_the_device_breaks_after
         gc.collect(1)  # or an error that nobody looked at would be found by somebody else's law
 
     under_schedules(group, program)
+
+
+def test_a_warm_up_that_is_refused_half_way_gives_back_what_it_has() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=3, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            lease, refusals = executor.lease, iter([None, None, aiotrt.EngineError("no more")])
+
+            def refused(*args: Any, **options: Any) -> Any:
+                if refusal := next(refusals):
+                    raise refusal
+                return lease(*args, **options)
+
+            with mock.patch.object(executor, "lease", refused), pytest.raises(aiotrt.EngineError, match="no more"):
+                await model.warmup([(1, 3)])
+            await settle(model, 3)
+            assert right(await model(frame(1)), 1)
+
+    under_schedules(0, program)
 
 
 @pytest.mark.parametrize("group", range(1))

@@ -451,6 +451,8 @@ def test_another_loop_is_refused_and_changes_nothing(group: int) -> None:
                     await model(frame(1))
                 with pytest.raises(aiotrt.UsageError, match="another event loop"):
                     await model.aclose()
+                with pytest.raises(aiotrt.UsageError, match="another event loop"):
+                    _ = await model
 
             await asyncio.get_running_loop().run_in_executor(None, lambda: asyncio.run(use()))
             assert right(await model(frame(1)), 1)

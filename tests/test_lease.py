@@ -313,6 +313,18 @@ async def test_a_forgotten_lease_warns_and_its_slot_comes_back(device: str) -> N
             assert (await model(frame(2)))[0, 0] == 7
 
 
+async def test_a_lease_keeps_its_model_alive(device: str) -> None:
+    async def use() -> object:
+        async with (await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))).lease(outputs="numpy") as slot:
+            gc.collect()
+            slot.inputs[0][...] = frame(1)
+            return (await slot.replay())[0, 0]
+
+    with pytest.warns(ResourceWarning, match="was never closed: use 'async with'"):
+        assert await use() == 4
+        gc.collect()
+
+
 async def test_cancelling_a_replay_keeps_the_lease_and_leaving_drains(device: str) -> None:
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
         with held(model) as latch:

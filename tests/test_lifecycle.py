@@ -1,22 +1,28 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
 import aiotrt
 from aiotrt.completion import _hubs
+from aiotrt.devices.host import HostDevice
 from aiotrt.slots import State
-from tests.tools import Affine, Latch, count, frame, held, turns, until
+from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
 asyncio_test = pytest.mark.asyncio
 
@@ -135,6 +141,59 @@ async def test_a_cancelled_close_can_be_awaited_again(device: str) -> None:
 
 
 @asyncio_test
+async def test_leaving_a_block_in_a_scope_that_was_cancelled_closes(device: str) -> None:
+    with anyio.CancelScope() as scope:
+        async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    await until(lambda: repr(model) == "<aiotrt.Model Affine: closed>")
+
+
+def test_the_end_of_a_loop_ends_a_closing(device: str) -> None:
+    async def main() -> tuple[aiotrt.Model, aiotrt.Lease]:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
+        lease = await model.lease().__aenter__()
+        closing = asyncio.ensure_future(model.aclose())
+        await turns()
+        closing.cancel()
+        return model, lease
+
+    model, _ = asyncio.run(main())
+    assert repr(model) == "<aiotrt.Model Affine: closed>"
+
+
+def test_a_loop_that_is_closed_under_a_closing() -> None:
+    latch = Latch("host")
+
+    async def main() -> aiotrt.Model:
+        model = await aiotrt.load(Affine(), device=HostDevice(), slots=1, warmup=frame(0))
+        latch.hold(executor_of(model).slots[0].stream)
+        for use in (model(frame(1)), model.aclose()):
+            task = asyncio.ensure_future(use)
+            await turns()
+            task.cancel()
+            await asyncio.wait([task])
+        return model
+
+    async def again() -> None:  # what waits at the old loop's hub is dropped when there is another loop
+        async with aiotrt.load(Affine(), device="host") as other:
+            assert (await other(frame(2)))[0, 0] == 7
+
+    told: list[object] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    forgotten = weakref.ref(loop.run_until_complete(main()))
+    loop.close()
+    latch.open()
+    assert "1 draining" in repr(forgotten())
+    asyncio.run(again())
+    gc.collect()  # which warns of nothing: it was being closed
+    assert forgotten() is None
+    assert told == []
+
+
+@asyncio_test
 async def test_an_exception_in_the_block_closes_without_waiting_for_the_line(device: str) -> None:
     calls: list[asyncio.Future[object]] = []
     with pytest.raises(ZeroDivisionError):
@@ -147,49 +206,120 @@ async def test_an_exception_in_the_block_closes_without_waiting_for_the_line(dev
     assert all(isinstance(outcome, aiotrt.ModelClosedError) for outcome in outcomes[1:])
 
 
+class Slow(torch.nn.Module):
+    """Runs until it is told to end, on a worker thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latch = Latch("host")
+        self.entered = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._loop.call_soon_threadsafe(self.entered.set)
+        self.latch._opened.wait()
+        return x
+
+
+async def _opened(model: aiotrt.Model) -> bool:
+    return await model is model
+
+
 @asyncio_test
-async def test_cancelling_a_load_leaves_nothing(device: str) -> None:
-    latch = Latch("host")
-    entered = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    class Slow(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            loop.call_soon_threadsafe(entered.set)
-            latch._opened.wait()
-            return x
-
-    model = aiotrt.load(Slow(), device=device, warmup=frame(0))
-
-    async def use() -> None:
-        _ = await model
-
-    task = asyncio.ensure_future(use())
-    await entered.wait()
+async def test_cancelling_a_load_returns_at_once_and_leaves_nothing(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    task = asyncio.ensure_future(_opened(model))
+    await slow.entered.wait()
     task.cancel()
     await turns()
-    latch.open()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    assert task.cancelled()
     assert not model.is_ready
+    slow.latch.open()
+    await model.aclose()
     with pytest.raises(aiotrt.ModelClosedError):
         await model(frame(1))
-    assert not [hub for (owner, _), hub in _hubs.items() if owner is loop]
+    assert not [hub for (owner, _), hub in _hubs.items() if owner is asyncio.get_running_loop()]
+
+
+def test_the_end_of_a_loop_ends_a_load_that_was_cancelled(device: str) -> None:
+    async def main() -> aiotrt.Model:
+        slow = Slow()
+        model = aiotrt.load(slow, device=device, warmup=frame(0))
+        task = asyncio.ensure_future(_opened(model))
+        await slow.entered.wait()
+        asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, slow.latch.open)
+        task.cancel()
+        return model
+
+    assert repr(asyncio.run(main())) == "<aiotrt.Model Slow: closed>"
+
+
+@asyncio_test
+async def test_a_load_that_fails_as_the_last_who_waits_is_cancelled_is_no_news(device: str) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("it does not work")
+
+    async def give_up() -> None:
+        model = aiotrt.load(broken, device=device, warmup=frame(0))
+        waiting = asyncio.ensure_future(_opened(model))
+        await turns(1)
+        assert model._opening is not None
+        model._opening.add_done_callback(lambda _: waiting.cancel())  # told, and its task has not run yet
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    await give_up()
+    gc.collect()
+    assert told == []
+
+
+@asyncio_test
+async def test_whoever_waits_for_a_load_is_told_that_the_model_was_closed(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    waiting = [asyncio.ensure_future(_opened(model)) for _ in range(2)]
+    await slow.entered.wait()
+    closing = asyncio.ensure_future(model.aclose())
+    await turns()
+    slow.latch.open()
+    await asyncio.wait([closing, *waiting])
+    for task in waiting:
+        with pytest.raises(aiotrt.ModelClosedError, match="Slow was closed while it was being opened"):
+            task.result()
+
+
+@asyncio_test
+async def test_another_loop_leaves_an_opening_alone(device: str) -> None:
+    slow = Slow()
+    model = aiotrt.load(slow, device=device, warmup=frame(0))
+    opening = asyncio.ensure_future(_opened(model))
+
+    def elsewhere() -> None:
+        for use in (model.aclose, lambda: _opened(model)):
+            with pytest.raises(aiotrt.UsageError, match="Slow was used from another event loop"):
+                asyncio.run(use())
+
+    await slow.entered.wait()
+    await asyncio.to_thread(elsewhere)
+    slow.latch.open()
+    assert await opening
+    await asyncio.to_thread(elsewhere)
+    await model.aclose()
 
 
 @asyncio_test
 async def test_one_of_two_who_await_a_load_may_be_cancelled(device: str) -> None:
     model = aiotrt.load(Affine(), device=device, warmup=frame(0))
 
-    async def use() -> object:
-        return await model
-
-    first, second = asyncio.ensure_future(use()), asyncio.ensure_future(use())
+    first, second = asyncio.ensure_future(_opened(model)), asyncio.ensure_future(_opened(model))
     await turns(1)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert await second is model
+    assert await second
     await model.aclose()
 
 
@@ -240,6 +370,16 @@ async def test_a_model_that_was_never_closed_warns(device: str) -> None:
         del model
         gc.collect()
     await turns()
+
+
+@asyncio_test
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+async def test_a_model_is_not_copied(device: str, duplicate: Callable[[object], object]) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        with pytest.raises(TypeError, match=r"Model Affine .* cannot be copied or pickled: share it, or load"):
+            duplicate(model)
+        gc.collect()
+        assert (await model(frame(1)))[0, 0] == 4
 
 
 def test_a_loop_that_is_closed_under_pending_work(device: str) -> None:
@@ -382,6 +522,16 @@ def test_ctrl_c(when: str) -> None:
     assert process.returncode == 3, errors
     assert "interrupted" in output
     assert "Warning" not in errors
+
+
+@asyncio_test
+async def test_run_inside_a_running_loop_says_what_to_write_instead() -> None:
+    async def main() -> None:
+        pytest.fail("it ran")
+
+    with pytest.raises(aiotrt.UsageError, match=r"inside a running event loop: write 'await main\(\)' there"):
+        aiotrt.run(main())
+    gc.collect()  # Python would warn of a coroutine that was never awaited
 
 
 @asyncio_test

@@ -40,6 +40,19 @@ REFUSED: list[tuple[str, object, str]] = [
     ("progress", "sleep", "progress must be 'predict', 'spin' or 'interval', got 'sleep'"),
     ("preprocess", 3, "preprocess must be a function over tensors, got int"),
     ("postprocess", "numpy", "postprocess must be a function over tensors, got str"),
+    ("overlap", 1, "overlap must be True or False, got 1"),
+    ("graphs", "no", "graphs must be True or False, got 'no'"),
+    ("allow_host_code", "no", "allow_host_code must be True or False, got 'no'"),
+    ("runtime", "trt", "runtime must be 'tensorrt', 'tensorrt_rtx', 'tensorrt_lean' or None, got 'trt'"),
+    ("runtime", "tensorrt", "runtime is for files, and the engine is of type Affine: leave it out"),
+    ("precision", "int8", "precision must be 'fp32', 'fp16', 'bf16' or None, got 'int8'"),
+    ("precision", "fp16", "precision is for files"),
+    ("profiles", 3, "profiles must be dicts of input names to shapes, or None, got 3"),
+    ("profiles", "x", "profiles must be dicts of input names to shapes, or None, got 'x'"),
+    ("profiles", {"x": (1, 3)}, "profiles is for files"),
+    ("sha256", "abc", "sha256 must be 64 hexadecimal digits or None, got 'abc'"),
+    ("sha256", b"0" * 64, "sha256 must be 64 hexadecimal digits or None, got b'0"),
+    ("sha256", "0" * 64, "sha256 is for files"),
 ]
 
 

@@ -4,6 +4,8 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,11 @@ pytestmark = pytest.mark.asyncio
 def is_idle(model: aiotrt.Model) -> bool:
     statistics = model.statistics()
     return statistics.free == len(executor_of(model).slots) and statistics.waiting == 0
+
+
+async def test_a_checksum_that_nothing_is_checked_against_is_refused(device: str) -> None:
+    with pytest.raises(aiotrt.InputError, match="sha256 is for files, and the engine is of type Affine"):
+        _ = aiotrt.load(Affine(), device=device, sha256="0" * 64)
 
 
 async def test_each_caller_gets_the_result_of_its_own_input(device: str) -> None:
@@ -149,6 +156,33 @@ async def test_map_takes_asynchronous_iterables_tuples_and_dicts(device: str) ->
         assert totals == [i + 1 for i in range(20)]
 
 
+async def test_a_map_takes_all_items_of_a_source_in_one_context(device: str) -> None:
+    span: ContextVar[str] = ContextVar("span", default="none")
+    seen = []
+
+    async def frames() -> AsyncIterator[object]:
+        token = span.set("span")
+        try:
+            for i in range(3):
+                await asyncio.sleep(0)
+                seen.append(span.get())
+                yield frame(i)
+        finally:
+            span.reset(token)
+
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        assert [result[0, 0] async for result in model.map(frames())] == [1, 4, 7]
+    assert seen == ["span"] * 3
+    assert span.get() == "none"
+
+
+@pytest.mark.parametrize("in_flight", [0, 2.5, "3", True])
+async def test_a_map_whose_bound_is_none(device: str, in_flight: Any) -> None:
+    async with aiotrt.load(Affine(), device=device, warmup=frame(0)) as model:
+        with pytest.raises(aiotrt.InputError, match=f"in_flight must be an integer of at least 1, got {in_flight!r}"):
+            await anext(model.map([frame(1)], in_flight=in_flight))
+
+
 async def test_map_is_bounded(device: str) -> None:
     taken = 0
 
@@ -164,6 +198,22 @@ async def test_map_is_bounded(device: str) -> None:
             fetched += 1
             assert taken - fetched <= 5
         assert fetched == 100
+
+
+async def test_a_map_takes_no_place_in_line(device: str) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, max_queue=1, warmup=frame(0)) as model:
+        results = model.map(map(frame, range(6)), in_flight=4)
+        with held(model):
+            first = asyncio.ensure_future(anext(results))
+            await turns()
+            call = asyncio.ensure_future(model(frame(9)))
+            await turns()
+            assert model.statistics().waiting == 4
+            with pytest.raises(aiotrt.QueueFullError, match="1 of 1 slots are busy and 1 of max_queue=1 places"):
+                await model(frame(8))
+        assert [(await first)[0, 0], *[result[0, 0] async for result in results]] == [1, 4, 7, 10, 13, 16]
+        assert (await call)[0, 0] == 28
+        assert model.statistics().rejected == 1
 
 
 async def test_map_delivers_what_came_before_a_failure_and_then_the_failure(device: str) -> None:

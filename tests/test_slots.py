@@ -112,6 +112,27 @@ def test_the_line_is_bounded(bound: int) -> None:
     assert slots.request(100, bounded=False) is None
 
 
+@pytest.mark.parametrize("end", ["served", "withdrawn"])
+def test_who_is_not_bounded_does_not_count_in_line(end: str) -> None:
+    slots: Slots[int] = Slots(1, 1)
+    slots.request(0)
+    for ticket in (1, 2, 3):
+        assert slots.request(ticket, bounded=False) is None
+    assert slots.request(4) is None
+    assert slots.waiting == 4
+    for ticket in (1, 2, 3):
+        with pytest.raises(OverflowError):
+            slots.request(5)
+        if end == "served":
+            assert slots.move(0, Event.RELEASE) == Grant(0, ticket)
+        else:
+            slots.withdraw(ticket)
+    with pytest.raises(OverflowError):
+        slots.request(5)
+    assert slots.move(0, Event.RELEASE) == Grant(0, 4)
+    assert slots.request(5) is None
+
+
 def test_a_fault_of_a_free_slot_takes_it_out_of_the_pool() -> None:
     slots: Slots[str] = Slots(2)
     slots.move(0, Event.FAULT)
@@ -147,6 +168,7 @@ class Callers(RuleBasedStateMachine):
         super().__init__()
         self.slots: Slots[int] = Slots(3, max_waiting=4)
         self.line: list[int] = []  # the model: who waits, in order
+        self.uncounted: set[int] = set()
         self.holders: dict[int, int] = {}  # slot to ticket
 
     def take(self, grant: Grant[int] | None) -> None:
@@ -157,19 +179,23 @@ class Callers(RuleBasedStateMachine):
         assert grant.slot not in self.holders, "a slot with two owners"
         self.holders[grant.slot] = grant.ticket
 
-    @rule(prefer=st.sets(st.integers(0, 2)))
-    def request(self, prefer: set[int]) -> None:
+    @rule(prefer=st.sets(st.integers(0, 2)), bounded=st.booleans())
+    def request(self, prefer: set[int], bounded: bool) -> None:
         ticket = next(self.numbers)
         free = self.slots.count(State.FREE)
+        counted = sum(other not in self.uncounted for other in self.line)
         try:
-            grant = self.slots.request(ticket, prefer=prefer)
+            grant = self.slots.request(ticket, prefer=prefer, bounded=bounded)
         except OverflowError:
+            assert bounded
             assert free == 0
-            assert len(self.line) == 4
+            assert counted == 4
             return
         if grant is None:
             assert free == 0, "made to wait while a slot was free"
+            assert not bounded or counted < 4, "in line, and the line was full"
             self.line.append(ticket)
+            self.uncounted |= set() if bounded else {ticket}
         else:
             assert not self.line, "served before those who wait"
             self.take(grant)

@@ -63,9 +63,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("graphs.py", "_Eager.launch", "stream.copy(destination, source)", 1): (
         "not needed: copies out are given to launches of captured programs only"
     ),
-    ("model.py", "Model._opened", "task.exception()", 0): (
-        "not needed: `asyncio.shield` looks at the error of a task whose waiter was cancelled"
-    ),
     ("model.py", "Model._warm", "request.future.exception()", 0): (
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
