@@ -17,6 +17,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 
 from aiotrt.errors import InputError, UsageError
+from aiotrt.video.cancellation import only_own
 from aiotrt.video.decoding import Opening, camera
 from aiotrt.video.feeds import AsyncFeed, DecoderFeed, Feed, Item, IteratorFeed, SequenceFeed
 from aiotrt.video.frames import Frame
@@ -147,7 +148,8 @@ class Source:
         """
         while self._feed is None:
             try:
-                self._feed = await self._connect()
+                with only_own():
+                    self._feed = await self._connect()
             except Exception as error:
                 await self._lost(error)
         if self.state is SourceState.CLOSED:
@@ -168,7 +170,8 @@ class Source:
             feed = self._feed
             assert feed is not None
             try:
-                item = await feed.read()
+                with only_own():
+                    item = await feed.read()
             except Exception as error:
                 self._tell(feed)
                 await self._drop()
@@ -202,7 +205,8 @@ class Source:
         feed, self._feed = self._feed, None
         if feed is not None:
             with contextlib.suppress(Exception):  # of a source that is given up, or broken already
-                await feed.aclose()
+                with only_own():
+                    await feed.aclose()
 
     def _tell(self, feed: Feed) -> None:
         for kind, detail in feed.notes():
