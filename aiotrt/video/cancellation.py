@@ -1,12 +1,15 @@
-"""Whose a cancellation is."""
+"""Whose a cancellation is, and what goes on in spite of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
-__all__ = ["CancelledElsewhereError", "only_own"]
+__all__ = ["CancelledElsewhereError", "only_own", "to_its_end"]
+
+T = TypeVar("T")
 
 
 class CancelledElsewhereError(RuntimeError):
@@ -32,3 +35,16 @@ def only_own() -> Iterator[None]:
         if task is not None and task.cancelling():
             raise
         raise CancelledElsewhereError from error
+
+
+async def to_its_end(work: asyncio.Future[T]) -> T:
+    """The result of what must not be cut short. Cancelled, this waits for it all the same, and is cancelled then."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # seen; nobody wants it any more
+        raise

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.video.cancellation import only_own, to_its_end
 from aiotrt.video.frames import Frame
 from aiotrt.video.lanes import Lane
 from aiotrt.video.policies import Keep, Policy
@@ -35,7 +36,7 @@ class Pipeline:
     A model loaded with ``batching=`` makes batches of frames of different sources by itself, since the pipeline calls it for
     each frame. Entering opens the sinks, and starts everything. Leaving the block stops the sources, waits until every frame
     that they gave has reached its sinks, and closes everything; after an exception or a cancellation it drops them instead.
-    Nothing of it is left then, no task, thread, file or slot.
+    Nothing of it is left then, no task, thread, file or slot: closing is waited for, however often the task is cancelled.
 
     Args:
         models: a model; several by name, which each get every frame; or a coroutine function from `Frame` to a result, such
@@ -228,6 +229,10 @@ class Pipeline:
             self._ended.exception()  # seen: whoever waits is told, and nobody must
 
     async def _close(self) -> None:
+        """Also to its end when it is cancelled, once more: else threads stay, and films that cannot be read."""
+        await to_its_end(asyncio.create_task(self._end(), name="aiotrt video: closing"))
+
+    async def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
         if self._supervisor is not None:
@@ -235,7 +240,8 @@ class Pipeline:
         while self._opened:
             sink = self._opened.pop()
             try:
-                await sink.aclose()
+                with only_own():
+                    await sink.aclose()
             except Exception as error:
                 self._reports[Kind.SINK.value] += 1
                 self.report(Report(Kind.SINK, "", f"{sink.name} could not be closed: {error}", error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,6 +12,7 @@ import torch
 
 from aiotrt.errors import InputError
 from aiotrt.model import Model
+from aiotrt.video.cancellation import to_its_end
 from aiotrt.video.frames import Frame
 
 __all__ = ["Infer", "ModelLike", "Outcome", "Runner", "runner_of"]
@@ -106,15 +106,7 @@ class _OneModel:
     async def _in_pool(self, function: Callable[[], Any]) -> Any:
         """Cancelled, this waits for the thread all the same: it works on a slot that is somebody else's afterwards."""
         work = asyncio.get_running_loop().run_in_executor(self._pool, function)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            while not work.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            if not work.cancelled():
-                work.exception()  # seen; nobody wants it any more
-            raise
+        return await to_its_end(work)
 
 
 class _Several:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from aiotrt import video
 from aiotrt.video import Detections, Frame, Pipeline, Result
 from aiotrt.video.frames import Held
-from tests.tools import until
+from tests.tools import turns, until
 from tests.video.tools import number_of, picture, write_video
 
 pytestmark = pytest.mark.asyncio
@@ -93,6 +94,43 @@ async def test_a_cancelled_pipeline_leaves_a_file_that_can_be_read(tmp_path: Pat
     assert contents(tmp_path / "x.mp4")
 
 
+async def test_a_pipeline_that_is_cancelled_again_while_it_closes_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
+    before = asyncio.all_tasks()
+    unwinding, held = asyncio.Event(), asyncio.Event()
+
+    async def call(frame: Frame) -> int:
+        try:
+            if frame.index == 5:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            unwinding.set()
+            await held.wait()
+            raise
+        return frame.index
+
+    pipeline = Pipeline(call, [picture(i) for i in range(8)], video.VideoFile(tmp_path / "x.mp4"))
+
+    async def main() -> None:
+        async with pipeline:
+            await pipeline.wait()
+
+    task = asyncio.ensure_future(main())
+    await until(lambda: pipeline.status().sources["frames"].sinks[0].delivered == 5)
+    task.cancel()
+    await unwinding.wait()
+    for _ in range(2):
+        task.cancel()
+        await turns()
+    assert not task.done()
+    held.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert contents(tmp_path / "x.mp4")
+    await turns()
+    assert asyncio.all_tasks() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("aiotrt-video", "aiotrt-sink"))]
+
+
 async def test_a_codec_that_is_not_there_is_reported(tmp_path: Path) -> None:
     reports: list[video.Report] = []
     sink = video.VideoFile(tmp_path / "x.mp4", codec="abacus")
@@ -158,8 +196,6 @@ async def test_a_frame_of_another_size_gets_boxes_and_masks_in_its_scale() -> No
 
 
 async def test_callbacks_run_where_they_should() -> None:
-    import threading
-
     where: dict[str, threading.Thread] = {}
 
     def quick(result: Result) -> None:
