@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -342,10 +343,10 @@ def open(  # noqa: A001  # as in `video.open`
         is_remote = is_camera or is_url
         ends = not is_remote or live is False
         location, found = camera(text) if is_camera else (str(text), None)
-        default = f"camera {text}" if isinstance(text, int) else _without_secrets(text) if is_url else Path(text).name
-        title = name = name or default
+        shown = _without_secrets(location) if is_url else location
+        title = name = name or (f"camera {text}" if isinstance(text, int) else shown if is_url else Path(shown).name)
         opening = Opening(
-            location, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
+            location, shown, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
         )  # fmt: skip
         most = max_pixels
 
@@ -397,7 +398,11 @@ def _feed_of(frames: object, name: str, patience: float) -> Feed:
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user, password and query, fit for logs."""
+    """A URL without user, password, query and fragment, fit for logs."""
+    # As urlsplit and FFmpeg split it; urlsplit itself refuses some, in words that repeat what is secret.
     scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    host = authority.rpartition("@")[2]
+    # A password that was not escaped cuts itself in two: where that may be so, nothing after the scheme is shown.
+    is_cut = "@" in path or not re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host)
+    return f"{scheme}://..." if is_cut else f"{scheme}://{host}{slash}{path}"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ async def test_a_folder(tmp_path: Path) -> None:
             pass
 
 
-async def test_sound_without_pictures(tmp_path: Path) -> None:
+async def test_sound_without_pictures(tmp_path: Path, site: str) -> None:
     import av
 
     with av.open(str(tmp_path / "a.wav"), "w") as file:
@@ -131,6 +132,9 @@ async def test_sound_without_pictures(tmp_path: Path) -> None:
         file.mux(stream.encode(sound))
     with pytest.raises(SourceError, match="no video in it"):
         async with video.open(tmp_path / "a.wav"):
+            pass
+    with pytest.raises(SourceError, match=f"^{site}/a.wav: there is no video in it"):
+        async with video.open(site.replace("//", "//me:secret@") + "/a.wav?secret", live=False):
             pass
 
 
@@ -197,17 +201,18 @@ async def test_damage_in_the_middle_is_left_out_and_counted(tmp_path: Path) -> N
 async def test_nothing_but_damage_is_given_up() -> None:
     class Packet:
         def decode(self) -> list[object]:
-            raise decoding.import_av().error.InvalidDataError(1, "damaged")
+            raise decoding.import_av().error.InvalidDataError(1, "damaged: rtsp://me:secret@door")
 
     decoder = object.__new__(decoding.Decoder)
     decoder._av = decoding.import_av()
-    decoder._opening = decoding.Opening("a.mp4")
+    decoder._opening = decoding.Opening("rtsp://me:secret@door", "rtsp://door")
     decoder._ready = deque()
     decoder.notes = deque()
     decoder._damaged_in_a_row = 0
     decoder._packets = iter([Packet()] * 1000)
-    with pytest.raises(SourceError, match="256 damaged packets in a row"):
+    with pytest.raises(SourceError, match=r"^rtsp://door: 256 damaged packets in a row"):
         decoder.read()
+    assert set(decoder.notes) == {(Kind.CORRUPT, "damaged: rtsp://door")}
 
 
 async def test_another_size_in_mid_stream(tmp_path: Path) -> None:
@@ -492,5 +497,38 @@ async def test_a_source_is_opened_once() -> None:
 
 
 async def test_names_keep_secrets() -> None:
-    assert video.open("rtsp://me:secret@door.example:554/live?token=1").name == "rtsp://door.example:554/live"
+    for url, name in (
+        ("rtsp://me:secret@door.example:554/live?token=1", "rtsp://door.example:554/live"),
+        ("http://door?token=secret", "http://door"),
+        ("rtsp://door/live#secret", "rtsp://door/live"),
+        ("rtsp://me:secret@[::1]:554/live", "rtsp://[::1]:554/live"),
+        ("rtsp://me:se@cret@door/live", "rtsp://door/live"),
+        ("rtsp://[me:secret@door/live", "rtsp://door/live"),  # which urlsplit refuses
+        ("cache:http://me:secret@door/live", "cache:http://door/live"),
+        ("rtsp://me:se/cret@door/live", "rtsp://..."),  # not escaped
+        ("rtsp://me:12/secret@door/live", "rtsp://..."),
+        ("rtsp://me:se?cret@door/live", "rtsp://..."),
+        ("rtsp://me:p@se/cret@door/live", "rtsp://..."),
+    ):
+        assert video.open(url).name == name
     assert video.open(0).name == "camera 0"
+
+
+async def test_errors_and_reports_keep_secrets(site: str, caplog: pytest.LogCaptureFixture) -> None:
+    url = site.replace("//", "//me:secret@") + "/missing.mp4?token=secret"
+    shown = f"{site}/missing.mp4"
+    source = video.open(url, reconnect=video.Backoff(first=0.01, attempts=1))
+
+    async def same(frame: Frame) -> int:
+        return frame.index
+
+    async with video.Pipeline(same, source) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status().sources
+    assert (status[shown].error or "").startswith(f"{shown}: ")
+    assert {"lost", "failed"} <= status[shown].reports.keys()
+    with pytest.raises(SourceError) as raised:
+        await read(video.open(url, live=False))
+    told = "".join(traceback.format_exception(raised.value)) + caplog.text + repr(status)
+    assert f"{shown}: Server returned 404" in told
+    assert "secret" not in told.replace("test_errors_and_reports_keep_secrets", "")
