@@ -48,6 +48,36 @@ async def test_a_video_file_keeps_every_frame_and_its_time(tmp_path: Path) -> No
     assert [at for at, _ in written] == pytest.approx(times, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("times", "written"),
+    [
+        ([0, 0.1, 0.2, 0, 0.1, 0.2], [0, 0.1, 0.2, 0.25, 0.35, 0.45]),  # a source that came back
+        ([0, 0.1, 90, 0.3, 0.4], [0, 0.1, 90, 90.05, 90.15]),
+        ([5, 5.1, 5.1, 5.2], [0, 0.1, 0.1, 0.2]),
+        ([None, 3, None, 3.2], [0, 0.05, 0.1, 0.25]),
+        ([np.nan, 3, np.inf, 3.2], [0, 0.05, 0.1, 0.25]),
+    ],
+)
+async def test_times_that_go_back_or_are_none_take_the_place_after_the_last_one(
+    tmp_path: Path, times: list[float | None], written: list[float]
+) -> None:
+    sink = video.VideoFile(tmp_path / "x.mp4", rate=20)
+    await sink.open()
+    for i, at in enumerate(times):
+        await sink.write(Result(Frame("a", i, Held(picture(i)), time=at), None))
+    await sink.aclose()
+    assert [at for at, _ in contents(tmp_path / "x.mp4")] == pytest.approx(written, abs=1e-3)
+
+
+async def test_a_time_that_no_film_can_have_fails_that_frame_alone(tmp_path: Path) -> None:
+    frames = [(0.0, picture(0)), (1e300, picture(1)), (0.1, picture(2)), (0.2, picture(3))]
+    sink = video.VideoFile(tmp_path / "x.mp4", rate=20)
+    async with Pipeline(same, lambda: iter(frames), sink, listener=lambda report: None) as pipeline:
+        await pipeline.wait()
+    assert pipeline.status().sources["frames"].sinks[0].failed == 1
+    assert [at for at, _ in contents(tmp_path / "x.mp4")] == pytest.approx([0, 0.05, 0.15], abs=1e-3)
+
+
 async def test_a_file_for_each_source_and_odd_sizes(tmp_path: Path) -> None:
     sources = {"a/b": [picture(i, 51, 33) for i in range(4)], "c": [picture(i) for i in range(6)]}
     async with Pipeline(same, sources, video.VideoFile(tmp_path / "{source}.mp4", rate=10)) as pipeline:
