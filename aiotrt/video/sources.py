@@ -109,7 +109,8 @@ class Source:
         self._feed: Feed | None = None
         self._attempt = 0
         self._size: tuple[int, ...] | None = None
-        self._offset = 0.0  # seconds: what the turns before this one took, of a source that loops
+        self._offset = 0.0  # seconds: what this turn's times are behind, of a source that loops
+        self._resumes: float | None = None  # seconds: when a turn's first frame follows, which says the offset
         self._last = 0.0  # seconds: the last frame's time, and how long it stood
         self._interval = 0.0
         self._turn = 0  # frames in this turn
@@ -173,18 +174,18 @@ class Source:
             try:
                 with only_own():
                     item = await feed.read()
+                self._tell(feed)
+                frame = None if item is None else self._frame(item)
             except Exception as error:
                 self._tell(feed)
                 await self._drop()
                 await self._lost(error)
                 continue
-            self._tell(feed)
             if item is None:
                 if await self._turned():
                     continue
                 self.state = SourceState.ENDED
                 return None
-            frame = self._frame(item)
             if frame is not None:
                 await self._pace(frame)
                 self.count += 1  # only now: cancelled while it was held back, it was never given
@@ -230,7 +231,7 @@ class Source:
     async def _turned(self) -> bool:
         """The feed has ended: whether another one follows it."""
         if self._loops and self._turn:
-            self._offset = self._last + self._interval
+            self._resumes = self._last + self._interval
             self._turn = 0
             await self._drop()
             return True
@@ -261,6 +262,8 @@ class Source:
         if (at := item.time) is None and self._fps is not None:
             at = self._turn / self._fps
         if at is not None:
+            if self._resumes is not None:  # its own first time need not be 0: a part is read, or that is how it counts
+                self._offset, self._resumes = self._resumes - at, None
             at += self._offset
             self._interval = max(0.0, at - self._last) if self._turn else self._interval
             self._last = at
@@ -308,7 +311,8 @@ def open(  # noqa: A001  # as in `video.open`
 
     Args:
         source: a path; a URL, such as ``rtsp://...``; a camera's number, or its device file; an iterable or asynchronous
-            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair with its time in seconds; or a function
+            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair with its time in seconds, of which one
+            that is not finite is none; or a function
             that returns such an iterable, called again whenever the source is begun again. A list, tuple or array is read
             on the loop's thread, any other synchronous iterable in a thread.
         name: what it is called in status and results; by default the file's name or the URL without what is secret in it.

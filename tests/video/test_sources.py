@@ -93,6 +93,16 @@ async def test_a_loop_goes_on_in_time(tmp_path: Path) -> None:
     assert threads() == 0
 
 
+@pytest.mark.parametrize(("suffix", "start"), [(".mp4", 2.0), (".ts", 0.0), (".ts", 1.0)])
+async def test_turns_follow_each_other_wherever_their_times_begin(tmp_path: Path, suffix: str, start: float) -> None:
+    path = write_video(tmp_path / f"a{suffix}", range(30), rate=10)
+    async with video.open(path, loop=True, start=start, limit=70) as source:
+        times = [frame.time async for frame in source]
+    assert np.diff(times) == pytest.approx(0.1, abs=1e-3)  # type: ignore[arg-type]
+    assert times[0] == pytest.approx(start, abs=1e-3)
+    assert threads() == 0
+
+
 # Bad input...
 
 
@@ -479,6 +489,22 @@ async def test_an_iterable_that_raises_is_a_source_that_failed() -> None:
         with pytest.raises(SourceError, match="door: ValueError: lens cap"):
             await anext(source)
         with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert source.state is SourceState.FAILED
+
+
+async def test_times_that_are_not_finite_are_none() -> None:
+    frames = [(np.nan, picture(0)), (0.5, picture(1)), (np.inf, picture(2)), (1.0, picture(3))]
+    assert [frame.time for frame in await read(video.open(lambda: iter(frames)))] == [None, 0.5, None, 1.0]
+    assert [frame.time for frame in await read(video.open(lambda: iter(frames[:1]), fps=4))] == [0]
+
+
+@pytest.mark.parametrize("bad", [("1", picture(1)), np.zeros(3, np.uint8)])
+async def test_an_item_that_is_no_frame_is_a_source_that_failed(bad: Any) -> None:
+    source = video.open(lambda: iter([picture(0), bad]), name="door")
+    async with source:
+        await anext(source)
+        with pytest.raises(SourceError, match="door: "):
             await anext(source)
     assert source.state is SourceState.FAILED
 
