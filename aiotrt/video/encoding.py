@@ -22,7 +22,8 @@ class VideoFile(Threaded):
     """A video file for each source, each frame at its own time, so that a variable frame rate stays one.
 
     Args:
-        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several.
+        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several. Of two
+            sources whose files would be one, the second one's results are refused; see `path_of`.
         draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
         codec: FFmpeg's name of the encoder.
         rate: frames a second where frames bear no time, and where their time goes back, as that of a source which came
@@ -49,6 +50,10 @@ class VideoFile(Threaded):
         self._options = options or {}
         self._encoders: dict[str, _Encoder] = {}
 
+    def path_of(self, source: str) -> str:
+        """The file of a source, by its name; in it is ``_`` for what is no letter, digit, ``-``, ``_`` or ``.``."""
+        return self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in source))
+
     def begin(self) -> None:
         """Get ready."""
         import_av()
@@ -58,10 +63,13 @@ class VideoFile(Threaded):
         frame = result.frame
         encoder = self._encoders.get(frame.source)
         if encoder is None:
-            if self._encoders and "{source}" not in self._path:
-                (other,) = self._encoders
-                raise ValueError(f"{self._path} is of source {other!r}: put {{source}} into the path for several sources")
-            path = self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in frame.source))
+            path = self.path_of(frame.source)
+            for other in self._encoders:
+                if self.path_of(other) == path:
+                    raise ValueError(
+                        f"{path} is of source {other!r}: put {{source}} into the path for several sources, and give them "
+                        "names that differ in letters and digits"
+                    )
             height, width = frame.shape[:2]
             encoder = self._encoders[frame.source] = _Encoder(path, self._codec, width, height, self._rate, self._options)
         image = frame.image if self._draw is None else self._draw(frame.image, result.output)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -23,7 +23,7 @@ from aiotrt.video.sources import Source, SourceLike
 from aiotrt.video.sources import open as open_source
 from aiotrt.video.status import PipelineStatus
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "tell_apart"]
 
 log = logging.getLogger("aiotrt.video")
 
@@ -83,12 +83,8 @@ class Pipeline:
         self._lanes: dict[str, Lane] = {}
         known: dict[int, Sink] = {}  # by the object that was given: one that serves several sources is opened once
         found = _sources(sources)
-        names = [source.name for source in found]
-        if len(set(names)) < len(names):
-            names = [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-            for source, name in zip(found, names, strict=True):
-                source.name = name
-        _check_names(names, policy, sinks)
+        tell_apart(found)
+        _check_names([source.name for source in found], policy, sinks)
         for source in found:
             wanted = sinks.get(source.name, ()) if isinstance(sinks, Mapping) else sinks
             mine = []
@@ -262,6 +258,14 @@ def _sources(sources: Any) -> list[Source]:
     if not found:
         raise InputError("a pipeline needs at least one source")
     return found
+
+
+def tell_apart(sources: Sequence[Source]) -> None:
+    """Number those of one name."""
+    names = [source.name for source in sources]
+    for i, source in enumerate(sources):
+        if names.count(source.name) > 1:
+            source.name = f"{source.name} {i}"
 
 
 def _is_frames(values: Any) -> bool:

@@ -95,6 +95,23 @@ async def test_a_second_source_needs_a_name_in_the_path(tmp_path: Path) -> None:
     assert "put {source} into the path" in report.detail
 
 
+async def test_sources_whose_files_would_be_one_do_not_write_into_each_other(tmp_path: Path) -> None:
+    reports: list[video.Report] = []
+    sources = {"door 1": [picture(1)] * 3, "door_1": [picture(2)] * 4}
+    sink = video.VideoFile(tmp_path / "{source}.mp4")
+    assert sink.path_of("door 1") == sink.path_of("door_1") == str(tmp_path / "door_1.mp4")
+    async with Pipeline(same, sources, sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+    delivered = {name: source.sinks[0].delivered for name, source in pipeline.status().sources.items()}
+    written = {"door 1": (3, 1), "door_1": (4, 2)}  # whichever came first has the file to itself
+    (name,) = [name for name, count in delivered.items() if count]
+    count, number = written[name]
+    assert [number_of(image) for _, image in contents(tmp_path / "door_1.mp4")] == [number] * count
+    assert {report.detail.partition(": <")[0].partition(" raised")[0] for report in reports} == {"VideoFile"}
+    assert len(reports) == 7 - count
+    assert f"is of source {name!r}" in reports[0].detail
+
+
 async def test_another_size_in_mid_stream_is_scaled_to_the_first(tmp_path: Path) -> None:
     frames = [picture(3), picture(4, 128, 96), picture(5)]
     async with Pipeline(same, frames, video.VideoFile(tmp_path / "x.mp4"), listener=lambda report: None) as pipeline:
