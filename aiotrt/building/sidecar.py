@@ -127,6 +127,7 @@ def _read(path: Path) -> Sidecar:
             str(sidecar),
             int(sidecar.engine["size"]),
             str(sidecar.engine["sha256"]),
+            str(sidecar.source["sha256"]),
             sidecar.gpu and sidecar.gpu["compute_capability"],
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

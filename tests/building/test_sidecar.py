@@ -79,7 +79,14 @@ def test_a_damaged_record(tmp_path: Path, text: str | bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"engine": {}}, {"engine": {"size": None, "sha256": ""}}, {"source": {}}, {"gpu": {"name": "L4"}}]
+    "change",
+    [
+        {"engine": {}},
+        {"engine": {"size": None, "sha256": ""}},
+        {"source": {}},
+        {"source": {"file": "a"}},
+        {"gpu": {"name": "L4"}},
+    ],
 )
 def test_a_record_that_lacks_something(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="record is damaged"):
