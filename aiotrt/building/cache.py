@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from aiotrt.building.builder import BuildOptions, build, device_index, gpu_record, make_recipe
+from aiotrt.building.files import shortened
 from aiotrt.building.network import Recipe
 from aiotrt.building.products import Product, find_product
 from aiotrt.building.progress import Report
@@ -77,7 +78,7 @@ def cached_engine(
     recipe = make_recipe(product, **options)
     folder = cache_directory() if directory is None else Path(directory)
     model = read_onnx(path).sha256()
-    engine = folder / f"{path.stem[:80]}-{_key(model, product, gpu_record(device_index(device)), recipe)}.engine"
+    engine = folder / f"{shortened(path.stem, 80)}-{_key(model, product, gpu_record(device_index(device)), recipe)}.engine"
     if _is_good(engine, model):
         return engine
     with _only_one(path, engine):

@@ -70,6 +70,8 @@ def test_an_engine_is_built_once(tmp_path: Path, cache: Path) -> None:
     assert cached_engine(str(path), runtime="tensorrt_rtx") == engine
     path.rename(tmp_path / "b.onnx")  # the name is for people, the content is what counts
     assert cached_engine(tmp_path / "b.onnx").stem.split("-")[1] == engine.stem.split("-")[1]
+    long = (tmp_path / "b.onnx").rename(tmp_path / f"{'模' * 80}.onnx")
+    assert cached_engine(long).stem.split("-")[1] == engine.stem.split("-")[1]
     assert engine.stat().st_mtime_ns == built
 
 
