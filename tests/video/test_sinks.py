@@ -221,6 +221,20 @@ async def test_json_lines(tmp_path: Path) -> None:
     assert [json.loads(line)["output"] for line in buffer.getvalue().splitlines()] == [0, 1, 2]
 
 
+async def test_what_is_not_finite_is_null_in_json() -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    async def odd(frame: Frame) -> Any:
+        return {"scores": np.array([1, np.nan, np.inf]), "found": (np.float32(-np.inf), 2)}
+
+    buffer = io.StringIO()
+    async with Pipeline(odd, [picture(1)], video.JsonLines(buffer)) as pipeline:
+        await pipeline.wait()
+    row = json.loads(buffer.getvalue(), parse_constant=refuse)
+    assert row["output"] == {"scores": [1, None, None], "found": [None, 2]}
+
+
 def annotated(size: tuple[int, int] = (64, 48)) -> np.ndarray[Any, Any]:
     image = picture(0, *size)
     image.flags.writeable = False
