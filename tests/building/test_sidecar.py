@@ -69,7 +69,19 @@ def test_an_engine_that_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "3", "{}", '{"engine": 3}', "\ud800".encode("utf-8", "surrogatepass"), b"\xff\xfe"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        "{}",
+        '{"engine": 3}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+        b"\xff\xfe",
+        "[" * 200_000,
+    ],
 )
 def test_a_damaged_record(tmp_path: Path, text: str | bytes) -> None:
     engine = make(tmp_path)
