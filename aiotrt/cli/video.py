@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 import aiotrt
-from aiotrt.errors import InputError
+from aiotrt.errors import EngineError, InputError
 from aiotrt.run import run as run_coroutine
 
 if TYPE_CHECKING:
@@ -176,14 +176,21 @@ async def _detect(
     if arguments.frames is not None:
         total = min(total or arguments.frames, arguments.frames)
     source, dtype = _model(arguments)
-    async with aiotrt.load(
+    loading = aiotrt.load(
         source,
         device=arguments.device,
         slots=arguments.slots,
         preprocess=video.Preprocess(arguments.size or 312, dtype),
         postprocess=video.Postprocess(height, width, top=arguments.top),
         warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
-    ) as model:
+    )
+    try:
+        await loading
+    except (EngineError, InputError) as error:
+        if arguments.model is None or str(arguments.model) in str(error):
+            raise
+        raise EngineError(f"{arguments.model}: cannot be used as a detector: {error}") from error
+    async with loading as model:
         for reason in model.statistics().fallbacks:
             print(f"warning: {reason}", file=sys.stderr)
         sinks = _sinks(arguments, (height, width), labels, {name: total} if total else {})

@@ -121,6 +121,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "aiotrt video detect street.mp4 --weights" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_is_no_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film, path = write_video(tmp_path / "film.mp4", range(2)), tmp_path / "a.onnx"
+    torch.onnx.export(torch.nn.ReLU(), (torch.zeros(1, 3, 312, 312),), path, input_names=["x"], dynamo=False)
+    assert detect(film, "--model", path) == 1
+    assert f"{path}: cannot be used as a detector: expected boxes (1, n, 4)" in capsys.readouterr().err
+
+
 # RF-DETR...
 
 
