@@ -127,7 +127,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models.relu(tmp_path / "a.onnx", (None, 8))
     assert "missing.onnx: there is no such file" in failed(capsys, 1, "build", tmp_path / "missing.onnx")
-    assert "profiles=[" in failed(capsys, 2, "build", path)
+    assert failed(capsys, 2, "build", path).endswith("must take, for instance --profile x:1x8,1x8,8x8")
     assert "no folder" in failed(capsys, 1, "build", path, "-o", tmp_path / "no" / "a.engine", "--profile", "x:1x8")
     assert "the model comes before" in failed(capsys, 2, "build", path, "--profile", "x:1,2")
     assert "smallest <= usual" in failed(capsys, 2, "build", path, "--profile", "x:2x8,1x8,2x8")
@@ -136,6 +136,11 @@ def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert failed(capsys, 1, "build", bad).endswith("(more with -v)")
     assert main(["build", str(bad), "-v"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_build_of_what_has_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (".", "..", "/", tmp_path):
+        assert failed(capsys, 1, "build", path) == f"aiotrt: {path}: is a directory; name the file in it"
 
 
 @pytest.mark.usefixtures("rtx")
@@ -174,10 +179,10 @@ def test_profiles_as_they_are_written() -> None:
 
 
 def test_sizes_as_they_are_written() -> None:
-    assert [parse_size(text) for text in ("7", "1k", "512M", "2GiB", "2gb")] == [7, 1024, 512 << 20, 2 << 30, 2 << 30]
+    assert [parse_size(text, "--x") for text in ("7", "1k", "512M", "2GiB", "2gb")] == [7, 1024, 512 << 20, 2 << 30, 2 << 30]
     for wrong in ("", "M", "1.5G", "-1", "1T"):
-        with pytest.raises(InputError, match="expected a number of bytes"):
-            parse_size(wrong)
+        with pytest.raises(InputError, match=f"--max-body '{wrong}': expected a number of bytes"):
+            parse_size(wrong, "--max-body")
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------------
