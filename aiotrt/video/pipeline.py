@@ -17,7 +17,7 @@ from aiotrt.video.frames import Frame
 from aiotrt.video.lanes import Lane
 from aiotrt.video.policies import Keep, Policy
 from aiotrt.video.reports import Kind, Listener, Report
-from aiotrt.video.runners import ModelLike, Runner, runner_of
+from aiotrt.video.runners import ModelLike, Runner, check_models, runner_of
 from aiotrt.video.sinks import Sink, SinkLike, sink_of
 from aiotrt.video.sources import Source, SourceLike
 from aiotrt.video.sources import open as open_source
@@ -55,7 +55,7 @@ class Pipeline:
         clock: in seconds; for tests in virtual time.
 
     Raises:
-        InputError: there is no source, two have one name, or an option is out of range.
+        InputError: there is no model or no source, what is given is none, or an option is out of range.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Pipeline:
         for name, value in (("in_flight", in_flight), ("sink_buffer", sink_buffer), ("threads", threads)):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value!r}")
+        check_models(models)
         self._models = models
         self._in_flight = in_flight
         self._threads = threads

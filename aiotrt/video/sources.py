@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import time
@@ -42,12 +43,22 @@ class Backoff:
         factor: from one attempt to the next.
         longest: seconds, at most.
         attempts: in a row, before it is given up; None for ever.
+
+    Raises:
+        InputError: one of them is out of range.
     """
 
     first: float = 0.5
     factor: float = 2.0
     longest: float = 30.0
     attempts: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("factor", self.factor), ("longest", self.longest)):
+            if not value >= 0:
+                raise InputError(f"{name} must be at least 0, got {value!r}")
+        if self.attempts is not None and self.attempts < 0:
+            raise InputError(f"attempts must be at least 0 or None, got {self.attempts!r}")
 
     def delay(self, attempt: int) -> float | None:
         """Seconds before this attempt, counted from 0; None if it is given up."""
@@ -332,12 +343,23 @@ def open(  # noqa: A001  # as in `video.open`
         options: FFmpeg's own.
         max_pixels: larger pictures are left out and counted.
 
+    Raises:
+        InputError: an option is out of range.
+
     Entering raises:
         SourceError: it is missing, is no video, or has no video in it.
         MissingDependencyError: PyAV is not installed.
     """
     if isinstance(source, Source):
         return source
+    if not (start >= 0 and math.isfinite(start)):
+        raise InputError(f"start must be a number of seconds from 0 on, got {start!r}")
+    for option, number in (("timeout", timeout), ("fps", fps), ("max_pixels", max_pixels)):
+        if number is not None and not number > 0:
+            raise InputError(f"{option} must be positive, got {number!r}")
+    for option, number in (("limit", limit), ("threads", threads)):  # 0 threads: as many as FFmpeg thinks best
+        if number is not None and number < 0:
+            raise InputError(f"{option} must be at least 0, got {number!r}")
     connect: Callable[[], Awaitable[Feed]]
     is_remote, ends = False, True
     if isinstance(source, (str, int, os.PathLike)) and not isinstance(source, bool):

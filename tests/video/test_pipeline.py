@@ -534,9 +534,9 @@ async def test_wrong_options() -> None:
     ):
         with pytest.raises(InputError, match=says):
             Pipeline(number, **{"sources": {"a": pictures(1)}, **arguments})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected a model"):
-        async with Pipeline(3, pictures(1)):  # type: ignore[arg-type]
-            pass
+    for models, says in ((3, "expected a model"), ({}, "at least one model"), ({"a": print}, "'a': expected a model")):
+        with pytest.raises(InputError, match=says):
+            Pipeline(models, pictures(1))  # type: ignore[arg-type]
 
 
 async def test_sources_of_one_name_are_told_apart() -> None:

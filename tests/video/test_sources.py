@@ -515,6 +515,26 @@ async def test_what_is_no_source() -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": -1},
+        {"start": np.nan},
+        {"start": np.inf},
+        {"timeout": 0},
+        {"fps": 0},
+        {"fps": np.nan},
+        {"max_pixels": 0},
+        {"limit": -1},
+        {"threads": -1},
+    ],
+)
+async def test_options_out_of_range(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name} must be "):
+        video.open("a.mp4", **options)
+
+
 async def test_a_source_is_opened_once() -> None:
     source = video.open([picture(0)])
     await read(source)
