@@ -176,21 +176,20 @@ async def _detect(
     if arguments.frames is not None:
         total = min(total or arguments.frames, arguments.frames)
     source, dtype = _model(arguments)
-    loading = aiotrt.load(
-        source,
-        device=arguments.device,
-        slots=arguments.slots,
-        preprocess=video.Preprocess(arguments.size or 312, dtype),
-        postprocess=video.Postprocess(height, width, top=arguments.top),
-        warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
-    )
     try:
-        await loading
+        model = await aiotrt.load(
+            source,
+            device=arguments.device,
+            slots=arguments.slots,
+            preprocess=video.Preprocess(arguments.size or 312, dtype),
+            postprocess=video.Postprocess(height, width, top=arguments.top),
+            warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
+        )
     except (EngineError, InputError) as error:
         if arguments.model is None or str(arguments.model) in str(error):
             raise
         raise EngineError(f"{arguments.model}: cannot be used as a detector: {error}") from error
-    async with loading as model:
+    async with model:
         for reason in model.statistics().fallbacks:
             print(f"warning: {reason}", file=sys.stderr)
         sinks = _sinks(arguments, (height, width), labels, {name: total} if total else {})

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -333,7 +334,14 @@ def test_inspect_records_that_nobody_wrote(tmp_path: Path, capsys: pytest.Captur
         product="tensorrt_rtx", version="1", versions={}, gpu=None, compute_capabilities=[], precision=None, profiles=[],
         inputs=[], outputs=[], options={}, mended=[], warnings=[], seconds=1.0, date="today",
     )  # fmt: skip
-    for change in ({"profiles": 5}, {"inputs": [{}]}, {"options": 1}, {"profiles": [{"x": 1}]}, {"layers": [{}]}):
+    changes: list[dict[str, Any]] = [
+        {"profiles": 5},
+        {"inputs": [{}]},
+        {"options": 1},
+        {"profiles": [{"x": 1}]},
+        {"layers": [{}]},
+    ]
+    for change in changes:
         sidecar_path(path).write_text(json.dumps({**dataclasses.asdict(record), **change}))
         assert "a.engine: its record is not as aiotrt writes it: " in failed(capsys, 1, "inspect", path)
         assert main(["inspect", str(path), "--json"]) == 0
