@@ -157,6 +157,8 @@ class GpuShare:
 
 def main() -> None:
     """Write frames to a file, for a machine without PyAV: ``python -m benchmarks.clips FRAMES.npz [COUNT [VIDEO]]``."""
+    if len(sys.argv) < 2 or not all(count.isdecimal() for count in sys.argv[2:3]):
+        sys.exit("expected FRAMES.npz [COUNT [VIDEO]]")
     file, *more = sys.argv[1:]
     count, video = [*more, None, None][:2]
     found = clip(int(count or 60), Path(video) if video else None)

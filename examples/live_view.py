@@ -39,6 +39,9 @@ def spots() -> Iterator[tuple[float, np.ndarray[Any, Any]]]:
         yield i / 30, np.roll(image, i, axis=1)
 
 
+PORT = sys.argv[1] if len(sys.argv) > 1 else "8000"
+if not PORT.isdecimal() or not all("=" in word for word in sys.argv[2:]):
+    sys.exit(f"expected [PORT [NAME=SOURCE...]], such as 8000 door=rtsp://door/live, got {' '.join(sys.argv[1:])}")
 SOURCES: Any = dict(word.split("=", 1) for word in sys.argv[2:]) or {"spots": video.open(spots, realtime=True)}
 live = video.WebSockets()
 
@@ -59,4 +62,4 @@ async def watch(socket: WebSocket, source: str) -> None:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=int(sys.argv[1]) if len(sys.argv) > 1 else 8000, ws_per_message_deflate=False)
+    uvicorn.run(app, port=int(PORT), ws_per_message_deflate=False)

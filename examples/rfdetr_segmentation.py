@@ -56,4 +56,7 @@ def found_json(found: Any) -> Any:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    aiotrt.run(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+    try:
+        aiotrt.run(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+    except aiotrt.AiotrtError as error:
+        sys.exit(str(error))

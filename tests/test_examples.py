@@ -95,3 +95,22 @@ def test_an_example_is_short_and_hopes_for_nothing(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text()
     assert len(text.splitlines()) < 60
     assert not re.search(r"sleep\((?!0\))", text), "an example must not sleep until something has probably happened"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([EXAMPLES / "live_view.py", "8820", "door"], r"expected \[PORT \[NAME=SOURCE\.\.\.\]\], such as .*, got 8820 door"),
+        ([EXAMPLES / "live_view.py", "door=film.mp4"], r"expected \[PORT \[NAME=SOURCE\.\.\.\]\], .*"),
+        ([EXAMPLES / "rfdetr_segmentation.py", "missing.mp4"], r"missing\.mp4: No such file or directory"),
+        (["-m", "benchmarks.clips"], r"expected FRAMES\.npz \[COUNT \[VIDEO\]\]"),
+        (["-m", "benchmarks.clips", "a.npz", "b.mp4"], r"expected FRAMES\.npz \[COUNT \[VIDEO\]\]"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(command: list[Path | str], says: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert finished.returncode == 1
+    assert re.fullmatch(says, finished.stderr.strip()), finished.stderr

@@ -20,7 +20,7 @@ from aiotrt.building.products import Product, find_product
 from aiotrt.building.profiles import ProfileArgument, normal_profiles
 from aiotrt.building.progress import Report, make_monitor, reporter
 from aiotrt.building.sidecar import Sidecar, sidecar_path
-from aiotrt.building.source import Source, fit_precision, mend, read_onnx
+from aiotrt.building.source import fit_precision, mend, read_onnx
 from aiotrt.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def build(
         `out`.
 
     Raises:
-        InputError: an argument is wrong, or does not fit the model.
+        InputError: an argument is wrong, does not fit the model, or `out` or its record would be written over the model.
         EngineError: the model cannot be read or built, or the engine cannot be written. The message has TensorRT's last
             warnings and errors; the logger ``aiotrt.tensorrt`` has all of them.
         MissingDependencyError: a package is missing; the message says which.
@@ -101,11 +101,16 @@ def build(
         workspace_bytes=workspace_bytes,
         optimization_level=optimization_level,
     )
-    source = read_onnx(Path(onnx))
+    source, out = read_onnx(Path(onnx)), Path(out)
+    for file in (out, sidecar_path(out)):
+        if file.resolve() in {own.resolve() for own in (source.path, *source.external)}:
+            raise InputError(
+                f"{file}: is the model, or has its weights, and would be written over; name another file as out"
+            )
+    sha256 = source.sha256()  # now, and not of what the file may be when the engine is built
     mended = mend(source)
     model = fit_precision(source, precision, weakly_typed=product.weakly_typed)
     gpu = device_index(device)
-    out = Path(out)
     # Both files are opened before the work and take their places after it. Should the process die between the two, they
     # do not belong together, and `check_sidecar` says so.
     with (
@@ -116,7 +121,7 @@ def build(
         started = time.perf_counter()
         plan = _run(product, source.path, model, recipe, report, gpu, write)
         seconds = time.perf_counter() - started
-        sidecar = _describe(out, source, product, recipe, plan, gpu, mended, seconds)
+        sidecar = _describe(out, source.path, sha256, product, recipe, plan, gpu, mended, seconds)
         write_record(sidecar.to_json().encode())
     return out
 
@@ -195,7 +200,8 @@ def _run(
 
 def _describe(
     out: Path,
-    source: Source,
+    path: Path,
+    sha256: str,
     product: Product,
     recipe: Recipe,
     plan: Plan,
@@ -216,7 +222,7 @@ def _describe(
     }
     return Sidecar(
         engine={"file": out.name, "size": plan.size, "sha256": plan.sha256},
-        source={"file": source.path.name, "sha256": source.sha256()},
+        source={"file": path.name, "sha256": sha256},
         product=product.name,
         version=product.version,
         versions=versions,

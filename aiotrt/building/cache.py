@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from aiotrt.building.builder import BuildOptions, build, device_index, gpu_record, make_recipe
+from aiotrt.building.files import shortened
 from aiotrt.building.network import Recipe
 from aiotrt.building.products import Product, find_product
 from aiotrt.building.progress import Report
@@ -76,11 +77,12 @@ def cached_engine(
     product = find_product(runtime, path)
     recipe = make_recipe(product, **options)
     folder = cache_directory() if directory is None else Path(directory)
-    engine = folder / f"{path.stem[:80]}-{_key(path, product, gpu_record(device_index(device)), recipe)}.engine"
-    if _is_good(engine):
+    model = read_onnx(path).sha256()
+    engine = folder / f"{shortened(path.stem, 80)}-{_key(model, product, gpu_record(device_index(device)), recipe)}.engine"
+    if _is_good(engine, model):
         return engine
     with _only_one(path, engine):
-        if not _is_good(engine):  # or another process built it while this one waited
+        if not _is_good(engine, model):  # or another process built it while this one waited
             _log.info("%s: building %s with %s", path, engine, product)
             # Normalised, because the caller's may be iterators, which have been read by now.
             options["profiles"], options["compute_capabilities"] = recipe.profiles, recipe.targets
@@ -118,19 +120,20 @@ def _only_one(path: Path, engine: Path) -> Iterator[None]:
         lock.release()
 
 
-def _key(path: Path, product: Product, gpu: Mapping[str, str] | None, recipe: Recipe) -> str:
+def _key(model: str, product: Product, gpu: Mapping[str, str] | None, recipe: Recipe) -> str:
     """What tells engines apart. Where timings are kept is no part of it: that changes how long a build takes."""
     options = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "timing_cache"}
-    model = read_onnx(path).sha256()
     parts = {"format": FORMAT, "model": model, "product": product.name, "version": product.version, "gpu": gpu, **options}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _is_good(engine: Path) -> bool:
+def _is_good(engine: Path, model: str) -> bool:
+    """Whether it is there, whole, and built from this content: the file may have changed after its key was made."""
     if not engine.exists():
         return False
     try:
-        return check_sidecar(engine) is not None
+        sidecar = check_sidecar(engine)
+        return sidecar is not None and sidecar.source["sha256"] == model
     except EngineError as error:
         _log.warning("%s; it is built again", error)
         return False

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 from aiotrt.errors import EngineError
 
-__all__ = ["Write", "check_readable", "digest", "foreign", "replacing"]
+__all__ = ["Write", "check_readable", "digest", "foreign", "replacing", "shortened"]
 
 Write: TypeAlias = Callable[[bytes | memoryview], None]
 
@@ -52,6 +52,11 @@ def foreign(head: bytes) -> str:
     return ""
 
 
+def shortened(name: str, size: int) -> str:
+    """A name's beginning, in so many bytes at most: file systems count those, and not characters."""
+    return os.fsencode(name)[:size].decode(errors="ignore")
+
+
 def digest(paths: Iterable[Path]) -> str:
     """The SHA-256 of a file, in hexadecimal; of several files, that of their SHA-256s, one after the other."""
     digests = []
@@ -73,7 +78,7 @@ def replacing(path: Path) -> Iterator[Write]:
     """
     if path.is_dir():
         raise EngineError(f"{path}: is a directory; name the file to write in it")
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{shortened(path.name, 200)}.{secrets.token_hex(6)}.tmp")
     try:
         # Not tempfile: that makes files which only their owner may read, whatever the umask says.
         file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeAlias
 
 from aiotrt.errors import InputError
 
-__all__ = ["Dynamic", "Profile", "ProfileArgument", "Range", "check_profiles", "normal_profiles"]
+__all__ = ["Dynamic", "OpenShapesError", "Profile", "ProfileArgument", "Range", "check_profiles", "normal_profiles"]
 
 Shape: TypeAlias = Sequence[int]
 #: What a caller writes: an input's smallest, usual and largest shape, or one shape that is all three.
@@ -47,6 +47,21 @@ class Dynamic:
     def needs_profile(self) -> bool:
         """Whether the engine cannot be built before someone says what to expect."""
         return self.values or None in self.shape
+
+
+class OpenShapesError(InputError):
+    """There is no profile, and inputs whose shapes are open.
+
+    Attributes:
+        what: the file and the inputs.
+        example: a profile to start from.
+    """
+
+    def __init__(self, what: str, example: Profile) -> None:
+        text = ", ".join(f'"{name}": {shapes}' for name, shapes in example.items())
+        super().__init__(f"{what}, for instance profiles=[{{{text}}}]")
+        self.what = what
+        self.example = example
 
 
 def normal_profiles(profiles: Iterable[ProfileArgument] | ProfileArgument | None) -> list[Profile]:
@@ -150,11 +165,10 @@ def _check_symbols(where: str, items: Sequence[Dynamic], profile: Profile) -> No
 
 def _ask(model: str, needed: Sequence[Dynamic]) -> NoReturn:
     """Say what is missing, with an argument to start from."""
-    example = ", ".join(f'"{item.name}": {_example(item)}' for item in needed)
     listing = ", ".join(map(str, needed))
-    raise InputError(
-        f"{model}: the shape of {listing} is open: say which smallest, usual and largest shapes the engine must take, "
-        f"for instance profiles=[{{{example}}}]"
+    raise OpenShapesError(
+        f"{model}: the shape of {listing} is open: say which smallest, usual and largest shapes the engine must take",
+        {item.name: _example(item) for item in needed},
     )
 
 

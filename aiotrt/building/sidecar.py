@@ -127,9 +127,10 @@ def _read(path: Path) -> Sidecar:
             str(sidecar),
             int(sidecar.engine["size"]),
             str(sidecar.engine["sha256"]),
+            str(sidecar.source["sha256"]),
             sidecar.gpu and sidecar.gpu["compute_capability"],
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{path}: the engine's record is damaged or from another version of aiotrt: {error}; "
             "build the engine again, or delete the record"

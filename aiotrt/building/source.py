@@ -224,7 +224,12 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[Path, ...]:
                 f"{path}: its weights are in another file, {location}, which is not there; copy that beside it, or export "
                 "the model again in one file (external_data=False in torch.onnx.export)"
             )
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        try:
+            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        except ValueError as error:
+            raise EngineError(
+                f"{path}: the place of the weights {tensor.name!r} in {location} is no number: {error}; export it again"
+            ) from error
         if file.stat().st_size < end:
             raise EngineError(
                 f"{path}: its weights are in {location}, which is cut short: {file.stat().st_size:,} of at least {end:,} "

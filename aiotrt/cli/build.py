@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from aiotrt.building import build, check_sidecar
-from aiotrt.building.profiles import Profile
+from aiotrt.building.files import check_readable
+from aiotrt.building.profiles import OpenShapesError, Profile, Range
 from aiotrt.errors import InputError
 
 __all__ = ["register", "run"]
@@ -76,21 +78,26 @@ def register(
 
 def run(arguments: argparse.Namespace) -> int:
     """Build, and say what was built."""
+    check_readable(arguments.model)  # of a folder such as "." or "/" there is no name to make the engine's of
     # The bar is a nicety: without rich, or into a file, the build goes on without it.
     bar = not arguments.quiet and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
-    engine = build(
-        arguments.model,
-        arguments.out or arguments.model.with_suffix(".engine"),
-        runtime=arguments.runtime,
-        precision=arguments.precision,
-        profiles=[parse_profile(entries) for entries in arguments.profile],
-        compute_capabilities=arguments.compute_capability,
-        timing_cache=arguments.timing_cache,
-        workspace_bytes=None if arguments.workspace is None else parse_size(arguments.workspace),
-        optimization_level=arguments.optimization_level,
-        device=arguments.device,
-        progress=bar,
-    )
+    try:
+        engine = build(
+            arguments.model,
+            arguments.out or arguments.model.with_suffix(".engine"),
+            runtime=arguments.runtime,
+            precision=arguments.precision,
+            profiles=[parse_profile(entries) for entries in arguments.profile],
+            compute_capabilities=arguments.compute_capability,
+            timing_cache=arguments.timing_cache,
+            workspace_bytes=None if arguments.workspace is None else parse_size(arguments.workspace, "--workspace"),
+            optimization_level=arguments.optimization_level,
+            device=arguments.device,
+            progress=bar,
+        )
+    except OpenShapesError as error:  # in this program's words, not in Python's
+        example = " ".join(shlex.quote(f"{name}:{_written(shapes)}") for name, shapes in error.example.items())
+        raise InputError(f"{error.what}, for instance --profile {example}") from error
     sidecar = check_sidecar(engine)
     assert sidecar is not None, "build wrote it"
     if arguments.json:
@@ -126,13 +133,17 @@ def parse_profile(entries: Sequence[str]) -> Profile:
     return profile
 
 
-def parse_size(text: str) -> int:
-    """Bytes, from ``512M`` or ``2G``.
+def _written(shapes: Range) -> str:
+    return ",".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes, from ``512M`` or ``2G``, which an option was given.
 
     Raises:
         InputError: it is written in another way.
     """
     match = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", text.strip().lower())
     if match is None:
-        raise InputError(f"--workspace {text!r}: expected a number of bytes, such as 512M or 2G")
+        raise InputError(f"{option} {text!r}: expected a number of bytes, such as 512M or 2G")
     return int(match[1]) * _UNITS[match[2]]

@@ -69,13 +69,16 @@ def register(
 
 def run(arguments: argparse.Namespace) -> int:
     """Describe the file."""
-    facts = describe(arguments.file)
-    if arguments.load:
-        facts["loaded"] = describe_loaded(arguments.file, allow_host_code=arguments.allow_host_code)
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _show(facts)
+    try:
+        facts = describe(arguments.file)
+        if arguments.load:
+            facts["loaded"] = describe_loaded(arguments.file, allow_host_code=arguments.allow_host_code)
+        if arguments.json:
+            print(json.dumps(facts, indent=2))
+        else:
+            _show(facts)
+    except RecursionError as error:
+        raise EngineError(f"{arguments.file}: what it or its record says is nested too deeply to be shown") from error
     return 0
 
 
@@ -188,6 +191,8 @@ def _dtype(number: int) -> str:
     from onnx import TensorProto
 
     names = {"float": "float32", "double": "float64"}
+    if number not in TensorProto.DataType.values():
+        return f"unknown type {number}"
     name = str(TensorProto.DataType.Name(number)).lower()
     return names.get(name, name)
 
@@ -199,8 +204,17 @@ def _show(facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in _onnx_rows(facts) if facts["kind"] == "onnx" else _engine_rows(facts):
-        table.add_row(label, text)
+    try:
+        rows = _onnx_rows(facts) if facts["kind"] == "onnx" else _engine_rows(facts)
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # what nothing else reads of a record is not checked
+        raise EngineError(f"{facts['file']}: its record is not as aiotrt writes it: {error!r}; --json shows it") from error
+    for label, text in rows:
+        table.add_row(label, str(text))
     show(console, table)
 
 

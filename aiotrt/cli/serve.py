@@ -92,6 +92,7 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
 
     Raises:
         InputError: one of them says something that cannot be.
+        EngineError: a model's file is missing.
     """
     from aiotrt.serving.kserve import ServerSettings, read_config, token_from
 
@@ -100,13 +101,13 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
         if getattr(arguments, name) is not None:
             server[name] = getattr(arguments, name)
     if arguments.max_body is not None:
-        server["max_body"] = parse_size(arguments.max_body)
+        server["max_body"] = parse_size(arguments.max_body, "--max-body")
     models += [_model(text, arguments) for text in arguments.models]
     token = token_from(server.pop("token_file", None))
     settings = ServerSettings(tuple(models), token=token, **server)
     for model in settings.models:
         if not model.path.is_file():
-            raise InputError(f"model {model.name!r}: there is no file {model.path}")
+            raise EngineError(f"model {model.name!r}: there is no file {model.path}")
     return settings
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 import aiotrt
-from aiotrt.errors import InputError
+from aiotrt.errors import EngineError, InputError
 from aiotrt.run import run as run_coroutine
 
 if TYPE_CHECKING:
-    from aiotrt.video import PipelineStatus, Sink
+    from aiotrt.video import PipelineStatus, Sink, Source
 
 __all__ = ["register", "run"]
 
@@ -73,6 +73,9 @@ def register(
 
 def run(arguments: argparse.Namespace) -> int:
     """Detect, and say how it went."""
+    from aiotrt import video
+    from aiotrt.video.pipeline import tell_apart
+
     for name, least in (("top", 1), ("slots", 1), ("frames", 1), ("size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -82,8 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and len(arguments.sources) > 1 and "{source}" not in arguments.out:
         raise InputError(f"--out {arguments.out}: put {{source}} into the name, since there are several sources")
     labels = _labels(arguments)
-    _check_outputs(arguments)
-    status = run_coroutine(_detect(arguments, labels))
+    given = [int(source) if source.isdecimal() else source for source in arguments.sources]
+    sources = [video.open(source, limit=arguments.frames) for source in given]
+    tell_apart(sources)
+    _check_outputs(arguments, [source.name for source in sources])
+    status = run_coroutine(_detect(arguments, given, sources, labels))
     told = sys.stderr if arguments.json == "-" else sys.stdout
     for name, source in status.sources.items():
         counts = [f"{source.completed} frames"]
@@ -104,17 +110,36 @@ def _labels(arguments: argparse.Namespace) -> list[str]:
         raise InputError(f"--labels {arguments.labels}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Before a model is loaded for nothing, and before a film is written over."""
-    files = {"--out": arguments.out, "--json": None if arguments.json == "-" else arguments.json}
-    for option, name in files.items():
-        if name is None:
-            continue
-        if not (folder := Path(name).parent).is_dir():
-            raise InputError(f"{option} {name}: there is no folder {folder}")
-        for source in map(Path, arguments.sources):
-            if Path(name.replace("{source}", source.name)).resolve() == source.resolve():
-                raise InputError(f"{option} {name}: that is the source {source}, which would be written over")
+def _check_outputs(arguments: argparse.Namespace, sources: Sequence[str]) -> None:
+    """Before a model is loaded for nothing, and before any file is written over.
+
+    Args:
+        arguments: the command's.
+        sources: their names, which are in the films' names.
+    """
+    from aiotrt.video import VideoFile
+
+    taken = {_place(source): f"the source {source}" for source in arguments.sources}
+    for option in ("model", "weights", "labels"):
+        if (file := getattr(arguments, option)) is not None:
+            taken[_place(str(file))] = f"what --{option} names"
+    outputs = []
+    if arguments.out is not None:
+        outputs += [("out", VideoFile(arguments.out).path_of(name), f"also the film of {name!r}") for name in sources]
+    if arguments.json not in (None, "-"):
+        outputs.append(("json", arguments.json, ""))
+    for option, output, what in outputs:
+        given = f"--{option} {getattr(arguments, option)}"
+        if not (folder := Path(output).parent).is_dir():
+            raise InputError(f"{given}: there is no folder {folder}")
+        if (place := _place(output)) in taken:
+            raise InputError(f"{given}: that is {taken[place]}, which would be written over")
+        taken[place] = what
+
+
+def _place(file: str) -> Path:
+    """What tells files apart; FFmpeg takes ``file:`` off their names."""
+    return Path(file.removeprefix("file:")).resolve()
 
 
 async def _look(given: Sequence[int | str]) -> tuple[str, tuple[int, int], int | None]:
@@ -139,11 +164,11 @@ async def _look(given: Sequence[int | str]) -> tuple[str, tuple[int, int], int |
     raise failures[0]
 
 
-async def _detect(arguments: argparse.Namespace, labels: Sequence[str]) -> PipelineStatus:
+async def _detect(
+    arguments: argparse.Namespace, given: Sequence[int | str], sources: Sequence[Source], labels: Sequence[str]
+) -> PipelineStatus:
     from aiotrt import video
 
-    given = [int(source) if source.isdecimal() else source for source in arguments.sources]
-    sources = [video.open(source, limit=arguments.frames) for source in given]
     policy = None
     if arguments.policy is not None or arguments.max_fps is not None:
         policy = video.Policy(arguments.policy or "every_frame", max_fps=arguments.max_fps)
@@ -151,14 +176,20 @@ async def _detect(arguments: argparse.Namespace, labels: Sequence[str]) -> Pipel
     if arguments.frames is not None:
         total = min(total or arguments.frames, arguments.frames)
     source, dtype = _model(arguments)
-    async with aiotrt.load(
-        source,
-        device=arguments.device,
-        slots=arguments.slots,
-        preprocess=video.Preprocess(arguments.size or 312, dtype),
-        postprocess=video.Postprocess(height, width, top=arguments.top),
-        warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
-    ) as model:
+    try:
+        model = await aiotrt.load(
+            source,
+            device=arguments.device,
+            slots=arguments.slots,
+            preprocess=video.Preprocess(arguments.size or 312, dtype),
+            postprocess=video.Postprocess(height, width, top=arguments.top),
+            warmup=[torch.zeros(height, width, 3, dtype=torch.uint8).numpy()],
+        )
+    except (EngineError, InputError) as error:
+        if arguments.model is None or str(arguments.model) in str(error):
+            raise
+        raise EngineError(f"{arguments.model}: cannot be used as a detector: {error}") from error
+    async with model:
         for reason in model.statistics().fallbacks:
             print(f"warning: {reason}", file=sys.stderr)
         sinks = _sinks(arguments, (height, width), labels, {name: total} if total else {})

@@ -119,6 +119,6 @@ def _metadata(data: bytes | memoryview) -> int:
         return 0
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0
     return 4 + length

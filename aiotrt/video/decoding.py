@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -39,7 +39,8 @@ class Opening:
     """How to open a source.
 
     Attributes:
-        location: a path, URL or device.
+        location: a path, URL or device, with what is secret in it.
+        title: what messages call it, without that.
         format: of the container, where FFmpeg must be told.
         options: FFmpeg's own, such as ``{"rtsp_transport": "tcp"}``.
         hardware: a kind of hardware decoder, such as "cuda" or "vaapi"; software takes over where it cannot be used.
@@ -50,6 +51,7 @@ class Opening:
     """
 
     location: str
+    title: str
     format: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     hardware: str | None = None
@@ -113,7 +115,7 @@ class Decoder:
         container = self._container = self._opened()
         try:
             if not container.streams.video:
-                raise SourceError(f"{opening.location}: there is no video in it")
+                raise SourceError(f"{opening.title}: there is no video in it")
             stream = self._stream = container.streams.video[0]
             stream.thread_type = "SLICE" if opening.low_delay else "AUTO"
             stream.thread_count = opening.threads
@@ -138,11 +140,11 @@ class Decoder:
                     return av.open(opening.location, hwaccel=device, **arguments)
                 except (av.FFmpegError, NotImplementedError, RuntimeError) as error:
                     self.notes.append(
-                        (Kind.HARDWARE, f"{opening.hardware} cannot be used ({_words(error)}): software decodes")
+                        (Kind.HARDWARE, f"{opening.hardware} cannot be used ({self._words(error)}): software decodes")
                     )
             return av.open(opening.location, **arguments)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise SourceError(f"{opening.location}: {_words(error)}") from error
+            self._fail(error)
 
     @property
     def frames(self) -> int | None:
@@ -186,11 +188,11 @@ class Decoder:
         try:
             packet = next(self._packets, None)
         except av.error.InvalidDataError as error:
-            self._damaged(_words(error))
+            self._damaged(self._words(error))
             self._packets = self._container.demux(self._stream)
             return True
         except (av.FFmpegError, OSError) as error:
-            raise SourceError(f"{self._opening.location}: {_words(error)}") from error
+            self._fail(error)
         if packet is None:
             return False
         try:
@@ -198,7 +200,7 @@ class Decoder:
         except av.error.EOFError:  # the decoder was told of the end already
             return False
         except av.FFmpegError as error:
-            self._damaged(_words(error))
+            self._damaged(self._words(error))
         else:
             if packet.is_corrupt:  # what could be decoded of it comes all the same
                 self.notes.append((Kind.CORRUPT, "a packet arrived damaged"))
@@ -208,7 +210,7 @@ class Decoder:
         self.notes.append((Kind.CORRUPT, what))
         self._damaged_in_a_row += 1
         if self._damaged_in_a_row >= DAMAGED_IN_A_ROW:
-            raise SourceError(f"{self._opening.location}: {DAMAGED_IN_A_ROW} damaged packets in a row")
+            raise SourceError(f"{self._opening.title}: {DAMAGED_IN_A_ROW} damaged packets in a row")
 
     def _ended(self) -> None:
         if self._count < self._expected:
@@ -218,11 +220,21 @@ class Decoder:
             self.notes.append((Kind.TRUNCATED, f"ended at {self._last:.1f} s of {self._until:.1f} s"))
             self._until = None
 
+    def _fail(self, error: Exception) -> NoReturn:
+        opening = self._opening
+        # FFmpeg's error says the whole URL: as the cause, it would show what is secret in it in every traceback.
+        cause = error if opening.title == opening.location else None
+        raise SourceError(f"{opening.title}: {self._words(error)}") from cause
+
+    def _words(self, error: Exception) -> str:
+        words = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        return words.replace(self._opening.location, self._opening.title)
+
     def _seek(self) -> None:
         try:
             self._container.seek(round(self._opening.start * 1_000_000))
         except (self._av.FFmpegError, OSError) as error:
-            self.notes.append((Kind.SEEK, f"cannot begin at {self._opening.start} s: {_words(error)}"))
+            self.notes.append((Kind.SEEK, f"cannot begin at {self._opening.start} s: {self._words(error)}"))
 
     def close(self) -> None:
         """Let it go."""
@@ -243,7 +255,3 @@ def camera(device: int | str) -> tuple[str, str]:
     if sys.platform == "win32":
         return f"video={device}", "dshow"
     return f"/dev/video{device}" if isinstance(device, int) else device, "v4l2"
-
-
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__

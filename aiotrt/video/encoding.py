@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from fractions import Fraction
 from typing import Any, Final
@@ -21,10 +22,12 @@ class VideoFile(Threaded):
     """A video file for each source, each frame at its own time, so that a variable frame rate stays one.
 
     Args:
-        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several.
+        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several. Of two
+            sources whose files would be one, the second one's results are refused; see `path_of`.
         draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
         codec: FFmpeg's name of the encoder.
-        rate: frames a second where frames bear no time.
+        rate: frames a second where frames bear no time, and where their time goes back, as that of a source which came
+            again may: such a frame follows the last one at once, and the next ones at their distance from it.
         options: FFmpeg's own, of the encoder.
 
     Frames are encoded at the first one's size; a frame of another size is scaled to it.
@@ -47,6 +50,10 @@ class VideoFile(Threaded):
         self._options = options or {}
         self._encoders: dict[str, _Encoder] = {}
 
+    def path_of(self, source: str) -> str:
+        """The file of a source, by its name; in it is ``_`` for what is no letter, digit, ``-``, ``_`` or ``.``."""
+        return self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in source))
+
     def begin(self) -> None:
         """Get ready."""
         import_av()
@@ -56,10 +63,13 @@ class VideoFile(Threaded):
         frame = result.frame
         encoder = self._encoders.get(frame.source)
         if encoder is None:
-            if self._encoders and "{source}" not in self._path:
-                (other,) = self._encoders
-                raise ValueError(f"{self._path} is of source {other!r}: put {{source}} into the path for several sources")
-            path = self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in frame.source))
+            path = self.path_of(frame.source)
+            for other in self._encoders:
+                if self.path_of(other) == path:
+                    raise ValueError(
+                        f"{path} is of source {other!r}: put {{source}} into the path for several sources, and give them "
+                        "names that differ in letters and digits"
+                    )
             height, width = frame.shape[:2]
             encoder = self._encoders[frame.source] = _Encoder(path, self._codec, width, height, self._rate, self._options)
         image = frame.image if self._draw is None else self._draw(frame.image, result.output)
@@ -81,8 +91,9 @@ class _Encoder:
     def __init__(self, path: str, codec: str, width: int, height: int, rate: float, options: dict[str, str]) -> None:
         av = self._av = import_av()
         self._rate = rate
-        self._last = -1  # the last frame's time, in TIME_BASE
-        self._first: float | None = None
+        self._last = -1  # where the last frame stands in the film, in TIME_BASE
+        self._at: float | None = None  # its source's last time, and the one that the film's beginning would be
+        self._zero = 0.0
         self._file = av.open(path, "w")
         try:
             self._stream = self._file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options)
@@ -99,12 +110,11 @@ class _Encoder:
 
     def write(self, image: Any, at: float | None) -> None:
         ticks = self._last + round(1 / self._rate / TIME_BASE) if self._last >= 0 else 0
-        if at is not None:
-            if self._first is None:
-                self._first = at
-            ticks = round((at - self._first) / TIME_BASE)
-        ticks = max(ticks, self._last + 1)  # a source that came back may begin its time anew
-        self._last = ticks
+        if at is not None and math.isfinite(at):
+            if self._at is None or at < self._at:  # of a source that came back, or whose last time was wild
+                self._zero = at - float(ticks * TIME_BASE)
+            self._at = at
+            ticks = max(round((at - self._zero) / TIME_BASE), self._last + 1)
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         if (frame.width, frame.height) != (self._stream.width, self._stream.height):
             if abs(frame.width - self._stream.width) <= 1 and abs(frame.height - self._stream.height) <= 1:
@@ -113,6 +123,7 @@ class _Encoder:
             else:
                 frame = frame.reformat(self._stream.width, self._stream.height)
         frame.pts = ticks
+        self._last = ticks  # only now: one that no film can have must not be what the next ones come after
         frame.time_base = TIME_BASE
         self._file.mux(self._stream.encode(frame))
 

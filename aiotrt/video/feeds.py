@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,10 @@ def item_of(value: Any, seconds: float) -> Item:
     time_: float | None = None
     if isinstance(value, tuple):
         time_, value = value
+    picture: Picture
     if isinstance(value, Frame):
-        return Item(value._picture, value.time if time_ is None else time_, seconds)
-    return Item(Held(np.asarray(value)), time_, seconds)
+        picture, time_ = value._picture, value.time if time_ is None else time_
+    else:
+        picture = Held(np.asarray(value))
+    # Not a number would be the time of all that is reckoned from it: loops, pace, films.
+    return Item(picture, time_ if time_ is not None and math.isfinite(time_) else None, seconds)

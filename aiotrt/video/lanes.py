@@ -15,6 +15,7 @@ from typing import Protocol
 
 from aiotrt.errors import DeviceError, ModelBrokenError, ModelClosedError
 from aiotrt.video.boxes import Box
+from aiotrt.video.cancellation import CancelledElsewhereError, only_own
 from aiotrt.video.frames import Frame
 from aiotrt.video.policies import OVERTAKEN, Policy
 from aiotrt.video.reports import Kind, Report
@@ -164,7 +165,12 @@ class Lane:
         try:
             while (entry := await self._results.get()) is not None:
                 frame, task = entry
-                outcome = await task
+                try:
+                    with only_own():
+                        outcome = await task
+                except CancelledElsewhereError as failure:
+                    self.source.report(Kind.INFERENCE, f"{frame}: {failure}", failure)
+                    outcome = None
                 if outcome is None:
                     self._counts["failed"] += 1
                 else:
@@ -192,7 +198,8 @@ class Lane:
                 continue
             started = clock()
             try:
-                await outlet.sink.write(result)
+                with only_own():
+                    await outlet.sink.write(result)
                 outlet.delivered += 1
             except Exception as error:
                 outlet.failed += 1

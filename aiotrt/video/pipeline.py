@@ -6,23 +6,24 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.video.cancellation import only_own, to_its_end
 from aiotrt.video.frames import Frame
 from aiotrt.video.lanes import Lane
 from aiotrt.video.policies import Keep, Policy
 from aiotrt.video.reports import Kind, Listener, Report
-from aiotrt.video.runners import ModelLike, Runner, runner_of
+from aiotrt.video.runners import ModelLike, Runner, check_models, runner_of
 from aiotrt.video.sinks import Sink, SinkLike, sink_of
 from aiotrt.video.sources import Source, SourceLike
 from aiotrt.video.sources import open as open_source
 from aiotrt.video.status import PipelineStatus
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "tell_apart"]
 
 log = logging.getLogger("aiotrt.video")
 
@@ -35,7 +36,7 @@ class Pipeline:
     A model loaded with ``batching=`` makes batches of frames of different sources by itself, since the pipeline calls it for
     each frame. Entering opens the sinks, and starts everything. Leaving the block stops the sources, waits until every frame
     that they gave has reached its sinks, and closes everything; after an exception or a cancellation it drops them instead.
-    Nothing of it is left then, no task, thread, file or slot.
+    Nothing of it is left then, no task, thread, file or slot: closing is waited for, however often the task is cancelled.
 
     Args:
         models: a model; several by name, which each get every frame; or a coroutine function from `Frame` to a result, such
@@ -54,7 +55,7 @@ class Pipeline:
         clock: in seconds; for tests in virtual time.
 
     Raises:
-        InputError: there is no source, two have one name, or an option is out of range.
+        InputError: there is no model or no source, what is given is none, or an option is out of range.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Pipeline:
         for name, value in (("in_flight", in_flight), ("sink_buffer", sink_buffer), ("threads", threads)):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value!r}")
+        check_models(models)
         self._models = models
         self._in_flight = in_flight
         self._threads = threads
@@ -82,12 +84,8 @@ class Pipeline:
         self._lanes: dict[str, Lane] = {}
         known: dict[int, Sink] = {}  # by the object that was given: one that serves several sources is opened once
         found = _sources(sources)
-        names = [source.name for source in found]
-        if len(set(names)) < len(names):
-            names = [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-            for source, name in zip(found, names, strict=True):
-                source.name = name
-        _check_names(names, policy, sinks)
+        tell_apart(found)
+        _check_names([source.name for source in found], policy, sinks)
         for source in found:
             wanted = sinks.get(source.name, ()) if isinstance(sinks, Mapping) else sinks
             mine = []
@@ -228,6 +226,10 @@ class Pipeline:
             self._ended.exception()  # seen: whoever waits is told, and nobody must
 
     async def _close(self) -> None:
+        """Also to its end when it is cancelled, once more: else threads stay, and films that cannot be read."""
+        await to_its_end(asyncio.create_task(self._end(), name="aiotrt video: closing"))
+
+    async def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
         if self._supervisor is not None:
@@ -235,7 +237,8 @@ class Pipeline:
         while self._opened:
             sink = self._opened.pop()
             try:
-                await sink.aclose()
+                with only_own():
+                    await sink.aclose()
             except Exception as error:
                 self._reports[Kind.SINK.value] += 1
                 self.report(Report(Kind.SINK, "", f"{sink.name} could not be closed: {error}", error))
@@ -256,6 +259,14 @@ def _sources(sources: Any) -> list[Source]:
     if not found:
         raise InputError("a pipeline needs at least one source")
     return found
+
+
+def tell_apart(sources: Sequence[Source]) -> None:
+    """Number those of one name."""
+    names = [source.name for source in sources]
+    for i, source in enumerate(sources):
+        if names.count(source.name) > 1:
+            source.name = f"{source.name} {i}"
 
 
 def _is_frames(values: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,9 +12,10 @@ import torch
 
 from aiotrt.errors import InputError
 from aiotrt.model import Model
+from aiotrt.video.cancellation import to_its_end
 from aiotrt.video.frames import Frame
 
-__all__ = ["Infer", "ModelLike", "Outcome", "Runner", "runner_of"]
+__all__ = ["Infer", "ModelLike", "Outcome", "Runner", "check_models", "runner_of"]
 
 Infer: TypeAlias = Callable[[Frame], Awaitable[Any]]
 #: A model, several by name (each gets every frame, and the result is a dict), or a coroutine function from frame to result.
@@ -45,27 +45,36 @@ class Runner(Protocol):
         ...
 
 
+def check_models(models: ModelLike) -> None:
+    """Before anything is opened for them.
+
+    Raises:
+        InputError: they are none.
+    """
+    if isinstance(models, Mapping):
+        if not models:
+            raise InputError("a pipeline needs at least one model")
+        for name, model in models.items():
+            if not isinstance(model, Model):
+                raise InputError(f"{name!r}: expected a model, got {type(model).__name__}")
+    elif not callable(models):
+        raise InputError(f"expected a model, a dict of models or a coroutine function, got {type(models).__name__}")
+
+
 def runner_of(models: ModelLike, pool: Executor, clock: Callable[[], float], in_flight: int | None) -> Runner:
     """How to run frames.
 
     Args:
-        models: see `ModelLike`.
+        models: see `ModelLike`; `check_models` has seen them.
         pool: threads that convert frames.
         clock: in seconds.
         in_flight: where `models` does not say itself how many frames keep it busy.
-
-    Raises:
-        InputError: it is none of these.
     """
     if isinstance(models, Model):
         return _OneModel(models, pool, clock)
     if isinstance(models, Mapping):
-        if not models:
-            raise InputError("a pipeline needs at least one model")
         return _Several({name: _OneModel(model, pool, clock) for name, model in models.items()}, clock)
-    if callable(models):
-        return _Function(models, clock, in_flight or 2)
-    raise InputError(f"expected a model, a dict of models or a coroutine function, got {type(models).__name__}")
+    return _Function(models, clock, in_flight or 2)
 
 
 class _OneModel:
@@ -106,15 +115,7 @@ class _OneModel:
     async def _in_pool(self, function: Callable[[], Any]) -> Any:
         """Cancelled, this waits for the thread all the same: it works on a slot that is somebody else's afterwards."""
         work = asyncio.get_running_loop().run_in_executor(self._pool, function)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            while not work.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            if not work.cancelled():
-                work.exception()  # seen; nobody wants it any more
-            raise
+        return await to_its_end(work)
 
 
 class _Several:

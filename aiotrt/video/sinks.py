@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -151,6 +152,8 @@ class Threaded(Sink):
 class JsonLines(Threaded):
     """A line of JSON for each result: source, index, time, and what `convert` makes of the output.
 
+    Numbers that are not finite, which JSON has not, are null.
+
     Args:
         path: of the file, which is written anew; or an open text file, which stays open.
         convert: from the output to what JSON has; by default arrays become lists, and named results objects.
@@ -246,9 +249,21 @@ def sink_of(given: SinkLike) -> Sink:
 
 
 def as_json(result: Result, convert: Callable[[Any], Any]) -> str:
-    """A result in one line: source, index, time, and what `convert` makes of the output."""
+    """A result in one line: source, index, time, and what `convert` makes of the output; null for what is not finite."""
     frame = result.frame
-    return json.dumps({"source": frame.source, "index": frame.index, "time": frame.time, "output": convert(result.output)})
+    row = {"source": frame.source, "index": frame.index, "time": frame.time, "output": convert(result.output)}
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:  # JSON has no word for them, and what Python writes is refused by others
+        return json.dumps(_finite(row), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def jsonable(output: Any) -> Any:

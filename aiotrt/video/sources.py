@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 
 from aiotrt.errors import InputError, UsageError
+from aiotrt.video.cancellation import only_own
 from aiotrt.video.decoding import Opening, camera
 from aiotrt.video.feeds import AsyncFeed, DecoderFeed, Feed, Item, IteratorFeed, SequenceFeed
 from aiotrt.video.frames import Frame
@@ -40,12 +43,22 @@ class Backoff:
         factor: from one attempt to the next.
         longest: seconds, at most.
         attempts: in a row, before it is given up; None for ever.
+
+    Raises:
+        InputError: one of them is out of range.
     """
 
     first: float = 0.5
     factor: float = 2.0
     longest: float = 30.0
     attempts: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("factor", self.factor), ("longest", self.longest)):
+            if not value >= 0:
+                raise InputError(f"{name} must be at least 0, got {value!r}")
+        if self.attempts is not None and self.attempts < 0:
+            raise InputError(f"attempts must be at least 0 or None, got {self.attempts!r}")
 
     def delay(self, attempt: int) -> float | None:
         """Seconds before this attempt, counted from 0; None if it is given up."""
@@ -107,7 +120,8 @@ class Source:
         self._feed: Feed | None = None
         self._attempt = 0
         self._size: tuple[int, ...] | None = None
-        self._offset = 0.0  # seconds: what the turns before this one took, of a source that loops
+        self._offset = 0.0  # seconds: what this turn's times are behind, of a source that loops
+        self._resumes: float | None = None  # seconds: when a turn's first frame follows, which says the offset
         self._last = 0.0  # seconds: the last frame's time, and how long it stood
         self._interval = 0.0
         self._turn = 0  # frames in this turn
@@ -147,7 +161,8 @@ class Source:
         """
         while self._feed is None:
             try:
-                self._feed = await self._connect()
+                with only_own():
+                    self._feed = await self._connect()
             except Exception as error:
                 await self._lost(error)
         if self.state is SourceState.CLOSED:
@@ -168,19 +183,20 @@ class Source:
             feed = self._feed
             assert feed is not None
             try:
-                item = await feed.read()
+                with only_own():
+                    item = await feed.read()
+                self._tell(feed)
+                frame = None if item is None else self._frame(item)
             except Exception as error:
                 self._tell(feed)
                 await self._drop()
                 await self._lost(error)
                 continue
-            self._tell(feed)
             if item is None:
                 if await self._turned():
                     continue
                 self.state = SourceState.ENDED
                 return None
-            frame = self._frame(item)
             if frame is not None:
                 await self._pace(frame)
                 self.count += 1  # only now: cancelled while it was held back, it was never given
@@ -202,7 +218,8 @@ class Source:
         feed, self._feed = self._feed, None
         if feed is not None:
             with contextlib.suppress(Exception):  # of a source that is given up, or broken already
-                await feed.aclose()
+                with only_own():
+                    await feed.aclose()
 
     def _tell(self, feed: Feed) -> None:
         for kind, detail in feed.notes():
@@ -225,7 +242,7 @@ class Source:
     async def _turned(self) -> bool:
         """The feed has ended: whether another one follows it."""
         if self._loops and self._turn:
-            self._offset = self._last + self._interval
+            self._resumes = self._last + self._interval
             self._turn = 0
             await self._drop()
             return True
@@ -256,6 +273,8 @@ class Source:
         if (at := item.time) is None and self._fps is not None:
             at = self._turn / self._fps
         if at is not None:
+            if self._resumes is not None:  # its own first time need not be 0: a part is read, or that is how it counts
+                self._offset, self._resumes = self._resumes - at, None
             at += self._offset
             self._interval = max(0.0, at - self._last) if self._turn else self._interval
             self._last = at
@@ -303,7 +322,8 @@ def open(  # noqa: A001  # as in `video.open`
 
     Args:
         source: a path; a URL, such as ``rtsp://...``; a camera's number, or its device file; an iterable or asynchronous
-            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair with its time in seconds; or a function
+            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair with its time in seconds, of which one
+            that is not finite is none; or a function
             that returns such an iterable, called again whenever the source is begun again. A list, tuple or array is read
             on the loop's thread, any other synchronous iterable in a thread.
         name: what it is called in status and results; by default the file's name or the URL without what is secret in it.
@@ -323,12 +343,23 @@ def open(  # noqa: A001  # as in `video.open`
         options: FFmpeg's own.
         max_pixels: larger pictures are left out and counted.
 
+    Raises:
+        InputError: an option is out of range.
+
     Entering raises:
         SourceError: it is missing, is no video, or has no video in it.
         MissingDependencyError: PyAV is not installed.
     """
     if isinstance(source, Source):
         return source
+    if not (start >= 0 and math.isfinite(start)):
+        raise InputError(f"start must be a number of seconds from 0 on, got {start!r}")
+    for option, number in (("timeout", timeout), ("fps", fps), ("max_pixels", max_pixels)):
+        if number is not None and not number > 0:
+            raise InputError(f"{option} must be positive, got {number!r}")
+    for option, number in (("limit", limit), ("threads", threads)):  # 0 threads: as many as FFmpeg thinks best
+        if number is not None and number < 0:
+            raise InputError(f"{option} must be at least 0, got {number!r}")
     connect: Callable[[], Awaitable[Feed]]
     is_remote, ends = False, True
     if isinstance(source, (str, int, os.PathLike)) and not isinstance(source, bool):
@@ -338,10 +369,10 @@ def open(  # noqa: A001  # as in `video.open`
         is_remote = is_camera or is_url
         ends = not is_remote or live is False
         location, found = camera(text) if is_camera else (str(text), None)
-        default = f"camera {text}" if isinstance(text, int) else _without_secrets(text) if is_url else Path(text).name
-        title = name = name or default
+        shown = _without_secrets(location) if is_url else location
+        title = name = name or (f"camera {text}" if isinstance(text, int) else shown if is_url else Path(shown).name)
         opening = Opening(
-            location, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
+            location, shown, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
         )  # fmt: skip
         most = max_pixels
 
@@ -393,7 +424,11 @@ def _feed_of(frames: object, name: str, patience: float) -> Feed:
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user, password and query, fit for logs."""
+    """A URL without user, password, query and fragment, fit for logs."""
+    # As urlsplit and FFmpeg split it; urlsplit itself refuses some, in words that repeat what is secret.
     scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    host = authority.rpartition("@")[2]
+    # A password that was not escaped cuts itself in two: where that may be so, nothing after the scheme is shown.
+    is_cut = "@" in path or not re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host)
+    return f"{scheme}://..." if is_cut else f"{scheme}://{host}{slash}{path}"

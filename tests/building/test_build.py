@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from aiotrt.building import BuildProgress, build, check_sidecar, sidecar_path
+from aiotrt.building.files import digest
 from aiotrt.engines.tensorrt_plan import read_plan
 from aiotrt.errors import AiotrtError, EngineError, InputError, MissingDependencyError
 from tests.building import models
@@ -95,6 +96,14 @@ def test_external_data(tmp_path: Path) -> None:
     for precision, least in ((None, 4 * size * size), ("fp16", 2 * size * size)):
         out = build(path, tmp_path / "a.engine", precision=precision)
         assert out.stat().st_size > least, "the weights are in it"
+
+
+def test_the_record_is_of_what_was_read(tmp_path: Path) -> None:
+    path = models.relu(tmp_path / "a.onnx")
+    expected = digest([path])
+    sidecar = check_sidecar(build(path, tmp_path / "a.engine", progress=lambda progress: path.write_bytes(b"new")))
+    assert sidecar is not None
+    assert sidecar.source["sha256"] == expected
 
 
 def test_an_input_that_is_read_as_a_shape(tmp_path: Path) -> None:
@@ -262,6 +271,11 @@ def test_files(tmp_path: Path) -> None:
     refused(EngineError, path, tmp_path / "missing" / "a.engine", "a.engine: there is no folder")
     refused(EngineError, path, Path("/proc/a.engine"), "/proc")
     external = models.external(tmp_path / "c.onnx")
+    (tmp_path / "link").symlink_to(path)
+    record = path.rename(tmp_path / "a.engine.json")
+    path.symlink_to(record)
+    for model, out in ((path, path), (path, tmp_path / "link"), (record, tmp_path / "a.engine"), (external, "weights.bin")):
+        refused(InputError, model, tmp_path / out, "would be written over; name another file")
     (tmp_path / "weights.bin").unlink()
     refused(EngineError, external, tmp_path / "a.engine", "weights.bin, which is not there")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiotrt.building import cache_directory, cached_engine, check_sidecar, sidecar_path
+from aiotrt.building import build, cache_directory, cached_engine, check_sidecar, sidecar_path
 from aiotrt.errors import EngineError, InputError
 from tests.building import models
 
@@ -70,6 +70,8 @@ def test_an_engine_is_built_once(tmp_path: Path, cache: Path) -> None:
     assert cached_engine(str(path), runtime="tensorrt_rtx") == engine
     path.rename(tmp_path / "b.onnx")  # the name is for people, the content is what counts
     assert cached_engine(tmp_path / "b.onnx").stem.split("-")[1] == engine.stem.split("-")[1]
+    long = (tmp_path / "b.onnx").rename(tmp_path / f"{'模' * 80}.onnx")
+    assert cached_engine(long).stem.split("-")[1] == engine.stem.split("-")[1]
     assert engine.stat().st_mtime_ns == built
 
 
@@ -108,6 +110,24 @@ def test_a_damaged_engine_is_built_again(tmp_path: Path) -> None:
     sidecar_path(engine).unlink()
     cached_engine(path)
     assert check_sidecar(engine) is not None
+
+
+def test_an_engine_of_what_the_file_became_meanwhile_is_not_kept_for_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(path: Path, *arguments: Any, **options: Any) -> Path:
+        models.relu(path, (1, 16))
+        return build(path, *arguments, **options)
+
+    path = models.relu(tmp_path / "a.onnx", (1, 8))
+    monkeypatch.setattr("aiotrt.building.cache.build", changed)
+    engine = cached_engine(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(engine.parent))
+    assert cached_engine(models.relu(path, (1, 8))) == engine
+    sidecar = check_sidecar(engine)
+    assert sidecar is not None
+    assert sidecar.inputs[0]["shape"] == [1, 8]
 
 
 @pytest.mark.slow

@@ -69,7 +69,19 @@ def test_an_engine_that_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "3", "{}", '{"engine": 3}', "\ud800".encode("utf-8", "surrogatepass"), b"\xff\xfe"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        "{}",
+        '{"engine": 3}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+        b"\xff\xfe",
+        "[" * 200_000,
+    ],
 )
 def test_a_damaged_record(tmp_path: Path, text: str | bytes) -> None:
     engine = make(tmp_path)
@@ -79,7 +91,14 @@ def test_a_damaged_record(tmp_path: Path, text: str | bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"engine": {}}, {"engine": {"size": None, "sha256": ""}}, {"source": {}}, {"gpu": {"name": "L4"}}]
+    "change",
+    [
+        {"engine": {}},
+        {"engine": {"size": None, "sha256": ""}},
+        {"source": {}},
+        {"source": {"file": "a"}},
+        {"gpu": {"name": "L4"}},
+    ],
 )
 def test_a_record_that_lacks_something(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="record is damaged"):

@@ -86,6 +86,18 @@ def test_external_data_outside_the_folder_is_not_read(tmp_path: Path, location: 
     refused(path, "outside the model's folder")
 
 
+@pytest.mark.parametrize("key", ["offset", "length"])
+def test_external_data_at_a_place_that_is_no_number(tmp_path: Path, key: str) -> None:
+    path = models.external(tmp_path / "a.onnx")
+    model = onnx.load(path, load_external_data=False)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    (entry,) = [entry for entry in tensor.external_data if entry.key == key] or [tensor.external_data.add(key=key)]
+    entry.value = "abc"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"a\.onnx: the place of the weights .* in weights\.bin is no number: .*'abc'"):
+        read_onnx(path)
+
+
 def test_weights_may_be_linked(tmp_path: Path) -> None:
     """As the caches of model hubs have them."""
     (tmp_path / "blobs").mkdir()

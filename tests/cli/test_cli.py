@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnx.helper
 import pytest
 
 import aiotrt
-from aiotrt.building import check_sidecar
+from aiotrt.building import Sidecar, check_sidecar, sidecar_path
+from aiotrt.building.files import digest
 from aiotrt.cli import main
 from aiotrt.cli.build import parse_profile, parse_size
 from aiotrt.devices import open_device
@@ -125,7 +128,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models.relu(tmp_path / "a.onnx", (None, 8))
     assert "missing.onnx: there is no such file" in failed(capsys, 1, "build", tmp_path / "missing.onnx")
-    assert "profiles=[" in failed(capsys, 2, "build", path)
+    assert failed(capsys, 2, "build", path).endswith("must take, for instance --profile x:1x8,1x8,8x8")
     assert "no folder" in failed(capsys, 1, "build", path, "-o", tmp_path / "no" / "a.engine", "--profile", "x:1x8")
     assert "the model comes before" in failed(capsys, 2, "build", path, "--profile", "x:1,2")
     assert "smallest <= usual" in failed(capsys, 2, "build", path, "--profile", "x:2x8,1x8,2x8")
@@ -134,6 +137,11 @@ def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert failed(capsys, 1, "build", bad).endswith("(more with -v)")
     assert main(["build", str(bad), "-v"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_build_of_what_has_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (".", "..", "/", tmp_path):
+        assert failed(capsys, 1, "build", path) == f"aiotrt: {path}: is a directory; name the file in it"
 
 
 @pytest.mark.usefixtures("rtx")
@@ -172,10 +180,10 @@ def test_profiles_as_they_are_written() -> None:
 
 
 def test_sizes_as_they_are_written() -> None:
-    assert [parse_size(text) for text in ("7", "1k", "512M", "2GiB", "2gb")] == [7, 1024, 512 << 20, 2 << 30, 2 << 30]
+    assert [parse_size(text, "--x") for text in ("7", "1k", "512M", "2GiB", "2gb")] == [7, 1024, 512 << 20, 2 << 30, 2 << 30]
     for wrong in ("", "M", "1.5G", "-1", "1T"):
-        with pytest.raises(InputError, match="expected a number of bytes"):
-            parse_size(wrong)
+        with pytest.raises(InputError, match=f"--max-body '{wrong}': expected a number of bytes"):
+            parse_size(wrong, "--max-body")
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------------
@@ -298,6 +306,54 @@ def test_inspect_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "truncated: the header of an engine alone" in failed(capsys, 1, "inspect", path)
     (tmp_path / "b.onnx").write_bytes(b"garbage")
     assert "not an ONNX model" in failed(capsys, 1, "inspect", tmp_path / "b.onnx")
+
+
+def test_inspect_what_no_exporter_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor or an input of a type that onnx does not know is shown as that."""
+    path = models.relu(tmp_path / "a.onnx")
+    model = onnx.load(path)
+    model.graph.initializer.add(name="w", data_type=999, dims=[4])
+    model.graph.input[0].type.tensor_type.elem_type = 998
+    path.write_bytes(model.SerializeToString())
+    assert main(["inspect", str(path)]) == 0
+    table = capsys.readouterr().out
+    assert "4 (4 unknown type 999)" in table
+    assert "x: unknown type 998" in table
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+def test_inspect_records_that_nobody_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.engine"
+    path.write_bytes(b"vtrt" + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
+    record = Sidecar(
+        engine={"file": path.name, "size": 64, "sha256": digest([path])},
+        source={"file": "a.onnx", "sha256": "0"},
+        product="tensorrt_rtx", version="1", versions={}, gpu=None, compute_capabilities=[], precision=None, profiles=[],
+        inputs=[], outputs=[], options={}, mended=[], warnings=[], seconds=1.0, date="today",
+    )  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"profiles": 5},
+        {"inputs": [{}]},
+        {"options": 1},
+        {"profiles": [{"x": 1}]},
+        {"layers": [{}]},
+    ]
+    for change in changes:
+        sidecar_path(path).write_text(json.dumps({**dataclasses.asdict(record), **change}))
+        assert "a.engine: its record is not as aiotrt writes it: " in failed(capsys, 1, "inspect", path)
+        assert main(["inspect", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["record"].items() >= change.items()
+    sidecar_path(path).write_text(
+        json.dumps(dataclasses.asdict(record)).replace('"options": {}', f'"options": {nested(900)}')
+    )
+    assert "nested too deeply" in failed(capsys, 1, "inspect", path)
+    sidecar_path(path).unlink()
+    text = nested(100_000).encode()
+    path.write_bytes(len(text).to_bytes(4, "little") + text + path.read_bytes())
+    assert "neither an ONNX file (.onnx) nor a TensorRT engine" in failed(capsys, 1, "inspect", path)
 
 
 def test_rich_is_needed_for_the_table_only(

@@ -159,7 +159,7 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
     bad.write_bytes(b"\xffnonsense")
     for status, says, arguments in (
         (2, "no model to serve", []),
-        (2, "there is no file", ["missing.onnx"]),
+        (1, "there is no file", ["missing.onnx"]),
         (2, "is named twice", [str(relu), str(relu)]),
         (2, "model name '..'", [f"..={relu}"]),
         (2, "slots must be an integer", [str(relu), "--slots", "0"]),

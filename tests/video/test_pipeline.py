@@ -189,6 +189,79 @@ async def test_a_sink_that_raises_is_counted_and_called_again() -> None:
     assert "bad raised for <Frame 1 of frames" in reports[0].detail
 
 
+async def cancelled_elsewhere() -> None:
+    """As a call of somebody's does that its connection gave up."""
+    call: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    call.cancel()
+    await call
+
+
+async def cancels_itself() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("give_up", [cancelled_elsewhere, cancels_itself])
+async def test_a_model_whose_call_is_cancelled_elsewhere_fails_that_frame_alone(give_up: Any) -> None:
+    before, sink, reports = asyncio.all_tasks(), Remember(), list[video.Report]()
+
+    async def call(frame: Frame) -> int:
+        if frame.index == 2:
+            await give_up()
+        return number_of(frame.image)
+
+    async with Pipeline(call, pictures(9), sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status().sources["frames"]
+    assert sink.indices("frames") == [0, 1, *range(3, 9)]
+    assert (status.frames, status.completed, status.failed, status.in_flight) == (9, 8, 1, 0)
+    assert [report.kind for report in reports] == [Kind.INFERENCE]
+    assert "<Frame 2 of frames: 48x64x3>: what it awaited was cancelled by somebody else" in reports[0].detail
+    await nothing_left(before)
+
+
+async def test_a_sink_whose_call_is_cancelled_elsewhere_gets_the_next_result() -> None:
+    before, got, reports = asyncio.all_tasks(), list[int](), list[video.Report]()
+
+    async def sink(result: Result) -> None:
+        if result.frame.index == 2:
+            await cancelled_elsewhere()
+        got.append(result.frame.index)
+
+    async with Pipeline(number, pictures(9), sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+        (status,) = pipeline.status().sources["frames"].sinks
+    assert got == [0, 1, *range(3, 9)]
+    assert (status.delivered, status.failed) == (8, 1)
+    assert [report.kind for report in reports] == [Kind.SINK]
+    await nothing_left(before)
+
+
+async def test_a_source_whose_call_is_cancelled_elsewhere_fails_or_is_tried_again() -> None:
+    before, sink, lives = asyncio.all_tasks(), Remember(), Counter[str]()
+
+    def frames(name: str) -> Any:
+        async def generate() -> AsyncIterator[Any]:
+            lives[name] += 1
+            yield picture(0)
+            if lives[name] == 1:
+                await cancelled_elsewhere()
+
+        return generate
+
+    sources = {"a": frames("a"), "b": video.open(frames("b"), reconnect=video.Backoff(first=0))}
+    async with Pipeline(number, sources, sink, listener=lambda report: None) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status().sources
+    assert (status["a"].state, status["a"].frames) == ("failed", 1)
+    assert "cancelled by somebody else" in (status["a"].error or "")
+    assert (status["b"].state, status["b"].error, status["b"].frames) == ("ended", None, 2)
+    assert status["b"].reports == {"lost": 1, "reconnected": 1}
+    await nothing_left(before)
+
+
 async def test_broken_sources_end_alone_and_say_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     good, sink = write_video(tmp_path / "good.mp4", range(10)), Remember()
@@ -461,9 +534,9 @@ async def test_wrong_options() -> None:
     ):
         with pytest.raises(InputError, match=says):
             Pipeline(number, **{"sources": {"a": pictures(1)}, **arguments})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected a model"):
-        async with Pipeline(3, pictures(1)):  # type: ignore[arg-type]
-            pass
+    for models, says in ((3, "expected a model"), ({}, "at least one model"), ({"a": print}, "'a': expected a model")):
+        with pytest.raises(InputError, match=says):
+            Pipeline(models, pictures(1))  # type: ignore[arg-type]
 
 
 async def test_sources_of_one_name_are_told_apart() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from aiotrt import video
 from aiotrt.video import Detections, Frame, Pipeline, Result
 from aiotrt.video.frames import Held
-from tests.tools import until
+from tests.tools import turns, until
 from tests.video.tools import number_of, picture, write_video
 
 pytestmark = pytest.mark.asyncio
@@ -47,6 +48,36 @@ async def test_a_video_file_keeps_every_frame_and_its_time(tmp_path: Path) -> No
     assert [at for at, _ in written] == pytest.approx(times, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("times", "written"),
+    [
+        ([0, 0.1, 0.2, 0, 0.1, 0.2], [0, 0.1, 0.2, 0.25, 0.35, 0.45]),  # a source that came back
+        ([0, 0.1, 90, 0.3, 0.4], [0, 0.1, 90, 90.05, 90.15]),
+        ([5, 5.1, 5.1, 5.2], [0, 0.1, 0.1, 0.2]),
+        ([None, 3, None, 3.2], [0, 0.05, 0.1, 0.25]),
+        ([np.nan, 3, np.inf, 3.2], [0, 0.05, 0.1, 0.25]),
+    ],
+)
+async def test_times_that_go_back_or_are_none_take_the_place_after_the_last_one(
+    tmp_path: Path, times: list[float | None], written: list[float]
+) -> None:
+    sink = video.VideoFile(tmp_path / "x.mp4", rate=20)
+    await sink.open()
+    for i, at in enumerate(times):
+        await sink.write(Result(Frame("a", i, Held(picture(i)), time=at), None))
+    await sink.aclose()
+    assert [at for at, _ in contents(tmp_path / "x.mp4")] == pytest.approx(written, abs=1e-3)
+
+
+async def test_a_time_that_no_film_can_have_fails_that_frame_alone(tmp_path: Path) -> None:
+    frames = [(0.0, picture(0)), (1e300, picture(1)), (0.1, picture(2)), (0.2, picture(3))]
+    sink = video.VideoFile(tmp_path / "x.mp4", rate=20)
+    async with Pipeline(same, lambda: iter(frames), sink, listener=lambda report: None) as pipeline:
+        await pipeline.wait()
+    assert pipeline.status().sources["frames"].sinks[0].failed == 1
+    assert [at for at, _ in contents(tmp_path / "x.mp4")] == pytest.approx([0, 0.05, 0.15], abs=1e-3)
+
+
 async def test_a_file_for_each_source_and_odd_sizes(tmp_path: Path) -> None:
     sources = {"a/b": [picture(i, 51, 33) for i in range(4)], "c": [picture(i) for i in range(6)]}
     async with Pipeline(same, sources, video.VideoFile(tmp_path / "{source}.mp4", rate=10)) as pipeline:
@@ -62,6 +93,23 @@ async def test_a_second_source_needs_a_name_in_the_path(tmp_path: Path) -> None:
         await pipeline.wait()
     (report,) = reports
     assert "put {source} into the path" in report.detail
+
+
+async def test_sources_whose_files_would_be_one_do_not_write_into_each_other(tmp_path: Path) -> None:
+    reports: list[video.Report] = []
+    sources = {"door 1": [picture(1)] * 3, "door_1": [picture(2)] * 4}
+    sink = video.VideoFile(tmp_path / "{source}.mp4")
+    assert sink.path_of("door 1") == sink.path_of("door_1") == str(tmp_path / "door_1.mp4")
+    async with Pipeline(same, sources, sink, listener=reports.append) as pipeline:
+        await pipeline.wait()
+    delivered = {name: source.sinks[0].delivered for name, source in pipeline.status().sources.items()}
+    written = {"door 1": (3, 1), "door_1": (4, 2)}  # whichever came first has the file to itself
+    (name,) = [name for name, count in delivered.items() if count]
+    count, number = written[name]
+    assert [number_of(image) for _, image in contents(tmp_path / "door_1.mp4")] == [number] * count
+    assert {report.detail.partition(": <")[0].partition(" raised")[0] for report in reports} == {"VideoFile"}
+    assert len(reports) == 7 - count
+    assert f"is of source {name!r}" in reports[0].detail
 
 
 async def test_another_size_in_mid_stream_is_scaled_to_the_first(tmp_path: Path) -> None:
@@ -91,6 +139,43 @@ async def test_a_cancelled_pipeline_leaves_a_file_that_can_be_read(tmp_path: Pat
     with pytest.raises(asyncio.CancelledError):
         await task
     assert contents(tmp_path / "x.mp4")
+
+
+async def test_a_pipeline_that_is_cancelled_again_while_it_closes_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
+    before = asyncio.all_tasks()
+    unwinding, held = asyncio.Event(), asyncio.Event()
+
+    async def call(frame: Frame) -> int:
+        try:
+            if frame.index == 5:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            unwinding.set()
+            await held.wait()
+            raise
+        return frame.index
+
+    pipeline = Pipeline(call, [picture(i) for i in range(8)], video.VideoFile(tmp_path / "x.mp4"))
+
+    async def main() -> None:
+        async with pipeline:
+            await pipeline.wait()
+
+    task = asyncio.ensure_future(main())
+    await until(lambda: pipeline.status().sources["frames"].sinks[0].delivered == 5)
+    task.cancel()
+    await unwinding.wait()
+    for _ in range(2):
+        task.cancel()
+        await turns()
+    assert not task.done()
+    held.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert contents(tmp_path / "x.mp4")
+    await turns()
+    assert asyncio.all_tasks() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("aiotrt-video", "aiotrt-sink"))]
 
 
 async def test_a_codec_that_is_not_there_is_reported(tmp_path: Path) -> None:
@@ -136,6 +221,20 @@ async def test_json_lines(tmp_path: Path) -> None:
     assert [json.loads(line)["output"] for line in buffer.getvalue().splitlines()] == [0, 1, 2]
 
 
+async def test_what_is_not_finite_is_null_in_json() -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    async def odd(frame: Frame) -> Any:
+        return {"scores": np.array([1, np.nan, np.inf]), "found": (np.float32(-np.inf), 2)}
+
+    buffer = io.StringIO()
+    async with Pipeline(odd, [picture(1)], video.JsonLines(buffer)) as pipeline:
+        await pipeline.wait()
+    row = json.loads(buffer.getvalue(), parse_constant=refuse)
+    assert row["output"] == {"scores": [1, None, None], "found": [None, 2]}
+
+
 def annotated(size: tuple[int, int] = (64, 48)) -> np.ndarray[Any, Any]:
     image = picture(0, *size)
     image.flags.writeable = False
@@ -158,8 +257,6 @@ async def test_a_frame_of_another_size_gets_boxes_and_masks_in_its_scale() -> No
 
 
 async def test_callbacks_run_where_they_should() -> None:
-    import threading
-
     where: dict[str, threading.Thread] = {}
 
     def quick(result: Result) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -92,6 +93,16 @@ async def test_a_loop_goes_on_in_time(tmp_path: Path) -> None:
     assert threads() == 0
 
 
+@pytest.mark.parametrize(("suffix", "start"), [(".mp4", 2.0), (".ts", 0.0), (".ts", 1.0)])
+async def test_turns_follow_each_other_wherever_their_times_begin(tmp_path: Path, suffix: str, start: float) -> None:
+    path = write_video(tmp_path / f"a{suffix}", range(30), rate=10)
+    async with video.open(path, loop=True, start=start, limit=70) as source:
+        times = [frame.time async for frame in source]
+    assert np.diff(times) == pytest.approx(0.1, abs=1e-3)  # type: ignore[arg-type]
+    assert times[0] == pytest.approx(start, abs=1e-3)
+    assert threads() == 0
+
+
 # Bad input...
 
 
@@ -121,7 +132,7 @@ async def test_a_folder(tmp_path: Path) -> None:
             pass
 
 
-async def test_sound_without_pictures(tmp_path: Path) -> None:
+async def test_sound_without_pictures(tmp_path: Path, site: str) -> None:
     import av
 
     with av.open(str(tmp_path / "a.wav"), "w") as file:
@@ -131,6 +142,9 @@ async def test_sound_without_pictures(tmp_path: Path) -> None:
         file.mux(stream.encode(sound))
     with pytest.raises(SourceError, match="no video in it"):
         async with video.open(tmp_path / "a.wav"):
+            pass
+    with pytest.raises(SourceError, match=f"^{site}/a.wav: there is no video in it"):
+        async with video.open(site.replace("//", "//me:secret@") + "/a.wav?secret", live=False):
             pass
 
 
@@ -197,17 +211,18 @@ async def test_damage_in_the_middle_is_left_out_and_counted(tmp_path: Path) -> N
 async def test_nothing_but_damage_is_given_up() -> None:
     class Packet:
         def decode(self) -> list[object]:
-            raise decoding.import_av().error.InvalidDataError(1, "damaged")
+            raise decoding.import_av().error.InvalidDataError(1, "damaged: rtsp://me:secret@door")
 
     decoder = object.__new__(decoding.Decoder)
     decoder._av = decoding.import_av()
-    decoder._opening = decoding.Opening("a.mp4")
+    decoder._opening = decoding.Opening("rtsp://me:secret@door", "rtsp://door")
     decoder._ready = deque()
     decoder.notes = deque()
     decoder._damaged_in_a_row = 0
     decoder._packets = iter([Packet()] * 1000)
-    with pytest.raises(SourceError, match="256 damaged packets in a row"):
+    with pytest.raises(SourceError, match=r"^rtsp://door: 256 damaged packets in a row"):
         decoder.read()
+    assert set(decoder.notes) == {(Kind.CORRUPT, "damaged: rtsp://door")}
 
 
 async def test_another_size_in_mid_stream(tmp_path: Path) -> None:
@@ -478,10 +493,46 @@ async def test_an_iterable_that_raises_is_a_source_that_failed() -> None:
     assert source.state is SourceState.FAILED
 
 
+async def test_times_that_are_not_finite_are_none() -> None:
+    frames = [(np.nan, picture(0)), (0.5, picture(1)), (np.inf, picture(2)), (1.0, picture(3))]
+    assert [frame.time for frame in await read(video.open(lambda: iter(frames)))] == [None, 0.5, None, 1.0]
+    assert [frame.time for frame in await read(video.open(lambda: iter(frames[:1]), fps=4))] == [0]
+
+
+@pytest.mark.parametrize("bad", [("1", picture(1)), np.zeros(3, np.uint8)])
+async def test_an_item_that_is_no_frame_is_a_source_that_failed(bad: Any) -> None:
+    source = video.open(lambda: iter([picture(0), bad]), name="door")
+    async with source:
+        await anext(source)
+        with pytest.raises(SourceError, match="door: "):
+            await anext(source)
+    assert source.state is SourceState.FAILED
+
+
 async def test_what_is_no_source() -> None:
     with pytest.raises(InputError, match="expected a path, a URL"):
         async with video.open(lambda: 3):  # type: ignore[arg-type,return-value]
             pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": -1},
+        {"start": np.nan},
+        {"start": np.inf},
+        {"timeout": 0},
+        {"fps": 0},
+        {"fps": np.nan},
+        {"max_pixels": 0},
+        {"limit": -1},
+        {"threads": -1},
+    ],
+)
+async def test_options_out_of_range(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name} must be "):
+        video.open("a.mp4", **options)
 
 
 async def test_a_source_is_opened_once() -> None:
@@ -492,5 +543,38 @@ async def test_a_source_is_opened_once() -> None:
 
 
 async def test_names_keep_secrets() -> None:
-    assert video.open("rtsp://me:secret@door.example:554/live?token=1").name == "rtsp://door.example:554/live"
+    for url, name in (
+        ("rtsp://me:secret@door.example:554/live?token=1", "rtsp://door.example:554/live"),
+        ("http://door?token=secret", "http://door"),
+        ("rtsp://door/live#secret", "rtsp://door/live"),
+        ("rtsp://me:secret@[::1]:554/live", "rtsp://[::1]:554/live"),
+        ("rtsp://me:se@cret@door/live", "rtsp://door/live"),
+        ("rtsp://[me:secret@door/live", "rtsp://door/live"),  # which urlsplit refuses
+        ("cache:http://me:secret@door/live", "cache:http://door/live"),
+        ("rtsp://me:se/cret@door/live", "rtsp://..."),  # not escaped
+        ("rtsp://me:12/secret@door/live", "rtsp://..."),
+        ("rtsp://me:se?cret@door/live", "rtsp://..."),
+        ("rtsp://me:p@se/cret@door/live", "rtsp://..."),
+    ):
+        assert video.open(url).name == name
     assert video.open(0).name == "camera 0"
+
+
+async def test_errors_and_reports_keep_secrets(site: str, caplog: pytest.LogCaptureFixture) -> None:
+    url = site.replace("//", "//me:secret@") + "/missing.mp4?token=secret"
+    shown = f"{site}/missing.mp4"
+    source = video.open(url, reconnect=video.Backoff(first=0.01, attempts=1))
+
+    async def same(frame: Frame) -> int:
+        return frame.index
+
+    async with video.Pipeline(same, source) as pipeline:
+        await pipeline.wait()
+        status = pipeline.status().sources
+    assert (status[shown].error or "").startswith(f"{shown}: ")
+    assert {"lost", "failed"} <= status[shown].reports.keys()
+    with pytest.raises(SourceError) as raised:
+        await read(video.open(url, live=False))
+    told = "".join(traceback.format_exception(raised.value)) + caplog.text + repr(status)
+    assert f"{shown}: Server returned 404" in told
+    assert "secret" not in told.replace("test_errors_and_reports_keep_secrets", "")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aiotrt import video
+from aiotrt.errors import InputError
 from aiotrt.video import Backoff, Kind, SourceError
 from tests.video.tools import clock, in_virtual_time, number_of, picture
 
@@ -74,3 +75,10 @@ def test_reconnecting_is_given_up_after_so_many_attempts() -> None:
 @pytest.mark.parametrize(("attempt", "delay"), [(0, 0.5), (1, 1.0), (5, 16.0), (6, 30.0), (10_000, 30.0)])
 def test_backoff(attempt: int, delay: float) -> None:
     assert Backoff().delay(attempt) == delay
+
+
+@pytest.mark.parametrize("options", [{"first": -1}, {"factor": -2}, {"longest": float("nan")}, {"attempts": -1}])
+def test_backoff_out_of_range(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name} must be at least 0"):
+        Backoff(**options)

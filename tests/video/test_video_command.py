@@ -94,6 +94,17 @@ def test_a_film_that_cannot_be_written_is_no_success(onnx: Path, tmp_path: Path,
         (["a.mp4", "--json", "missing/b.jsonl"], 2, "--json missing/b.jsonl: there is no folder missing"),
         (["a.mp4", "--out", "./a.mp4"], 2, "that is the source a.mp4, which would be written over"),
         (["a.mp4", "b.mp4", "--out", "{source}"], 2, "that is the source a.mp4, which would be written over"),
+        (["a.mp4", "found-a.mp4", "--out", "found-{source}"], 2, "that is the source found-a.mp4, which would be written"),
+        (["a b.mp4", "a_b.mp4", "--out", "{source}"], 2, "that is the source a_b.mp4, which would be written over"),
+        (["x/a.mp4", "a.mp4_0", "y/a.mp4", "--out", "{source}"], 2, "that is the source a.mp4_0, which would be written"),
+        (["file:a.mp4", "--out", "a.mp4"], 2, "that is the source file:a.mp4, which would be written over"),
+        (
+            ["a b.mp4", "a_b.mp4", "--out", "f-{source}"],
+            2,
+            "that is also the film of 'a b.mp4', which would be written over",
+        ),
+        (["a.mp4", "--out", "b.mp4", "--json", "./b.mp4"], 2, "that is also the film of 'a.mp4', which would be written"),
+        (["a.mp4", "--json", "x.onnx", "--model", "x.onnx"], 2, "that is what --model names, which would be written over"),
         (["a.mp4", "--top", "0"], 2, "--top 0: expected at least 1"),
         (["a.mp4", "b.mp4", "--out", "c.mp4"], 2, "put {source} into the name"),
         (["a.mp4", "--model", "x.onnx", "--weights", "y.pth"], 2, "give one of the two"),
@@ -108,6 +119,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["video", "detect", "--help"])
     assert "aiotrt video detect street.mp4 --weights" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_is_no_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film, path = write_video(tmp_path / "film.mp4", range(2)), tmp_path / "a.onnx"
+    torch.onnx.export(torch.nn.ReLU(), (torch.zeros(1, 3, 312, 312),), path, input_names=["x"], dynamo=False)
+    assert detect(film, "--model", path) == 1
+    assert f"{path}: cannot be used as a detector: expected boxes (1, n, 4)" in capsys.readouterr().err
 
 
 # RF-DETR...
