@@ -401,7 +401,14 @@ class Executor:
             self.move(slot, COMPLETE)
 
     def _drain(self, slot: Slot) -> None:
+        alarm: asyncio.TimerHandle | None = None
+        if self.hang_timeout is not None:
+            hang = f"a lease was forgotten, and the device was not idle within hang_timeout={self.hang_timeout:g} s"
+            alarm = self.loop.call_later(self.hang_timeout, self.break_down, DeviceHangError(hang))
+
         def drained(slot: Slot, _: None, error: BaseException | None) -> None:
+            if alarm is not None:
+                alarm.cancel()
             slot.is_forgotten = False
             self.resume(slot, error, "while a forgotten lease was reclaimed")
 

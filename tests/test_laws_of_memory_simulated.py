@@ -547,6 +547,44 @@ def test_a_forgotten_lease_comes_back_when_the_device_is_idle(group: int, launch
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_device_that_is_never_idle_again_hangs_whoever_waits_for_a_forgotten_lease(group: int, launched: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        model = await load(device, slots=1, warmup=frame(0))
+        slot = await model.lease().__aenter__()
+        slot.inputs[0][...] = frame(1)
+        if launched:
+            slot.launch()
+        reader = device.stream()
+        with held_streams(device, reader):
+            reader.record()
+            with pytest.warns(ResourceWarning, match="was never left"):
+                del slot
+                gc.collect()
+            call = asyncio.ensure_future(model(frame(2)))
+            async with asyncio.timeout(5.0):
+                with pytest.raises(aiotrt.DeviceHangError, match="a lease was forgotten, and the device was not idle"):
+                    await call
+                await model.aclose()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_forgotten_lease_that_came_back_breaks_nothing_later(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            slot = await model.lease().__aenter__()
+            with pytest.warns(ResourceWarning, match="was never left"):
+                del slot
+                gc.collect()
+            await asyncio.sleep(3.0)
+            assert right(await model(frame(2)), 2)
+
+    under_schedules(group, program)
+
+
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_model_that_was_forgotten_says_so_and_keeps_what_is_in_use(group: int, busy: bool) -> None:
