@@ -288,6 +288,8 @@ def test_a_lease_that_could_not_be_entered_can_be_tried_again(group: int) -> Non
             striker.strike("wait", FaultKind.PASSING)
             with pytest.raises(aiotrt.EngineError, match="while a lease was entered"):
                 await lease.__aenter__()
+            with pytest.raises(aiotrt.UsageError, match="has not been entered"):
+                lease.launch()
             async with lease as slot:
                 slot.inputs[0][...] = frame(2)
                 assert right(device.read(await slot.replay()), 2)
