@@ -119,8 +119,10 @@ async def test_an_item_that_leaves_no_extent_for_the_batch_is_refused(device: st
         with held(model):
             first = asyncio.ensure_future(model(frame(1)))
             await turns()
-            with pytest.raises(aiotrt.InputError, match=f"'x' has {most.ndim} extents, which leaves none for the batch"):
-                await model(most.astype(np.float32))
+            bad = asyncio.ensure_future(model(most.astype(np.float32)))
+            await turns()
+        with pytest.raises(aiotrt.InputError, match=f"'x' has {most.ndim} extents, which leaves none for the batch"):
+            await bad
         assert right(await first, 1)
         assert right(await model(frame(2)), 2)
         assert model.statistics().submitted == 2

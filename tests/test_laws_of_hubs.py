@@ -376,6 +376,8 @@ async def test_while_the_machine_stands_still_no_work_is_overdue(stalls: tuple[f
         world.stall(3600.0)
     await world.advance(start + stood + 4.9 - world.now)
     assert works[1].outcomes == []
+    if told:  # it is looked at now and then, and not yet as what is overdue is
+        assert works[1].queries <= 5 + len(stalls)
     # What went by since the look before does not count either.
     await world.advance(0.2 + sum(min(stall, PATROL) if told else 0.02 for stall in stalls))
     assert works[0].outcomes == [None]
