@@ -123,6 +123,23 @@ def test_a_closing_that_could_not_free_is_taken_up_where_it_stopped() -> None:
     run_simulated(main(), device)
 
 
+def test_a_closing_that_fails_to_free_says_so() -> None:
+    device = SimulatedDevice(0)
+
+    async def main() -> None:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
+        free = executor_of(model).free
+
+        def fails() -> None:
+            free()
+            raise OSError("it could not be freed")
+
+        with mock.patch.object(executor_of(model), "free", fails), pytest.raises(OSError, match="could not be freed"):
+            await model.aclose()
+
+    run_simulated(main(), device)
+
+
 def test_what_the_holder_of_a_revoked_lease_reads_is_not_freed_under_it() -> None:
     device = SimulatedDevice(0)
 

@@ -52,6 +52,15 @@ def test_without_batching_deadline_and_priority_are_inputs_like_any_other(group:
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_options_of_files_are_refused_where_the_engine_is_none(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        with pytest.raises(aiotrt.InputError, match="sha256 is for files"):
+            aiotrt.load(Affine(), device=device, sha256="ab" * 32)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_model_that_is_closed_while_it_opens_is_closed_when_that_is_over(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         model = load(device, slots=2, warmup=[frame(0), frame(0, (1, 3))])

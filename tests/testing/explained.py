@@ -67,6 +67,9 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
     ("model.py", "_start_thread", "pool.shutdown(wait=False)", 0): "ends the thread now and not when the pool is collected",
+    ("model.py", "_in_background", "task._log_destroy_pending = False", 0): (
+        "only keeps asyncio from writing to the log about a loop that is closed under it, which `test_lifecycle` has"
+    ),
     ("gathering.py", "Gatherer._assemble", "self._expire(call)", 0): (
         "not needed: its deadline's alarm is due, rings in the same turn of the loop, and tells it"
     ),
