@@ -67,7 +67,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "4 -> 5, in: self._shorter = min(self._shorter + 1, 4)",
         0,
     ): "the step is at its bound before",
-    ("completion.py", "_Pending.__init__", "0.0 -> 1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
     ("completion.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
