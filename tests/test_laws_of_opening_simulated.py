@@ -55,7 +55,7 @@ def test_without_batching_deadline_and_priority_are_inputs_like_any_other(group:
 def test_options_of_files_are_refused_where_the_engine_is_none(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         with pytest.raises(aiotrt.InputError, match="sha256 is for files"):
-            aiotrt.load(Affine(), device=device, sha256="ab" * 32)
+            _ = aiotrt.load(Affine(), device=device, sha256="ab" * 32)
 
     under_schedules(group, program)
 
