@@ -11,8 +11,9 @@ import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Final, Literal, NoReturn, Self, TypeVar
 
 import anyio
 import numpy as np
@@ -38,6 +39,8 @@ from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSp
 __all__ = ["Model", "Statistics", "load"]
 
 T = TypeVar("T")
+
+LOOP_END: Final = 5.0  # seconds that the end of a loop waits for the device of a model that is being closed
 
 
 def load(
@@ -694,12 +697,22 @@ class _Loading:
 
 
 async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
-    """Wait for a step of closing, however often that is cancelled: before the device is done nothing can be freed."""
+    """Wait for a step of closing though that is cancelled: before the device is done nothing can be freed.
+
+    Raises:
+        CancelledError: it was, and a few seconds later the step is not done: the loop must end all the same, and what may
+            still be in use is kept.
+    """
+    ends = inf
     while not future.done():
+        left = ends - executor.loop.time()
+        if left <= 0:
+            raise asyncio.CancelledError
         try:
-            await asyncio.wait([future])
+            await asyncio.wait([future], timeout=None if left == inf else left)
         except asyncio.CancelledError:
             executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
+            ends = min(ends, executor.loop.time() + LOOP_END)
     future.result()
 
 

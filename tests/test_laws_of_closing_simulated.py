@@ -103,6 +103,33 @@ def test_whoever_ends_every_task_waits_for_a_closing_and_for_no_lease(seed: int)
     run_simulated(main(), device)
 
 
+def test_whoever_ends_every_task_does_not_wait_for_a_device_that_never_ends() -> None:
+    device = SimulatedDevice(0)
+
+    async def main() -> None:
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0), hang_timeout=None)
+        with held_streams(device, *executor_of(model).slots):
+            call = asyncio.ensure_future(model(frame(1)))
+            await asyncio.sleep(0)
+            closer = asyncio.ensure_future(model.aclose())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            async with asyncio.timeout(2 * model_module.LOOP_END):
+                await asyncio.wait(tasks)
+            assert call.cancelled()
+            assert closer.cancelled()
+            assert model._closing is not None
+            assert model._closing.cancelled()
+            assert "1 draining" in repr(model)
+        await model.aclose()  # where there is another turn after all
+        assert repr(model) == "<aiotrt.Model Affine: closed>"
+
+    run_simulated(main(), device)
+
+
 def test_a_closing_that_could_not_free_is_taken_up_where_it_stopped() -> None:
     device = SimulatedDevice(0)
 
