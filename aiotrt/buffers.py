@@ -17,7 +17,7 @@ from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
-from aiotrt.submission import Request, Slot, submit_lease
+from aiotrt.submission import Request, Slot, pass_turn, submit_lease
 from aiotrt.tensors import DEVICE, Kind, number, widened
 
 __all__ = ["Buffer", "Buffers", "Hold"]
@@ -456,6 +456,7 @@ class Hold:
         explained = executor.failed(error, "while it was launched")
         if executor.broken is None and event is not None:
             try:
+                pass_turn(self.slot)
                 self.slot.stream.record(event)
                 self._launched(_Launch(event, is_given=False), future, failure=explained)
             except Exception as second:

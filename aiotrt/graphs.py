@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from aiotrt.devices import CaptureError, Copies, Device, Graph, Stream
+from aiotrt.devices import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.base import write_back
 from aiotrt.engines import Engine, Execution
 from aiotrt.errors import AiotrtError, EngineError
@@ -46,6 +46,7 @@ class Recipe:
         preprocess: from the model's inputs to the engine's.
         postprocess: from the engine's outputs to the model's.
         graphs: whether to capture at all.
+        ordered: whether launches of the programs will go one after the other.
     """
 
     device: Device
@@ -53,6 +54,7 @@ class Recipe:
     preprocess: Callable[..., object] | None
     postprocess: Callable[..., object] | None
     graphs: bool
+    ordered: bool = False
 
     def build(
         self, slot: int, stream: Stream, specs: Sequence[TensorSpec], key: Key, bound: Mapping[int, torch.Tensor]
@@ -118,14 +120,22 @@ class Program:
         self._steps = tuple(steps)
         self._closers = tuple(closers)
 
-    def launch(self, before: Copies = (), after: Copies = ()) -> None:
-        """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest."""
+    def launch(
+        self, before: Copies = (), after: Copies = (), wait: Event | None = None, record: Event | None = None
+    ) -> None:
+        """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest.
+
+        What is between the copies waits for `wait`, and `record` is recorded when it has ended.
+        """
         steps = self._steps
         if len(steps) == 1:
-            steps[0].launch(self._stream, before, after)
+            steps[0].launch(self._stream, before, after, wait, record)
             return
-        for step in steps:
-            step.launch(self._stream, before if step is steps[0] else (), after if step is steps[-1] else ())
+        first, *others, last = steps
+        first.launch(self._stream, before, wait=wait)
+        for step in others:
+            step.launch(self._stream)
+        last.launch(self._stream, after=after, record=record)
 
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
         """Whether pinned memory is there for these inputs, and for the outputs."""
@@ -410,7 +420,10 @@ class _Builder:
         return *self._eager(whole, inputs), [reason]
 
     def _captured(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors]:
-        graph, outputs = self._recipe.device.capture(self._stream, lambda: settled(function(inputs), inputs), inputs)
+        recipe = self._recipe
+        graph, outputs = recipe.device.capture(
+            self._stream, lambda: settled(function(inputs), inputs), inputs, ordered=recipe.ordered
+        )
         self._closers.insert(0, graph.close)  # before the execution, whose memory and kernels it refers to
         self._graph_bytes += graph.nbytes
         return [graph], outputs
@@ -449,10 +462,21 @@ class _Eager:
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         for destination, source in before:
             stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
         stream.run(self._function)
+        if record is not None:
+            stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
 

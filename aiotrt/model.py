@@ -540,7 +540,14 @@ class Model:
         hub = Hub.acquire(options.progress)
         try:
             return Executor(
-                Recipe(device, engine, options.preprocess, options.postprocess, options.graphs),
+                Recipe(
+                    device,
+                    engine,
+                    options.preprocess,
+                    options.postprocess,
+                    options.graphs,
+                    ordered=not options.overlap and options.slots > 1,
+                ),
                 InputSpecs(declared, parameters, device.holds, device.torch_device),
                 hub,
                 slots=options.slots,

@@ -20,7 +20,7 @@ from aiotrt.graphs import Program
 from aiotrt.handshake import carry
 from aiotrt.slots import BROKEN, COMPLETE, COPIED, DRAINING, IN_FLIGHT, LAUNCH, State
 from aiotrt.slots import Event as Move
-from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
+from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, pass_turn, retire, submit_request
 from aiotrt.tensors import DEVICE, own
 
 if TYPE_CHECKING:
@@ -232,6 +232,7 @@ class Requests:
             self._executor.move(slot, Move.RELEASE)
         assert slot.program is not None
         try:
+            pass_turn(slot)
             slot.stream.record(slot.event)
         except Exception as second:
             self._executor.lost_track(second)

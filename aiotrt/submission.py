@@ -4,7 +4,8 @@ Rule 1: nothing here decides or waits. The executor and the lease say when, and 
 thread or, for programs without a graph, on a worker's.
 Rule 2: the order is always the same. Wait for the consumers of what the slot held before; wait for the caller's stream;
 copy in; launch; copy out; and last of all record the produce event, so that it covers everything. Copies are given to the
-launch, which on CUDA has them in the graph.
+launch, which on CUDA has them in the graph. So is the turn that is waited for and passed on where launches of several slots
+go one after the other: their copies need not.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "follow",
     "has_passed",
     "keep_for_ever",
+    "pass_turn",
     "retire",
     "submit_lease",
     "submit_request",
@@ -186,7 +188,9 @@ class Slot:
         mark: recorded on a caller's stream and waited for at once.
         lane: its stream's line at the hub; one for all slots whose launches run one after the other.
         on_done: what the hub calls when a request's produce event is complete.
-        gates: events that the next launch waits for, on the device: of consumers, and of a launch that goes before.
+        gates: events of consumers, which the next launch waits for, on the device.
+        turn: recorded when a launch has ended but for its copies, where launches of several slots go one after the other.
+        predecessor: the turn that the next launch waits for.
         request: who has it now.
         program: what it runs for that request.
         launches: of the present lease; tells its last launch from earlier ones.
@@ -194,15 +198,18 @@ class Slot:
     """
 
     __slots__ = (
-        "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "program", "request", "stream",
+        "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "predecessor", "program",
+        "request", "stream", "turn",
     )  # fmt: skip
 
     on_done: Callable[[BaseException | None], None]
 
-    def __init__(self, index: int, device: Device, lane: Lane) -> None:
+    def __init__(self, index: int, device: Device, lane: Lane, *, overlap: bool = True) -> None:
         self.index = index
         self.event = device.event()
         self.mark = device.event()
+        self.turn = None if overlap else device.event()
+        self.predecessor: Event | None = None
         self.stream = device.stream()  # last: what is not made need not be closed
         self.lane = lane
         self.gates: list[Event] = []
@@ -242,11 +249,11 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
         if request.kind is DEVICE:
             request.allocate_results(device, program)
         request.order(slot)
-        program.launch(before, _copies_out(device, request, program))
+        program.launch(before, _copies_out(device, request, program), slot.predecessor, slot.turn)
         request.mark_consumed(stream)
     else:
         request.order(slot)
-        program.launch(before)
+        program.launch(before, (), slot.predecessor, slot.turn)
         request.mark_consumed(stream)
         if request.kind is DEVICE:
             request.allocate_results(device, program)  # only now: the shapes may depend on the data
@@ -287,12 +294,20 @@ def submit_lease(
         before = [(program.inputs[i], program.staged_input(i)) for i in from_host]
     to_host = kind is not DEVICE and not device.unified
     if program.captured:
-        program.launch(before, _staged_out(program) if to_host else ())
+        program.launch(before, _staged_out(program) if to_host else (), slot.predecessor, slot.turn)
     else:
-        program.launch(before)
+        program.launch(before, (), slot.predecessor, slot.turn)
         for destination, source in _staged_out(program) if to_host else ():
             slot.stream.copy(destination, source)
     slot.stream.record(event)
+
+
+def pass_turn(slot: Slot) -> None:
+    """Where launches go one after the other, let the next go when what this one submitted has ended: it failed."""
+    if slot.turn is not None:
+        if slot.predecessor is not None:  # what failed may not have waited for it, and who comes next waits for this alone
+            slot.stream.wait(slot.predecessor)
+        slot.stream.record(slot.turn)
 
 
 def follow(slot: Slot, stream: Stream) -> None:

@@ -111,7 +111,7 @@ class Argument:
     Attributes:
         shape: its extents.
         host: a numpy view of the caller's memory, when it is on the host (dtypes that numpy lacks are viewed as integers).
-        tensor: the caller's tensor, when it is on the device.
+        tensor: the caller's tensor, when it is on the device, or in page-locked memory that the device shall read.
         owner: the caller's object, kept alive for as long as the device may read it.
     """
 
@@ -124,6 +124,15 @@ class Argument:
         self.owner = owner
         self.host = host
         self.tensor = tensor
+
+    def read_in_place(self, dtype: torch.dtype, is_pinned: Callable[[torch.Tensor], bool]) -> None:
+        """If this host input of `dtype` is page-locked memory in plain order, let the device read it where it is."""
+        host = self.host
+        if host is None or not (host.flags.c_contiguous and host.flags.writeable):  # torch warns of what it may not write
+            return
+        tensor = torch.from_numpy(host)
+        if is_pinned(tensor):
+            self.tensor, self.host = tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype), None
 
     def write(self, view: Array) -> None:
         """Copy a host input into the program's staging memory: a plain copy, by this thread."""

@@ -107,6 +107,16 @@ def values(device: Device, stream: Stream, tensor: torch.Tensor) -> list[float]:
     return found
 
 
+def unordered(device: Device, tensor: torch.Tensor, wanted: list[float]) -> bool:
+    """Whether the tensor soon holds these values, though no event says when."""
+    if isinstance(device, SimulatedDevice):
+        device.advance(1.0)
+        with device.raw():
+            return bool(tensor.tolist() == wanted)
+    stream = device.stream()
+    return any(values(device, stream, tensor) == wanted for _ in range(1000))
+
+
 # Events...
 
 
@@ -297,6 +307,15 @@ def test_work_on_a_stream_is_in_order(device: Device) -> None:
     assert values(device, stream, x) == [expected] * 4
 
 
+def test_page_locked_memory_is_known_as_such(device: Device) -> None:
+    pinned = device.pinned((4, 8), F)
+    assert device.is_pinned(pinned) is not device.unified  # where there is nothing else, nothing is gained by knowing
+    assert device.is_pinned(pinned[1:]) is not device.unified
+    assert device.is_pinned(torch.from_numpy(pinned.numpy()[2])) is not device.unified
+    assert not device.is_pinned(torch.zeros(4, 8))
+    assert not device.is_pinned(torch.zeros(0))
+
+
 def test_copies_go_through_pinned_memory_both_ways(device: Device) -> None:
     stream = device.stream()
     source, target = device.pinned((4,), F), device.pinned((4,), F)
@@ -440,6 +459,99 @@ def test_a_graph_never_overlaps_itself(device: Device, gate: Gate) -> None:
     assert not soon(device, event)
     gate.open()
     event.synchronize()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_graph_waits_for_an_event_and_the_copies_before_it_do_not(device: Device, gate: Gate, ordered: bool) -> None:
+    a, b = device.stream(), device.stream()
+    x, target = filled(device, a, 1.0), filled(device, a, 0.0)
+    source = device.pinned((4,), F)
+    source.fill_(3.0)
+    graph, (y,) = device.capture(a, lambda: [x * 2.0], [x], ordered=ordered)
+    a.synchronize()
+    gate.hold(b)
+    event = record(device, b)
+    ended = device.event()
+    graph.launch(a, [(x, source)], [(target, y)], event, ended)
+    assert not soon(device, record(device, a))
+    seen = unordered(device, x, [3.0] * 4)
+    gate.open()
+    ended.synchronize()
+    a.synchronize()
+    assert seen, "the copy waited too"
+    assert values(device, a, target) == [6.0] * 4
+    graph.close()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_a_graph_records_covers_its_replay(device: Device, gate: Gate, ordered: bool) -> None:
+    a, b = device.stream(), device.stream()
+    x = filled(device, a, 1.0)
+    graph, (y,) = device.capture(a, lambda: [x * 2.0], [x], ordered=ordered)
+    ended = device.event()
+    for value in (3.0, 5.0):
+        a.run(lambda value=value: x.fill_(value))  # type: ignore[misc]
+        graph.launch(a, record=ended)
+        b.wait(ended)
+        assert values(device, b, y) == [2 * value] * 4
+    a.synchronize()
+    gate.hold(a)
+    graph.launch(a, record=ended)
+    assert not soon(device, ended)
+    gate.open()
+    ended.synchronize()
+    graph.close()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_graph_waits_for_the_record_that_was_made_before_its_launch(device: Device, gate: Gate, ordered: bool) -> None:
+    a, b = device.stream(), device.stream()
+    x = filled(device, a, 1.0)
+    graph, (y,) = device.capture(a, lambda: [x * 2.0], [x], ordered=ordered)
+    event = device.event()
+    graph.launch(a, wait=event)  # never recorded: complete
+    a.synchronize()
+    b.record(event)
+    b.synchronize()
+    graph.launch(a, wait=event)
+    gate.hold(b)
+    b.record(event)  # again: the launch before it must not wait for this
+    a.synchronize()
+    graph.launch(a, wait=event)
+    later = record(device, a)
+    assert not soon(device, later)
+    gate.open()
+    later.synchronize()
+    assert values(device, a, y) == [2.0] * 4
+    graph.launch(a)  # and none does not wait for what another launch waited for
+    a.synchronize()
+    graph.close()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_graphs_on_two_streams_take_turns(device: Device, ordered: bool) -> None:
+    """Each reads what the other wrote; copies of a launch may run beside the other's replay, replays may not."""
+    a, b = device.stream(), device.stream()
+    x = filled(device, a, 1.0)
+    a.synchronize()
+    first, (y,) = device.capture(a, lambda: [x + 1.0], [x], ordered=ordered)
+    first.launch(a)
+    a.synchronize()
+    second, (z,) = device.capture(b, lambda: [x.copy_(y + y)], [y], ordered=ordered)
+    a.synchronize()
+    b.synchronize()
+    device.call(a, lambda: x.fill_(1.0))
+    a.synchronize()
+    turns = [device.event(), device.event()]
+    expected = 1.0
+    for i in range(20):
+        first.launch(a, wait=turns[1] if i else None, record=turns[0])
+        second.launch(b, wait=turns[0], record=turns[1])
+        expected = 2 * (expected + 1)
+    assert values(device, b, z) == [expected] * 4
+    assert values(device, b, x) == [expected] * 4
+    first.close()
+    second.close()
 
 
 def test_two_graphs_of_one_stream_do_not_share_outputs(device: Device) -> None:

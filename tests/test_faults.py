@@ -49,9 +49,9 @@ class Faulty(HostDevice):
         self._maybe("query")
         return super().query(event)
 
-    def capture(self, stream: Stream, body: Callable[[], Any], inputs: Any = ()) -> Any:
+    def capture(self, stream: Stream, body: Callable[[], Any], inputs: Any = (), **options: Any) -> Any:
         self._maybe("capture")
-        return super().capture(stream, body, inputs)
+        return super().capture(stream, body, inputs, **options)
 
     def call(self, stream: Stream, function: Callable[[], Any]) -> Any:
         self._maybe("call")
@@ -192,9 +192,9 @@ async def test_if_the_whole_cannot_be_captured_its_pieces_are_tried() -> None:
     class Picky(Faulty):
         """Refuses to capture anything that calls `stubborn`."""
 
-        def capture(self, stream: Stream, body: Callable[[], Any], inputs: Any = ()) -> Any:
+        def capture(self, stream: Stream, body: Callable[[], Any], inputs: Any = (), **options: Any) -> Any:
             called.clear()
-            captured = super().capture(stream, body, inputs)
+            captured = super().capture(stream, body, inputs, **options)
             if called:
                 raise CaptureError("stubborn")
             return captured

@@ -690,6 +690,9 @@ def test_a_launch_waits_for_the_last_one_of_another_slot_unless_they_may_overlap
                     assert other.done() is overlap
                     behind: Any = next(slot for slot in executor_of(model).slots if slot is not ahead)
                     assert behind.stream.query() is overlap, "the device has done it, and only the hub has not looked"
+                    if not overlap:
+                        with device.raw():
+                            assert (behind.program.inputs[0] == 1).all(), "its input waited too"
                 assert right(device.read(await one) if first == "lease" else await one, 0)
                 assert right(device.read(await other) if second == "lease" else await other, 1)
 

@@ -28,7 +28,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host device on which a capture fails as it does on CUDA: the body runs, and then raises under capture."""
     real = HostDevice.capture
 
-    def capture(self: HostDevice, stream: Stream, body: Callable[[], Any], inputs: Any = ()) -> Any:
+    def capture(self: HostDevice, stream: Stream, body: Callable[[], Any], inputs: Any = (), **options: Any) -> Any:
         self.call(stream, body)
 
         def strictly() -> None:

@@ -92,11 +92,25 @@ class Graph(Protocol):
         """Bytes of device memory that it keeps beside its inputs, for outputs and intermediates."""
         ...
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         """Submit to `stream` the copies `before`, one replay, and the copies `after`, in this order.
 
         As `Stream.copy` does. On CUDA whole copies into the `inputs` that the capture was told of, and out of what it
         returned, are part of the graph, and cost next to nothing.
+
+        Args:
+            stream: where.
+            before: copied first.
+            after: copied last.
+            wait: what the replay waits for on the device, as `Stream.wait` does; the copies before it need not.
+            record: recorded when the replay has ended; the copies after it need not have.
         """
         ...
 
@@ -169,8 +183,17 @@ class Device(Protocol):
         """Uninitialised page-locked host memory. Blocks."""
         ...
 
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Whether all of this host tensor is page-locked memory, which `Stream.copy` may read where it is."""
+        ...
+
     def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+        self,
+        stream: Stream,
+        body: Callable[[], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor] = (),
+        *,
+        ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
         """Warm up `body` on `stream`, then capture it there.
 
@@ -180,6 +203,7 @@ class Device(Protocol):
             stream: where; the graph may be launched anywhere.
             body: submits the work, and returns what it writes.
             inputs: buffers that copies given to `Graph.launch` will go to.
+            ordered: whether its launches will be given events to wait for and to record.
 
         Returns:
             The graph, and the tensors that every launch of it writes.
@@ -263,6 +287,9 @@ class BaseDevice:
 
     def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
         raise NotImplementedError(f"{self!r} must be asked")
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return False
 
     def exclusive(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -41,6 +41,12 @@ PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 #: Handles that stand for a default stream: of the legacy kind, likewise by its own name, and of each thread.
 DEFAULT_STREAMS: Final = frozenset({0, 1, 2})
 
+#: Where the allocation begins that an address is in, and its size in bytes.
+_RANGE: Final = [
+    driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+    driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+]
+
 #: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
 
@@ -210,12 +216,24 @@ class CudaGraph:
         self._copying = copying
         self._random = random
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         assert isinstance(stream, CudaStream), stream
         if self._copying is not None:
             before, after = self._copying.set(before, after)
+            if self._copying.ordered:
+                self._copying.order(_handle(wait), _handle(record, stream))
+                wait = record = None
         for destination, source in before:
             stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
         if self._copying is not None:
             answer = driver.cuGraphLaunch(self._copying.handle, stream.driver)
             if answer[0] is not _DONE:
@@ -225,6 +243,8 @@ class CudaGraph:
         else:
             with self._random.drawn():
                 stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
+        if record is not None:
+            stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
 
@@ -297,8 +317,27 @@ class CudaDevice(BaseDevice):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        try:
+            if not tensor.is_pinned():
+                return False
+        except RuntimeError:  # a fault, of which whoever submits something is told
+            return False
+        address = tensor.data_ptr()
+        status, values = driver.cuPointerGetAttributes(len(_RANGE), _RANGE, address)
+        if status is not _DONE:
+            return False
+        # Somebody may have registered a part of an array: without this the rest would be read as if it were page-locked.
+        begin, size = map(int, values)
+        return begin <= address and address + tensor.nbytes <= begin + size
+
     def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+        self,
+        stream: Stream,
+        body: Callable[[], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor] = (),
+        *,
+        ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
         assert isinstance(stream, CudaStream), stream
         with _capture_lock, torch.cuda.device(self.index), torch.cuda.stream(stream.torch), torch.no_grad():
@@ -315,7 +354,8 @@ class CudaDevice(BaseDevice):
             with _no_collection(), random.captured():
                 outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
-            return CudaGraph(graph, _copying(graph, inputs, outputs), random if random.draws else None, nbytes), outputs
+            copying = _copying(graph, inputs, outputs, ordered=ordered)
+            return CudaGraph(graph, copying, random if random.draws else None, nbytes), outputs
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         return _capture_lock
@@ -452,15 +492,25 @@ def _graph(random: _Random) -> torch.cuda.CUDAGraph:
     return torch.cuda.CUDAGraph()
 
 
+def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:
+    """What a node of a graph calls it by; given a stream, an event that was never recorded is, since torch makes it then."""
+    if event is None:
+        return None
+    assert isinstance(event, CudaEvent), event
+    if event.driver is None and stream is not None:
+        stream.record(event)
+    return event.driver
+
+
 def _copying(
-    graph: torch.cuda.CUDAGraph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    graph: torch.cuda.CUDAGraph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, ordered: bool
 ) -> CopyingGraph | None:
     try:
         raw = int(graph.raw_cuda_graph())
     except (AttributeError, RuntimeError):  # an older torch; or it was not kept
         return None
     try:
-        return CopyingGraph(raw, inputs, outputs, _check)
+        return CopyingGraph(raw, inputs, outputs, _check, ordered=ordered)
     except RuntimeError as error:  # a node that no child graph may have
         _log.debug("a graph is replayed by torch: %s", error)
         graph.instantiate()

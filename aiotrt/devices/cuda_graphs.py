@@ -5,6 +5,12 @@ it costs 1.1 us when its address is another one than last time, and nothing when
 each buffer of the graph gets two nodes, for a caller's device memory and for pinned memory, of which at most one is enabled.
 A change reaches later launches only: those in flight keep what they were launched with (CUDA driver API, "Graph
 Management").
+
+Launches that go one after the other are ordered by nodes too, a wait right before the captured graph and a record right
+after it, so that only that is in order: the copies of one launch run beside the work of another. On an H200, two streams,
+work of 200 us: 100 % of what back-to-back launches do with a mebibyte in from pinned memory, and 84 % if the copies are in
+order too; of 50 us with 4 KiB in and out on the device, 100 and 96 %. Like any wait, the node is for the last record made
+before its own launch.
 """
 
 from __future__ import annotations
@@ -33,15 +39,31 @@ class CopyingGraph:
         inputs: buffers that it reads.
         outputs: buffers that it writes.
         check: returns the values of a driver call, or raises its error.
+        ordered: whether it gets the nodes that `order` sets.
 
     Raises: what `check` raises. Nothing is left behind.
 
     Attributes:
         handle: to launch it.
+        ordered: as given.
     """
 
-    def __init__(self, raw: int, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], check: Check) -> None:
+    def __init__(
+        self,
+        raw: int,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        check: Check,
+        *,
+        ordered: bool = False,
+    ) -> None:
+        self.ordered = ordered
         self._check = check
+        self._nobody: Any = None  # an event of its own: nodes cannot be switched off, but name one that means nothing
+        self._wait: Any = None  # the nodes, and the events that they name
+        self._record: Any = None
+        self._waits_for: Any = None
+        self._records: Any = None
         self._before: dict[int, _Port] = {}  # by the identity of the buffer's tensor, which this keeps
         self._after: dict[int, _Port] = {}
         self._is_set = False  # whether any node may be enabled
@@ -50,10 +72,21 @@ class CopyingGraph:
         self.handle: Any = None
         try:
             first = self._add(self._before, inputs, context, [], is_input=True)
+            if ordered:
+                flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+                (self._nobody,) = check("creating an event", driver.cuEventCreate(flags))
+                (self._wait,) = check(
+                    "adding a wait to a graph", driver.cuGraphAddEventWaitNode(self._graph, None, 0, self._nobody)
+                )
+                first.append(self._wait)
             (child,) = check(
                 "adding a captured graph to another",
                 driver.cuGraphAddChildGraphNode(self._graph, first or None, len(first), driver.CUgraph(raw)),
             )
+            if ordered:
+                (self._record,) = check(
+                    "adding a record to a graph", driver.cuGraphAddEventRecordNode(self._graph, [child], 1, self._nobody)
+                )
             self._add(self._after, outputs, context, [child], is_input=False)
             (self.handle,) = check("instantiating a graph", driver.cuGraphInstantiate(self._graph, 0))
             for port in (*self._before.values(), *self._after.values()):
@@ -71,10 +104,35 @@ class CopyingGraph:
         self._is_set = bool(before or after)
         return others
 
+    def order(self, wait: Any, record: Any) -> None:
+        """Make the captured part of later launches wait for one event, and record another when it has ended.
+
+        Args:
+            wait: the driver's handle of the event, or None.
+            record: likewise.
+        """
+        wait, record = wait or self._nobody, record or self._nobody
+        if wait is not self._waits_for:
+            self._waits_for = None  # if this fails, who knows
+            self._check(
+                "setting the event that a graph waits for",
+                driver.cuGraphExecEventWaitNodeSetEvent(self.handle, self._wait, wait),
+            )
+            self._waits_for = wait
+        if record is not self._records:
+            self._records = None
+            self._check(
+                "setting the event that a graph records",
+                driver.cuGraphExecEventRecordNodeSetEvent(self.handle, self._record, record),
+            )
+            self._records = record
+
     def close(self) -> None:
         """Free it; the last launch must have completed."""
         if self.handle is not None:
             driver.cuGraphExecDestroy(self.handle)
+        if self._nobody is not None:
+            driver.cuEventDestroy(self._nobody)
         driver.cuGraphDestroy(self._graph)  # not before: a node of the executable is named by the graph's
 
     def _set(self, ports: dict[int, _Port], copies: Copies, mine: int) -> Copies:

@@ -214,9 +214,18 @@ class HostGraph:
         self._last: threading.Event | None = None  # set when the last launch has ended
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         for destination, source in before:
             stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
         earlier, self._last = self._last, threading.Event()
         ended = self._last
 
@@ -229,6 +238,8 @@ class HostGraph:
                 ended.set()
 
         stream.run(replay)
+        if record is not None:
+            stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
 
@@ -292,7 +303,12 @@ class HostDevice(BaseDevice):
     pinned = empty
 
     def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+        self,
+        stream: Stream,
+        body: Callable[[], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor] = (),
+        *,
+        ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
         outputs = [t.clone(memory_format=torch.contiguous_format) for t in self.call(stream, body)]
         return HostGraph(body, outputs), outputs

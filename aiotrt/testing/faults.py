@@ -144,11 +144,16 @@ class FaultInjector:
         return self.device.pinned(shape, dtype)
 
     def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+        self,
+        stream: Stream,
+        body: Callable[[], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor] = (),
+        *,
+        ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
         """As the device; fails before the warm-up."""
         self.use_verb("capture")
-        graph, outputs = self.device.capture(_unwrap(stream), body, inputs)
+        graph, outputs = self.device.capture(_unwrap(stream), body, inputs, ordered=ordered)
         return _Graph(self, graph), outputs
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
@@ -256,11 +261,22 @@ class _Graph:
         self._injector = injector
         self._graph = graph
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         for destination, source in before:
             stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
         self._injector.use_verb("launch")
         self._graph.launch(_unwrap(stream))
+        if record is not None:
+            stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
 

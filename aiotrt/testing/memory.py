@@ -142,6 +142,17 @@ class Memory:
         """As `span`, for a numpy view of pinned memory."""
         begin = array.__array_interface__["data"][0]
         end = begin + sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)) + array.itemsize
+        return self._around(begin, end)
+
+    def copy_span(self, tensor: torch.Tensor) -> Span | None:
+        """As `span`, for a tensor that may also be made from a numpy view of pinned memory."""
+        span = self.span(tensor)
+        if span is not None or tensor.numel() == 0:
+            return span
+        begin = tensor.data_ptr()
+        return self._around(begin, begin + _extent(tensor.size(), tensor.stride()) * tensor.element_size())
+
+    def _around(self, begin: int, end: int) -> Span | None:
         for address, block in self._blocks.items():
             if address <= begin and end <= address + block.memory.nbytes:
                 return Span(block, block.generation, begin - address, end - address)

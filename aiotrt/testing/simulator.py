@@ -143,8 +143,19 @@ class SimulatedDevice(BaseDevice):
             self.detector.allocated(span.block)
         return tensor
 
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Whether it is in pinned memory."""
+        with self.raw():
+            span = self.memory.copy_span(tensor)
+        return span is not None and span.block.pinned
+
     def capture(
-        self, stream: Stream, body: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor] = ()
+        self,
+        stream: Stream,
+        body: Callable[[], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor] = (),
+        *,
+        ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
         """Run `body` once to warm up, then once to see what it submits. Blocks.
 

@@ -132,7 +132,7 @@ class SimulatedStream:
             raise ValueError(f"cannot copy {source.dtype} {source.shape} to {destination.dtype} {destination.shape}")
         with device.raw():
             memory = device.memory
-            to, of = memory.span(destination), memory.span(source)
+            to, of = memory.copy_span(destination), memory.copy_span(source)
             if to is None or of is None:
                 raise ValueError("a copy needs device or pinned memory at both ends")
             copy = _copier(memory, destination, to, source, of)
@@ -285,11 +285,20 @@ class SimulatedGraph:
         self._whole: Work | None = None  # all of them as one
         self._is_closed = False
 
-    def launch(self, stream: Stream, before: Copies = (), after: Copies = ()) -> None:
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
         """Submit the copies, and one replay: one operation, after the last one of this graph."""
         assert isinstance(stream, SimulatedStream), stream
         for destination, source in before:
             stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
         self._device.verb("launch")
         self._device.needs_context("launching a graph")
         if self._is_closed:
@@ -300,6 +309,8 @@ class SimulatedGraph:
             self._whole = _together(self.works)
         stream.put(self._whole)
         self._last = stream.mark()
+        if record is not None:
+            stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import aiotrt
-from aiotrt.devices import Device, Graph, open_device
+from aiotrt.devices import Device, Event, Graph, open_device
 from aiotrt.devices.base import Copies
 from aiotrt.devices.cuda import CudaGraph, CudaStream
-from tests.tools import executor_of
+from aiotrt.tensors import Argument
+from tests.tools import Latch, executor_of, turns
 
 pytestmark = pytest.mark.gpu
 
@@ -169,3 +171,117 @@ def test_calls_of_every_kind_use_one_graph(monkeypatch: pytest.MonkeyPatch) -> N
             assert len(executor_of(model).cache) == 1
 
     asyncio.run(main())
+
+
+def watch_waits(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The events that streams are made to wait for, from now on."""
+    seen: list[object] = []
+    wait = CudaStream.wait
+
+    def counted(self: CudaStream, event: Event) -> None:
+        seen.append(event)
+        wait(self, event)
+
+    monkeypatch.setattr(CudaStream, "wait", counted)
+    return seen
+
+
+@pytest.mark.asyncio
+async def test_the_order_of_slots_is_part_of_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (64, 64)
+    async with aiotrt.load(lambda x: 2 * x, device="cuda", slots=3, overlap=False, warmup=torch.zeros(shape)) as model:
+        waits = watch_waits(monkeypatch)
+        alone = watch_copies(monkeypatch)
+        for i in range(20):
+            results = await asyncio.gather(*[model(np.full(shape, 10 * i + j, np.float32)) for j in range(7)])
+            assert [set(result.ravel()) for result in results] == [{2 * (10 * i + j)} for j in range(7)]
+        assert (waits, alone) == ([], [])
+        assert model.statistics().captures == 3
+
+
+LARGE = (512, 1024)  # 2 MiB, which would be copied by a worker
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("graphs", [True, False])
+async def test_page_locked_inputs_are_read_where_they_are(
+    overlap: bool, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+    write = Argument.write
+
+    def counted(self: Argument, view: np.ndarray[Any, Any]) -> None:
+        copied.append(self)
+        write(self, view)
+
+    monkeypatch.setattr(Argument, "write", counted)
+    async with aiotrt.load(
+        lambda x: x[::64, ::64] * 2, device="cuda", slots=2, overlap=overlap, graphs=graphs, warmup=torch.zeros(LARGE)
+    ) as model:
+        copied.clear()
+        buffers = [torch.empty(LARGE).pin_memory() for _ in range(4)]
+
+        async def call(buffer: torch.Tensor, value: float, kind: str) -> None:
+            for again in range(10):
+                buffer.fill_(value + again)  # the call before has returned
+                result = await model(buffer if kind == "torch" else buffer.numpy())
+                assert isinstance(result, torch.Tensor if kind == "torch" else np.ndarray)
+                assert set(np.asarray(result).ravel()) == {2 * (value + again)}
+
+        await asyncio.gather(*[call(buffer, 100 * i, ("torch", "numpy")[i % 2]) for i, buffer in enumerate(buffers)])
+        assert not copied
+        programs = executor_of(model).cache._programs.values()
+        pageable = np.full(LARGE, 3, np.float32)
+        assert set((await model(pageable)).ravel()) == {6}
+        assert len(copied) == 1
+        assert {program.staged_inputs[0] is None for program in programs} == {True, False}, "only who copies has staging"
+
+
+@pytest.mark.asyncio
+async def test_a_page_locked_input_may_be_overwritten_once_its_call_is_over() -> None:
+    """Also by cancellation: what its work reads then, nobody gets to see."""
+    async with aiotrt.load(lambda x: x.double().sum(), device="cuda", slots=2, warmup=torch.zeros(LARGE)) as model:
+        x = torch.empty(LARGE).pin_memory()
+        for value in range(50):
+            x.fill_(-1)
+            call = asyncio.ensure_future(model(x))
+            await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            x.fill_(value)
+            assert (await model(x)).item() == value * x.numel()
+
+
+@pytest.mark.asyncio
+async def test_a_page_locked_input_outlives_the_callers_interest() -> None:
+    async with aiotrt.load(lambda x: 2 * x, device="cuda", slots=1, warmup=torch.zeros(LARGE)) as model:
+        latch = Latch("cuda")
+        latch.hold(executor_of(model).slots[0].stream)
+        try:
+            call = asyncio.ensure_future(model(torch.full(LARGE, 5.0).pin_memory()))
+            await turns(10)
+            scribbles = [torch.full(LARGE, -1.0).pin_memory() for _ in range(4)]  # would get that memory, were it free
+        finally:
+            latch.open()
+        assert (await call).unique().tolist() == [10]
+        del scribbles
+
+
+def test_memory_of_which_a_part_is_page_locked_is_not() -> None:
+    device = open_device("cuda")
+    array = np.zeros(4 << 20, np.uint8)
+    whole = torch.from_numpy(array)
+    page = -(-whole.data_ptr() // 4096) * 4096
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(page, 1 << 20, 0)) == 0
+    try:
+        begin = page - whole.data_ptr()
+        assert device.is_pinned(whole[begin : begin + (1 << 20)])
+        assert device.is_pinned(whole[begin + 100 : begin + 200])
+        assert not device.is_pinned(whole[begin : begin + (2 << 20)])
+        assert not device.is_pinned(whole[begin + (2 << 20) :])
+    finally:
+        assert int(runtime.cudaHostUnregister(page)) == 0
+    assert not device.is_pinned(whole[begin : begin + (1 << 20)])

@@ -1,0 +1,174 @@
+"""Inputs in page-locked memory, which the device reads where they are: never before they are given, never after they go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import aiotrt
+from aiotrt import executor, requests, submission
+from aiotrt.slots import State
+from aiotrt.submission import Request
+from aiotrt.testing import FaultKind, SimulatedDevice
+from tests.simulated import Striker, held_streams
+from tests.test_laws_simulated import GROUPS, SHAPE, load, right, settle, under_schedules
+from tests.tools import count, executor_of, frame, until
+
+
+@contextlib.contextmanager
+def everything_is_large() -> Iterator[list[Request]]:
+    """Inputs of any size are looked at; gives the requests whose inputs were copied on the host."""
+    copied: list[Request] = []
+    copy_in = submission.copy_in
+
+    def counted(request: Request, program: Any) -> None:
+        if any(argument.host is not None for argument in request.arguments):
+            copied.append(request)
+        copy_in(request, program)
+
+    with mock.patch.object(executor, "IN_PLACE_BYTES", 0), mock.patch.object(requests, "copy_in", counted):
+        yield copied
+
+
+def pinned(
+    device: SimulatedDevice, value: float, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Page-locked memory, written by the host: there before the program began, since allocating it blocks."""
+    with device.raw():
+        tensor = device.memory.allocate(shape, None, dtype, None)
+        span = device.memory.span(tensor)
+        assert span is not None
+        device.detector.allocated(span.block)
+        tensor.fill_(value)
+    return tensor
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_page_locked_inputs_are_read_where_they_are(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        buffers = [pinned(device, 0) for _ in range(4)]
+        with everything_is_large() as copied:
+            async with load(device, slots=choose.randint(1, 3)) as model:
+
+                async def call(buffer: torch.Tensor, value: float) -> None:
+                    for again in range(3):
+                        x: Any = buffer.numpy()
+                        x[...] = value + again  # the call before has returned, so this is nobody's
+                        kind = choose.choice(["numpy", "torch", "dlpack"])
+                        result = await model(x if kind == "numpy" else buffer)
+                        assert isinstance(result, np.ndarray if kind == "numpy" else torch.Tensor)
+                        assert right(result, value + again)
+
+                await asyncio.gather(*[call(buffer, 10 * i) for i, buffer in enumerate(buffers)])
+                assert not copied
+                for held in executor_of(model).cache._programs.values():
+                    assert held.staged_inputs == [None], "memory for copies that nobody makes"
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_page_locked_memory_lives_until_it_was_read(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        x = pinned(device, 5)
+        with everything_is_large() as copied:
+            async with load(device, slots=1, warmup=frame(0)) as model:
+                with held_streams(device, executor_of(model).slots[0].stream):
+                    call = asyncio.ensure_future(model(x if choose.random() < 0.5 else x.numpy()))
+                    await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                    if cancelled := choose.random() < 0.5:
+                        call.cancel()
+                        with pytest.raises(asyncio.CancelledError):
+                            await call
+                        call = None  # type: ignore[assignment]
+                    del x
+                    gc.collect()
+                    device.check()
+                if not cancelled:
+                    assert right(await call, 5)
+                await settle(model, 1)
+                assert len(copied) == 0
+                assert right(await model(frame(2)), 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", range(2))
+def test_what_is_not_plain_or_not_large_is_copied(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        wide = pinned(device, 4, (3, 2))
+        plain = pinned(device, 4)
+        with everything_is_large() as copied:
+            async with load(device, slots=1, warmup=frame(0)) as model:
+                assert right(await model(wide.T), 4)
+                read_only = plain.numpy()[...]
+                read_only.flags.writeable = False
+                assert right(await model(read_only), 4)
+                assert right(await model(frame(4)), 4)
+                assert len(copied) == 3
+                assert right(await model(plain), 4)
+                assert len(copied) == 3
+                with mock.patch.object(executor, "IN_PLACE_BYTES", plain.nbytes + 1):
+                    assert right(await model(plain), 4)
+                assert len(copied) == 4
+                with mock.patch.object(executor, "IN_PLACE_BYTES", plain.nbytes):
+                    assert right(await model(plain), 4)
+                assert len(copied) == 4
+
+    under_schedules(group, program)
+
+
+def test_dtypes_that_numpy_lacks() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        x = pinned(device, 2, dtype=torch.bfloat16)
+        with everything_is_large() as copied:
+            async with aiotrt.load(
+                lambda x: x * 3 + 1, device=device, warmup=torch.zeros(SHAPE, dtype=torch.bfloat16)
+            ) as model:
+                copied.clear()
+                result = await model(x)
+                assert result.dtype is torch.bfloat16
+                assert (result == 7).all()
+                assert not copied
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("verb", ["copy", "launch", "wait", "record"])
+def test_one_after_the_other_also_past_a_launch_that_failed(group: int, verb: str) -> None:
+    """The third must wait for the first, though the second, between them, may have waited for nobody."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        async with load(striker, slots=3, overlap=False, warmup=frame(0)) as model:
+            machine, slots = executor_of(model).machine, executor_of(model).slots
+            ahead = slots[machine._free[-1]]
+            with held_streams(device, ahead.stream):
+                one = asyncio.ensure_future(model(frame(1)))
+                await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                striker.strike(verb, FaultKind.PASSING)
+                two = asyncio.ensure_future(model(frame(2)))
+                await until(two.done)
+                three = asyncio.ensure_future(model(frame(3)))
+                await asyncio.sleep(0.05)
+                assert not one.done()
+                assert not three.done(), "it went past the first"
+                assert [count(model, state) for state in (State.IN_FLIGHT, State.DRAINING)] == [2, 1]
+            assert right(await one, 1)
+            with pytest.raises(aiotrt.EngineError, match="injected"):
+                await two
+            assert right(await three, 3)
+            await settle(model, 3)
+            assert right(await model(frame(4)), 4)
+
+    under_schedules(group, program)
