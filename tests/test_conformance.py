@@ -478,7 +478,7 @@ def test_a_graph_waits_for_an_event_and_the_copies_before_it_do_not(device: Devi
     gate.open()
     ended.synchronize()
     a.synchronize()
-    assert seen, "the copy waited too"
+    assert seen or not ordered, "the copy waited too"  # without `ordered` it may: then all is a graph that waits
     assert values(device, a, target) == [6.0] * 4
     graph.close()
 

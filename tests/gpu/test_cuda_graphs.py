@@ -231,11 +231,9 @@ async def test_page_locked_inputs_are_read_where_they_are(
 
         await asyncio.gather(*[call(buffer, 100 * i, ("torch", "numpy")[i % 2]) for i, buffer in enumerate(buffers)])
         assert not copied
-        programs = executor_of(model).cache._programs.values()
         pageable = np.full(LARGE, 3, np.float32)
         assert set((await model(pageable)).ravel()) == {6}
         assert len(copied) == 1
-        assert {program.staged_inputs[0] is None for program in programs} == {True, False}, "only who copies has staging"
 
 
 @pytest.mark.asyncio
