@@ -157,9 +157,9 @@ def wrapped(probe: Probe, executor: Executor) -> Iterator[None]:
     launch, hub = Program.launch, executor.hub
     watch = hub.watch
 
-    def stamped_launch(program: Program, before: Copies = (), after: Copies = ()) -> None:
+    def stamped_launch(program: Program, *what: Any) -> None:
         probe.now.launched = time.perf_counter()
-        launch(program, before, after)
+        launch(program, *what)
 
     def stamped_watch(lane: Lane, query: Callable[[], bool], on_done: Callable[..., None], **options: Any) -> None:
         def stamped_query() -> bool:
