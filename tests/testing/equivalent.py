@@ -12,7 +12,6 @@ __all__ = ["EQUIVALENT"]
 STOPS: Final = "any number that is not above zero means no spinning"
 AS_LONG: Final = "whether a sleep of exactly the shortest is one makes no difference"
 EITHER: Final = "of two that are equal, either will do"
-OWN: Final = "a slot that waits for its own last launch too waits for what is before it on its stream anyway"
 ANY: Final = "set before it is read"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
@@ -156,16 +155,16 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "launches are told apart by equality",
     (
         "executor.py",
-        "Executor.follow_latest",
-        "0 -> 1, in: if self._latest is not None and self._latest[0] is not slot:",
+        "Executor.__init__",
+        "1 -> 0, in: self._overlap = overlap or slots == 1",
         0,
-    ): OWN,
+    ): "one slot's launches are in order anyway: it only costs more to say so",
     (
         "executor.py",
-        "Executor.follow_latest",
-        "0 -> -1, in: if self._latest is not None and self._latest[0] is not slot:",
+        "Executor.submit",
+        "True -> False, in: for argument, spec in zip(arguments, specs, strict=True):",
         0,
-    ): OWN,
+    ): "there is an argument for each, as `parse` has checked",
     ("executor.py", "Executor.launched", "1 -> 2, in: slot.launches += 1", 0): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",

@@ -38,6 +38,8 @@ MODULES: Final = (
     "tests.test_laws_of_opening_simulated",
     "tests.test_laws_of_batches_simulated",
     "tests.test_laws_of_spares_simulated",
+    "tests.test_laws_of_pinned_simulated",
+    "tests.test_laws_of_turns_simulated",
     "tests.test_laws_of_closing_simulated",
     "tests.test_laws_of_observing_simulated",
     "tests.test_laws_virtual_host",

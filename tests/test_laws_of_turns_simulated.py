@@ -1,0 +1,110 @@
+"""Launches of several slots that go one after the other: none begins before the one before it has ended, whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import Any
+
+import pytest
+
+import aiotrt
+from aiotrt.slots import State
+from aiotrt.testing import FaultKind, SimulatedDevice
+from tests.simulated import Striker, held_streams
+from tests.test_laws_simulated import GROUPS, load, right, settle, under_schedules
+from tests.tools import count, executor_of, frame, until
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("verb", ["copy", "launch", "wait", "record"])
+def test_one_after_the_other_also_past_a_launch_that_failed(group: int, verb: str) -> None:
+    """The third must wait for the first, though the second, between them, may have waited for nobody."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        async with load(striker, slots=3, overlap=False, warmup=frame(0)) as model:
+            slots = executor_of(model).slots
+            ahead = slots[executor_of(model).machine._free[-1]]
+            with held_streams(device, ahead.stream):
+                one = asyncio.ensure_future(model(frame(1)))
+                await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                striker.strike(verb, FaultKind.PASSING)
+                two = asyncio.ensure_future(model(frame(2)))
+                await until(two.done)
+                three = asyncio.ensure_future(model(frame(3)))
+                await asyncio.sleep(0.05)
+                assert not one.done()
+                assert not three.done()
+                # The hub looks at them in order, so that what the device has done says more.
+                assert not any(slot.stream.query() for slot in slots), "it went past the first"
+                assert [count(model, state) for state in (State.IN_FLIGHT, State.DRAINING)] == [2, 1]
+            assert right(await one, 1)
+            with pytest.raises(aiotrt.EngineError, match="injected"):
+                await two
+            assert right(await three, 3)
+            await settle(model, 3)
+            assert right(await model(frame(4)), 4)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("verb", ["copy", "launch", "record"])
+def test_past_a_launch_of_a_lease_that_failed_too(group: int, verb: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        async with (
+            load(striker, slots=3, overlap=False, warmup=frame(0)) as model,
+            model.lease() as slot,
+        ):
+            ahead = executor_of(model).slots[executor_of(model).machine._free[-1]]
+            with held_streams(device, ahead.stream):
+                one = asyncio.ensure_future(model(frame(1)))
+                await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                slot.inputs[0][...] = frame(2)
+                striker.strike(verb, FaultKind.PASSING)
+                with pytest.raises(aiotrt.EngineError, match="injected"):
+                    slot.launch()
+                three = asyncio.ensure_future(model(frame(3)))
+                await asyncio.sleep(0.05)
+                assert not one.done()
+                assert not three.done()
+                assert not any(slot.stream.query() for slot in executor_of(model).slots), "it went past the first"
+            assert right(await one, 1)
+            assert right(await three, 3)
+            assert right(device.read(await slot.replay()), 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("ahead_is_lease", [True, False])
+def test_leases_without_a_graph_wait_their_turn(group: int, ahead_is_lease: bool) -> None:
+    """`launch` submits on the loop's thread, in its order; calls without a graph are submitted by workers, in none."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            model = await stack.enter_async_context(load(device, slots=2, overlap=False, graphs=False, warmup=frame(0)))
+            first: Any = await stack.enter_async_context(model.lease())
+            second: Any = await stack.enter_async_context(model.lease())
+            if not ahead_is_lease:
+                first, second = second, first
+            first.inputs[0][...], second.inputs[0][...] = frame(1), frame(2)
+            elsewhere = device.stream()  # the current stream waits for what was launched from it
+            with held_streams(device, first._hold.slot.stream):
+                produced = [first.launch()]
+                with device.use(elsewhere):
+                    produced.append(second.launch())
+                await asyncio.sleep(0.05)
+                assert not device.query(produced[0])
+                assert not device.query(produced[1]), "it went ahead"
+                with device.raw():
+                    assert not (second._hold.program.outputs[0] == 7).any()
+            for event in produced:
+                await aiotrt.wait(event)
+            assert right(device.read(first.outputs[0].tensor), 1)
+            assert right(device.read(second.outputs[0].tensor), 2)
+
+    under_schedules(group, program)
