@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from benchmarks.measure import Spread
-from benchmarks.rows import Bench, Part, Plan, Row, Run, measure, measure_in_turns, verdict
+from benchmarks.rows import Bench, Entry, Part, Plan, Row, Run, measure, measure_in_turns, verdict
 from benchmarks.waits import (
     AIOTRT,
     BASELINES,
@@ -80,8 +80,8 @@ def completion(bench: Bench) -> Iterator[Row]:
             def failed(way: str, error: Exception, says: str = f"completion, {length} us: {loop}") -> None:
                 bench.fail(f"{says}, {way}", error)
 
-            opening = {way: opened(way, work, 1) for way in ways}
-            measured = bench.run(loop, measure_in_turns(opening, plan, plan.count(work.seconds), failed))
+            entries = {way: Entry(opened(way, work, 1), plan.count(work.seconds)) for way in ways}
+            measured = bench.run(loop, measure_in_turns(entries, plan, failed))
             for way, (runs, lags) in (measured or {}).items():
                 yield Row("completion", loop, way, {"us": length}, work.seconds, runs, lags=lags)
 

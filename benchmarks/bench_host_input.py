@@ -5,8 +5,8 @@
 Work of 100 us (1 ms on the host device) behind inputs of 1 KiB to 24 MiB, pageable and page-locked, on 1 and 4 slots. Beside
 it, a blocking loop that does the same copies by hand: into page-locked memory, to the device, the result back and into
 memory of its own; with 4 slots it waits only for the launch before the last three, so that copies and work overlap. A
-page-locked input it copies straight to the device; aiotrt stages that too. The ceiling is what the device does when nobody
-copies on the host: copies to and from page-locked memory, and the work, back to back.
+page-locked input it copies straight to the device, as aiotrt does from 128 KiB on. The ceiling is what the device does when
+nobody copies on the host: copies to and from page-locked memory, and the work, back to back.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import aiotrt
 from benchmarks.measure import Request, Spread
-from benchmarks.rows import Bench, Part, Plan, Row, Run, measure, verdict
+from benchmarks.rows import Bench, Entry, Part, Plan, Row, measure_in_turns, verdict
 from benchmarks.waits import CALL, Line, Work, opened
 
 __all__ = ["SCALING"]
@@ -38,42 +38,49 @@ BAR: Final = 1.2
 
 
 def scaling(bench: Bench) -> Iterator[Row]:
-    """All axes."""
+    """All axes; the rows of each take turns."""
     work = Work(bench.device, NOMINAL[bench.device])
     plan = bench.plan(seconds=0.05, least=32)
     axes = QUICK_AXES if bench.quick else AXES
-    settings = [(axis, n, loop) for axis, numbers in axes.items() for n in numbers for loop in bench.loops]
-    for axis, n, loop in bench.each("scaling", settings):
-        way = "aiotrt.wait" if axis == "events" else CALL
-        measured = bench.run(loop, OF[axis](work, n, plan))
-        if measured is not None:
-            yield Row("scaling", loop, way, {"axis": axis, "n": n}, work.seconds, measured[0], lags=measured[1])
+    for axis, loop in bench.each("scaling", [(axis, loop) for axis in axes for loop in bench.loops]):
+
+        def failed(n: str, error: Exception, says: str = f"scaling: {axis}, {loop}") -> None:
+            bench.fail(f"{says}, {n}", error)
+
+        entries = {str(n): OF[axis](work, n, plan) for n in axes[axis]}
+        measured = bench.run(loop, measure_in_turns(entries, plan, failed)) or {}
+        for name, (runs, lags) in measured.items():
+            n = int(name)
+            if axis == "events":  # a request is a wave of them; the rate is of waits
+                runs = [replace(run, rate=n * run.rate) for run in runs]
+            way = "aiotrt.wait" if axis == "events" else CALL
+            yield Row("scaling", loop, way, {"axis": axis, "n": n}, work.seconds, runs, lags=lags)
 
 
-async def waiters(work: Work, n: int, plan: Plan) -> tuple[list[Run], list[Spread]]:
+def waiters(work: Work, n: int, plan: Plan) -> Entry:
     """So many callers of one model."""
-    async with opened(CALL, work, SLOTS) as request:
-        return await measure(request, plan, awaiters=n, count=max(2 * n, plan.count(work.seconds / min(n, SLOTS))))
+    return Entry(opened(CALL, work, SLOTS), max(2 * n, plan.count(work.seconds / min(n, SLOTS))), n)
 
 
-async def streams(work: Work, n: int, plan: Plan) -> tuple[list[Run], list[Spread]]:
+def streams(work: Work, n: int, plan: Plan) -> Entry:
     """So many slots of one model."""
-    async with opened(CALL, work, n) as request:
-        return await measure(request, plan, awaiters=AWAITERS, count=max(2 * AWAITERS, plan.count(work.seconds / n)))
+    return Entry(opened(CALL, work, n), max(2 * AWAITERS, plan.count(work.seconds / n)), AWAITERS)
 
 
-async def models(work: Work, n: int, plan: Plan) -> tuple[list[Run], list[Spread]]:
+def models(work: Work, n: int, plan: Plan) -> Entry:
     """So many models."""
+    return Entry(_models(work, n), max(2 * n, plan.count(work.seconds / n)), n)
+
+
+def events(work: Work, n: int, plan: Plan) -> Entry:
+    """So many events, all behind one launch, and a coroutine for each."""
+    return Entry(_waves(work, n), max(4, plan.count(work.seconds) // max(1, n // 16)))
+
+
+@asynccontextmanager
+async def _models(work: Work, n: int) -> AsyncIterator[Sequence[Request]]:
     async with AsyncExitStack() as stack:
-        requests = [await stack.enter_async_context(opened(CALL, work, 1)) for _ in range(n)]
-        return await measure(requests, plan, awaiters=n, count=max(2 * n, plan.count(work.seconds / n)))
-
-
-async def events(work: Work, n: int, plan: Plan) -> tuple[list[Run], list[Spread]]:
-    """So many events, all behind one launch, and a coroutine for each; the rate is of waits."""
-    async with _waves(work, n) as request:
-        runs, lags = await measure(request, plan, awaiters=1, count=max(4, plan.count(work.seconds) // max(1, n // 16)))
-    return [replace(run, rate=n * run.rate) for run in runs], lags
+        yield [await stack.enter_async_context(opened(CALL, work, 1)) for _ in range(n)]
 
 
 @asynccontextmanager
@@ -94,7 +101,7 @@ async def _waves(work: Work, n: int) -> AsyncIterator[Request]:
     line.close()
 
 
-OF: Final[dict[str, Callable[[Work, int, Plan], Coroutine[Any, Any, tuple[list[Run], list[Spread]]]]]] = {
+OF: Final[dict[str, Callable[[Work, int, Plan], Entry]]] = {
     "waiters": waiters,
     "events": events,
     "models": models,

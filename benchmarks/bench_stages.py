@@ -32,7 +32,6 @@ import torch
 
 import aiotrt
 from aiotrt.completion import Lane
-from aiotrt.devices import Copies
 from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from benchmarks.measure import Spread

@@ -46,6 +46,7 @@ __all__ = [
     "loops",
     "machine",
     "median_of",
+    "pace",
     "run_on",
     "write",
 ]
@@ -145,6 +146,18 @@ async def idle_lag(seconds: float = 1.0) -> Spread:
     async with Heartbeat() as heartbeat:
         await asyncio.sleep(seconds)
     return heartbeat.spread
+
+
+def pace() -> float:
+    """Seconds that a fixed piece of plain Python takes just now.
+
+    A processor whose other half belongs to somebody else's machine is slow for seconds at a time, and no counter says so.
+    """
+    started = time.perf_counter()
+    total = 0
+    for i in range(2000):
+        total += i & 3
+    return time.perf_counter() - started
 
 
 class Usage:

@@ -9,13 +9,12 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
-from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, median_of, run_on
+from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, median_of, pace, run_on
 
-__all__ = ["MEETS", "Bench", "Part", "Plan", "Row", "Run", "Turned", "measure", "measure_in_turns", "verdict"]
+__all__ = ["MEETS", "Bench", "Entry", "Part", "Plan", "Row", "Run", "Turned", "measure", "measure_in_turns", "verdict"]
 
 T = TypeVar("T")
 
@@ -45,12 +44,14 @@ class Run:
         rate: awaits a second.
         cpu: processor time over wall time, of all threads.
         others: cores that other programs used meanwhile.
+        pace: what the same piece of Python took before and after it, on average; None where that was not measured.
     """
 
     latency: Spread
     rate: float
     cpu: float
     others: float | None
+    pace: float | None = None
 
 
 @dataclass
@@ -248,55 +249,71 @@ async def measure(
     And `lags` more beside a heartbeat, which would cost the others what they are measured by.
     """
     with _turn(request):
-        await drive(request, awaiters, min(count, 8 * plan.warm) if awaiters > 1 else plan.warm)
+        await drive(request, awaiters, _warm(awaiters, count, plan))
         gc.collect()
         runs = [await _run(request, awaiters, count) for _ in range(plan.runs)]
         return runs, [await _lag(request, awaiters, runs, plan) for _ in range(lags)]
 
 
-async def measure_in_turns(
-    ways: Mapping[str, AbstractAsyncContextManager[Request]],
-    plan: Plan,
-    count: int,
-    failed: Callable[[str, Exception], None],
-) -> dict[str, tuple[list[Run], list[Spread]]]:
-    """Several runs of each way, one awaiter at a time, as `measure` does; `failed` hears of those that raise.
+@dataclass(frozen=True)
+class Entry:
+    """Who takes part in `measure_in_turns`.
 
-    The ways take turns, a run each: the host's processors are slow for seconds at a time, and then they are so to all.
+    Attributes:
+        opening: gives the request, or one for each awaiter; open until all have ended.
+        count: requests of each run.
+        awaiters: how many there are.
+    """
+
+    opening: AbstractAsyncContextManager[Request | Sequence[Request]]
+    count: int
+    awaiters: int = 1
+
+
+async def measure_in_turns(
+    entries: Mapping[str, Entry], plan: Plan, failed: Callable[[str, Exception], None]
+) -> dict[str, tuple[list[Run], list[Spread]]]:
+    """Several runs of each entry, as `measure` makes them; `failed` hears of those that raise.
+
+    They take turns, a run each: the host's processors are slow for seconds at a time, and then they are so to all.
     """
     async with AsyncExitStack() as stack:
-        requests: dict[str, Request] = {}
+        requests: dict[str, Request | Sequence[Request]] = {}
         runs: dict[str, list[Run]] = {}
         lags: dict[str, list[Spread]] = {}
 
-        async def turn(way: str, run: Callable[[Request], Coroutine[Any, Any, None]]) -> None:
+        async def turn(name: str, step: Callable[[str, Entry], Coroutine[Any, Any, None]]) -> None:
             try:
-                with _turn(requests[way]):
-                    await run(requests[way])
+                with _turn(requests[name]):
+                    await step(name, entries[name])
             except Exception as error:
-                del requests[way]
-                failed(way, error)
+                del requests[name]
+                failed(name, error)
 
-        async def warmed(way: str, request: Request) -> None:
-            await drive(request, 1, plan.warm)
+        async def warmed(name: str, entry: Entry) -> None:
+            await drive(requests[name], entry.awaiters, _warm(entry.awaiters, entry.count, plan))
 
-        async def run(way: str, request: Request) -> None:
-            await drive(request, 1, min(plan.warm, AGAIN))
-            runs.setdefault(way, []).append(await _run(request, 1, count))
+        async def run(name: str, entry: Entry) -> None:
+            await drive(requests[name], entry.awaiters, max(entry.awaiters, min(plan.warm, AGAIN)))
+            runs.setdefault(name, []).append(await _run(requests[name], entry.awaiters, entry.count))
 
-        async def lagged(way: str, request: Request) -> None:
-            lags[way] = [await _lag(request, 1, runs[way], plan)]
+        async def lagged(name: str, entry: Entry) -> None:
+            lags[name] = [await _lag(requests[name], entry.awaiters, runs[name], plan)]
 
-        for way, opening in ways.items():
+        for name, entry in entries.items():
             try:
-                requests[way] = await stack.enter_async_context(opening)
+                requests[name] = await stack.enter_async_context(entry.opening)
             except Exception as error:
-                failed(way, error)
+                failed(name, error)
         for step in (warmed, *(run for _ in range(plan.runs)), lagged):
             gc.collect()
-            for way in list(requests):
-                await turn(way, partial(step, way))
-        return {way: (runs[way], lags[way]) for way in requests}
+            for name in list(requests):
+                await turn(name, step)
+        return {name: (runs[name], lags[name]) for name in requests}
+
+
+def _warm(awaiters: int, count: int, plan: Plan) -> int:
+    return min(count, 8 * plan.warm) if awaiters > 1 else plan.warm
 
 
 def _turn(request: Request | Sequence[Request]) -> AbstractContextManager[object]:
@@ -304,9 +321,10 @@ def _turn(request: Request | Sequence[Request]) -> AbstractContextManager[object
 
 
 async def _run(request: Request | Sequence[Request], awaiters: int, count: int) -> Run:
+    before = pace()
     with Usage() as usage:
         seconds = await drive(request, awaiters, count)
-    return Run(Spread.of(seconds), len(seconds) / usage.seconds, usage.cpu, usage.others)
+    return Run(Spread.of(seconds), len(seconds) / usage.seconds, usage.cpu, usage.others, (before + pace()) / 2)
 
 
 async def _lag(request: Request | Sequence[Request], awaiters: int, runs: Sequence[Run], plan: Plan) -> Spread:

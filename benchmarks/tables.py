@@ -120,7 +120,19 @@ def heading_of(record: Record) -> str:
     quick = "; a quick run, whose figures say nothing" if record.get("quick") else ""
     others = others_of(record)
     beside = f"; other programs used {others:.1f} cores meanwhile" if others > NOTED else ""
-    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {record['date'][:10]}{medians}{beside}{quick}"
+    paces = paces_of(record)
+    slowest = (
+        f"; the same Python took up to {paces[1] / paces[0]:.1f} times as long in one run as in another" if paces else ""
+    )
+    when = record["date"][:10]
+    return f"{where}, {machine['cores']} processors, {', '.join(versions)}, {when}{medians}{beside}{slowest}{quick}"
+
+
+def paces_of(record: Record) -> tuple[float, float] | None:
+    """The shortest and the longest that a fixed piece of Python took beside a run; None where nobody looked."""
+    runs = [run for row in record.get("rows", ()) for run in row.get("runs", ())]
+    known = [run["pace"] for run in runs if run.get("pace")]
+    return (min(known), max(known)) if known else None
 
 
 def others_of(record: Record) -> float:
@@ -244,7 +256,8 @@ def _summary(results: Path) -> Table:
         cells = ["; ".join(f"{way}: {cell(best[way])}" for way in ways) for ways in (without, ours)]
         lines.append([what, *cells])
         dates.add((record["machine"]["gpu"], record["date"][:10]))
-    measured = ", ".join(f"{gpu}, {date}" for gpu, date in sorted(dates)) or "not measured yet"
+    gpus = {gpu: " and ".join(sorted(date for other, date in dates if other == gpu)) for gpu, _ in sorted(dates)}
+    measured = ", ".join(f"{gpu}, {when}" for gpu, when in gpus.items()) or "not measured yet"
     return Table(f"{measured}; aiotrt on uvloop", ["", "without aiotrt", "with"], lines)
 
 

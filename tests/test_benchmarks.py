@@ -30,7 +30,7 @@ from benchmarks.bench_stages import CudaProbe, Stamps
 from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, as_record, busiest, drive, run_on, write
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.parts import PARTS as ALL
-from benchmarks.rows import MEETS, Plan, Row, Run, measure_in_turns
+from benchmarks.rows import MEETS, Entry, Plan, Row, Run, measure_in_turns
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -405,9 +405,10 @@ def test_ways_take_turns_and_one_that_fails_is_left_out() -> None:
         yield request
 
     failed: dict[str, str] = {}
-    ways = {"a": way("a", 10**6), "b": way("b", 10**6), "c": way("c", 20), "d": way("d", 0)}
+    lasts = {"a": 10**6, "b": 10**6, "c": 20, "d": 0}
+    ways = {name: Entry(way(name, turns), 10, 3 if name == "b" else 1) for name, turns in lasts.items()}
     plan = Plan(3, 0.01, 10, 4, 1e-3)
-    measured = asyncio.run(measure_in_turns(ways, plan, 10, lambda name, error: failed.__setitem__(name, str(error))))
+    measured = asyncio.run(measure_in_turns(ways, plan, lambda name, error: failed.__setitem__(name, str(error))))
     assert failed == {"c": "enough", "d": "not here"}
     assert {name: len(runs) for name, (runs, _) in measured.items()} == {"a": 3, "b": 3}
     assert all(len(lags) == 1 for _, lags in measured.values())
@@ -489,6 +490,35 @@ def test_the_summary_has_what_was_measured_of_it(stored: Path, tmp_path: Path) -
     )
     assert f"{said}aiotrt call: 5.0 (1.0 %); aiotrt lease: 8.0 (1.0 %) |" in text
     assert "RF-DETR" not in text
+
+
+def test_the_heading_says_how_much_the_processors_pace_differed(stored: Path) -> None:
+    record = json.loads((stored / "completion-cuda.json").read_text())
+    paces = iter([50e-6, 40e-6, 90e-6, None])
+    for row in record["rows"]:
+        for run in row["runs"]:
+            run["pace"] = next(paces, 60e-6)
+    assert "; the same Python took up to 2.2 times as long in one run as in another" in tables.heading_of(record)
+    for row in record["rows"]:
+        for run in row["runs"]:
+            del run["pace"]
+    assert "the same Python" not in tables.heading_of(record)
+
+
+def test_the_summary_names_a_gpu_once(stored: Path, tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("<!-- table summary -->\n<!-- end of table -->")
+    record = json.loads((stored / "completion-cuda.json").read_text())
+    record["machine"]["gpu"] = "A GPU"
+    row = record["rows"][0] | {"facts": {"is_right": True}}
+    for name, setting, ways, date in (
+        ("completion-cuda", {"us": 1000}, ("synchronize", "executor", "aiotrt call", "aiotrt lease"), "2026-11-29"),
+        ("pipeline-cuda", {}, ("torch", "torch in threads", "graph, no overlap", "aiotrt, 3 slots"), "2026-11-28"),
+    ):
+        rows = [row | {"way": way, "setting": setting, "part": name.removesuffix("-cuda")} for way in ways]
+        (stored / f"{name}.json").write_text(json.dumps(record | {"benchmark": name, "rows": rows, "date": date}))
+    assert suite.main(["table", "--results", str(stored), "--docs", str(document)]) == 0
+    assert "\nA GPU, 2026-11-28 and 2026-11-29; aiotrt on uvloop:\n" in document.read_text()
 
 
 def test_lags_of_the_loops_own_timers_are_left_out(stored: Path) -> None:
