@@ -6,7 +6,7 @@ Work of 100 us (1 ms on the host device) behind inputs of 1 KiB to 24 MiB, pagea
 it, a blocking loop that does the same copies by hand: into page-locked memory, to the device, the result back and into
 memory of its own; with 4 slots it waits only for the launch before the last three, so that copies and work overlap. A
 page-locked input it copies straight to the device, as aiotrt does from 128 KiB on. The ceiling is what the device does when
-nobody copies on the host: copies to and from page-locked memory, and the work, back to back.
+nobody copies on the host: copies to and from page-locked memory, and the work, back to back. The two take turns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Final
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 
 import aiotrt
 from benchmarks.measure import Request, Spread
-from benchmarks.rows import Bench, Part, Plan, Row, Run, measure, verdict
+from benchmarks.rows import Bench, Entry, Part, Row, measure_in_turns, verdict
 from benchmarks.waits import Line, Work
 
 __all__ = ["HOST_INPUT"]
@@ -129,33 +129,35 @@ def host_input(bench: Bench) -> Iterator[Row]:
         x = torch.zeros(size, dtype=torch.uint8)
         if memory == "pinned":
             x = x.pin_memory()
-        setting: dict[str, float | str] = {"bytes": size, "memory": memory, "slots": slots, "awaiters": AWAITERS[slots]}
-        copier = Copier(work, x, slots)
+        setting: dict[str, float | str] = {"bytes": size, "memory": memory, "slots": slots}
+        awaiters = {LOOP: 1, AIOTRT: AWAITERS[slots]}
         # Not so many that the driver's queue of launches is full, which blocks.
-        ceiling = copier.ceiling(20 if bench.quick else 200)
-        by_hand = bench.run(bench.loops[0], blocked(copier, plan, plan.count(1 / ceiling)))
-        if by_hand is not None:
-            yield Row("host_input", "none", LOOP, {**setting, "awaiters": 1}, None, by_hand[0], ceiling)
-        copier.close()
+        with closing(Copier(work, x, slots)) as copier:
+            ceiling = copier.ceiling(20 if bench.quick else 200)
+        count = plan.count(1 / ceiling)
         for loop in bench.loops:
-            measured = bench.run(loop, called(work, x, slots, plan, plan.count(1 / ceiling)))
-            if measured is not None:
-                yield Row("host_input", loop, AIOTRT, setting, None, measured[0], ceiling, measured[1])
+
+            def failed(way: str, error: Exception, says: str = f"host_input: {size}, {memory}, {slots}: {loop}") -> None:
+                bench.fail(f"{says}, {way}", error)
+
+            entries = {
+                LOOP: Entry(blocking(work, x, slots), count),
+                AIOTRT: Entry(opened(work, x, slots), max(count, AWAITERS[slots]), AWAITERS[slots]),
+            }
+            measured = bench.run(loop, measure_in_turns(entries, plan, failed)) or {}
+            for way, (runs, lags) in measured.items():
+                yield Row("host_input", loop, way, {**setting, "awaiters": awaiters[way]}, None, runs, ceiling, lags)
 
 
-async def blocked(copier: Copier, plan: Plan, count: int) -> tuple[list[Run], list[Spread]]:
-    """The runs of the blocking loop."""
+@asynccontextmanager
+async def blocking(work: Work, x: torch.Tensor, slots: int) -> AsyncIterator[Request]:
+    """The blocking loop, which leaves the event loop no turn."""
+    with closing(Copier(work, x, slots)) as copier:
 
-    async def request() -> object:
-        return copier.once()
+        async def request() -> object:
+            return copier.once()
 
-    return await measure(request, plan, awaiters=1, count=count, lags=0)
-
-
-async def called(work: Work, x: torch.Tensor, slots: int, plan: Plan, count: int) -> tuple[list[Run], list[Spread]]:
-    """The runs of aiotrt."""
-    async with opened(work, x, slots) as request:
-        return await measure(request, plan, awaiters=AWAITERS[slots], count=max(count, AWAITERS[slots]))
+        yield request
 
 
 @asynccontextmanager
@@ -172,12 +174,12 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
     def key(row: Row) -> tuple[object, ...]:
         return row.setting["bytes"], row.setting["memory"], row.setting["slots"]
 
-    loops = {key(row): row for row in rows if row.way == LOOP}
+    loops = {(row.loop, *key(row)): row for row in rows if row.way == LOOP}  # in older files on no loop
     for row in rows:
         if row.way != AIOTRT or (row.setting["bytes"], row.setting["memory"]) != (JUDGED, "pageable"):
             continue
         misses: list[str] = []
-        if (loop := loops.get(key(row))) is None:
+        if (loop := loops.get((row.loop, *key(row)), loops.get(("none", *key(row))))) is None:
             continue
         if row.setting["slots"] == 1:
             if (over := 1e6 * (row.latency.p50 - loop.latency.p50)) > ONE_BAR:

@@ -346,10 +346,12 @@ def _host_input(record: Record) -> list[Table]:
             return f"{_us(row['latency']['p50'])}{_half(row, 'p50', 1e6)} us"
         return _rate(row, f"{_percent(row['rate'] / row['ceiling'])}, CPU {_percent(row['cpu'])}")
 
+    older = any(row["loop"] == "none" for row in record["rows"])
+    shared = " (the blocking loop runs on none, and is the same in all)" if older else ""
     return [
         _pivot(
-            f"{loop} (the blocking loop runs on none, and is the same in all): 1 slot: p50 of an await; 4 slots: requests a "
-            "second (share of the ceiling, CPU), by size of the input",
+            f"{loop}{shared}: 1 slot: p50 of an await; 4 slots: requests a second (share of the ceiling, CPU), by size of "
+            "the input",
             sorted(rows, key=lambda row: (row["setting"]["bytes"], row["setting"]["slots"], row["setting"]["memory"])),
             "slots, memory, way",
             lambda row: f"{row['setting']['slots']}, {row['setting']['memory']}, {row['way']}",
