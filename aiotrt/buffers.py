@@ -17,7 +17,7 @@ from aiotrt.executor import Executor
 from aiotrt.graphs import Program
 from aiotrt.handshake import GraphState, carry
 from aiotrt.slots import State
-from aiotrt.submission import Request, Slot, pass_turn, submit_lease
+from aiotrt.submission import Request, Slot, submit_lease
 from aiotrt.tensors import DEVICE, Kind, number, widened
 
 __all__ = ["Buffer", "Buffers", "Hold"]
@@ -438,10 +438,15 @@ class Hold:
             current.wait(event)
 
         def submitted(error: BaseException | None) -> None:
-            if error is None:
-                self._launched(_Launch(event, is_given=False), future, ordered=current)
-            else:
+            if error is not None:
                 self._failed(event, error, future, orders)
+                return
+            try:
+                executor.pass_turn(slot)
+            except Exception as failure:
+                executor.lost_track(failure)  # which tells `future` too
+            else:
+                self._launched(_Launch(event, is_given=False), future, ordered=current)
 
         executor.submit_in_worker(slot, submit, submitted)
 
@@ -456,7 +461,7 @@ class Hold:
         explained = executor.failed(error, "while it was launched")
         if executor.broken is None and event is not None:
             try:
-                pass_turn(self.slot)
+                executor.pass_turn(self.slot)
                 self.slot.stream.record(event)
                 self._launched(_Launch(event, is_given=False), future, failure=explained)
             except Exception as second:

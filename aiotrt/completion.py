@@ -297,6 +297,7 @@ class Hub:
         lane.entry = None
         pending = lane.pending
         turns = len(pending)  # those that callbacks submit have theirs when the loop has had one, or it might never
+        is_first = True
         while pending and turns:
             turns -= 1
             head = pending[0]
@@ -331,7 +332,9 @@ class Hub:
                     estimate.between(head.looked - started, ran)
                 else:
                     lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
-                    estimate.at_most(ran)
+                    if is_first:  # else its predecessor ended at some time before this look, and nobody knows when it began
+                        estimate.at_most(ran)
+            is_first = False
             lane.last_done = due = now
             try:
                 head.on_done(error)

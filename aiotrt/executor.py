@@ -46,7 +46,7 @@ from aiotrt.prediction import Estimate
 from aiotrt.requests import Requests
 from aiotrt.slots import BROKEN, COMPLETE, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.slots import Event as Move
-from aiotrt.submission import Request, Slot, Times, has_passed, keep_for_ever, retire
+from aiotrt.submission import Request, Slot, Times, has_passed, keep_for_ever, pass_turn, retire
 from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]
@@ -337,6 +337,16 @@ class Executor:
         latest = self._latest
         slot.predecessor = None if latest is None or latest is slot else latest.turn
 
+    def pass_turn(self, slot: Slot) -> None:
+        """Without overlap, make whoever launches next wait for what is on this slot's stream, and for the launch before it.
+
+        For a launch that may not have waited for that: it failed, or a worker thread submitted it.
+
+        Raises: what the device raises; then nobody knows who would wait for whom.
+        """
+        self.follow_latest(slot)
+        pass_turn(slot)
+
     def watch(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None], estimate: Estimate) -> None:
         """Call `on_done` when the last record of `event`, on this slot's stream, is complete."""
         if not self._overlap:
@@ -374,6 +384,7 @@ class Executor:
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
         self.move(slot, Move.PREPARE)
+        slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
         self.work(slot, job, lambda slot, _, error: then(error))
 
     def end_lease(self, slot: Slot) -> None:

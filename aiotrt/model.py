@@ -82,7 +82,8 @@ def load(
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
         overlap: whether launches of several slots may run at the same time. False makes each wait, on the device, for the
             one before it, but for its copies: for a model that fills the device by itself, which gets no more done by two
-            at a time, but each of the two later. A call without a graph waits for nobody, but its end is seen in its turn.
+            at a time, but each of the two later. A call without a graph waits for nobody; its end is seen in its turn, and
+            the calls after it wait for it.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
         batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
             batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
@@ -256,8 +257,8 @@ class Model:
         Args:
             *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
                 with DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and extents as `inputs` says. A
-                host input must not change before the call returns: from 128 KiB on CUDA reads it where it is, if it is
-                page-locked and in plain order; any other one is copied first.
+                host input must not change before the call returns: from 128 KiB on CUDA reads it where it is, if it was
+                allocated as page-locked and is in plain order; any other one is copied first.
             deadline: with batching, seconds from now after which the result is of no use. An item that still waits then is
                 dropped before it reaches the device.
             priority: with batching, the class: 0 is the most urgent, and 1 what calls have that do not say.

@@ -20,7 +20,7 @@ from aiotrt.graphs import Program
 from aiotrt.handshake import carry
 from aiotrt.slots import BROKEN, COMPLETE, COPIED, DRAINING, IN_FLIGHT, LAUNCH, State
 from aiotrt.slots import Event as Move
-from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, pass_turn, retire, submit_request
+from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
 from aiotrt.tensors import DEVICE, own
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class Requests:
             return
         if program.blocking:
             self._executor.move(slot, Move.PREPARE)
+            slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
             self._executor.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
             return
         nbytes = 0  # of host inputs
@@ -219,7 +220,12 @@ class Requests:
             if state is State.PREPARING:
                 self._executor.move(slot, LAUNCH)
             self._executor.count(slot.program)
-            self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
+            try:
+                self._executor.pass_turn(slot)
+            except Exception as second:
+                self._executor.lost_track(second)
+            else:
+                self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
 
     def _launch_failed(self, slot: Slot, error: BaseException) -> None:
         """Part of the work may be on the stream already: the slot is not free before that has passed."""
@@ -232,7 +238,7 @@ class Requests:
             self._executor.move(slot, Move.RELEASE)
         assert slot.program is not None
         try:
-            pass_turn(slot)
+            self._executor.pass_turn(slot)
             slot.stream.record(slot.event)
         except Exception as second:
             self._executor.lost_track(second)

@@ -303,9 +303,9 @@ def submit_lease(
 
 
 def pass_turn(slot: Slot) -> None:
-    """Where launches go one after the other, let the next go when what this one submitted has ended: it failed."""
+    """Where launches go one after the other, let the next go when what is on the stream has ended, and the predecessor."""
     if slot.turn is not None:
-        if slot.predecessor is not None:  # what failed may not have waited for it, and who comes next waits for this alone
+        if slot.predecessor is not None:  # what is there may not have waited for it, and who comes next waits for this alone
             slot.stream.wait(slot.predecessor)
         slot.stream.record(slot.turn)
 

@@ -130,7 +130,10 @@ class Argument:
         host = self.host
         if host is None or not (host.flags.c_contiguous and host.flags.writeable):  # torch warns of what it may not write
             return
-        tensor = torch.from_numpy(host)
+        try:
+            tensor = torch.from_numpy(host)
+        except (TypeError, ValueError):  # numpy takes no notice of the stride of an axis of extent 1, which may be any
+            return
         if is_pinned(tensor):
             self.tensor, self.host = tensor if dtype in _NUMPY_DTYPES else tensor.view(dtype), None
 

@@ -130,6 +130,24 @@ def test_what_is_not_plain_or_not_large_is_copied(group: int) -> None:
     under_schedules(group, program)
 
 
+def test_arrays_that_torch_does_not_take_are_copied() -> None:
+    """numpy calls them contiguous: the stride of an axis of extent 1 may be anything."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        flipped = np.full((1, 3), 4, np.float32)[::-1]
+        fields = np.full(1, 4, np.dtype([("x", np.float32, (3,)), ("odd", np.uint8)]))
+        fields["x"] = 4
+        with everything_is_large() as copied:
+            async with load(device, slots=1, warmup=frame(0, (1, 3))) as model:
+                assert right(await model(flipped), 4)
+                assert right(await model(fields["x"]), 4)
+                assert len(copied) == 2
+            async with aiotrt.load(lambda x: x.float(), device=device, warmup=torch.zeros(3, dtype=torch.uint64)) as model:
+                assert (await model(np.full(3, 4, np.ulonglong)) == 4).all()
+
+    under_schedules(0, program)
+
+
 def test_dtypes_that_numpy_lacks() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         x = pinned(device, 2, dtype=torch.bfloat16)

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 import aiotrt
 from aiotrt.slots import State
@@ -106,5 +107,57 @@ def test_leases_without_a_graph_wait_their_turn(group: int, ahead_is_lease: bool
                 await aiotrt.wait(event)
             assert right(device.read(first.outputs[0].tensor), 1)
             assert right(device.read(second.outputs[0].tensor), 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("what", ["call", "lease", "failing call", "failing lease"])
+def test_what_a_worker_submits_waits_for_nobody_and_lets_nobody_past(group: int, what: str) -> None:
+    """Without a graph, between two launches of graphs: the third still waits for the first."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+
+        def stubborn(y: torch.Tensor) -> torch.Tensor:
+            if y.shape[0] == 3:
+                float(y.sum())  # which no capture survives
+            return y
+
+        async with load(striker, slots=3, overlap=False, warmup=[frame(0), frame(0, (3, 3))], postprocess=stubborn) as model:
+            slots = executor_of(model).slots
+            for value in range(6):  # each slot has waited for another
+                await asyncio.gather(*[model(frame(value)) for _ in range(3)])
+            async with contextlib.AsyncExitStack() as stack:
+                lease: Any = None
+                if "lease" in what:
+                    lease = await stack.enter_async_context(model.lease([(3, 3)]))
+                    lease.inputs[0][...] = frame(2, (3, 3))
+                ahead = slots[executor_of(model).machine._free[-1]]
+                with held_streams(device, ahead.stream):
+                    one = asyncio.ensure_future(model(frame(1)))
+                    await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                    runs = model.statistics().fallback_runs
+                    if "failing" in what:
+                        striker.strike("run", FaultKind.PASSING)
+                    two = asyncio.ensure_future(model(frame(2, (3, 3))) if lease is None else lease.replay())
+                    await until(lambda: count(model, State.IN_FLIGHT) + count(model, State.DRAINING) == 2)
+                    between: Any = next(slot for slot in slots if slot.request is not None and slot is not ahead)
+                    three = asyncio.ensure_future(model(frame(3)))
+                    await until(lambda: count(model, State.IN_FLIGHT) + count(model, State.DRAINING) == 3)
+                    await asyncio.sleep(0.05)
+                    if "failing" not in what:
+                        assert model.statistics().fallback_runs == runs + 1
+                        with device.raw():
+                            assert (between.program.outputs[0] == 7).all(), "it waited for somebody"
+                    last = next(slot for slot in slots if slot not in (ahead, between))
+                    assert not last.stream.query(), "it went past the first"
+                assert right(await one, 1)
+                if "failing" in what:
+                    with pytest.raises(aiotrt.EngineError, match="injected"):
+                        await two
+                else:
+                    assert right(await two if lease is None else device.read(await two), 2)
+                assert right(await three, 3)
 
     under_schedules(group, program)

@@ -184,7 +184,10 @@ class Device(Protocol):
         ...
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether all of this host tensor is page-locked memory, which `Stream.copy` may read where it is."""
+        """Whether this host tensor is page-locked memory, for as long as anybody refers to it.
+
+        Then `Stream.copy` may read it where it is.
+        """
         ...
 
     def capture(

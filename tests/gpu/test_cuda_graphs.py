@@ -267,19 +267,17 @@ async def test_a_page_locked_input_outlives_the_callers_interest() -> None:
         del scribbles
 
 
-def test_memory_of_which_a_part_is_page_locked_is_not() -> None:
+def test_what_others_have_registered_is_copied() -> None:
+    """They may unregister it while the device reads it, after a cancellation."""
     device = open_device("cuda")
     array = np.zeros(4 << 20, np.uint8)
     whole = torch.from_numpy(array)
     page = -(-whole.data_ptr() // 4096) * 4096
+    begin = page - whole.data_ptr()
     runtime = torch.cuda.cudart()
     assert int(runtime.cudaHostRegister(page, 1 << 20, 0)) == 0
     try:
-        begin = page - whole.data_ptr()
-        assert device.is_pinned(whole[begin : begin + (1 << 20)])
-        assert device.is_pinned(whole[begin + 100 : begin + 200])
+        assert not device.is_pinned(whole[begin : begin + (1 << 20)])
         assert not device.is_pinned(whole[begin : begin + (2 << 20)])
-        assert not device.is_pinned(whole[begin + (2 << 20) :])
     finally:
         assert int(runtime.cudaHostUnregister(page)) == 0
-    assert not device.is_pinned(whole[begin : begin + (1 << 20)])
