@@ -66,6 +66,20 @@ async def test_work_that_became_much_shorter_is_seen_soon_again() -> None:
 
 
 @asyncio_test
+async def test_an_end_that_is_found_behind_another_one_teaches_nothing() -> None:
+    """Its predecessor had ended at some time before, so that nobody knows when it began: not just now."""
+    world = World()
+    lane, ends = Lane(), list[BaseException | None]()
+    first, second, third = (learned(200e-6) for _ in range(3))
+    for estimate in (first, second, third):
+        world.hub.watch(lane, lambda: True, ends.append, estimate=estimate)
+    before = [(estimate.seconds, estimate.shortest, estimate.is_trusted) for estimate in (second, third)]
+    await world.advance(0.01)
+    assert ends == [None] * 3
+    assert [(estimate.seconds, estimate.shortest, estimate.is_trusted) for estimate in (second, third)] == before
+
+
+@asyncio_test
 async def test_the_timer_is_set_once_for_each_sleep() -> None:
     world = CountingWorld()
     for milliseconds in (10, 20, 30):

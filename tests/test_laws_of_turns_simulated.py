@@ -111,6 +111,68 @@ def test_leases_without_a_graph_wait_their_turn(group: int, ahead_is_lease: bool
     under_schedules(group, program)
 
 
+def stubborn(y: torch.Tensor) -> torch.Tensor:
+    """No capture survives it, for inputs of three rows."""
+    if y.shape[0] == 3:
+        float(y.sum())
+    return y
+
+
+BOTH = [frame(0), frame(0, (3, 3))]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("what", ["call", "lease"])
+def test_what_a_worker_submits_does_not_wait_for_whom_its_slot_waited_for_before(group: int, what: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, overlap=False, warmup=BOTH, postprocess=stubborn) as model:
+            slots: Any = executor_of(model).slots
+            while not all(slot.predecessor is not None for slot in slots):
+                await asyncio.gather(*[model(frame(1)) for _ in range(4)])
+            async with contextlib.AsyncExitStack() as stack:
+                lease: Any = None
+                if what == "lease":
+                    lease = await stack.enter_async_context(model.lease([(3, 3)]))
+                    lease.inputs[0][...] = frame(2, (3, 3))
+                ahead = slots[executor_of(model).machine._free[-1]]
+                with held_streams(device, ahead.stream):
+                    one = asyncio.ensure_future(model(frame(1)))
+                    await until(lambda: count(model, State.IN_FLIGHT) == 1)
+                    two = asyncio.ensure_future(model(frame(2, (3, 3))) if lease is None else lease.replay())
+                    await until(lambda: count(model, State.IN_FLIGHT) == 2)
+                    await asyncio.sleep(0.05)
+                    other = next(slot for slot in slots if slot is not ahead)
+                    with device.raw():
+                        assert (other.program.outputs[0] == 7).all(), "it waited for somebody"
+                assert right(await one, 1)
+                assert right(await two if lease is None else device.read(await two), 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.PASSING, FaultKind.STICKY])
+@pytest.mark.parametrize("what", ["call", "lease"])
+def test_a_turn_that_cannot_be_passed_on_breaks_the_model(what: str, kind: FaultKind) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        striker = Striker(device)
+        async with load(striker, slots=2, overlap=False, warmup=BOTH, postprocess=stubborn) as model:
+            async with contextlib.AsyncExitStack() as stack:
+                lease: Any = None
+                if what == "lease":
+                    lease = await stack.enter_async_context(model.lease([(3, 3)]))
+                    lease.inputs[0][...] = frame(2, (3, 3))
+                else:
+                    await model(frame(2, (3, 3)))
+                striker.strike("record", kind, after=2)  # the turn and the produce event are recorded by the worker
+                with pytest.raises(aiotrt.DeviceError, match="injected"):
+                    await (model(frame(2, (3, 3))) if lease is None else lease.replay())
+                assert not model.is_ready
+                with pytest.raises(aiotrt.ModelBrokenError):
+                    await model(frame(1))
+
+    under_schedules(0, program)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("what", ["call", "lease", "failing call", "failing lease"])
 def test_what_a_worker_submits_waits_for_nobody_and_lets_nobody_past(group: int, what: str) -> None:
@@ -119,12 +181,7 @@ def test_what_a_worker_submits_waits_for_nobody_and_lets_nobody_past(group: int,
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         striker = Striker(device)
 
-        def stubborn(y: torch.Tensor) -> torch.Tensor:
-            if y.shape[0] == 3:
-                float(y.sum())  # which no capture survives
-            return y
-
-        async with load(striker, slots=3, overlap=False, warmup=[frame(0), frame(0, (3, 3))], postprocess=stubborn) as model:
+        async with load(striker, slots=3, overlap=False, warmup=BOTH, postprocess=stubborn) as model:
             slots = executor_of(model).slots
             for value in range(6):  # each slot has waited for another
                 await asyncio.gather(*[model(frame(value)) for _ in range(3)])
