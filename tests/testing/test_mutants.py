@@ -39,8 +39,8 @@ def without(verb: str, name: str) -> Callable[[], contextlib.AbstractContextMana
         original_verb = getattr(SimulatedStream, verb)
         original_init = Slot.__init__
 
-        def init(slot: Slot, index: int, device: Device, lane: Lane) -> None:
-            original_init(slot, index, device, lane)
+        def init(slot: Slot, index: int, device: Device, lane: Lane, *, overlap: bool = True) -> None:
+            original_init(slot, index, device, lane, overlap=overlap)
             ignored.add(id(getattr(slot, name)))
 
         def ignore(stream: SimulatedStream, event: Event) -> None:
