@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from aiotrt.devices import CaptureError, Copies, Device, Event, Graph, Stream
-from aiotrt.devices.base import write_back
+from aiotrt.devices.base import BaseGraph, write_back
 from aiotrt.engines import Engine, Execution
 from aiotrt.errors import AiotrtError, EngineError
 from aiotrt.prediction import Estimate
@@ -136,6 +136,10 @@ class Program:
         for step in others:
             step.launch(self._stream)
         last.launch(self._stream, after=after, record=record)
+
+    def expect(self, after: Copies) -> None:
+        """The next launch will probably be given these copies: see `Graph.expect`."""
+        self._steps[-1].expect(after)
 
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
         """Whether pinned memory is there for these inputs, and for the outputs."""
@@ -456,29 +460,14 @@ class _Builder:
         return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
 
 
-class _Eager:
+class _Eager(BaseGraph):
     """Work that is submitted anew for every launch."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
-    def launch(
-        self,
-        stream: Stream,
-        before: Copies = (),
-        after: Copies = (),
-        wait: Event | None = None,
-        record: Event | None = None,
-    ) -> None:
-        for destination, source in before:
-            stream.copy(destination, source)
-        if wait is not None:
-            stream.wait(wait)
+    def replay(self, stream: Stream) -> None:
         stream.run(self._function)
-        if record is not None:
-            stream.record(record)
-        for destination, source in after:
-            stream.copy(destination, source)
 
 
 @contextlib.contextmanager

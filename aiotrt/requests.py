@@ -192,7 +192,8 @@ class Requests:
 
     def _prepare_next(self, request: Request, program: Program) -> None:
         try:
-            request.allocate_spare(self._executor.device, program)
+            is_alone = self._executor.machine.count(IN_FLIGHT) == 1
+            request.allocate_spare(self._executor.device, program, is_alone=is_alone)
         except DeviceError as error:
             self._executor.device.fail(error)
         except Exception as error:  # out of memory: whoever needs it will say so

@@ -14,6 +14,7 @@ import pytest
 
 import aiotrt
 from aiotrt import submission
+from aiotrt.devices import Copies
 from aiotrt.graphs import Program
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import held_streams
@@ -23,10 +24,11 @@ from tests.tools import frame, turns
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_next_results_have_their_memory_while_the_device_is_at_work(group: int) -> None:
+def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is_at_work(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         did: list[str] = []
-        allocate, launch = submission.allocate, Program.launch
+        allocate, launch, expect = submission.allocate, Program.launch, Program.expect
+        copied: list[Copies] = []
 
         def allocated(*args: Any) -> Any:
             did.append("allocate")
@@ -34,15 +36,55 @@ def test_the_next_results_have_their_memory_while_the_device_is_at_work(group: i
 
         def launched(self: Program, *args: Any) -> None:
             did.append("launch")
+            copied.append(args[1])
             launch(self, *args)
+
+        def expected(self: Program, after: Copies) -> None:
+            did.append("expect")
+            copied.append(after)
+            expect(self, after)
 
         async with load(device, slots=1, warmup=frame(0)) as model:
             given = [device.tensor(frame(value)) for value in range(3)]
-            with mock.patch.object(submission, "allocate", allocated), mock.patch.object(Program, "launch", launched):
+            with (
+                mock.patch.object(submission, "allocate", allocated),
+                mock.patch.object(Program, "launch", launched),
+                mock.patch.object(Program, "expect", expected),
+            ):
                 for value, x in enumerate(given):
                     did.clear()
                     assert right(device.read(await model(x)), value)
-                    assert did == (["launch", "allocate"] if value else ["allocate", "launch", "allocate"])
+                    assert did == (
+                        ["launch", "allocate", "expect"] if value else ["allocate", "launch", "allocate", "expect"]
+                    )
+                for expectation, launched_with in zip(copied[1::2], copied[2::2], strict=False):
+                    assert [(id(to), id(of)) for to, of in expectation] == [(id(to), id(of)) for to, of in launched_with]
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_beside_other_launches_the_next_one_is_not_prepared(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        expected: list[int] = []
+
+        def expect(self: Program, after: Copies) -> None:
+            expected.append(self.slot)
+
+        async with load(device, slots=2, warmup=frame(0)) as model:
+            given = [device.tensor(frame(value)) for value in range(2)]
+            with mock.patch.object(Program, "expect", expect):
+                with held_streams(device, *streams_of(model)):
+                    calls = [asyncio.ensure_future(model(x)) for x in given]
+                    await turns(2)
+                    assert model.statistics().in_flight == 2
+                    assert len(expected) == 1  # the first, which was alone then
+                for value, y in enumerate(await asyncio.gather(*calls)):
+                    assert right(device.read(y), value)
+                await settle(model, 2)
+                expected.clear()
+                assert right(device.read(await model(given[1])), 1)
+                assert len(expected) == 1
 
     under_schedules(group, program)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ import torch
 
 from aiotrt.errors import DeviceError
 
-__all__ = ["BaseDevice", "CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "write_back"]
+__all__ = ["BaseDevice", "BaseGraph", "CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "write_back"]
 
 T = TypeVar("T")
 
@@ -111,6 +112,13 @@ class Graph(Protocol):
             after: copied last.
             wait: what the replay waits for on the device, as `Stream.wait` does; the copies before it need not.
             record: recorded when the replay has ended; the copies after it need not have.
+        """
+        ...
+
+    def expect(self, after: Copies) -> None:
+        """The next launch will probably be given these copies: whatever that takes may be done now, beside the last one.
+
+        Nothing is copied until a launch is given them, and what was submitted earlier is not touched.
         """
         ...
 
@@ -256,6 +264,35 @@ class Device(Protocol):
 
 class CaptureError(Exception):
     """The work runs, but cannot be captured; the message is the reason."""
+
+
+class BaseGraph(ABC):
+    """The order of a launch, for graphs beside which everything else is submitted by itself."""
+
+    @abstractmethod
+    def replay(self, stream: Stream) -> None:
+        """Submit one replay, and nothing else."""
+
+    def launch(
+        self,
+        stream: Stream,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+    ) -> None:
+        for destination, source in before:
+            stream.copy(destination, source)
+        if wait is not None:
+            stream.wait(wait)
+        self.replay(stream)
+        if record is not None:
+            stream.record(record)
+        for destination, source in after:
+            stream.copy(destination, source)
+
+    def expect(self, after: Copies) -> None:  # noqa: B027  # most graphs have nothing to prepare
+        pass
 
 
 class BaseDevice:

@@ -24,7 +24,7 @@ from typing import Any, Final, Self, TypeVar
 import torch
 from cuda.bindings import driver, runtime
 
-from aiotrt.devices.base import BaseDevice, CaptureError, Copies, Event, Graph, Stream
+from aiotrt.devices.base import BaseDevice, BaseGraph, CaptureError, Copies, Event, Graph, Stream
 from aiotrt.devices.cuda_graphs import CopyingGraph, is_plain
 from aiotrt.errors import AiotrtError, DeviceError
 
@@ -192,7 +192,7 @@ class _Pool:
             torch._C._cuda_endAllocateToPool(self._index, self.handle)
 
 
-class CudaGraph:
+class CudaGraph(BaseGraph):
     """An instantiated CUDA graph.
 
     Args:
@@ -224,10 +224,10 @@ class CudaGraph:
             if self._copying.ordered:
                 self._copying.order(_handle(wait), _handle(record, stream))
                 wait = record = None
-        for destination, source in before:
-            stream.copy(destination, source)
-        if wait is not None:
-            stream.wait(wait)
+        super().launch(stream, before, after, wait, record)
+
+    def replay(self, stream: Stream) -> None:
+        assert isinstance(stream, CudaStream), stream
         if self._copying is not None:
             answer = driver.cuGraphLaunch(self._copying.handle, stream.driver)
             if answer[0] is not _DONE:
@@ -237,10 +237,10 @@ class CudaGraph:
         else:
             with self._random.drawn():
                 stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
-        if record is not None:
-            stream.record(record)
-        for destination, source in after:
-            stream.copy(destination, source)
+
+    def expect(self, after: Copies) -> None:
+        if self._copying is not None:
+            self._copying.expect(after)
 
     def close(self) -> None:
         if self._copying is not None:

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import BaseDevice, Copies, Event, Graph, Stream, write_back
+from aiotrt.devices.base import BaseDevice, BaseGraph, Event, Graph, Stream, write_back
 from aiotrt.errors import UsageError
 
 __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
@@ -201,7 +201,7 @@ def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
             del item  # a finished closure must not keep its tensors alive until the next one comes
 
 
-class HostGraph:
+class HostGraph(BaseGraph):
     """A recorded closure, and the tensors it writes.
 
     An output whose shape differs from the captured one replaces its tensor in `outputs`: where there is no driver,
@@ -214,22 +214,11 @@ class HostGraph:
         self._last: threading.Event | None = None  # set when the last launch has ended
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
-    def launch(
-        self,
-        stream: Stream,
-        before: Copies = (),
-        after: Copies = (),
-        wait: Event | None = None,
-        record: Event | None = None,
-    ) -> None:
-        for destination, source in before:
-            stream.copy(destination, source)
-        if wait is not None:
-            stream.wait(wait)
+    def replay(self, stream: Stream) -> None:
         earlier, self._last = self._last, threading.Event()
         ended = self._last
 
-        def replay() -> None:
+        def run() -> None:
             if earlier is not None:
                 earlier.wait()  # a graph never overlaps itself, on whatever streams it is launched
             try:
@@ -237,11 +226,7 @@ class HostGraph:
             finally:
                 ended.set()
 
-        stream.run(replay)
-        if record is not None:
-            stream.record(record)
-        for destination, source in after:
-            stream.copy(destination, source)
+        stream.run(run)
 
     def close(self) -> None:
         pass

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import CaptureError, Copies, Device, Event, Graph, Stream
+from aiotrt.devices.base import BaseGraph, CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.testing.simulator import SimulatedDevice
 
@@ -253,7 +253,7 @@ class _Stream:
         self.stream.close()
 
 
-class _Graph:
+class _Graph(BaseGraph):
     """A graph whose launches are counted."""
 
     def __init__(self, injector: FaultInjector, graph: Graph) -> None:
@@ -261,24 +261,9 @@ class _Graph:
         self._injector = injector
         self._graph = graph
 
-    def launch(
-        self,
-        stream: Stream,
-        before: Copies = (),
-        after: Copies = (),
-        wait: Event | None = None,
-        record: Event | None = None,
-    ) -> None:
-        for destination, source in before:
-            stream.copy(destination, source)
-        if wait is not None:
-            stream.wait(wait)
+    def replay(self, stream: Stream) -> None:
         self._injector.use_verb("launch")
         self._graph.launch(_unwrap(stream))
-        if record is not None:
-            stream.record(record)
-        for destination, source in after:
-            stream.copy(destination, source)
 
     def close(self) -> None:
         self._graph.close()

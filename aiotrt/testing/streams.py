@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from aiotrt.devices.base import Copies, Event, Stream
+from aiotrt.devices.base import BaseGraph, Event, Stream
 from aiotrt.errors import UsageError
 from aiotrt.testing.hazards import Clock, Stack
 from aiotrt.testing.intercept import Work
@@ -273,7 +273,7 @@ def _together(works: Sequence[Work]) -> Work:
     return Work("a graph", run, tuple(reads), tuple(writes))
 
 
-class SimulatedGraph:
+class SimulatedGraph(BaseGraph):
     """The operations of one capture, and the memory that they were given."""
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -285,20 +285,9 @@ class SimulatedGraph:
         self._whole: Work | None = None  # all of them as one
         self._is_closed = False
 
-    def launch(
-        self,
-        stream: Stream,
-        before: Copies = (),
-        after: Copies = (),
-        wait: Event | None = None,
-        record: Event | None = None,
-    ) -> None:
-        """Submit the copies, and one replay: one operation, after the last one of this graph."""
+    def replay(self, stream: Stream) -> None:
+        """Submit one replay: one operation, after the last one of this graph."""
         assert isinstance(stream, SimulatedStream), stream
-        for destination, source in before:
-            stream.copy(destination, source)
-        if wait is not None:
-            stream.wait(wait)
         self._device.verb("launch")
         self._device.needs_context("launching a graph")
         if self._is_closed:
@@ -309,10 +298,6 @@ class SimulatedGraph:
             self._whole = _together(self.works)
         stream.put(self._whole)
         self._last = stream.mark()
-        if record is not None:
-            stream.record(record)
-        for destination, source in after:
-            stream.copy(destination, source)
 
     def close(self) -> None:
         """Free it; its last launch must have completed, and the host must have seen that."""
