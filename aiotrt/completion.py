@@ -291,7 +291,8 @@ class Hub:
         finally:
             self._polling = False
             if heap:
-                self._arm(self._clock())
+                later = self._clock()
+                self._arm(later, was_long=later - now > TURN)
 
     def _look(self, lane: Lane, due: float) -> None:
         lane.entry = None
@@ -406,7 +407,7 @@ class Hub:
         lane.entry = entry = (due, next(self._order), lane)
         heappush(self._heap, entry)
 
-    def _arm(self, now: float) -> None:
+    def _arm(self, now: float, *, was_long: bool = False) -> None:
         heap = self._heap
         while heap and heap[0][2].entry is not heap[0]:  # forgotten lanes leave stale entries behind
             heappop(heap)
@@ -414,7 +415,9 @@ class Hub:
             return
         due = heap[0][0]
         if due <= now:
-            self._soon = self._loop.call_soon(self._spin_once)
+            # After a long poll, asyncio's timers: a turn begins with what was to be called soon, and ends with them. Who
+            # became ready meanwhile is called in between, and waits for this poll and the next, and not for a third.
+            self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else self._loop.call_soon(self._spin_once)
         elif self._armed is None or due < self._armed:
             self._armed = due
             self._slept = due - now

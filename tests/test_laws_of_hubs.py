@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import socket
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -242,6 +243,41 @@ async def test_completions_of_which_much_follows_leave_the_loop_its_turn(takes: 
         turns.append(len(seen))
     assert max(b - a for a, b in pairwise(turns)) == at_once
     assert seen == [*range(6)] * 5
+
+
+@pytest.mark.parametrize(("takes", "expected"), [(0.0, "look, other"), (2 * TURN, "other, look")])
+async def test_after_a_long_poll_who_became_ready_meanwhile_is_called_before_the_next_one(
+    takes: float, expected: str
+) -> None:
+    """A heartbeat, say: without this it waits for a third long poll. After a short one nothing is lost by looking first."""
+    world = World(spin=SPIN_BUDGET)
+    order: list[str] = []
+    loop = asyncio.get_running_loop()
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+
+        def other() -> None:
+            order.append("other")
+            loop.remove_reader(theirs)
+
+        loop.add_reader(theirs, other)
+
+        def done(_: BaseException | None) -> None:
+            world.now += takes
+            mine.send(b"now")  # somebody becomes ready while this poll is at work
+            world.hub.watch(Lane(), look, lambda _: None, estimate=learned(10e-6))
+
+        def look() -> bool:
+            order.append("look")
+            return True
+
+        world.hub.watch(Lane(), lambda: True, done, estimate=learned(10e-6))
+        while len(order) < 2:
+            await world.advance(3e-6)
+            await asyncio.sleep(0)
+        assert ", ".join(order) == expected or (
+            sorted(order) == ["look", "other"] and not isinstance(loop, asyncio.BaseEventLoop)
+        )
 
 
 def submitting(work: Work, lane: Lane, seconds: float) -> Callable[[BaseException | None], None]:

@@ -60,9 +60,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("completion.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("graphs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("graphs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
-    ("graphs.py", "_Eager.launch", "stream.copy(destination, source)", 1): (
-        "not needed: copies out are given to launches of captured programs only"
-    ),
+    ("graphs.py", "Program.expect", "self._steps[-1].expect(after)", 0): "spares the next launch what it would do itself",
     ("model.py", "Model._warm", "request.future.exception()", 0): (
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
