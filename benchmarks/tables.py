@@ -490,6 +490,10 @@ def _loop_lag(record: Record) -> list[Table]:
     def half(row: Record) -> str:
         return _half(row, "lag", 1e3) if "lag" in row["spread"] else ""
 
+    def beside(row: Record) -> float:
+        late: float = row["facts"].get("idle_lag", idle[row["loop"]])["p99"]
+        return late
+
     return [
         _pivot(
             "lag of the loop, p99 over the idle loop's, ms (calls a second)",
@@ -498,7 +502,7 @@ def _loop_lag(record: Record) -> list[Table]:
             lambda row: f"{row['setting']['us']:,} us, {row['setting']['awaiters']}, {row['way']}",
             lambda row: row["loop"],
             lambda row: (
-                ("- " if row["lag"] is None else f"{1e3 * (row['lag']['p99'] - idle[row['loop']]['p99']):.2f}{half(row)} ")
+                ("- " if row["lag"] is None else f"{1e3 * (row['lag']['p99'] - beside(row)):.2f}{half(row)} ")
                 + f"({row['rate']:,.0f})"
             ),
         )

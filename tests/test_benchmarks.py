@@ -331,6 +331,18 @@ def test_lag_is_judged_by_the_idle_loop() -> None:
     assert [found.verdict for found in rows] == [MEETS, "misses: p99 700 us over the idle loop's"]
 
 
+def test_lag_is_judged_by_the_idle_loop_beside_it_and_not_where_that_was_late_itself() -> None:
+    rows = [
+        row("loop_lag", CALL, {"us": 20}, 1e-3, lag=3e-4, facts={"idle_lag": {"p50": 0.0, "p99": idle}})
+        for idle in (5e-5, 2e-4, 1.4e-3)
+    ]
+    LOOP_LAG.judge(rows, IDLE)
+    assert [found.verdict for found in rows] == [
+        "misses: p99 250 us over the idle loop's", MEETS,
+        "misses: the idle loop was 1400 us late itself, so nothing is known",
+    ]  # fmt: skip
+
+
 def test_memory_must_not_grow() -> None:
     rows = [
         row(

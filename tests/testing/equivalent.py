@@ -77,6 +77,19 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "whether just so long is too long makes no difference",
     (
         "completion.py",
+        "Hub._poll",
+        "later - now > TURN -> later - now >= TURN, in: self._arm(later, was_long=later - now > TURN)",
+        0,
+    ): "whether just so long is too long makes no difference",
+    (
+        "completion.py",
+        "Hub._arm",
+        "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else "
+        "self._loop.call_soon(self._spin_once)",
+        0,
+    ): "what was due a second ago is due now",
+    (
+        "completion.py",
         "Hub._look",
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
