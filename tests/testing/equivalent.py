@@ -84,8 +84,10 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "completion.py",
         "Hub._arm",
-        "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else "
-        "self._loop.call_soon(self._spin_once)",
+        (
+            "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else "
+            "self._loop.call_soon(self._spin_once)"
+        ),
         0,
     ): "what was due a second ago is due now",
     (
