@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from benchmarks.bench_stages import CudaProbe, Stamps
 from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, as_record, busiest, drive, run_on, write
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.parts import PARTS as ALL
-from benchmarks.rows import MEETS, Entry, Plan, Row, Run, measure_in_turns
+from benchmarks.rows import MEETS, Entry, Plan, Row, Run, measure, measure_in_turns
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -323,6 +323,26 @@ def test_scaling_is_judged_by_the_cheapest_before_it() -> None:
     ]
     SCALING.judge(rows, IDLE)
     assert [found.verdict for found in rows] == ["", MEETS, MEETS, "misses: 1.30 times the CPU of 16, not 1.2"]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_heartbeat_begins_when_all_awaiters_have(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds make their first request in one turn of the loop, which is late by all of them."""
+    order: list[str] = []
+
+    class Beat(Heartbeat):
+        async def __aenter__(self) -> Self:
+            order.append("beat")
+            return await super().__aenter__()
+
+    async def request() -> None:
+        order.append("request")
+        await asyncio.sleep(0.001)
+
+    monkeypatch.setattr("benchmarks.rows.Heartbeat", Beat)
+    plan = Plan(runs=2, seconds=0.01, least=4, warm=4, lag=0.01)
+    run_on(loop, measure(request, plan, awaiters=256, count=256))
+    assert order.index("beat") == 256 * (1 + plan.runs + 1)  # those that warm up, those of the runs, and each one's first
 
 
 def test_lag_is_judged_by_the_idle_loop() -> None:
