@@ -495,8 +495,13 @@ class Executor:
 
     def retire(self, program: Program, gates: Sequence[Event]) -> None:
         """Free a program in a worker thread, once its last readers are done."""
+
+        def job() -> None:
+            self.device.prepare_thread()  # it may be this thread's first job, and destroying an event takes a context
+            retire(program, gates)
+
         with contextlib.suppress(RuntimeError):  # no thread could be started: it waits for one of those there are
-            self._workers.submit(retire, program, gates)
+            self._workers.submit(job)
 
     def busy(self, besides: Slot) -> list[int]:
         """The slots that somebody has, besides this one."""

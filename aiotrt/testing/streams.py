@@ -301,6 +301,7 @@ class SimulatedGraph(BaseGraph):
 
     def close(self) -> None:
         """Free it; its last launch must have completed, and the host must have seen that."""
+        self._device.needs_context("destroying a graph")  # and the event that an ordered one has
         if self._last is not None and not self._device.detector.knows(self._last.clock):
             self._device.detector.found_early_close()
         self._is_closed = True
