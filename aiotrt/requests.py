@@ -192,12 +192,13 @@ class Requests:
 
     def _prepare_next(self, request: Request, program: Program) -> None:
         try:
-            is_alone = self._executor.machine.count(IN_FLIGHT) == 1
+            machine = self._executor.machine
+            is_alone = machine.count(IN_FLIGHT) + machine.count(DRAINING) == 1
             request.allocate_spare(self._executor.device, program, is_alone=is_alone)
         except DeviceError as error:
             self._executor.device.fail(error)
-        except Exception as error:  # out of memory: whoever needs it will say so
-            _log.debug("no memory for the next results: %r", error)
+        except Exception as error:  # out of memory, say: whoever launches next does it anew, and is told
+            _log.debug("the next launch could not be prepared: %r", error)
 
     def _watch(self, slot: Slot, program: Program) -> None:
         self._executor.watch(slot, slot.event, slot.on_done, program.estimate)

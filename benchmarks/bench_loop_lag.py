@@ -52,10 +52,9 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
         if row.way == CALL and row.lag is not None:
             beside: float = row.facts["idle_lag"]["p99"] if "idle_lag" in row.facts else idle[row.loop].p99
             over = row.lag.p99 - beside
-            misses = [] if over <= BAR else [f"p99 {1e6 * over:.0f} us over the idle loop's"]
+            row.verdict = verdict([] if over <= BAR else [f"p99 {1e6 * over:.0f} us over the idle loop's"])
             if beside > BAR:
-                misses.append(f"the idle loop was {1e6 * beside:.0f} us late itself, so nothing is known")
-            row.verdict = verdict(misses)
+                row.verdict = f"unknown: the idle loop was {1e6 * beside:.0f} us late itself"
 
 
 LOOP_LAG: Final[Part] = Part("loop_lag", "how late the loop runs while a model is busy", loop_lag, judge, 120)

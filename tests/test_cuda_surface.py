@@ -18,7 +18,7 @@ driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is no
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
 FOLDER = Path(aiotrt.__file__).parent / "devices"
-SOURCES = [ast.parse((FOLDER / name).read_text()) for name in ("cuda.py", "instruments.py")]
+SOURCES = [ast.parse((FOLDER / name).read_text()) for name in ("cuda.py", "cuda_graphs.py", "instruments.py")]
 #: Only in torch's CUDA builds.
 CUDA_BUILDS_ONLY = {"torch._C._cuda_getCurrentRawStream", "torch.cuda.default_generators"}
 

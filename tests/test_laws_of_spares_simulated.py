@@ -16,7 +16,7 @@ import aiotrt
 from aiotrt import submission
 from aiotrt.devices import Copies
 from aiotrt.graphs import Program
-from aiotrt.testing import SimulatedDevice
+from aiotrt.testing import SimulatedDevice, SimulatedGraph
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
@@ -27,7 +27,7 @@ from tests.tools import frame, turns
 def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is_at_work(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         did: list[str] = []
-        allocate, launch, expect = submission.allocate, Program.launch, Program.expect
+        allocate, launch, expect = submission.allocate, Program.launch, SimulatedGraph.expect
         copied: list[Copies] = []
 
         def allocated(*args: Any) -> Any:
@@ -39,7 +39,7 @@ def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is
             copied.append(args[1])
             launch(self, *args)
 
-        def expected(self: Program, after: Copies) -> None:
+        def expected(self: SimulatedGraph, after: Copies) -> None:
             did.append("expect")
             copied.append(after)
             expect(self, after)
@@ -49,7 +49,7 @@ def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is
             with (
                 mock.patch.object(submission, "allocate", allocated),
                 mock.patch.object(Program, "launch", launched),
-                mock.patch.object(Program, "expect", expected),
+                mock.patch.object(SimulatedGraph, "expect", expected),
             ):
                 for value, x in enumerate(given):
                     did.clear()
@@ -66,14 +66,14 @@ def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is
 @pytest.mark.parametrize("group", GROUPS)
 def test_beside_other_launches_the_next_one_is_not_prepared(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        expected: list[int] = []
+        expected: list[SimulatedGraph] = []
 
-        def expect(self: Program, after: Copies) -> None:
-            expected.append(self.slot)
+        def expect(self: SimulatedGraph, after: Copies) -> None:
+            expected.append(self)
 
         async with load(device, slots=2, warmup=frame(0)) as model:
             given = [device.tensor(frame(value)) for value in range(2)]
-            with mock.patch.object(Program, "expect", expect):
+            with mock.patch.object(SimulatedGraph, "expect", expect):
                 with held_streams(device, *streams_of(model)):
                     calls = [asyncio.ensure_future(model(x)) for x in given]
                     await turns(2)

@@ -7,8 +7,8 @@ semantics that an implementation must keep, and that the conformance tests check
 - `record` marks a point in a stream. `wait` makes everything submitted to a stream *later* wait for the event's *last
   record made before the call*. An event that was never recorded is complete.
 - A graph reads and writes the memory it was captured with, and one graph never overlaps itself.
-- `Stream.record`, `wait`, `copy` and `Graph.launch` return at once. `Device.capture` and `Device.call` block, and are for
-  worker threads only.
+- `Stream.record`, `wait`, `copy`, `Graph.launch` and `expect` return at once. `Device.capture` and `Device.call` block, and
+  are for worker threads only.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class BaseGraph(ABC):
 
     @abstractmethod
     def replay(self, stream: Stream) -> None:
-        """Submit one replay, and nothing else."""
+        """Submit one replay: for `launch`, which has said what else belongs to it."""
 
     def launch(
         self,
@@ -281,6 +281,7 @@ class BaseGraph(ABC):
         wait: Event | None = None,
         record: Event | None = None,
     ) -> None:
+        """Submit the copies `before`, one replay and the copies `after`: see `Graph.launch`."""
         for destination, source in before:
             stream.copy(destination, source)
         if wait is not None:

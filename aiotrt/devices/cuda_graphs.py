@@ -1,10 +1,10 @@
-"""A captured graph with the copies of its callers in it, as nodes whose addresses are set before each launch.
+"""A captured graph with the copies of its callers in it, as nodes whose addresses are set for each launch.
 
 A copy that is submitted by itself costs 4 to 12 us of the calling thread, and the device a gap before the graph. As a node
-it costs 1.1 us when its address is another one than last time, and nothing when it is the same (measured on an H200). So
-each buffer of the graph gets two nodes, for a caller's device memory and for pinned memory, of which at most one is enabled.
-A change reaches later launches only: those in flight keep what they were launched with (CUDA driver API, "Graph
-Management").
+it costs 1.1 us when its address is another one than last time (with the Python around it 2, and 4 while the graph runs), and
+nothing when it is the same (measured on an H200). So each buffer of the graph gets two nodes, for a caller's device memory
+and for pinned memory, of which at most one is enabled. A change reaches later launches only: those in flight keep what they
+were launched with (CUDA driver API, "Graph Management").
 
 Launches that go one after the other are ordered by nodes too, a wait right before the captured graph and a record right
 after it, so that only that is in order: the copies of one launch run beside the work of another. On an H200, two streams,

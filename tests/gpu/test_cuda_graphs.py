@@ -114,6 +114,7 @@ def test_what_was_expected_takes_nothing_when_it_is_launched(bench: Bench, monke
     assert second.unique().tolist() == [2]
     bench.graph.expect([(first, bench.y)])
     first.fill_(-1)
+    torch.cuda.synchronize()
     bench.launch()
     assert first.unique().tolist() == [-1]
 

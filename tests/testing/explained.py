@@ -16,9 +16,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("submission.py", "has_passed", "_ignore(error)", 0): LOGS,
     ("submission.py", "await_gates", "_ignore(error)", 0): LOGS,
     ("submission.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
-    ("requests.py", "Requests._build", "self._executor.device.prepare_thread()", 0): (
-        "not needed: what follows begins with `Device.call`, which prepares its thread, or is torch's, which does too"
-    ),
     ("requests.py", "Requests._built", "keep_for_ever(program)", 0): (
         "a build ends when the device is done with it, so dropping it frees nothing that is in use; kept because destroying "
         "a graph on a broken device can block, which the simulator does not model"
@@ -26,7 +23,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("requests.py", "Requests._gates_passed", "slot.gates.clear()", 0): (
         "saves the next launch a wait for events that are complete"
     ),
-    ("requests.py", "Requests._prepare_next", "_log.debug('no memory for the next results: %r', error)", 0): LOGS,
+    ("requests.py", "Requests._prepare_next", "_log.debug('the next launch could not be prepared: %r', error)", 0): LOGS,
     ("requests.py", "Requests._stage", "slot.launches = 0", 0): (
         "not needed: launches are told apart by equality, and numbers that only grow do that as well"
     ),
@@ -60,7 +57,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("completion.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("graphs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("graphs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
-    ("graphs.py", "Program.expect", "self._steps[-1].expect(after)", 0): "spares the next launch what it would do itself",
     ("model.py", "Model._warm", "request.future.exception()", 0): (
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
