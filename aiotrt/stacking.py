@@ -186,7 +186,7 @@ class Batch(Request):
             assert call.origin is not None
             self.results += allocate(device, call.origin, outputs)
 
-    def allocate_spare(self, device: Device, program: Program, *, is_alone: bool) -> None:
+    def allocate_spare(self, device: Device, program: Program, *, expect: bool) -> None:
         """None: who is in the next batch is not known."""
 
     def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:

@@ -13,14 +13,14 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt import submission
+from aiotrt import requests, submission
 from aiotrt.devices import Copies
 from aiotrt.graphs import Program
 from aiotrt.testing import SimulatedDevice, SimulatedGraph
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
-from tests.tools import frame, turns
+from tests.tools import executor_of, frame, turns
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -50,6 +50,7 @@ def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is
                 mock.patch.object(submission, "allocate", allocated),
                 mock.patch.object(Program, "launch", launched),
                 mock.patch.object(SimulatedGraph, "expect", expected),
+                mock.patch.object(requests, "WORTH_PREPARING", -1.0),
             ):
                 for value, x in enumerate(given):
                     did.clear()
@@ -73,7 +74,8 @@ def test_beside_other_launches_the_next_one_is_not_prepared(group: int) -> None:
 
         async with load(device, slots=2, warmup=frame(0)) as model:
             given = [device.tensor(frame(value)) for value in range(2)]
-            with mock.patch.object(SimulatedGraph, "expect", expect):
+            worth = mock.patch.object(requests, "WORTH_PREPARING", -1.0)
+            with mock.patch.object(SimulatedGraph, "expect", expect), worth:
                 with held_streams(device, *streams_of(model)):
                     calls = [asyncio.ensure_future(model(x)) for x in given]
                     await turns(2)
@@ -85,6 +87,28 @@ def test_beside_other_launches_the_next_one_is_not_prepared(group: int) -> None:
                 expected.clear()
                 assert right(device.read(await model(given[1])), 1)
                 assert len(expected) == 1
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("longer", [False, True])
+def test_the_next_launch_is_prepared_beside_work_that_takes_longer_than_that(longer: bool, group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        expected: list[SimulatedGraph] = []
+
+        def expect(self: SimulatedGraph, after: Copies) -> None:
+            expected.append(self)
+
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            (program,) = executor_of(model).cache.clear()
+            executor_of(model).cache.add(program)
+            for _ in range(2):
+                program.estimate.seconds = requests.WORTH_PREPARING * (1.01 if longer else 1.0)
+                with mock.patch.object(SimulatedGraph, "expect", expect):
+                    assert right(device.read(await model(x)), 1)
+            assert len(expected) == (2 if longer else 0)
 
     under_schedules(group, program)
 
