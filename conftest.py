@@ -1,21 +1,44 @@
-"""What holds for every test of the project: `gpu` tests need a GPU, and a run without them says so."""
+"""Which tests a run selects, and a count of those that it leaves out, with the reason.
+
+Two tiers. A plain run is what a person needs to trust a change: every test body once, on asyncio's own loop. `--proof` runs
+everything: each body on every loop and under every group of seeds, and tests marked `proof`. A body runs on all loops in both
+tiers where its module is marked `every_loop`, because there the loop matters.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any, Final
+
 import pytest
 
-_deselected = pytest.StashKey[int]()
+GPU: Final = "need an NVIDIA GPU: make gpu-tests, on a machine that has one"
+PROOF: Final = "belong to the full proof (other loops, other seeds, long searches): make proof, or pytest --proof"
+SERIAL: Final = "measure time and run alone, after or before this"
+OTHER: Final = "deselected by -m or -k"
+
+#: Of the groups of seeds of a law, the first ones are in the plain run.
+GROUPS: Final = 1
+
+_deselected = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--proof", action="store_true", help="run everything: all loops, all seeds, tests marked proof")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        stash = gpu[0].config.stash
-        stash[_deselected] = stash.get(_deselected, 0) + len(gpu)
+    if items:
+        counts = items[0].config.stash.setdefault(_deselected, Counter())
+        counts.update(_reason(item) for item in items)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that torch is asked only when a gpu test is about to run
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.proof:
+        left = [item for item in items if _is_proof(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not _is_proof(item)]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -26,13 +49,54 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch sees none"))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # of a process of pytest-xdist, where the collecting is done
+    if output is not None:
+        output["deselected"] = dict(session.config.stash.get(_deselected, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    counts = getattr(node, "workeroutput", {}).get("deselected")
+    if counts is not None:  # every process collects the same
+        node.config.stash[_deselected] = Counter(counts)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if "not gpu" not in config.option.markexpr:
-        return
-    count = config.stash.get(_deselected, 0)
-    noun = "test was" if count == 1 else "tests were"
-    terminalreporter.section("gpu tests not run")
-    terminalreporter.line(
-        f"{count} {noun} deselected by -m {config.option.markexpr!r}: marked gpu, they need an NVIDIA GPU. "
-        "Run them on a machine that has one: make gpu"
-    )
+    counts = config.stash.get(_deselected, Counter())
+    if counts:
+        terminalreporter.section("tests not run")
+        for reason in (GPU, SERIAL, PROOF, OTHER):
+            if counts[reason]:
+                terminalreporter.line(f"{counts[reason]:6} {reason}")
+
+
+def _reason(item: pytest.Item) -> str:
+    expression = item.config.option.markexpr
+    if item.get_closest_marker("gpu") and "not gpu" in expression:
+        return GPU
+    if _is_proof(item) and not item.config.option.proof:
+        return PROOF
+    return SERIAL if item.get_closest_marker("serial") and "not serial" in expression else OTHER
+
+
+def _is_proof(item: pytest.Item) -> bool:
+    """Whether the item is in the full proof only."""
+    if item.get_closest_marker("proof"):
+        return True
+    parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    group = parameters.get("group", 0)
+    if isinstance(group, int) and group >= GROUPS:
+        return True
+    loop = _loop_of(item)
+    return loop is not None and loop != "asyncio" and not item.get_closest_marker("every_loop")
+
+
+def _loop_of(item: pytest.Item) -> str | None:
+    """The name of the item's event loop, of `tests.conftest.LOOPS`."""
+    factory = getattr(getattr(item, "callspec", None), "params", {}).get("_asyncio_loop_factory")
+    if factory is None:
+        return None
+    from tests.conftest import LOOPS
+
+    return next((name for name, made in LOOPS.items() if made is factory), None)

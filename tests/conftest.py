@@ -54,9 +54,20 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> None:
+    """Exempt what exists before a module's first test from the collections after its tests, which cost 0.8 s each with it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
+    """Fail a test that leaks: whatever it made and forgot to close is collected here, and warns."""
     yield
-    gc.collect()  # what is leaked warns here, in the test that leaked it
-    leaked = [hub for (loop, _), hub in aiotrt.completion._hubs.items() if hub._users]
-    assert not leaked, f"hubs with users after the test: {leaked}"
+    gc.collect()
+    hubs = aiotrt.completion._hubs
+    leaked = {key: hub for key, hub in hubs.items() if hub._users}
+    for key in leaked:  # the next test has not leaked them
+        del hubs[key]
+    assert not leaked, f"hubs with users after the test: {list(leaked.values())}"

@@ -14,7 +14,7 @@ import aiotrt
 from aiotrt.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 
 
 def is_idle(model: aiotrt.Model) -> bool:

@@ -14,7 +14,7 @@ from aiotrt.completion import Hub, Lane, wait
 from aiotrt.errors import DeviceError, DeviceHangError
 from aiotrt.prediction import Estimate, Progress
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 
 
 class World:

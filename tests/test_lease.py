@@ -12,7 +12,7 @@ import aiotrt
 from aiotrt.slots import State
 from tests.tools import Affine, Latch, TwoOutputs, count, executor_of, frame, held, turns, until
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 
 
 async def host(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -22,8 +22,9 @@ import aiotrt
 from aiotrt.completion import _hubs
 from aiotrt.devices.host import HostDevice
 from aiotrt.slots import State
-from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
+from tests.tools import Affine, Latch, count, executor_of, frame, held, interruptible, turns, until
 
+pytestmark = pytest.mark.every_loop
 asyncio_test = pytest.mark.asyncio
 
 
@@ -510,8 +511,9 @@ def test_ctrl_c(when: str) -> None:
             sys.exit(3)
     """
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        interruptible(sys.executable, "-c", textwrap.dedent(program)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "entered\n"

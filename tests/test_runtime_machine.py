@@ -19,7 +19,7 @@ from tests.testing.mutation import Mutation, applied, deletions
 Runtime.TestCase.settings = settings(
     max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )  # the same examples each time, so that a change is told by them; search on with derandomize=False and more of them
-TestRuntime = pytest.mark.slow(pytest.mark.timeout(300)(Runtime.TestCase))
+TestRuntime = pytest.mark.timeout(300)(Runtime.TestCase)
 
 #: Statements without which the runtime is wrong: module, function, and how they begin.
 DEFECTS = [
@@ -59,7 +59,6 @@ class Searched(Runtime):
     """The same machine, with a seed of its own."""
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_forget")
 @pytest.mark.parametrize(("module", "function", "start"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import sys
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,7 +17,11 @@ from aiotrt.devices.instruments import Latch
 from aiotrt.executor import Executor
 from aiotrt.slots import State
 
-__all__ = ["Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "held", "turns", "until"]
+__all__ = [
+    "Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "free_port", "held", "interruptible", "turns", "until",
+]  # fmt: skip
+
+_RESTORE: Final = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @contextlib.contextmanager
@@ -70,3 +77,20 @@ async def turns(n: int = 5) -> None:
     """Give everybody else on the loop a few turns."""
     for _ in range(n):
         await asyncio.sleep(0)
+
+
+def interruptible(*command: object) -> list[str]:
+    """A command line that runs `command` with the default action for SIGINT.
+
+    A child inherits an ignored SIGINT, and Python then installs no handler of its own. Background shells and some CI systems
+    ignore it.
+    """
+    return [sys.executable, "-IS", "-c", _RESTORE, *map(str, command)]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on, for servers that must be told one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.tools import interruptible
+
 Shape = Sequence[int | str | None]
 
 #: PP-OCR's models, and a small profile for each.
@@ -111,5 +113,5 @@ def _save_graph(
 
 def run(program: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start a program in another process of this interpreter."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
+    command = interruptible(sys.executable, "-c", program, *arguments)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -130,7 +130,6 @@ def test_an_engine_of_what_the_file_became_meanwhile_is_not_kept_for_what_it_was
     assert sidecar.inputs[0]["shape"] == [1, 8]
 
 
-@pytest.mark.slow
 def test_two_processes_at_once_build_once(cache: Path) -> None:
     processes = [start(), start()]
     for process in processes:
@@ -144,7 +143,6 @@ def test_two_processes_at_once_build_once(cache: Path) -> None:
     assert len(list(cache.glob("*.engine"))) == 1
 
 
-@pytest.mark.slow
 def test_a_builder_that_is_killed_is_no_obstacle(cache: Path) -> None:
     first, second = start(), start()
     go(first)

@@ -27,6 +27,7 @@ from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.errors import InputError
 from tests.building import models
 from tests.tensorrt.tools import PROFILES, double_on, engine_of, save
+from tests.tools import interruptible
 
 MODULE = [sys.executable, "-m", "aiotrt"]
 
@@ -157,7 +158,7 @@ def test_ctrl_c_is_status_130(tmp_path: Path) -> None:
         "x:1x3x48x32,1x3x48x320,2x3x48x640",
         "-v",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("debug: "):  # TensorRT has begun

@@ -23,6 +23,7 @@ from aiotrt.testing.tensorrt_double import Network
 from aiotrt.verification import CHECKS, laws
 from tests.building import models
 from tests.tensorrt.tools import AFFINE, MANY, POSITIVE, PROFILES, REPEAT, double_on, loading, save
+from tests.tools import interruptible
 
 MODULE = [sys.executable, "-m", "aiotrt"]
 QUICK = ["--replays", "60", "--cancellations", "20", "--inputs", "2", "--duration", "0.06", "-q"]
@@ -319,7 +320,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_ctrl_c_is_status_130(tmp_path: Path, check: str) -> None:
     command = [*MODULE, "verify", str(models.relu(tmp_path / "a.onnx")), "--device", "host", "-v", "-q"]
     command += ["--replays", "100000000" if check == "endurance" else "10", "--duration", "1000", "--inputs", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line == f"debug: verify: {check}\n":

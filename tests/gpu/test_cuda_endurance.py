@@ -13,7 +13,7 @@ import torch
 import aiotrt
 from tests.tools import Affine, frame, turns
 
-pytestmark = [pytest.mark.gpu, pytest.mark.asyncio, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.asyncio, pytest.mark.timeout(300)]
 
 
 def resident() -> int:

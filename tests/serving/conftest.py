@@ -2,9 +2,9 @@
 
 `make gpu` runs with a machine's own Python, which need not have what serving needs: nothing here is for a GPU.
 
-Serving is about sockets and processes, which are slow, and the loops that it runs on are told apart below it, where
-everything is tested on all of them. So these tests run on one; those that are about a loop's own business (cancellation,
-clocks, the end of a task) are marked ``every_loop``.
+Serving is about sockets and processes, which are slow. The loops differ below it, where everything is tested on all of them.
+So these tests run on asyncio's loop, and on uvloop in the full proof. Those that are about a loop's own business
+(cancellation, clocks, the end of a task) are marked ``every_loop``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ if any(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "every_loop: runs on every event loop, not on one alone")
     config.addinivalue_line("markers", "ray: starts a local Ray; skipped where it is not installed")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return LOOPS if item.get_closest_marker("every_loop") else {"uvloop": LOOPS["uvloop"]}
+    return LOOPS if item.get_closest_marker("every_loop") else {name: LOOPS[name] for name in ("asyncio", "uvloop")}

@@ -25,7 +25,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.timeout(120)
-def test_every_operation_answers_as_the_description_says(server: Server) -> None:
+def test_every_operation_answers_as_the_description_says(server: Server, request: pytest.FixtureRequest) -> None:
+    examples = 25 if request.config.getoption("--proof") else 8
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     seen: Counter[int] = Counter()
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -33,7 +34,7 @@ def test_every_operation_answers_as_the_description_says(server: Server) -> None
         for operation in operations:
             for mode in _modes(operation):
                 for paths in (None, PATHS) if "{name}" in operation.path else (None,):
-                    seen += _asked(operation, mode, paths)
+                    seen += _asked(operation, mode, paths, examples)
     assert len(operations) == 12
     assert set(seen) >= {200, 400, 404}
     # Unloaded by some of what was asked, it is 503 until another loads it; of other failures there is none.
@@ -48,12 +49,12 @@ def _modes(operation: Any) -> Iterator[Any]:
         yield schemathesis.GenerationMode.NEGATIVE
 
 
-def _asked(operation: Any, mode: Any, paths: dict[str, str] | None) -> Counter[int]:
+def _asked(operation: Any, mode: Any, paths: dict[str, str] | None, examples: int) -> Counter[int]:
     seen: Counter[int] = Counter()
     given_paths = paths and {name: value for name, value in paths.items() if f"{{{name}}}" in operation.path}
     excluded = [schemathesis.checks.positive_data_acceptance] if MAY_REFUSE in operation.path else []
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(mode, path_parameters=given_paths))
     def one(case: Any) -> None:
         answer = case.call_and_validate(timeout=30, excluded_checks=excluded)

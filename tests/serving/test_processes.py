@@ -28,6 +28,7 @@ from aiotrt.cli import main
 from aiotrt.errors import InputError
 from aiotrt.serving.kserve import ModelSettings, ServerSettings, read_config, token_from
 from tests.building import models as onnx_models
+from tests.tools import interruptible
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "a token of more than 16 characters"
@@ -37,7 +38,7 @@ TOKEN = "a token of more than 16 characters"
 def process(*arguments: object, reads: bool = True, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server, and its address once it has said it."""
     with subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        interruptible(sys.executable, *arguments),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"} | environment,
     ) as server:  # fmt: skip

@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 from aiotrt.errors import DeviceError
 from tests.serving.test_processes import ROOT, process
-from tests.tools import executor_of
+from tests.tools import executor_of, free_port
 
 pytestmark = [
     pytest.mark.ray,
@@ -65,7 +65,7 @@ def test_the_example_over_http() -> None:
         answer = httpx.post(url, content=file.getvalue(), timeout=60, trust_env=False)
         np.testing.assert_allclose(answer.json(), expected(image(i)), rtol=1e-4, atol=1e-5)
 
-    with process(ROOT / "examples" / "ray_serve.py", 8731, PYTHONPATH=str(ROOT)) as (server, url):
+    with process(ROOT / "examples" / "ray_serve.py", free_port(), PYTHONPATH=str(ROOT)) as (server, url):
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(ask, range(64)))
         assert httpx.post(url, content=b"nonsense", timeout=60, trust_env=False).status_code == 500
@@ -77,7 +77,7 @@ def test_the_example_over_http() -> None:
 @pytest.fixture
 def local_ray() -> Iterator[None]:
     ray.init(include_dashboard=False, num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8732})
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
     yield
     serve.shutdown()
     ray.shutdown()

@@ -131,7 +131,7 @@ def test_every_setting_can_be_sent_to_a_server() -> None:
                 assert json.loads(json.dumps(settings)) == settings
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(180)
 def test_it_runs_without_litserve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -48,7 +48,7 @@ DOUBLE: Final = Network(
 
 
 def on_gpu(*values: object) -> Any:
-    return pytest.param(*values, marks=[pytest.mark.gpu, pytest.mark.slow])
+    return pytest.param(*values, marks=pytest.mark.gpu)
 
 
 @dataclass

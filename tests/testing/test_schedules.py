@@ -19,7 +19,7 @@ def test_the_orders_of_the_slot_machine_are_all_legal() -> None:
     assert figures["ways"] > figures["steps"] > figures["states"] > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(240)
 def test_a_budget_of_schedules_is_explored(capsys: pytest.CaptureFixture[str]) -> None:
     figures = schedules.search("small", BUDGET, 2, report=lambda text: None)

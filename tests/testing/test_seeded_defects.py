@@ -9,7 +9,7 @@ from tests.testing.mutants import MUTANTS
 from tests.testing.seeded_defects import DEFECTS
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("campaign", [DEFECTS, MUTANTS], ids=lambda campaign: campaign.name)
 def test_every_change_of_the_runtime_is_found_or_explained(campaign: Campaign) -> None:
