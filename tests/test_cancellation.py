@@ -135,7 +135,25 @@ async def test_completed_and_cancelled_in_the_same_turn(device: str) -> None:
 
 
 async def test_a_lease_that_is_prepared_and_cancelled_in_the_same_turn(device: str) -> None:
-    """The worker's callback and the cancellation meet in one turn of the loop: nothing raises, and nothing is lost."""
+    """A worker prepared the slot and the lease's future is resolved, but its task has not run: nothing raises or is lost."""
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        entering = asyncio.ensure_future(model.lease((5, 5)).__aenter__())
+        await until(lambda: count(model, State.PREPARING) == 1)
+        await until(lambda: count(model, State.PREPARING) == 0)
+        assert count(model, State.CLAIMED) == 1
+        assert not entering.done(), "the task has run: this is not the state to be tested"
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert is_idle(model), "the slot stayed with a lease that nobody entered"
+        assert (await model(frame(2)))[0, 0] == 7
+    assert problems == []
+
+
+async def test_a_lease_that_is_cancelled_while_its_prepared_slot_is_on_the_way(device: str) -> None:
+    """The cancellation comes first, and the worker's callback before the task runs: nothing raises or is lost."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
@@ -143,7 +161,8 @@ async def test_a_lease_that_is_prepared_and_cancelled_in_the_same_turn(device: s
         built = requests._built
 
         def cancel_and_build(*arguments: Any) -> None:
-            entering.cancel()
+            assert count(model, State.PREPARING) == 1
+            assert entering.cancel()
             built(*arguments)
 
         requests._built = cancel_and_build  # type: ignore[method-assign, assignment]

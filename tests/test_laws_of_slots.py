@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from aiotrt.slots import Grant, Line, Slots
+from aiotrt.slots import Event, Grant, Line, Slots
 
 
 @pytest.mark.parametrize(("count", "preferred"), [(n, i) for n in range(1, 5) for i in range(n)])
@@ -34,3 +34,15 @@ def test_leaving_a_line_is_cheap_while_most_of_it_stays() -> None:
     assert len(line) == 400
     left = list(itertools.takewhile(lambda ticket: ticket is not None, iter(line.next, 0)))
     assert left == tickets[600:]
+
+
+@pytest.mark.parametrize("freed", [0, 1])
+def test_a_freed_slot_goes_to_the_first_in_line_whatever_others_prefer(freed: int) -> None:
+    for prefers in itertools.product(((), (0,), (1,), (0, 1)), repeat=3):
+        slots: Slots[str] = Slots(2)
+        holders = [slots.request(ticket) for ticket in "ab"]
+        assert holders == [Grant(0, "a"), Grant(1, "b")]
+        for ticket, prefer in zip("cde", prefers, strict=True):
+            assert slots.request(ticket, prefer=prefer) is None
+        served = [slots.move(slot, Event.RELEASE) for slot in (freed, 1 - freed, freed)]
+        assert served == [Grant(freed, "c"), Grant(1 - freed, "d"), Grant(freed, "e")], f"they prefer {prefers}"

@@ -370,16 +370,20 @@ async def test_a_lease_that_two_wait_to_enter_is_one_lease(device: str) -> None:
 
 
 async def test_granted_and_cancelled_in_the_same_turn_loses_no_slot(device: str) -> None:
+    """The grant of a lease resolves its future. The cancellation comes before the task that waits for it has run."""
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
-        holder = model.lease()
-        await holder.__aenter__()
-        waiting = asyncio.ensure_future(model.lease().__aenter__())
-        await turns()
-        await holder.__aexit__(None, None, None)  # grants the slot to `waiting`, whose task has not run yet
+        async with model.lease():
+            waiting = asyncio.ensure_future(model.lease().__aenter__())
+            await turns()
+            assert model.statistics().waiting == 1
+        # Leaving released the slot. Where its last readers delay the grant, a poll sees it before the task runs.
+        await until(lambda: count(model, State.CLAIMED) == 1)
+        assert model.statistics().waiting == 0
+        assert not waiting.done(), "the task has run: this is not the state to be tested"
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        await until(lambda: count(model, State.FREE) == 1)
+        assert count(model, State.FREE) == 1, "the slot stayed with a lease that nobody entered"
         assert (await model(frame(2)))[0, 0] == 7
 
 

@@ -7,9 +7,10 @@ without luck. There is no hazard detector: closures are opaque, so a race is fou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from aiotrt.devices.base import Event, Stream
 from aiotrt.devices.host import HostDevice, HostEvent, HostStream, _Failure, _Record, _thread
 from aiotrt.testing import Schedule, VirtualLoop, VirtualTime, Workers
 
-__all__ = ["VirtualHost", "run_on_host"]
+__all__ = ["VirtualHost", "held_host_streams", "run_on_host"]
 
 T = TypeVar("T")
 
@@ -137,6 +138,20 @@ class _Stream(HostStream):
             _thread.is_stream = before
         self._is_running = False
         for stream in self._device._opened:  # it may have been what another one waits for
+            stream._pump()
+
+
+@contextlib.contextmanager
+def held_host_streams(device: VirtualHost, *streams: Any) -> Iterator[None]:
+    """Work submitted to these streams from now on starts only after the block has ended."""
+    latch = _Record()
+    for stream in streams:
+        stream.put(latch)
+    try:
+        yield
+    finally:
+        latch.reach(None)
+        for stream in device._opened:
             stream._pump()
 
 

@@ -1,5 +1,7 @@
 """Changes to single statements of the runtime, made in place while a program runs, and taken back after it.
 
+`applied` edits one node of a syntax tree, and `rewritten` the source text of one function.
+
 A mutation is an edit of a module's syntax tree. The edited module is compiled, and the code object of the one function that
 holds the edit is put into the live function. So everybody who imported that function runs the edited code, nothing is
 reloaded, nothing is written to disk, and a mutation costs some milliseconds.
@@ -17,12 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["REMOVED", "Mutation", "Place", "applied", "deletions", "instrumented", "places", "source_of"]
+__all__ = [
+    "REMOVED", "Mutation", "Place", "StaleEditError", "applied", "deletions", "instrumented", "places", "rewritten",
+    "source_of",
+]  # fmt: skip
 
 #: What a mutation says that takes a statement out.
 REMOVED: Final = "removed"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class StaleEditError(LookupError):
+    """An edit names a function or a text that the runtime no longer has."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,27 @@ def applied(mutation: Mutation) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def rewritten(module: types.ModuleType, name: str, *changes: tuple[str, str]) -> Iterator[None]:
+    """The function `name` of `module` has other source text.
+
+    Args:
+        module: a module of the runtime.
+        name: the qualified name of a function or method in it.
+        changes: pairs of a text that stands exactly once in that function, and what replaces it. Both may span lines, with
+            the module's own indentation.
+
+    Raises:
+        StaleEditError: there is no such function, or a text does not stand in it exactly once.
+    """
+    function, code = _rewritten(module, name, changes)
+    original, function.__code__ = function.__code__, code
+    try:
+        yield
+    finally:
+        function.__code__ = original
+
+
+@contextlib.contextmanager
 def instrumented(mutations: Sequence[Mutation], note: Callable[[Sequence[int]], object]) -> Iterator[None]:
     """Call `note` with the numbers of all mutations in a statement, whenever it is about to run."""
     before: list[tuple[types.FunctionType, types.CodeType]] = []
@@ -183,6 +213,34 @@ def _changed(mutation: Mutation) -> tuple[types.FunctionType, types.CodeType]:
     place = mutation.place
     code = _compiled(place.module, {place.index: mutation.edit})
     return _live(place.module)[place.outer], _codes(code)[place.outer]
+
+
+@functools.lru_cache(maxsize=32)
+def _rewritten(
+    module: types.ModuleType, name: str, changes: tuple[tuple[str, str], ...]
+) -> tuple[types.FunctionType, types.CodeType]:
+    where = f"{module.__name__}.{name}"
+    live = [function for (qualified, _), function in _live(module).items() if qualified == name]
+    if len(live) != 1:
+        raise StaleEditError(f"{where}: expected one such function, found {len(live)}: name the function that does this now")
+    source = source_of(module)
+    first = live[0].__code__.co_firstlineno
+    node = next(
+        node
+        for node in ast.walk(_tree(module))
+        if isinstance(node, Function) and min([node.lineno, *[d.lineno for d in node.decorator_list]]) == first
+    )
+    assert node.end_lineno is not None
+    lines = source.splitlines(keepends=True)
+    text = "".join(lines[first - 1 : node.end_lineno])
+    for before, after in changes:
+        if text.count(before) != 1:
+            raise StaleEditError(f"{where}: expected this text once, found it {text.count(before)} times: {before!r}")
+        text = text.replace(before, after)
+    lines[first - 1 : node.end_lineno] = [text]
+    assert module.__file__ is not None
+    code = compile("".join(lines), module.__file__, "exec", dont_inherit=True)
+    return live[0], _codes(code)[name, first]
 
 
 @functools.lru_cache(maxsize=1)

@@ -42,6 +42,8 @@ MODULES: Final = (
     "tests.test_laws_of_turns_simulated",
     "tests.test_laws_of_closing_simulated",
     "tests.test_laws_of_observing_simulated",
+    "tests.test_laws_of_handover",
+    "tests.test_laws_of_estimates",
     "tests.test_laws_virtual_host",
     "tests.test_batches_simulated",
     "tests.test_handshake",
