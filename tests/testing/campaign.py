@@ -1,4 +1,4 @@
-"""What the two scripts share that try changes of the runtime: their options, what they complain of, and the page."""
+"""The part shared by the two scripts that try changes of the runtime: options, complaints and the report."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from tests.testing.mutation import Mutation
 from tests.testing.portfolio import laws
+from tests.testing.reports import REPORTS, write_report
 from tests.testing.search import Finding, Key, Memory, Pool, keys, look
 
 __all__ = ["Campaign", "cell"]
 
-PAGE: Final = Path(__file__).parents[2] / "docs" / "seeded-defects.md"
-#: The page's parts, in order, each under its heading.
+PAGE: Final = REPORTS / "seeded-defects.md"
+#: The parts of the report, in order, with their headings.
 PARTS: Final = {"statements": "Statements taken out", "mutants": "Mutants", "tables": "The statements, one by one"}
-#: How long to look for a law that finds a change, in seconds of processor time.
+#: Seconds of processor time to search for a law that finds a change.
 PATIENCE: Final = 20.0
-#: Likewise for one that is explained, except afresh; and in a check.
-LITTLE: Final = 6.0
+#: The same for a change that is explained, except with `--afresh`.
+EXPLAINED_PATIENCE: Final = 6.0
 
 Explained = Mapping[tuple[str, str, str, int], str]
 Writer = Callable[[Sequence[Mutation], Sequence[Key], dict[int, Finding], int], dict[str, str]]
@@ -30,13 +30,13 @@ Writer = Callable[[Sequence[Mutation], Sequence[Key], dict[int, Finding], int], 
 
 @dataclass(frozen=True)
 class Campaign:
-    """A set of changes, each of which a law must find, or somebody must explain.
+    """A set of changes, each of which a law must find, or an explanation must cover.
 
     Attributes:
         name: of its section of the memory.
         mutations: the changes.
         explained: why nothing finds some of them.
-        written: the parts of the page that tell of it.
+        written: renders its parts of the report.
     """
 
     name: str
@@ -45,46 +45,55 @@ class Campaign:
     written: Writer
 
     def explanations(self) -> dict[Key, str]:
-        """By change."""
+        """The explanations, by change."""
         return {Key(*key): why for key, why in self.explained.items()}
 
     def main(self, doc: str | None) -> int:
-        """The script; its exit status."""
+        """Run the script and return its exit status: 1 if there are complaints."""
         assert doc is not None
         parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-        parser.add_argument("--check", action="store_true", help="write nothing, and look only for what is not remembered")
-        parser.add_argument("--afresh", action="store_true", help="forget what found them before")
-        parser.add_argument("--only", default="", help="those whose file:line, function or text contains this")
-        parser.add_argument("--processes", type=int, default=2)
-        parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of processor time to look for each")
-        complaints = self.run(**vars(parser.parse_args()))
-        for complaint in complaints:
-            print(complaint)
-        return bool(complaints)
+        parser.add_argument("--check", action="store_true", help="trust the explanations, and write no page")
+        parser.add_argument("--afresh", action="store_true", help="ignore the memory, and search for everything")
+        parser.add_argument("--only", default="", metavar="TEXT", help="changes whose place or text contains TEXT")
+        parser.add_argument("--processes", type=int, default=2, help="worker processes (2)")
+        parser.add_argument(
+            "--patience", type=float, default=PATIENCE, metavar="SECONDS",
+            help=f"processor time to search for one change ({PATIENCE:.0f})",
+        )  # fmt: skip
+        return int(bool(self.run(**vars(parser.parse_args()))))
 
     def run(
         self, *, check: bool, afresh: bool = False, only: str = "", processes: int = 2, patience: float = PATIENCE
     ) -> list[str]:
-        """Try them. Remembers what finds them unless told to `check`, and writes the page if all were tried.
+        """Try the changes, remember what finds them, and print the complaints and one closing line.
 
-        Returns what is wrong: changes that are neither found nor explained, and explanations that are stale.
+        Args:
+            check: do not search for changes that are explained, and do not write the page.
+            afresh: ignore the memory.
+            only: try the changes that contain this text, and do not write the page.
+            processes: worker processes.
+            patience: seconds of processor time to search for one change.
+
+        Returns: the complaints: changes that are neither found nor explained, and stale explanations.
         """
         start = time.perf_counter()
         todo = self.mutations()
         names, why = keys(todo), self.explanations()
         which = [i for i, mutation in enumerate(todo) if only in str(mutation)]
-        memory = Memory("" if afresh else self.name)
+        memory = Memory(self.name)
+        if afresh:
+            memory.clear()
         findings: dict[int, Finding] = {}
         pool = Pool(processes, self.mutations)
         try:
-            seconds = dict.fromkeys(which, min(LITTLE, patience) if check else patience)
+            seconds = dict.fromkeys(which, patience)
             if not afresh:
-                seconds |= {i: 0.0 if check else min(LITTLE, patience) for i in which if names[i] in why}
+                short = 0.0 if check else min(EXPLAINED_PATIENCE, patience)
+                seconds |= {i: short for i in which if names[i] in why}
             look(pool, todo, memory, seconds, findings)
-        finally:  # interrupted, it goes on from here the next time
+        finally:  # after an interruption the next run continues from here
             pool.close()
-            if not check:
-                Memory(self.name).keep(names, findings)
+            Memory(self.name).keep(names, findings)
         complaints = [f"EXPLAINED, and not there  {key}" for key in why if key not in set(names)]
         for i in which:
             finding = findings.get(i, Finding())
@@ -95,23 +104,29 @@ class Campaign:
                 complaints.append(f"NOT FOUND  {todo[i]}  ({tried})")
         if not check and not only:
             _rewrite(self.written(todo, names, findings, len(laws())))
+        for complaint in complaints:
+            print(complaint)
         found = sum(bool(finding.law) for finding in findings.values())
-        print(f"{len(which)} changes, {found} found, {len(complaints)} complaints; {time.perf_counter() - start:.0f} s")
+        explained = sum(names[i] in why and not findings.get(i, Finding()).law for i in which)
+        print(
+            f"{self.name}: {len(which)} changes, {found} found, {explained} explained, {len(complaints)} complaints; "
+            f"{time.perf_counter() - start:.0f} s"
+        )
         return complaints
 
 
 def cell(text: str) -> str:
-    """Fit for a cell of a table."""
+    """Escape a text for a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
 def _rewrite(parts: dict[str, str]) -> None:
-    """Put these parts into the page, and leave the others."""
+    """Replace these parts of the report, and keep the others."""
     page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     kept = dict(re.findall(r"<!-- (\w+) -->\n## .*?\n(.*?)(?=<!-- |\Z)", page, re.DOTALL))
-    text = "# Seeded defects\n\nWritten by scripts, part by part; do not edit.\n"
+    text = "# Seeded defects\n\nGenerated.\n"
     for name, heading in PARTS.items():
         body = parts.get(name) or kept.get(name)
         if body:
             text += f"\n<!-- {name} -->\n## {heading}\n{body.rstrip()}\n"
-    PAGE.write_text(text, encoding="utf-8")
+    write_report(PAGE, text)

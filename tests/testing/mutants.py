@@ -1,12 +1,12 @@
-"""Mutation testing of the modules that decide: every small change to an operator, a constant or a result must be found.
+"""Mutation testing of the deciding modules: the tests must find every small change to an operator, constant or result.
 
-    python -m tests.testing.mutants            # all of them; writes its part of docs/seeded-defects.md
-    python -m tests.testing.mutants --afresh   # likewise, forgetting what found them before
-    python -m tests.testing.mutants --check    # writes nothing
+    python -m tests.testing.mutants            # all of them; writes its part of reports/seeded-defects.md
+    python -m tests.testing.mutants --afresh   # the same without the memory
+    python -m tests.testing.mutants --check    # trusts the explanations and writes no page
     python -m tests.testing.mutants --only prediction.py:79
 
-What is changed, and how, stands in `operators`; what finds it are the laws and unit tests of `portfolio`. A mutant that
-nothing finds must be explained in `EQUIVALENT`.
+`operators` defines the changes; `portfolio` collects the laws and unit tests that must find them. A mutant that nothing
+finds must be explained in `EQUIVALENT`. Memory, exit status and summary line are those of `seeded_defects`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.testing.search import Finding, Key
 
 __all__ = ["DECIDES", "MUTANTS", "mutants"]
 
-#: The modules that decide who has what, and when.
+#: The modules that decide which request gets which slot, and when.
 DECIDES: Final = ("slots", "prediction", "completion", "executor")
 
 
@@ -35,7 +35,7 @@ def mutants() -> list[Mutation]:
 
 
 def _written(todo: Sequence[Mutation], names: Sequence[Key], findings: dict[int, Finding], laws: int) -> dict[str, str]:
-    """The part of the page."""
+    """Render the part of the report."""
     why = MUTANTS.explanations()
     total, killed, explained = Counter[str](), Counter[str](), Counter[str]()
     survivors = []
@@ -55,12 +55,12 @@ def _written(todo: Sequence[Mutation], names: Sequence[Key], findings: dict[int,
     rows = [f"| `{file}` | {total[file]} | {killed[file]} | {explained[file]} |" for file in total]
     everything, dead = sum(total.values()), sum(killed.values())
     part = f"""
-In the modules that decide, every comparison was flipped, every condition negated, every `not` dropped, every `and` and `or`,
-every `+` and `-`, every `*` and `/`, every `min` and `max` swapped, every constant moved by one both ways, and every result
-forgotten, one at a time. Written by `python -m tests.testing.mutants`.
+In the deciding modules, one at a time: every comparison was flipped, every condition negated, every `not` dropped; `and` and
+`or`, `+` and `-`, `*` and `/`, `min` and `max` were swapped; every constant was moved by one in both directions, and every
+result dropped. Written by `python -m tests.testing.mutants`.
 
-**{everything} mutants, {dead} found** ({dead / everything:.1%}) by {laws} laws and unit tests, {everything - dead} not; of
-those, {sum(explained.values())} are explained: they do the same, or what they do differently is nobody's promise.
+**{everything} mutants, {dead} found** ({dead / everything:.1%}) by {laws} laws and unit tests, {everything - dead} not
+found, of which {sum(explained.values())} are explained: the mutant behaves the same, or differs in nothing that is promised.
 
 | file | mutants | found | explained |
 |---|---|---|---|

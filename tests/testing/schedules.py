@@ -1,6 +1,6 @@
-"""How many schedules are explored, and how fast: small programs and the long laws, on the simulated GPU.
+"""Count the schedules explored and the speed: small programs and the long laws, on the simulated GPU.
 
-    python -m tests.testing.schedules        # six minutes on all processors; writes schedules.json beside this file
+    python -m tests.testing.schedules        # six minutes on all processors; writes reports/schedules.json
     python -m tests.testing.schedules --seconds 60 --processes 2 --out FILE
 
 What is counted, each by itself and never summed up:
@@ -51,11 +51,12 @@ from aiotrt.testing import Schedule, Seeded, SimulatedDevice, SimulatedStream, e
 from tests.simulated import Audit, run_simulated
 from tests.testing.orders import line
 from tests.testing.portfolio import Law, laws, outcome
+from tests.testing.reports import REPORTS, write_report
 from tests.tools import Affine, executor_of, frame
 
 __all__ = ["Found", "exhaust", "main", "search", "small_block"]
 
-PAGE: Final = Path(__file__).with_name("schedules.json")
+OUT: Final = REPORTS / "schedules.json"
 #: Runs in one model before another is opened.
 RUNS: Final = 5000
 #: Runs after which progress is told.
@@ -435,14 +436,14 @@ def search(part: str, seconds: float, processes: int, *, report: Callable[[str],
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.testing.schedules", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--seconds", type=float, default=300.0, help="for the small programs; a fifth of it for the laws (300)"
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limit", type=int, default=1500, help="runs of the exhaustive search (1500)")
-    parser.add_argument("--out", type=Path, default=PAGE, help="where to write the figures (beside this file)")
+    parser.add_argument("--out", type=Path, default=OUT, help="file for the figures (reports/schedules.json)")
     options = parser.parse_args(arguments)
 
     def report(text: str) -> None:
@@ -459,7 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AssertionError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
-    options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_report(options.out, json.dumps(figures, indent=1) + "\n")
     return 0
 
 

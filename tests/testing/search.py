@@ -1,7 +1,8 @@
 """Looks for laws that fail when the runtime is changed, in worker processes, and remembers which did.
 
-What is remembered stands in `found.json`: for each change the law, its schedule, and how many schedules were tried until
-then. A change that was found before is tried under that schedule first, so a second run takes a small part of the time.
+The memory is `reports/found.json`: for each change the law that found it, the schedule, and how many schedules were tried
+until then. A later run tries that schedule first, so it takes a small part of the time. Without the file, everything is
+searched.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from tests.testing.portfolio import (
     prepare,
     story,
 )
+from tests.testing.reports import REPORTS, write_report
 
 __all__ = ["Finding", "Key", "Memory", "Pool", "keys", "look", "recall", "search"]
 
+FOUND: Final = REPORTS / "found.json"
 #: Of a law that has no end of schedules, how many are run to see what it reaches.
 LOOKED_AT: Final = 6
 #: Where the law is known that finds a change: by how many times longer than without the change it may run before it counts
@@ -94,21 +97,24 @@ class Finding:
 
 
 class Memory:
-    """What found which change, in a file that is kept.
+    """The law and the schedule that found each change, in a file. Empty if the file is missing.
 
     Args:
-        section: of the file.
+        section: name of the set of changes within the file.
+        path: the file.
     """
 
-    path: Final = Path(__file__).parent / "found.json"
-
-    def __init__(self, section: str) -> None:
+    def __init__(self, section: str, path: Path = FOUND) -> None:
         self._section = section
+        self._path = path
         self._found: dict[str, list[Any]] = self._all().get(section, {})
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def _all(self) -> dict[str, dict[str, list[Any]]]:
         found: dict[str, dict[str, list[Any]]] = (
-            json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         )
         return found
 
@@ -116,12 +122,21 @@ class Memory:
         return str(key) in self._found
 
     def __getitem__(self, key: Key) -> tuple[str, int, int]:
-        """The law's name, the seed, and how many schedules were tried until then."""
+        """The law's name, the seed, and the number of schedules tried until then."""
         law, seed, schedules = self._found[str(key)]
         return law, seed, schedules
 
+    def clear(self) -> None:
+        """Forget this section. The file changes with the next `keep`."""
+        self._found = {}
+
     def keep(self, names: Sequence[Key], findings: dict[int, Finding]) -> None:
-        """Remember these instead of what was known of them, and forget what is not there any more."""
+        """Store these findings in place of older ones, and drop changes that no longer exist.
+
+        Args:
+            names: every change of the section.
+            findings: the ones that were tried, by index in `names`.
+        """
         known = dict(self._found)
         for i, finding in findings.items():
             known[str(names[i])] = [finding.law, finding.seed, finding.schedules] if finding.law else []
@@ -131,7 +146,7 @@ class Memory:
         for name, section in sorted(sections.items()):
             entries = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in section.items())
             lines.append(f"{json.dumps(name)}: {{\n{entries}\n}}")
-        self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write_report(self._path, "{\n" + ",\n".join(lines) + "\n}\n")
         self._found = found
 
 
@@ -291,7 +306,7 @@ def look(pool: Pool, todo: list[Mutation], memory: Memory, patience: dict[int, f
     every, names = laws(), keys(todo)
     recall(pool, names, list(patience), every, memory, findings)
     missing = {i: seconds for i, seconds in patience.items() if i not in findings and seconds > 0}
-    print(f"{len(findings)} of {len(patience)} are found by what found them before; {len(missing)} to look for", flush=True)
+    print(f"{len(findings)} of {len(patience)} found by a remembered schedule; {len(missing)} to search for", flush=True)
     if missing:
         search(pool, todo, missing, every, findings)
 

@@ -1,16 +1,17 @@
-"""Seeded defects: each statement that acts in the runtime is taken out, one at a time, and a law must fail.
+"""Seeded defects: remove each acting statement of the runtime, one at a time, and require a law to fail.
 
-    python -m tests.testing.seeded_defects            # all of them, which takes some minutes; writes docs/seeded-defects.md
-    python -m tests.testing.seeded_defects --afresh   # likewise, forgetting what found them before
-    python -m tests.testing.seeded_defects --check    # for a test run: writes nothing; see below
+    python -m tests.testing.seeded_defects            # all of them; writes reports/seeded-defects.md
+    python -m tests.testing.seeded_defects --afresh   # the same without the memory
+    python -m tests.testing.seeded_defects --check    # trusts the explanations and writes no page
     python -m tests.testing.seeded_defects --only executor.py:181
 
-The list is not written down anywhere: it is what stands in the files of `RUNTIME`, so a wait, a gate, a wake-up or a
-hand-over that is added tomorrow is on it. A statement that acts is one that calls something, awaits something, or changes an
-attribute or an item. Attributes set in `__init__` are left out: without them nothing runs at all.
+The list is computed from the files of `RUNTIME`, so a wait, a gate, a wake-up or a hand-over that is added later is on it.
+An acting statement calls something, awaits something, or changes an attribute or an item. Attributes set in `__init__` are
+left out, because nothing runs without them.
 
-`--check` tries what is remembered in `found.json`, and looks further only for a statement that is new, or that this does not
-find any more. It fails if a statement is neither found nor explained in `EXPLAINED`, and if an explanation is stale.
+A run first tries the schedules remembered in `reports/found.json`, then searches for the statements that these do not find,
+and remembers what finds them. It exits with status 1 if a statement is neither found nor explained in `EXPLAINED`, or if an
+explanation is stale. The last line it prints is the summary.
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ KINDS: Final = (
 
 
 def mutations() -> list[Mutation]:
-    """One for each statement that acts."""
+    """The removal of each acting statement."""
     every = [mutation for name in RUNTIME for mutation in deletions(importlib.import_module(f"aiotrt.{name}"))]
     return [mutation for mutation in every if not mutation.place.name.endswith(("__init__", "__setattr__"))]
 
 
 def kind_of(mutation: Mutation) -> str:
-    """What the statement is for, in a word."""
+    """The purpose of the statement, in a word."""
     text = mutation.place.text
     return next((kind for kind, pattern in KINDS if re.search(pattern, text)), "step")
 
 
 def _written(todo: Sequence[Mutation], names: Sequence[Key], findings: dict[int, Finding], laws: int) -> dict[str, str]:
-    """The parts of the page."""
+    """Render the parts of the report."""
     kinds = [kind_of(mutation) for mutation in todo]
     why = DEFECTS.explanations()
     rows: dict[str, list[str]] = {}
@@ -88,23 +89,23 @@ def _written(todo: Sequence[Mutation], names: Sequence[Key], findings: dict[int,
     found = [finding for finding in findings.values() if finding.law]
     explained = sum(not findings[i].law and key in why for i, key in enumerate(names))
     head = f"""
-Each statement of the runtime that acts (that calls something, awaits something, or changes an attribute or an item) was
-taken out, one at a time, and the laws were run on what was left, under seeded schedules of the simulated GPU, until one
-failed. Written by `python -m tests.testing.seeded_defects`.
+Each acting statement of the runtime (it calls something, awaits something, or changes an attribute or an item) was removed,
+one at a time. The laws ran on the rest, under seeded schedules of the simulated GPU, until one failed. Written by
+`python -m tests.testing.seeded_defects`.
 
-**{len(todo)} statements, {len(found)} found** by {laws} laws, {len(todo) - len(found)} not; of those, {explained} are
-explained. Those that were found took {sum(finding.schedules for finding in found)} schedules, \
+**{len(todo)} statements, {len(found)} found** by {laws} laws, {len(todo) - len(found)} not found, of which {explained} are
+explained. The found ones took {sum(finding.schedules for finding in found)} schedules, \
 {sum(finding.schedules for finding in found) / max(len(found), 1):.1f} each.
 
-| what it is for | statements | found | not |
+| purpose | statements | found | not found |
 |---|---|---|---|
 {chr(10).join(summary)}
 
-In the tables below: the law that failed, `@` its schedule, how it failed, and how many schedules were tried until then.
+The tables below name the law that failed, `@` its schedule, how it failed, and the number of schedules tried until then.
 """
     tables = ""
     for file, body in rows.items():
-        lines = ["| line | in | for | removed | found by | how |", "|---|---|---|---|---|---|", *body]
+        lines = ["| line | in | purpose | removed | found by | how |", "|---|---|---|---|---|---|", *body]
         tables += f"\n### `{file}`\n\n" + "\n".join(lines) + "\n"
     return {"statements": head, "tables": tables}
 
