@@ -83,7 +83,7 @@ def completion(bench: Bench) -> Iterator[Row]:
             entries = {way: Entry(opened(way, work, 1), plan.count(work.seconds)) for way in ways}
             measured = bench.run(loop, measure_in_turns(entries, plan, failed))
             for way, (runs, lags) in (measured or {}).items():
-                yield Row("completion", loop, way, {"us": length}, work.seconds, runs, lags=lags)
+                yield Row.measured("completion", loop, way, {"us": length}, work.seconds, runs, lags=lags)
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
@@ -110,7 +110,9 @@ def throughput(bench: Bench) -> Iterator[Row]:
             setting = {"us": length, "slots": slots, "awaiters": awaiters}
             if measured is not None:
                 most = one_stream if way == IN_ORDER else ceilings[slots]
-                yield Row("throughput", loop, way, setting, work.seconds, measured[0], most, measured[1])
+                yield Row.measured(
+                    "throughput", loop, way, setting, work.seconds, measured[0], ceiling=most, lags=measured[1]
+                )
 
 
 async def waited(

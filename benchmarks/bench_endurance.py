@@ -76,7 +76,7 @@ async def endured(bench: Bench, work: Work, phase: str, count: int, loop: str) -
     run = Run(Spread.of(seconds), done / usage.seconds, usage.cpu, usage.others)
     facts: dict[str, Any] = {
         "count": done,
-        "readings": readings,
+        "memory": {name: extremes([reading[name] for reading in readings]) for name in readings[0]},
         "growth": {name: growth([reading[name] for reading in readings]) for name in readings[0]},
         "completed": statistics_.completed,
         "cancelled": statistics_.cancelled,
@@ -84,7 +84,7 @@ async def endured(bench: Bench, work: Work, phase: str, count: int, loop: str) -
         "evictions": statistics_.evictions,
         "is_complete": done >= count and not bench.quick,
     }
-    return Row("endurance", loop, "aiotrt call", {"phase": phase}, work.seconds, [run], facts=facts)
+    return Row.measured("endurance", loop, "aiotrt call", {"phase": phase}, work.seconds, [run], facts=facts)
 
 
 async def awaits(model: aiotrt.Model, work: Work, count: int, _: int) -> list[float]:
@@ -139,6 +139,11 @@ def memory(device: str) -> dict[str, int]:
             "allocated": torch.cuda.memory_allocated(),
         }
     return found
+
+
+def extremes(values: Sequence[int]) -> dict[str, int]:
+    """The first, the last, the least and the most of several readings."""
+    return {"first": values[0], "last": values[-1], "least": min(values), "most": max(values)}
 
 
 def growth(values: Sequence[int]) -> int:

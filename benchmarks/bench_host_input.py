@@ -146,7 +146,8 @@ def host_input(bench: Bench) -> Iterator[Row]:
             }
             measured = bench.run(loop, measure_in_turns(entries, plan, failed)) or {}
             for way, (runs, lags) in measured.items():
-                yield Row("host_input", loop, way, {**setting, "awaiters": awaiters[way]}, None, runs, ceiling, lags)
+                at = {**setting, "awaiters": awaiters[way]}
+                yield Row.measured("host_input", loop, way, at, None, runs, ceiling=ceiling, lags=lags)
 
 
 @asynccontextmanager

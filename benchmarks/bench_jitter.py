@@ -83,7 +83,9 @@ def jitter(bench: Bench) -> Iterator[Row]:
                 found = bench.run(loop, measured(calls, (FLOOR, *MODES), plan))
                 # The runs' latencies are over the lengths asked for; what a launch takes beside them is the device's too.
                 for way, (runs, lag) in (found or {}).items():
-                    yield Row("jitter", loop, way, {"scenario": scenario}, hold.base, runs, lags=[lag])
+                    facts = beside(runs, found["interval"][0]) if found and way == "predict" else {}
+                    at = {"scenario": scenario}
+                    yield Row.measured("jitter", loop, way, at, hold.base, runs, lags=[lag], facts=facts)
 
 
 class Calls:
@@ -212,24 +214,26 @@ def neighbour(device: str, is_there: bool) -> Iterator[None]:
         process.stdout.close()
 
 
+def beside(runs: Sequence[Run], interval: Sequence[Run]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The facts for the judge: by how much each run is later than "interval" in its run of the same minute."""
+    pairs = [(own.latency, other.latency) for own, other in zip(runs, interval, strict=True)]
+    return {
+        "over_interval": {
+            name: paired([getattr(own, name) - getattr(other, name) for own, other in pairs]) for name in ("p50", "p99")
+        }
+    }
+
+
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
-    """The default against "interval" of the same run."""
+    """Judge the default by "interval" of the same runs."""
     for row in rows:
-        if row.way != "predict":
+        if (over := row.facts.get("over_interval")) is None:
             continue
-        beside = {other.way: other for other in rows if (other.loop, other.setting) == (row.loop, row.setting)}
-        if (interval := beside.get("interval")) is None:
-            continue
-        misses = []
-        for name in ("p50", "p99"):
-            worse, error = paired(
-                [
-                    getattr(own.latency, name) - getattr(other.latency, name)
-                    for own, other in zip(row.runs, interval.runs, strict=True)
-                ]
-            )
-            if worse > max(2e-6, 2 * error):
-                misses.append(f"{name} {1e6 * worse:.1f} us worse than interval, give or take {1e6 * error:.1f}")
+        misses = [
+            f"{name} {1e6 * worse:.1f} us worse than interval, give or take {1e6 * error:.1f}"
+            for name, (worse, error) in over.items()
+            if worse > max(2e-6, 2 * error)
+        ]
         row.verdict = verdict(misses)
 
 

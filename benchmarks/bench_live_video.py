@@ -147,7 +147,7 @@ async def _lived(bench: Bench, film: Clip, path: Path | None, seconds: float, lo
         "growth": statistics.median(last) - statistics.median(first),
         "device_growth": grown_on_device,
     }
-    return Row("live_video", loop, "pipeline", {"sources": len(SOURCES)}, None, [run], lags=[lag], facts=facts)
+    return Row.measured("live_video", loop, "pipeline", {"sources": len(SOURCES)}, None, [run], lags=[lag], facts=facts)
 
 
 def _model(bench: Bench, film: Clip) -> aiotrt.Model:
@@ -246,7 +246,7 @@ def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:
         elif back < max(1, lost - 1):  # the last time it may be on its way
             misses.append(f"{BREAKS} broke {lost} times, and came back {back} times")
         if late:
-            others = sum(run.others or 0.0 for run in row.runs) / len(row.runs)
+            others = row.others or 0.0
             worst = 0.0 if row.lag is None else 1e3 * row.lag.worst
             misses += [*late, f"the loop was late by up to {worst:.0f} ms, and other programs used {others:.1f} cores"]
         if row.facts["growth"] >= GROWTH:

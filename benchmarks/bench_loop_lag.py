@@ -43,7 +43,7 @@ def loop_lag(bench: Bench) -> Iterator[Row]:
             setting = {"us": length, "slots": SLOTS, "awaiters": awaiters}
             if measured is not None and before is not None and after is not None:
                 facts = {"idle_lag": asdict(median_of((before, after)))}
-                yield Row("loop_lag", loop, way, setting, work.seconds, measured[0], lags=measured[1], facts=facts)
+                yield Row.measured("loop_lag", loop, way, setting, work.seconds, measured[0], lags=measured[1], facts=facts)
 
 
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:

@@ -125,7 +125,7 @@ def pipeline(bench: Bench) -> Iterator[Row]:
                 runs, lags = await measure(request, plan, awaiters=AWAITERS[way], count=count)
                 is_right = await right(call, pipe.frames, expected, AWAITERS[way])
             facts = {"network": pipe.name, "frame": list(pipe.frames[0].shape), "is_right": is_right}
-            return Row("pipeline", loop, way, {"awaiters": AWAITERS[way]}, None, runs, lags=lags, facts=facts)
+            return Row.measured("pipeline", loop, way, {"awaiters": AWAITERS[way]}, None, runs, lags=lags, facts=facts)
 
         row = bench.run(loop, run())
         if row is not None:

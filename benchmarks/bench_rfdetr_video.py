@@ -370,7 +370,7 @@ async def _measured(
         is_right = is_right and bed.agrees(passed.results)  # at full speed, where races would be
         compared += len(passed.results)
     fallbacks, bed.fallbacks = sorted(bed.fallbacks), set()
-    row = Row(
+    row = Row.measured(
         "rfdetr_video", loop, way, {"engine": bed.name, "sources": sources}, None, runs, lags=[Spread.of(lags)],
         facts={
             **facts, "is_right": is_right, "is_complete": is_complete, "compared": compared, "fallbacks": fallbacks,

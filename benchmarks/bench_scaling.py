@@ -54,7 +54,7 @@ def scaling(bench: Bench) -> Iterator[Row]:
             if axis == "events":  # a request is a wave of them; the rate is of waits
                 runs = [replace(run, rate=n * run.rate) for run in runs]
             way = "aiotrt.wait" if axis == "events" else CALL
-            yield Row("scaling", loop, way, {"axis": axis, "n": n}, work.seconds, runs, lags=lags)
+            yield Row.measured("scaling", loop, way, {"axis": axis, "n": n}, work.seconds, runs, lags=lags)
 
 
 def waiters(work: Work, n: int, plan: Plan) -> Entry:

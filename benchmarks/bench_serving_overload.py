@@ -161,7 +161,6 @@ async def overload(url: str, file: Path, pid: int, seconds: float, *, quick: boo
         # `Usage` takes everybody but this process for others: so the server too, which is none.
         "others": None if usage.others is None else usage.others - (used_after.cpu - used_before.cpu) / usage.seconds,
         **found,
-        "samples": watch.samples[:: max(1, len(watch.samples) // 100)],
     }
 
 

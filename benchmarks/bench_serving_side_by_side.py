@@ -168,7 +168,7 @@ def _row(trials: Trials, who: Contender, load: Load, settings: Mapping[str, Any]
         "client_cpu": statistics.median(one.client for one in seen),
         "lag_spread": (min(one.lag.p99 for one in seen), max(one.lag.p99 for one in seen)),
     }
-    return Row(
+    return Row.measured(
         PART, trials.server["loop"], who.name, {"model": trials.model, "load": load.name}, None, [one.run for one in seen],
         lags=[one.lag for one in seen], facts=facts,
     )  # fmt: skip
@@ -222,9 +222,9 @@ def show(record: Mapping[str, Any]) -> None:
             print(f"  {many:7.1f} requests/s to {MOST} connections, {single:6.1f} to one: {one['settings']}")
     for table in tables_of(record):
         print(f"\n{as_text(table)}")
-    others = [run["others"] for row in record["rows"] for run in row["runs"] if run["others"] is not None]
+    others = [row["others"] for row in record["rows"] if row["others"] is not None]
     if others:
-        print(f"\nother programs used {statistics.mean(others):.2f} cores on average, {max(others):.2f} at most")
+        print(f"\nother programs used {statistics.mean(others):.2f} cores on average, {max(others):.2f} in one row")
     print(f"wrong answers: {record['wrong'] or 'none'}")
     for row in record["rows"]:
         if row["verdict"]:

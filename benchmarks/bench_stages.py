@@ -229,7 +229,7 @@ async def broken_down(bench: Bench, work: Work, length: int, loop: str, plan: Pl
         "count": len(taken),
         "clock_error": error,
     }
-    return Row("stages", loop, CALL, {"us": length}, work.seconds, runs, lags=lags, facts=facts)
+    return Row.measured("stages", loop, CALL, {"us": length}, work.seconds, runs, lags=lags, facts=facts)
 
 
 def judge(rows: Sequence[Row], idle: Mapping[str, Spread]) -> None:

@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +53,7 @@ from benchmarks.measure import (
     finish,
     idle_lag,
     loops,
+    mean_of_known,
     median_of,
     run_on,
     write,
@@ -86,13 +87,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run one network: its runs, and the median of each of their figures.
+    """One way to run one network: the summary of its runs.
 
     Attributes:
-        ceiling: runs a second when nobody waits; None for one awaiter.
+        ceiling: runs a second when nothing waits; None for one awaiter.
         overhead: an await's time over the GPU's own, p50.
         lag: of the event loop meanwhile.
-        wrong: whether a result was not bare TensorRT's, bit for bit.
+        wrong: whether a result differs from bare TensorRT's in any bit.
+        runs: how many there were.
+        latency: the median of each figure over the runs; `rate` and `cpu` likewise.
+        others: cores that other programs used meanwhile, the mean; None if unknown.
+        spread: the least and the most over the runs of p50, p99, rate and cpu.
     """
 
     network: str
@@ -103,16 +108,30 @@ class Row:
     overhead: float
     lag: Spread
     wrong: bool
-    runs: list[Run]
-    latency: Spread = field(init=False)
-    rate: float = field(init=False)
-    cpu: float = field(init=False)
+    runs: int
+    latency: Spread
+    rate: float
+    cpu: float
+    others: float | None
+    spread: dict[str, tuple[float, float]]
 
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "latency", median_of(run.latency for run in self.runs))
-        set_(self, "rate", statistics.median(run.rate for run in self.runs))
-        set_(self, "cpu", statistics.median(run.cpu for run in self.runs))
+
+def summary_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """The fields of a row that summarise its runs."""
+    figures = {
+        "p50": [run.latency.p50 for run in runs],
+        "p99": [run.latency.p99 for run in runs],
+        "rate": [run.rate for run in runs],
+        "cpu": [run.cpu for run in runs],
+    }
+    return {
+        "runs": len(runs),
+        "latency": median_of(run.latency for run in runs),
+        "rate": statistics.median(figures["rate"]),
+        "cpu": statistics.median(figures["cpu"]),
+        "others": mean_of_known(run.others for run in runs),
+        "spread": {name: (min(values), max(values)) for name, values in figures.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -267,7 +286,8 @@ class Bench:
         async with Heartbeat() as heartbeat:
             await drive(request, awaiters, count)
         overhead = statistics.median(run.latency.p50 for run in runs) - self.gpu
-        return Row(self.network.name, way, slots, awaiters, ceiling, overhead, heartbeat.spread, wrong, runs)
+        summary = summary_of(runs)
+        return Row(self.network.name, way, slots, awaiters, ceiling, overhead, heartbeat.spread, wrong, **summary)
 
     def _ceiling(self, slots: int) -> float:
         """Runs a second when nobody waits: back to back, round robin over `slots` streams; best of 3."""
@@ -482,7 +502,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], skipped: dict[str, dict[str
     console.print(
         "lag: of the loop, p99, over the idle loop's; the bare ways and polygraphy block it. host: input and results."
     )
-    others = [run.others for row in rows for run in row.runs if run.others is not None]
+    others = [row.others for row in rows if row.others is not None]
     if others and max(others) > 0.2:
         console.print(f"Other programs used {statistics.median(others):.1f} cores meanwhile, at most {max(others):.1f}.")
 

@@ -25,7 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 import aiotrt
-from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, Usage, finish, idle_lag, loops, median_of, run_on
+from benchmarks.measure import (
+    HEARTBEAT,
+    RESULTS,
+    Heartbeat,
+    Spread,
+    Usage,
+    finish,
+    idle_lag,
+    loops,
+    mean_of_known,
+    median_of,
+    run_on,
+)
 from examples import ocr
 
 __all__ = ["main"]
@@ -54,13 +66,46 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its runs, and the medians of what is judged."""
+    """One setting: the summary of its runs, each figure the median over them.
+
+    Attributes:
+        runs: how many there were.
+        idle: the lag of the idle loop; `lag` that of the busy one.
+        over_idle: the p99 of `lag` less that of `idle`.
+        others: cores that other programs used meanwhile, the mean; None if unknown.
+        wrong: results of all runs that differ from the engine's own in any bit.
+        spread: the least and the most over the runs of the lag's p99, the rate and cpu.
+    """
 
     loop: str
     way: str
-    runs: list[Run]
+    runs: int
+    idle: Spread
+    lag: Spread
     over_idle: float
+    rate: float
+    cpu: float
+    others: float | None
     wrong: int
+    spread: dict[str, tuple[float, float]]
+
+    @classmethod
+    def measured(cls, loop: str, way: str, runs: Sequence[Run]) -> Row:
+        """Summarise runs."""
+        idle, lag = median_of(run.idle for run in runs), median_of(run.lag for run in runs)
+        figures = {
+            "lag": [run.lag.p99 for run in runs],
+            "rate": [run.rate for run in runs],
+            "cpu": [run.cpu for run in runs],
+        }
+        return cls(
+            loop, way, len(runs), idle, lag, lag.p99 - idle.p99,
+            rate=statistics.median(figures["rate"]),
+            cpu=statistics.median(figures["cpu"]),
+            others=mean_of_known(run.others for run in runs),
+            wrong=sum(run.wrong for run in runs),
+            spread={name: (min(values), max(values)) for name, values in figures.items()},
+        )  # fmt: skip
 
     @property
     def meets(self) -> bool:
@@ -91,8 +136,7 @@ def main(words: Sequence[str] | None = None) -> None:
             for way in WAYS:
                 status.update(f"{loop}, {way}")
                 measured = run_on(loop, measure(way, file, inputs, expected, rounds, runs))
-                over_idle = median_of(run.lag for run in measured).p99 - median_of(run.idle for run in measured).p99
-                rows.append(Row(loop, way, measured, over_idle, sum(run.wrong for run in measured)))
+                rows.append(Row.measured(loop, way, measured))
     os.sched_setaffinity(0, processors)
     folder = arguments.out or (None if arguments.quick else RESULTS)
     if folder is not None:
@@ -155,24 +199,23 @@ async def measure_calls(
 
 def show(rows: Sequence[Row], awaiters: int) -> None:
     """The rows as a table, medians over the runs."""
-    table = Table(title=f"{awaiters} awaiters; lag in ms, medians of {len(rows[0].runs)} runs", title_justify="left")
+    table = Table(title=f"{awaiters} awaiters; lag in ms, medians of {rows[0].runs} runs", title_justify="left")
     for heading in ("loop", "way"):
         table.add_column(heading, no_wrap=True)
     for heading in ("calls/s", "p50", "p99", "idle p99", "over", "wrong"):
         table.add_column(heading, justify="right")
     table.add_column("bar")
     for row in rows:
-        lag, idle = median_of(run.lag for run in row.runs), median_of(run.idle for run in row.runs)
         table.add_row(
             row.loop,
             row.way,
-            f"{statistics.median(run.rate for run in row.runs):,.0f}",
-            *(f"{1e3 * span:,.1f}" for span in (lag.p50, lag.p99, idle.p99, row.over_idle)),
+            f"{row.rate:,.0f}",
+            *(f"{1e3 * span:,.1f}" for span in (row.lag.p50, row.lag.p99, row.idle.p99, row.over_idle)),
             str(row.wrong),
             "" if row.way == TO_THREAD else "meets" if row.meets else "misses",
         )
     console.print(table)
     console.print("over: the lag's p99 over the idle loop's. wrong: results that differ from the engine's own in any bit.")
-    others = [run.others for row in rows for run in row.runs if run.others is not None]
+    others = [row.others for row in rows if row.others is not None]
     if others and max(others) > 0.2:
         console.print(f"Other programs used {statistics.median(others):.1f} cores meanwhile, at most {max(others):.1f}.")

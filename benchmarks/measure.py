@@ -27,6 +27,7 @@ import torch
 
 import aiotrt
 from aiotrt.timers import open_timer
+from benchmarks.stored import as_text, packed, rounded, unpacked
 
 __all__ = [
     "HEARTBEAT",
@@ -45,10 +46,12 @@ __all__ = [
     "idle_lag",
     "loops",
     "machine",
+    "mean_of_known",
     "median_of",
     "pace",
     "run_on",
     "write",
+    "write_record",
 ]
 
 T = TypeVar("T")
@@ -87,6 +90,12 @@ def median_of(spreads: Iterable[Spread]) -> Spread:
         max(s.worst for s in spreads),
         sum(s.count for s in spreads),
     )
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 class Heartbeat:
@@ -263,11 +272,12 @@ def code() -> str:
 
 
 def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's results with machine, versions and date, of the types that JSON has."""
+    """Add machine, versions and date to a benchmark's results. All is of JSON's types, and rounded as in the file."""
     date = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    record: dict[str, Any] = json.loads(
-        json.dumps({"benchmark": name, "date": date, "machine": machine(), **results}, default=asdict)
-    )
+    plain = json.loads(json.dumps({"benchmark": name, "date": date, "machine": machine(), **results}, default=asdict))
+    record: dict[str, Any] = rounded(plain)
+    if "rows" in record:
+        record["rows"] = unpacked(packed(record["rows"]))
     return record
 
 
@@ -285,13 +295,19 @@ def busiest(shares: Mapping[str, float], gpu: float | None) -> str:
 
 
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``; the last run's stay.
+    """Write a benchmark's results, with machine, versions and date, as ``<folder>/<name>.json``, in place of the last run's.
 
-    Whoever reads it meanwhile, or after a crash, finds the whole of one run or of the other.
+    The file is replaced at once: a reader, or the next program after a crash, finds one whole run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = folder / f"{name}.json", folder / f"{name}.json.tmp"
-    unfinished.write_text(json.dumps(as_record(name, results), indent=2) + "\n", encoding="utf-8")
+    return write_record(as_record(name, results), folder / f"{name}.json")
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> Path:
+    """Write a record into a file, its rows in the stored form."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {**record, "rows": packed(record["rows"])} if "rows" in record else record
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(as_text(stored), encoding="utf-8")
     unfinished.replace(path)
     return path
 

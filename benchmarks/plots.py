@@ -100,7 +100,8 @@ def lag(record: Record, rows: Sequence[Record]) -> Picture:
 
     def over(row: Record) -> Point:
         idle = record["idle_lag"][row["loop"]]["p99"]
-        value, low, high = (1e3 * (lag - idle) for lag in (row["lag"]["p99"], *row["spread"]["lag"]))
+        p99 = row["lag"]["p99"]
+        value, low, high = (1e3 * (lag - idle) for lag in (p99, *row["spread"].get("lag", (p99, p99))))
         return row["setting"]["us"], value, low, high
 
     series = _by_way([row for row in rows if row["lag"] is not None], over)

@@ -9,11 +9,11 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
-from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, median_of, pace, run_on
+from benchmarks.measure import Heartbeat, Request, Spread, Usage, drive, loops, mean_of_known, median_of, pace, run_on
 
 __all__ = ["MEETS", "Bench", "Entry", "Part", "Plan", "Row", "Run", "Turned", "measure", "measure_in_turns", "verdict"]
 
@@ -60,19 +60,24 @@ class Run:
 
 @dataclass
 class Row:
-    """One way to wait, in one setting: its runs, and the median of each of their figures.
+    """One way to wait, in one setting: the summary of its runs. Times are in seconds.
 
     Attributes:
-        setting: what tells it from the part's other rows: numbers and words, by name.
-        device_seconds: what the device takes for one; None where that is not known.
-        ceiling: what the device does a second when nobody waits; None where that was not measured.
-        lags: of the loop, from runs of their own; none where that was not measured.
-        facts: what else there is to say.
-        verdict: "meets", "misses: ..." or, where there is no bar, empty.
-        lag: the median of `lags`.
-        overhead: the latency less `device_seconds`.
-        cpu_seconds: processor time for one await.
-        spread: the least and the most of each figure over the runs.
+        setting: tells the row from the part's other rows: numbers and words, by name.
+        device_seconds: the device's time for one request; None if unknown.
+        ceiling: requests a second of the device when nothing waits; None if not measured.
+        runs: how many there were.
+        samples: awaits of the shortest run.
+        latency: of an await; the median of each figure over the runs.
+        rate: awaits a second, the median.
+        cpu: processor time over wall time, the median.
+        cpu_seconds: processor time for one await, the median.
+        others: cores that other programs used meanwhile, the mean; None if unknown.
+        lag: of the loop, from runs of their own, the median of each figure; None if not measured.
+        spread: the least and the most over the runs of p50, p99, rate and cpu; of the p99 of the lag, if there were several
+            runs for it; and of the pace, if it was measured.
+        facts: what else the row says.
+        verdict: "meets", "misses: ..." or, if there is no target, empty.
     """
 
     part: str
@@ -80,46 +85,74 @@ class Row:
     way: str
     setting: Mapping[str, float | str]
     device_seconds: float | None
-    runs: Sequence[Run]
-    ceiling: float | None = None
-    lags: Sequence[Spread] = ()
+    ceiling: float | None
+    runs: int
+    samples: int
+    latency: Spread
+    rate: float
+    cpu: float
+    cpu_seconds: float
+    others: float | None
+    lag: Spread | None
+    spread: dict[str, tuple[float, float]]
     facts: dict[str, Any] = field(default_factory=dict)
     verdict: str = ""
-    lag: Spread | None = field(init=False)
-    latency: Spread = field(init=False)
-    overhead: Spread = field(init=False)
-    rate: float = field(init=False)
-    cpu: float = field(init=False)
-    cpu_seconds: float = field(init=False)
-    spread: dict[str, tuple[float, float]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        less = self.device_seconds or 0.0
-        latency = self.latency = median_of(run.latency for run in self.runs)
-        self.overhead = replace(latency, p50=latency.p50 - less, p99=latency.p99 - less, worst=latency.worst - less)
-        self.rate = statistics.median(run.rate for run in self.runs)
-        self.cpu = statistics.median(run.cpu for run in self.runs)
-        self.cpu_seconds = statistics.median(run.cpu / run.rate for run in self.runs)
+    @property
+    def overhead(self) -> Spread:
+        """The latency less `device_seconds`."""
+        less, latency = self.device_seconds or 0.0, self.latency
+        return replace(latency, p50=latency.p50 - less, p99=latency.p99 - less, worst=latency.worst - less)
+
+    @classmethod
+    def measured(
+        cls,
+        part: str,
+        loop: str,
+        way: str,
+        setting: Mapping[str, float | str],
+        device_seconds: float | None,
+        runs: Sequence[Run],
+        *,
+        ceiling: float | None = None,
+        lags: Sequence[Spread] = (),
+        facts: dict[str, Any] | None = None,
+    ) -> Row:
+        """Summarise runs.
+
+        Args:
+            part, loop, way, setting, device_seconds, ceiling, facts: as the attributes.
+            runs: at least one.
+            lags: of the loop, from runs of their own; none if not measured.
+        """
         figures: dict[str, list[float]] = {
-            "p50": [run.latency.p50 for run in self.runs],
-            "p99": [run.latency.p99 for run in self.runs],
-            "rate": [run.rate for run in self.runs],
-            "cpu": [run.cpu for run in self.runs],
+            "p50": [run.latency.p50 for run in runs],
+            "p99": [run.latency.p99 for run in runs],
+            "rate": [run.rate for run in runs],
+            "cpu": [run.cpu for run in runs],
+            "lag": [lag.p99 for lag in lags] if len(lags) > 1 else [],
+            "pace": [run.pace for run in runs if run.pace is not None],
         }
-        self.lag = median_of(self.lags) if self.lags else None
-        if self.lags:
-            figures["lag"] = [lag.p99 for lag in self.lags]
-        self.spread = {name: (min(values), max(values)) for name, values in figures.items()}
+        return cls(
+            part, loop, way, setting, device_seconds, ceiling,
+            runs=len(runs),
+            samples=min(run.latency.count for run in runs),
+            latency=median_of(run.latency for run in runs),
+            rate=statistics.median(figures["rate"]),
+            cpu=statistics.median(figures["cpu"]),
+            cpu_seconds=statistics.median(run.cpu / run.rate for run in runs),
+            others=mean_of_known(run.others for run in runs),
+            lag=median_of(lags) if lags else None,
+            spread={name: (min(values), max(values)) for name, values in figures.items() if values},
+            facts=facts or {},
+        )  # fmt: skip
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Row:
-        """The row that was written so; its verdict is to be given anew."""
-        lags = record.get("lags") or ([record["lag"]] if record.get("lag") else [])
-        return cls(
-            record["part"], record["loop"], record["way"], record["setting"], record["device_seconds"],
-            [Run(**{**run, "latency": Spread(**run["latency"])}) for run in record["runs"]],
-            record["ceiling"], [Spread(**lag) for lag in lags], record["facts"],
-        )  # fmt: skip
+        """Make a row of a written one, without its verdict, which is computed again."""
+        figures = {name.name: record[name.name] for name in fields(cls) if name.name != "verdict"}
+        latency, lag = record["latency"], record["lag"]
+        return cls(**{**figures, "latency": Spread(**latency), "lag": None if lag is None else Spread(**lag)})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Final, TypeAlias
 from benchmarks.measure import HEARTBEAT, NO_OVERLAP, PARTIAL, RESULTS, Spread, busiest, code
 from benchmarks.parts import PARTS, is_judged
 from benchmarks.rows import Row
+from benchmarks.stored import unpacked
 from benchmarks.waits import NOT_LIKE_FOR_LIKE
 
 __all__ = ["MARK", "Table", "as_markdown", "as_text", "filled", "heading_of", "load", "misses_of", "tables_of"]
@@ -54,6 +54,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" in record:
+            record["rows"] = unpacked(record["rows"])
         _judge(record)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UnreadableError(
@@ -77,7 +79,7 @@ def _judge(record: dict[str, Any]) -> None:
         # that block were late once, by all of their calls.
         for row in record["rows"]:
             if row["loop"] == "uvloop" or name == "completion":
-                row["lag"], row["lags"] = None, []
+                row["lag"] = None
         record["lag_left_out"] = "measured with the loop's own timers, which do not see what they should"
     if is_judged(PARTS[name], record["device"]):
         rows = [Row.of(row) for row in record["rows"]]
@@ -115,7 +117,7 @@ def heading_of(record: Record) -> str:
     machine = record["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, no GPU"
     versions = [f"{name} {machine[name]}" for name in ("driver", "cuda", "python", "torch", "uvloop") if machine.get(name)]
-    counts = {len(row["runs"]) for row in record.get("rows", ()) if len(row.get("runs", ())) > 1}
+    counts = {row["runs"] for row in record.get("rows", ()) if row.get("runs", 0) > 1}
     medians = f"; medians of {min(counts)} runs" if len(counts) == 1 else ""
     quick = "; a quick run, whose figures say nothing" if record.get("quick") else ""
     others = others_of(record)
@@ -129,17 +131,15 @@ def heading_of(record: Record) -> str:
 
 
 def paces_of(record: Record) -> tuple[float, float] | None:
-    """The shortest and the longest that a fixed piece of Python took beside a run; None where nobody looked."""
-    runs = [run for row in record.get("rows", ()) for run in row.get("runs", ())]
-    known = [run["pace"] for run in runs if run.get("pace")]
+    """The shortest and the longest time of a fixed piece of Python beside a run; None if it was not measured."""
+    known = [pace for row in record.get("rows", ()) for pace in row.get("spread", {}).get("pace", ())]
     return (min(known), max(known)) if known else None
 
 
 def others_of(record: Record) -> float:
-    """Cores that other programs used, on average over all runs; 0.0 where that is not known."""
-    runs = [run for row in record.get("rows", ()) for run in row.get("runs", ())]
-    known = [run["others"] for run in runs if run.get("others") is not None]
-    return sum(known) / len(known) if known else 0.0
+    """Cores that other programs used, on average over all runs; 0.0 if unknown."""
+    known = [(row["others"], row["runs"]) for row in record.get("rows", ()) if row.get("others") is not None]
+    return sum(others * runs for others, runs in known) / sum(runs for _, runs in known) if known else 0.0
 
 
 def misses_of(record: Record) -> list[str]:
@@ -279,8 +279,7 @@ def _half(row: Record, name: str, scale: float = 1.0) -> str:
 def _over(row: Record) -> str:
     """An await's time over the device's, of which there is a 99th percentile if there were a hundred."""
     over = row["overhead"]
-    are_many = all(run["latency"]["count"] >= 100 for run in row["runs"])
-    most = _us(over["p99"]) if are_many else f"worst {_us(over['worst'])}"
+    most = _us(over["p99"]) if row["samples"] >= 100 else f"worst {_us(over['worst'])}"
     return f"{_us(over['p50'])}{_half(row, 'p50', 1e6)} / {most} ({_percent(row['cpu'])})"
 
 
@@ -431,7 +430,7 @@ def _rfdetr_video(record: Record) -> list[Table]:
             row["way"]
             + ("" if facts["is_right"] else ", OTHER BITS")
             + ("" if facts.get("is_complete", True) else ", FRAMES LOST"),
-            f"{statistics.fmean(run['rate'] for run in row['runs']):,.1f}",
+            f"{facts['mean']:,.1f}",
             f"{low:,.1f} to {high:,.1f}",
             *([f"{1e3 * row['lag']['p99']:.2f}"] if has_lag else []),
             "" if busy is None else _percent(busy),
@@ -483,7 +482,7 @@ def _stages(record: Record) -> list[Table]:
 
 
 def _loop_lag(record: Record) -> list[Table]:
-    if "runs" in record["rows"][0] and "lag" in record["rows"][0]["runs"][0]:
+    if "over_idle" in record["rows"][0]:
         return _host_loop_lag(record)
     idle = record["idle_lag"]
 
@@ -517,7 +516,7 @@ def _host_loop_lag(record: Record) -> list[Table]:
             "way",
             lambda row: row["way"],
             lambda row: row["loop"],
-            lambda row: f"{1e3 * row['over_idle']:.1f} ({statistics.median(run['rate'] for run in row['runs']):,.0f})",
+            lambda row: f"{1e3 * row['over_idle']:.1f} ({row['rate']:,.0f})",
         )
     ]
 
@@ -558,7 +557,7 @@ def _side_by_side(record: Record) -> list[Table]:
     settings = dict.fromkeys((row["setting"]["model"], row["setting"]["load"]) for row in record["rows"])
     return [
         Table(
-            f"{model}, {load}, {_rounds(len(record['rows'][0]['runs']))}",
+            f"{model}, {load}, {_rounds(record['rows'][0]['runs'])}",
             headings,
             [line(row) for row in record["rows"] if row["setting"] == {"model": model, "load": load}],
         )

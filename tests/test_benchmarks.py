@@ -23,14 +23,15 @@ from benchmarks import bench_stages, bench_tensorrt, plots, suite, tables, waits
 from benchmarks.bench_completion import COMPLETION, THROUGHPUT
 from benchmarks.bench_endurance import ENDURANCE
 from benchmarks.bench_host_input import AIOTRT, HOST_INPUT, JUDGED, LOOP
-from benchmarks.bench_jitter import JITTER
+from benchmarks.bench_jitter import JITTER, beside
 from benchmarks.bench_loop_lag import LOOP_LAG
 from benchmarks.bench_scaling import SCALING
 from benchmarks.bench_stages import CudaProbe, Stamps
-from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, as_record, busiest, drive, run_on, write
+from benchmarks.measure import HEARTBEAT, RESULTS, Heartbeat, Spread, as_record, busiest, drive, run_on, write, write_record
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.parts import PARTS as ALL
 from benchmarks.rows import MEETS, Entry, Plan, Row, Run, measure, measure_in_turns
+from benchmarks.stored import LIMIT, packed, unpacked
 from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -40,8 +41,8 @@ PARTS = [name for name in ALL if name != "loop_lag"]  # whose rows on the host d
 FILE = {"benchmark": str, "date": str, "machine": dict, "device": str, "quick": bool, "idle_lag": dict, "rows": list}
 SPREAD = {"p50": float, "p99": float, "worst": float, "count": int}
 ROW = {
-    "part": str, "loop": str, "way": str, "setting": dict, "runs": list, "facts": dict, "verdict": str, "latency": dict,
-    "overhead": dict, "rate": float, "cpu": float, "cpu_seconds": float, "spread": dict,
+    "part": str, "loop": str, "way": str, "setting": dict, "runs": int, "samples": int, "facts": dict, "verdict": str,
+    "latency": dict, "overhead": dict, "rate": float, "cpu": float, "cpu_seconds": float, "spread": dict,
 }  # fmt: skip
 
 
@@ -53,7 +54,10 @@ def check(record: dict[str, Any]) -> None:
         has(row, ROW)
         assert row["device_seconds"] is None or row["device_seconds"] > 0
         assert row["rate"] > 0
-        for spread in (row["latency"], row["overhead"], *(run["latency"] for run in row["runs"])):
+        assert 1 <= row["samples"] * row["runs"] <= row["latency"]["count"]
+        assert {"device_seconds", "ceiling", "others", "lag"} <= row.keys()
+        assert {"p50", "p99", "rate", "cpu"} <= row["spread"].keys()
+        for spread in (row["latency"], row["overhead"], *([row["lag"]] if row["lag"] else [])):
             has(spread, SPREAD)
         for low, high in row["spread"].values():
             assert low <= high
@@ -124,7 +128,7 @@ def test_a_network_that_is_missing_or_fails_takes_no_other_with_it(
         with pytest.raises(SystemExit) as caught:
             bench_tensorrt.main(["--quick", "--out", str(tmp_path)])
     assert caught.value.code == "FAILED: rfdetr: RuntimeError: the exporter gave up\n"
-    record = json.loads((tmp_path / "tensorrt-partial.json").read_text())
+    record = tables.load(tmp_path / "tensorrt-partial.json")
     assert record["skipped"] == {
         "vit": {"all": "vit: No module named 'timm'"},
         "resnet50": {"all": "resnet50: to build an engine takes TensorRT"},
@@ -227,7 +231,7 @@ def row(
 ) -> Row:  # fmt: skip
     run = Run(Spread(latency, latency if p99 is None else p99, latency, 10), rate, cpu, None)
     late = [] if lag is None else [Spread(lag, lag, lag, 10)]
-    return Row(part, loop, way, setting, device, [run] * 5, ceiling, late, facts or {})
+    return Row.measured(part, loop, way, setting, device, [run] * 5, ceiling=ceiling, lags=late, facts=facts)
 
 
 IDLE = {loop: Spread(1e-4, 2e-4, 3e-4, 10) for loop in ("asyncio", "uvloop")}
@@ -282,36 +286,37 @@ def test_host_inputs_are_judged_by_the_blocking_loop() -> None:
     ]  # fmt: skip
 
 
+def timed(p50: float, p99: float) -> Run:
+    return Run(Spread(p50, p99, max(p50, p99), 400), 1e3, 0.1, None)
+
+
 def test_the_default_is_judged_by_interval() -> None:
-    at: dict[str, float | str] = {"scenario": "bimodal"}
-    interval = row("jitter", "interval", at, 30e-6, device=1e-6)
-    for predict, wanted in (
-        (row("jitter", "predict", at, 31e-6, device=1e-6), MEETS),
-        (
-            row("jitter", "predict", at, 40e-6, p99=20e-6, device=1e-6),
-            "misses: p50 10.0 us worse than interval, give or take 0.0",
-        ),
+    interval = [timed(30e-6, 30e-6)] * 5
+    for latency, wanted in (
+        ((31e-6, 31e-6), MEETS),
+        ((40e-6, 20e-6), "misses: p50 10.0 us worse than interval, give or take 0.0"),
     ):
-        JITTER.judge([interval, predict], IDLE)
-        assert predict.verdict == wanted
+        facts: dict[str, Any] = dict(beside([timed(*latency)] * 5, interval))
+        rows = [row("jitter", "interval", {"scenario": "bimodal"}, 30e-6)]
+        rows.append(row("jitter", "predict", {"scenario": "bimodal"}, latency[0], facts=facts))
+        JITTER.judge(rows, IDLE)
+        assert [found.verdict for found in rows] == ["", wanted]
 
 
 def test_what_differs_by_chance_is_not_worse() -> None:
     """The same minutes are slow for both, so it is their differences that count."""
-    at: dict[str, float | str] = {"scenario": "drifting"}
 
-    def of(way: str, times: Sequence[float]) -> Row:
-        runs = [Run(Spread(1e-6 * us, 1e-6 * us, 1e-6 * us, 400), 1e3, 0.1, None) for us in times]
-        return Row("jitter", "uvloop", way, at, 1e-6, runs)
+    def of(times: Sequence[float]) -> list[Run]:
+        return [timed(1e-6 * us, 1e-6 * us) for us in times]
 
-    interval = of("interval", (30, 90, 40, 60, 50))
+    interval = of((30, 90, 40, 60, 50))
     for times, is_worse in (
         ((38, 97, 49, 68, 58), True),  # by 8 each time, whatever the minute
         ((70, 80, 45, 61, 20), False),
         ((29, 88, 39, 60, 49), False),
     ):
-        predict = of("predict", times)
-        JITTER.judge([interval, predict], IDLE)
+        predict = row("jitter", "predict", {"scenario": "drifting"}, 50e-6, facts=dict(beside(of(times), interval)))
+        JITTER.judge([predict], IDLE)
         assert predict.verdict.startswith("misses: p50 8.0 us worse") is is_worse
         assert (predict.verdict == MEETS) is not is_worse
 
@@ -471,7 +476,7 @@ def stored(tmp_path: Path) -> Path:
             "skipped": {"numba async_done": "it is not installed"}, "unreached": ["completion, us: 5000"],
         }  # fmt: skip
         write(name, results, folder)
-        check(json.loads((folder / f"{name}.json").read_text()))
+        check(tables.load(folder / f"{name}.json"))
     return folder
 
 
@@ -506,12 +511,11 @@ def test_the_summary_has_what_was_measured_of_it(stored: Path, tmp_path: Path) -
     options = ["--results", str(stored), "--docs", str(document)]
     assert suite.main(["table", *options]) == 0
     assert "not measured yet; aiotrt on uvloop:" in document.read_text()
-    record = json.loads((stored / "completion-cuda.json").read_text())
+    record = tables.load(stored / "completion-cuda.json")
     wanted = ("synchronize", "executor", "aiotrt call", "aiotrt lease")
     single = [row | {"way": way, "setting": {"us": 1000}} for row, way in zip(record["rows"], wanted, strict=True)]
     better = json.loads(json.dumps(single[0])) | {"loop": "asyncio", "device_seconds": single[0]["device_seconds"] + 2e-6}
-    for run in better["runs"]:
-        run["latency"]["p50"] += 1e-6
+    better["latency"]["p50"] += 1e-6
     record["machine"]["gpu"] = "A GPU"
     (stored / "completion-cuda.json").write_text(json.dumps(record | {"rows": [*single, better]}))
     assert suite.main(["table", *options]) == 0
@@ -525,22 +529,17 @@ def test_the_summary_has_what_was_measured_of_it(stored: Path, tmp_path: Path) -
 
 
 def test_the_heading_says_how_much_the_processors_pace_differed(stored: Path) -> None:
-    record = json.loads((stored / "completion-cuda.json").read_text())
-    paces = iter([50e-6, 40e-6, 90e-6, None])
-    for row in record["rows"]:
-        for run in row["runs"]:
-            run["pace"] = next(paces, 60e-6)
-    assert "; the same Python took up to 2.2 times as long in one run as in another" in tables.heading_of(record)
-    for row in record["rows"]:
-        for run in row["runs"]:
-            del run["pace"]
+    record = tables.load(stored / "completion-cuda.json")
     assert "the same Python" not in tables.heading_of(record)
+    for row, paces in zip(record["rows"], [(40e-6, 50e-6), (60e-6, 90e-6)], strict=False):
+        row["spread"]["pace"] = paces
+    assert "; the same Python took up to 2.2 times as long in one run as in another" in tables.heading_of(record)
 
 
 def test_the_summary_names_a_gpu_once(stored: Path, tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("<!-- table summary -->\n<!-- end of table -->")
-    record = json.loads((stored / "completion-cuda.json").read_text())
+    record = tables.load(stored / "completion-cuda.json")
     record["machine"]["gpu"] = "A GPU"
     row = record["rows"][0] | {"facts": {"is_right": True}}
     for name, setting, ways, date in (
@@ -555,7 +554,7 @@ def test_the_summary_names_a_gpu_once(stored: Path, tmp_path: Path) -> None:
 
 def test_lags_of_the_loops_own_timers_are_left_out(stored: Path) -> None:
     path = stored / "throughput-cuda.json"
-    record = json.loads(path.read_text())
+    record = tables.load(path)
     del record["heartbeat"]
     record |= {"benchmark": "loop_lag-cuda", "rows": [row | {"loop": loop} for row in record["rows"] for loop in IDLE]}
     path.write_text(json.dumps(record))
@@ -564,7 +563,7 @@ def test_lags_of_the_loops_own_timers_are_left_out(stored: Path) -> None:
         "asyncio": (False, MEETS), "uvloop": (True, ""),
     }  # fmt: skip
     (table,) = tables.tables_of(found)
-    assert table.rows[0] == ["50 us, 1, aiotrt call", "0.10±0.0 (8,000)", "- (8,000)"]
+    assert table.rows[0] == ["50 us, 1, aiotrt call", "0.10 (8,000)", "- (8,000)"]
     assert tables.missing_of(found)[-1].startswith("lag on uvloop: measured with the loop's own timers")
 
 
@@ -733,3 +732,84 @@ def test_the_stage_that_limits(shares: dict[str, float], gpu: float | None, stag
 def test_a_record_is_plain() -> None:
     record = as_record("x", {"rows": [row("completion", CALL, {"us": 1}, 1e-3)]})
     assert json.loads(json.dumps(record)) == record
+
+
+# Stored results...
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_stored_file_is_small_and_has_what_a_reader_needs(path: Path) -> None:
+    assert path.stat().st_size <= LIMIT
+    record = tables.load(path)
+    assert {"benchmark", "date", "machine", "quick"} <= record.keys()
+    assert {"cpu", "cores", "os", "python", "torch", "aiotrt", "gpu"} <= record["machine"].keys()
+    assert tables.tables_of(record)
+    for row in record.get("rows", ()):
+        assert row["runs"] >= 1
+        assert row["rate"] > 0
+        has(row["lag" if "over_idle" in row else "latency"], SPREAD)
+        assert "rate" in row["spread"]
+
+
+def test_a_summary_has_medians_and_the_spread_of_the_runs() -> None:
+    # Powers of two, so that the figures are exact.
+    runs = [
+        Run(Spread(0.25 * n, 0.5 * n, 0.75 * n, 100 * n), 64 / n, 0.125 * n, others, 0.5 * n)
+        for n, others in ((1, 0.5), (4, None), (2, 1.5))
+    ]
+    lags = [Spread(0.25, 0.25 * n, 2.0, 10) for n in (1, 4, 2)]
+    found = Row.measured("completion", "uvloop", CALL, {"us": 1}, 0.125, runs, lags=lags)
+    assert (found.runs, found.samples, found.others) == (3, 100, 1.0)
+    assert found.latency == Spread(0.5, 1.0, 3.0, 700)
+    assert found.overhead == Spread(0.375, 0.875, 2.875, 700)
+    assert (found.rate, found.cpu, found.lag) == (32.0, 0.25, Spread(0.25, 0.5, 2.0, 30))
+    assert found.spread == {
+        "p50": (0.25, 1.0), "p99": (0.5, 2.0), "rate": (16.0, 64.0), "cpu": (0.125, 0.5), "lag": (0.25, 1.0),
+        "pace": (0.5, 2.0),
+    }  # fmt: skip
+    (written,) = as_record("x", {"rows": [found]})["rows"]
+    again = Row.of(written)
+    assert again.latency == found.latency
+    assert again.lag == found.lag
+    assert as_record("x", {"rows": [again]})["rows"] == [written]
+
+
+def test_a_written_file_gives_the_tables_and_the_pictures_of_the_run(tmp_path: Path) -> None:
+    rows = [
+        row("completion", way, {"us": us}, us * 1e-6 + over / 3, device=us * 1e-6, lag=3e-4)
+        for us in (100, 1000)
+        for way, over in ((FLOOR, 5e-6), (CALL, 8e-6))
+    ]
+    results = {"device": "cuda", "idle_lag": IDLE, "heartbeat": HEARTBEAT, "rows": rows}
+    shown, path = as_record("completion-cuda", results), write("completion-cuda", results, tmp_path)
+    read = tables.load(path)
+    assert tables.tables_of(shown) == tables.tables_of(read)
+    assert tables.heading_of(shown) == tables.heading_of(read)
+    for plot in plots.PLOTS["completion"]:
+        assert plot(shown, shown["rows"]) == plot(read, read["rows"])
+    again = write_record(json.loads(path.read_text()) | {"rows": read["rows"]}, tmp_path / "again.json")
+    assert tables.load(again) == read
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"a": 1, "b": {"x": 1.5}}],
+        [{"a": 1, "b": {"x": 1.5, "y": 2}}, {"a": 1, "b": None}, {"a": 1, "b": {"x": 0.25, "y": [1, 2]}}],
+        [{"a": 1, "b": {"x": 1}}, {"a": 2, "b": {"y": 1}}],
+        [{"a": 1, "b": [1]}, {"a": 2, "b": {"x": 1}}],
+        [{"a": 1}, {"b": 1}],
+    ],
+)
+def test_rows_that_are_packed_come_back(rows: list[dict[str, Any]]) -> None:
+    assert unpacked(json.loads(json.dumps(packed(rows)))) == rows
+
+
+def test_a_written_file_has_a_line_for_each_row_and_no_needless_digits(tmp_path: Path) -> None:
+    rows = [row("completion", CALL, {"us": us}, 1e-3 / 3) for us in (1, 2, 3)]
+    path = write("completion-cuda", {"device": "cuda", "idle_lag": IDLE, "rows": rows}, tmp_path)
+    text = path.read_text()
+    assert sum(line.startswith("[") for line in text.splitlines()) == 3
+    assert "0.00033333333," in text
+    assert json.loads(text)["rows"]["same"]["way"] == CALL

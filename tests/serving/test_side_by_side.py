@@ -33,7 +33,7 @@ TINY = Job("tiny", None, "host", {"threads": 1, "at_once": 2})
 def row(way: str, *, rate: float, p99: float, batched: bool = False, load: str = "8 connections") -> Row:
     facts = {"is_batched": batched, "is_open": "random" in load, "memory": 1 << 20, "client_cpu": 0.1}
     runs = [Run(Spread(p99 / 2, p99, p99, 100), rate, 1.0, 0.0)]
-    return Row(
+    return Row.measured(
         "side_by_side", "uvloop", way, {"model": "reader", "load": load}, None, runs, lags=[runs[0].latency], facts=facts
     )
 

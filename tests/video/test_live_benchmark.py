@@ -39,7 +39,7 @@ def healthy() -> dict[str, Any]:
 
 
 def said(facts: dict[str, Any]) -> str:
-    row = Row(
+    row = Row.measured(
         "live_video", "uvloop", "pipeline", {"sources": 8}, None, [Run(SPREAD, 220, 0.2, 1.5)], lags=[SPREAD], facts=facts
     )
     judge([row], {})

@@ -43,7 +43,7 @@ class Found(NamedTuple):
 def row(engine: str, way: str, rate: float, **facts: Any) -> Row:
     lag = facts.pop("lag", LAG)
     known = {"is_right": True, "is_complete": True, "fallbacks": [], "gpu_share": 0.95, "mean": rate}
-    return Row(
+    return Row.measured(
         "rfdetr_video", "uvloop", way, {"engine": engine}, None, [Run(LAG, rate, 1.0, 0.0)], lags=[lag], facts=known | facts
     )
 
