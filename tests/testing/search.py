@@ -49,6 +49,8 @@ LOOKED_AT: Final = 6
 LONGER: Final = 5.0
 KNOWN_PROCESSOR_LIMIT: Final = 0.5
 KNOWN_REAL_LIMIT: Final = 2.0
+#: Seconds of real time that a search may take for each second of its patience, because laws that wait use no processor.
+REAL_PER_PATIENCE: Final = 6.0
 #: Seconds without an answer after which a worker process is given up.
 SILENCE: Final = 90.0
 #: Laws that reach a function in another process, where that is not seen.
@@ -212,7 +214,7 @@ def _try(every: list[Law], todo: list[Mutation], job: Job) -> Finding:
         if error is not None and not (doubtful and outcome(every[law], seed) is not None):
             finding.law, finding.seed, finding.how = every[law].name, seed, story(error)
             break
-        if finding.seconds > job.patience:
+        if finding.seconds > job.patience or time.perf_counter() - began > REAL_PER_PATIENCE * job.patience:
             break
     finding.real = time.perf_counter() - began
     return finding
@@ -370,7 +372,8 @@ def search(
 
 
 def _one_by_one(pool: Pool, every: list[Law], job: Job) -> Finding:
-    """One of these hangs the process, or ends it: which?"""
+    """Try the schedules of a job singly, because one of them hangs or ends the process."""
+    began = time.perf_counter()
     finding = Finding()
     for tried, (law, seed) in enumerate(job.trials, 1):
         ((_, answer),) = pool.run([Job(job.mutation, [(law, seed)])], silence=SILENCE / 3)
@@ -381,6 +384,6 @@ def _one_by_one(pool: Pool, every: list[Law], job: Job) -> Finding:
             return answer  # type: ignore[no-any-return]
         finding.schedules = tried
         finding.seconds += answer.seconds
-        if finding.seconds > job.patience:
+        if finding.seconds > job.patience or time.perf_counter() - began > REAL_PER_PATIENCE * job.patience:
             break
     return finding
