@@ -791,6 +791,21 @@ def test_a_written_file_gives_the_tables_and_the_pictures_of_the_run(tmp_path: P
     assert tables.load(again) == read
 
 
+def test_the_rows_of_real_engines_are_summaries_too(tmp_path: Path) -> None:
+    spread = Spread(1e-3, 2e-3, 3e-3, 50)
+    runs = [bench_tensorrt.Run(spread, rate, 0.5, 0.25) for rate in (900.0, 1100.0, 1000.0)]
+    rows = [
+        bench_tensorrt.Row("vit", CALL, 2, awaiters, ceiling, 5e-5, spread, wrong=False, **bench_tensorrt.summary_of(runs))
+        for awaiters, ceiling in ((1, None), (64, 2000.0))
+    ]
+    results = {"quick": False, "loop": "uvloop", "awaiters": 64, "idle_lag": spread, "rows": rows}
+    record = tables.load(write("tensorrt", results, tmp_path))
+    assert [(found["runs"], found["spread"]["rate"]) for found in record["rows"]] == [(3, [900.0, 1100.0])] * 2
+    (table,) = tables.tables_of(record)
+    assert table.rows == [[CALL, "50.0 us"], [f"{CALL}, 2 slots", "1,000/s (50 %)"]]
+    assert "medians of 3 runs; other programs used 0.2 cores meanwhile" in tables.heading_of(record)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
