@@ -59,8 +59,8 @@ STAGES: Final = (
     ),
     Stage("serial", "tests that measure time", (*PYTEST, "-m", "serial and not gpu")),
     Stage("known defects", "defects that tests once missed", ("-m", "tests.testing.known_defects"), r"\d+ of \d+ .*"),
-    Stage("seeded defects", "statements taken out", ("-m", "tests.testing.seeded_defects"), r"\d+ changes, .*"),
-    Stage("mutants", "operators and constants changed", ("-m", "tests.testing.mutants"), r"\d+ changes, .*"),
+    Stage("seeded defects", "statements taken out", ("-m", "tests.testing.seeded_defects"), r"\w+: \d+ changes, .*"),
+    Stage("mutants", "operators and constants changed", ("-m", "tests.testing.mutants"), r"\w+: \d+ changes, .*"),
     Stage("schedules", "orders of events", ("-m", "tests.testing.schedules", "--seconds", "300"), r"small: \{.*"),
     Stage("soak", "three minutes of load, every result compared", ("-m", "tests.testing.soak", "--seconds", "180"), r".*\S.*"),
 )  # fmt: skip

@@ -285,6 +285,7 @@ def main(arguments: Sequence[str]) -> int:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(part.ljust(width) for part, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(rows) - 1 - wrong} of {len(rows) - 1} trials find their defect")
     return min(wrong, 1)
 
 
