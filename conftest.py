@@ -1,8 +1,8 @@
 """Which tests a run selects, and a count of those that it leaves out, with the reason.
 
-Two tiers. A plain run is what a person needs to trust a change: every test body once, on asyncio's own loop. `--proof` runs
-everything: each body on every loop and under every group of seeds, and tests marked `proof`. A body runs on all loops in both
-tiers where its module is marked `every_loop`, because there the loop matters.
+There are two tiers. A plain run is what a person needs to trust a change: every test body once, on asyncio's own loop.
+`--proof` runs everything: each body on every loop and under every group of seeds, and tests marked `proof`. A body runs on all
+loops in both tiers where its module is marked `every_loop`, because there the loop matters.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _freeze() -> None:
-    """Exempt what exists before a module's first test from the collections after its tests, which cost 0.8 s each with it."""
+    """Exempt what exists before a module's first test from the collections after its tests: each would cost 0.8 s more."""
     gc.collect()
     gc.freeze()
 

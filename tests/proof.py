@@ -1,4 +1,4 @@
-"""The full proof: every test on every loop under every seed, seeded defects, mutants, schedules and a soak; prints one table.
+"""The full proof: every test on every loop under every seed, defects put in, mutants, schedules and a soak; one table.
 
     python -m tests.proof                        # everything, one stage after the other; see `STAGES`
     python -m tests.proof --only tests soak      # these stages
@@ -62,7 +62,7 @@ STAGES: Final = (
     Stage("seeded defects", "statements taken out", ("-m", "tests.testing.seeded_defects"), r"\w+: \d+ changes, .*"),
     Stage("mutants", "operators and constants changed", ("-m", "tests.testing.mutants"), r"\w+: \d+ changes, .*"),
     Stage("schedules", "orders of events", ("-m", "tests.testing.schedules", "--seconds", "300"), r"small: \{.*"),
-    Stage("soak", "three minutes of load, every result compared", ("-m", "tests.testing.soak", "--seconds", "180"), r".*\S.*"),
+    Stage("soak", "three minutes of load, all results compared", ("-m", "tests.testing.soak", "--seconds", "180"), r".*\S.*"),
 )  # fmt: skip
 
 
