@@ -1,13 +1,14 @@
 """Which tests a run selects, and a count of those that it leaves out, with the reason.
 
 There are two tiers. A plain run is what a person needs to trust a change: every test body once, on asyncio's own loop.
-`--proof` runs everything: each body on every loop and under every group of seeds, and tests marked `proof`. A body runs on all
-loops in both tiers where its module is marked `every_loop`, because there the loop matters.
+`--proof` runs everything: each body on every loop and under every group of seeds, and tests marked `proof`. A body runs on
+all loops in both tiers where its module is marked `every_loop`, because there the loop matters.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -17,7 +18,7 @@ PROOF: Final = "belong to the full proof (other loops, other seeds, long searche
 SERIAL: Final = "measure time and run alone, after or before this"
 OTHER: Final = "deselected by -m or -k"
 
-#: Of the groups of seeds of a law, the first ones are in the plain run.
+#: Of the seeds of a law, or the groups of them, so many are in the plain run.
 GROUPS: Final = 1
 
 _deselected = pytest.StashKey[Counter[str]]()
@@ -25,6 +26,13 @@ _deselected = pytest.StashKey[Counter[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run everything: all loops, all seeds, tests marked proof")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For a run of serial tests alone, skip the import of all modules that have none."""
+    if config.option.markexpr.startswith("serial") and collection_path.name.startswith("test_"):
+        return "mark.serial" not in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -85,8 +93,7 @@ def _is_proof(item: pytest.Item) -> bool:
     if item.get_closest_marker("proof"):
         return True
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    group = parameters.get("group", 0)
-    if isinstance(group, int) and group >= GROUPS:
+    if any(isinstance(parameters.get(name), int) and parameters[name] >= GROUPS for name in ("group", "seed")):
         return True
     loop = _loop_of(item)
     return loop is not None and loop != "asyncio" and not item.get_closest_marker("every_loop")

@@ -388,6 +388,7 @@ def test_memory_must_not_grow() -> None:
 # How it is measured...
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_the_heartbeat_sees_what_holds_up_every_turn(loop: str) -> None:
     """By less than the loop's own timers can tell: what is held up so waits for one turn or two."""
@@ -405,6 +406,7 @@ def test_the_heartbeat_sees_what_holds_up_every_turn(loop: str) -> None:
     assert np.median(run_on(loop, busy())) > held / 2
 
 
+@pytest.mark.serial
 def test_the_heartbeat_counts_every_beat_of_a_loop_that_is_blocked() -> None:
     async def blocked() -> list[float]:
         async with Heartbeat() as heartbeat:

@@ -59,6 +59,7 @@ class Searched(Runtime):
     """The same machine, with a seed of its own."""
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_forget")
 @pytest.mark.parametrize(("module", "function", "start"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])

@@ -43,6 +43,7 @@ def soaked(*arguments: str, broken: tuple[str, str] | None = None) -> subprocess
     )
 
 
+@pytest.mark.proof
 @pytest.mark.serial
 def test_it_passes_and_says_what_was_done(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
@@ -65,6 +66,7 @@ def test_a_device_that_is_not_there_is_said_in_one_line() -> None:
     assert "device 'cuda:99'" in line
 
 
+@pytest.mark.proof
 @pytest.mark.serial
 def test_a_result_that_changes_later_is_found() -> None:
     ended = soaked("--seconds", "20", broken=("aiotrt.requests.own", "lambda view, dtype, kind: view"))
@@ -72,6 +74,7 @@ def test_a_result_that_changes_later_is_found() -> None:
     assert "MismatchError" in ended.stderr, ended.stderr
 
 
+@pytest.mark.proof
 @pytest.mark.serial
 @pytest.mark.parametrize(
     ("seconds", "patience", "why"),
