@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)  # of a process of pytest-xdist, where the collecting is done
     if output is not None:
-        output["deselected"] = dict(session.config.stash.get(_deselected, Counter()))
+        counts: Counter[str] = session.config.stash.get(_deselected, Counter())
+        output["deselected"] = dict(counts)
 
 
 @pytest.hookimpl(optionalhook=True)
