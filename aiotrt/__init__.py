@@ -1,15 +1,15 @@
 """aiotrt: ``await model(frame)``. GPU inference that belongs in an asyncio program.
 
-Start reading at `aiotrt.model`, which tells the story; `aiotrt.slots` decides who owns what, `aiotrt.executor` does it,
-and `aiotrt.completion` finds out when it is done.
+Start reading at `aiotrt.model`, which tells the story. `aiotrt.runtime.slots` decides who owns what,
+`aiotrt.runtime.executor` does it, and `aiotrt.completion.poller` finds out when it is done.
 """
 
 from __future__ import annotations
 
-from aiotrt.batching import Batching
+from aiotrt.batching.queue import Batching
 from aiotrt.buffers import Buffer, Buffers
 from aiotrt.building import BuildProgress, build
-from aiotrt.completion import wait
+from aiotrt.completion.poller import wait
 from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import (
     AiotrtError,

@@ -10,14 +10,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from aiotrt.completion import check_loop
+from aiotrt.completion.poller import check_loop
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
-from aiotrt.executor import Executor
-from aiotrt.graphs import Program
-from aiotrt.handshake import GraphState, carry
-from aiotrt.slots import State
-from aiotrt.submission import Request, Slot, submit_lease
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.handshake import GraphState, carry
+from aiotrt.runtime.launch import Request, Slot, submit_lease
+from aiotrt.runtime.programs import Program
+from aiotrt.runtime.slots import State
 from aiotrt.tensors import DEVICE, Kind, number, widened
 
 __all__ = ["Buffer", "Buffers", "Hold"]

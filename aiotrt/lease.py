@@ -16,7 +16,7 @@ from typing import Any, Self
 from aiotrt.buffers import Buffer, Buffers, Hold
 from aiotrt.devices import Event
 from aiotrt.errors import AiotrtError, ModelClosedError, UsageError
-from aiotrt.executor import Executor
+from aiotrt.runtime.executor import Executor
 from aiotrt.tensors import Kind, Shapes, Specs
 
 __all__ = ["Lease"]

@@ -19,21 +19,21 @@ import anyio
 import numpy as np
 import torch
 
-from aiotrt.batching import Batching
+from aiotrt.batching.batch import check_extents
+from aiotrt.batching.batcher import Gatherer
+from aiotrt.batching.queue import Batching
 from aiotrt.building.profiles import ProfileArgument
-from aiotrt.completion import Hub, check_loop
+from aiotrt.completion.poller import Hub, check_loop
+from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, UsageError
-from aiotrt.executor import Executor
-from aiotrt.gathering import Gatherer
-from aiotrt.graphs import ProgramCache, Recipe
 from aiotrt.lease import Lease
-from aiotrt.mapping import map_in_order
-from aiotrt.prediction import Progress
-from aiotrt.slots import State
-from aiotrt.stacking import check_extents
-from aiotrt.submission import Request
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.launch import Request
+from aiotrt.runtime.mapping import map_in_order
+from aiotrt.runtime.programs import ProgramCache, Recipe
+from aiotrt.runtime.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]

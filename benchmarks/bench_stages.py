@@ -31,9 +31,9 @@ from typing import Any, Final
 import torch
 
 import aiotrt
-from aiotrt.completion import Lane
-from aiotrt.executor import Executor
-from aiotrt.graphs import Program
+from aiotrt.completion.poller import Lane
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.programs import Program
 from benchmarks.measure import Spread
 from benchmarks.rows import Bench, Part, Plan, Row, measure
 from benchmarks.waits import CALL, Work

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import aiotrt
-from aiotrt.timers import open_timer
+from aiotrt.completion.timers import open_timer
 from benchmarks.stored import as_text, packed, rounded, unpacked
 
 __all__ = [

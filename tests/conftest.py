@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import uvloop
 
-import aiotrt.completion
+import aiotrt.completion.poller
 
 
 def _debug() -> asyncio.AbstractEventLoop:
@@ -66,7 +66,7 @@ def _no_leaks() -> Iterator[None]:
     """Fail a test that leaks: whatever it made and forgot to close is collected here, and warns."""
     yield
     gc.collect()
-    hubs = aiotrt.completion._hubs
+    hubs = aiotrt.completion.poller._hubs
     leaked = {key: hub for key, hub in hubs.items() if hub._users}
     for key in leaked:  # the next test has not leaked them
         del hubs[key]

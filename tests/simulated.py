@@ -11,11 +11,13 @@ from unittest import mock
 
 import torch
 
-from aiotrt import completion, submission, tensors
+from aiotrt import tensors
+from aiotrt.completion import poller as completion
 from aiotrt.engines.module import ModuleEngine, ModuleExecution
-from aiotrt.executor import Executor
-from aiotrt.graphs import Program
-from aiotrt.slots import State
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.programs import Program
+from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, SimulatedGraph, SimulatedStream, run
 from aiotrt.testing.loop import _Selector
 from aiotrt.testing.streams import Record
@@ -181,8 +183,8 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
 
     with (
         contextlib.ExitStack() as stack,
-        mock.patch("aiotrt.requests.own", own),
-        mock.patch("aiotrt.requests.copy_in", copy_in),
+        mock.patch("aiotrt.runtime.requests.own", own),
+        mock.patch("aiotrt.runtime.requests.copy_in", copy_in),
         mock.patch.object(_Selector, "select", audited_select),
         mock.patch.object(Executor, "__init__", audited_init),
         mock.patch.object(SimulatedGraph, "__init__", graph_opened),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
-from aiotrt.stacking import Batch, Call
+from aiotrt.batching.batch import Batch, Call
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
 
 pytestmark = pytest.mark.asyncio

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import aiotrt
-from aiotrt.batching import Batching, Deadlines, Entry, Pace, Queue, choose_sizes, padded
+from aiotrt.batching.queue import Batching, Deadlines, Entry, Pace, Queue, choose_sizes, padded
 
 
 def entry(group: object = "a", priority: int = 0, arrival: float = 0.0, deadline: float | None = None) -> Entry:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.completion import Hub, Lane, wait
+from aiotrt.completion.poller import Hub, Lane, wait
+from aiotrt.completion.prediction import Estimate, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
-from aiotrt.prediction import Estimate, Progress
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 

@@ -1,4 +1,4 @@
-"""What `devices/` reaches for exists: every name that it takes from CUDA's bindings and from torch, without a GPU.
+"""What aiotrt reaches for in CUDA exists: every name that it takes from CUDA's bindings and from torch, without a GPU.
 
 This proves spelling, not behaviour; behaviour is for `tests/gpu` on a machine that has one.
 """
@@ -17,8 +17,9 @@ import aiotrt
 driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
-FOLDER = Path(aiotrt.__file__).parent / "devices"
-SOURCES = [ast.parse((FOLDER / name).read_text()) for name in ("cuda.py", "cuda_graphs.py", "instruments.py")]
+FOLDER = Path(aiotrt.__file__).parent
+FILES = ("devices/cuda.py", "devices/cuda_graphs.py", "selftest/instruments.py")
+SOURCES = [ast.parse((FOLDER / name).read_text()) for name in FILES]
 #: Only in torch's CUDA builds.
 CUDA_BUILDS_ONLY = {"torch._C._cuda_getCurrentRawStream", "torch.cuda.default_generators"}
 

@@ -21,8 +21,8 @@ import aiotrt
 from aiotrt.devices.base import CaptureError, Event, Stream
 from aiotrt.devices.host import HostDevice, HostStream
 from aiotrt.errors import DeviceError
-from aiotrt.slots import Event as Move
-from aiotrt.slots import State
+from aiotrt.runtime.slots import Event as Move
+from aiotrt.runtime.slots import State
 from aiotrt.tensors import Kind
 from tests.tools import Affine, count, executor_of, frame, held, turns, until
 
@@ -282,7 +282,7 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr("aiotrt.requests.own", full)
+            patch.setattr("aiotrt.runtime.requests.own", full)
             with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                 await model(frame(1))
         assert (await model(frame(1)))[0, 0] == 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.handshake import GraphState
+from aiotrt.runtime.handshake import GraphState
 from aiotrt.testing import HazardError, SimulatedDevice
 from tests.simulated import run_simulated
 from tests.test_laws_simulated import load, right

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame
 
 GOOD = frame(2)

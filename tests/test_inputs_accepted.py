@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.tensors import numpy_view
 from tests.tools import Affine, count
 

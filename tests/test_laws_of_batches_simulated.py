@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
-from aiotrt.stacking import Stacked
+from aiotrt.batching.batch import Stacked
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_batches_simulated import balanced, load, simulated
@@ -507,7 +507,7 @@ def test_a_batch_that_cannot_be_put_together_fails_its_items_and_whoever_is_next
                 before = calls(model, range(busy))
                 if busy:
                     await in_flight(model)
-                patch.enter_context(mock.patch("aiotrt.stacking.Stacked", stacked))
+                patch.enter_context(mock.patch("aiotrt.batching.batch.Stacked", stacked))
                 items = calls(model, range(bad), deadline=choose.choice([None, 60.0])) + calls(model, range(bad, 5))
                 await turns()
                 hold.close()

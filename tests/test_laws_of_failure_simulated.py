@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt import submission
 from aiotrt.devices import Event
-from aiotrt.graphs import Program
-from aiotrt.slots import State
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime.programs import Program
+from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, VirtualLoop, Workers, fault_points
 from tests.simulated import Audit, Striker, held_streams, run_simulated
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
@@ -498,7 +498,7 @@ def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: i
         async with load(device, slots=slots, graph_cache_entries=choose.choice([1, 4])) as model:
             with (
                 mock.patch.object(Workers, "submit", submitting),
-                mock.patch("aiotrt.requests.COPY_ON_LOOP_BYTES", choose.choice([0, 1 << 20])),
+                mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", choose.choice([0, 1 << 20])),
             ):
                 calls = [asyncio.ensure_future(model(frame(i, (1 + i % 3, 3)))) for i in range(8)]
                 results = await asyncio.gather(*calls, return_exceptions=True)
@@ -541,7 +541,7 @@ def test_what_is_evicted_for_memory_waits_for_its_readers_though_its_slot_is_tak
                 first.launch()
                 first.consumed(reader)
             striker.strike("empty", FaultKind.MEMORY)
-            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.requests.retire", retiring):
+            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.runtime.requests.retire", retiring):
                 assert right(await model(frame(1, (5, 5))), 1)
             assert awaited
             assert all(awaited.values())

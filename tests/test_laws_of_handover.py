@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, Scripted, SimulatedDevice
 from tests.simulated import Striker, held_streams, run_simulated
 from tests.test_laws_of_turns_simulated import BOTH, stubborn

@@ -14,10 +14,9 @@ from unittest import mock
 
 import pytest
 
-from aiotrt import completion
-from aiotrt.completion import LOOKS_BEFORE_HANG, PATROL, STALL, STALL_SHARE, TURN, Hub, Lane
-from aiotrt.errors import DeviceHangError
-from aiotrt.prediction import (
+from aiotrt.completion import poller as completion
+from aiotrt.completion.poller import LOOKS_BEFORE_HANG, PATROL, STALL, STALL_SHARE, TURN, Hub, Lane
+from aiotrt.completion.prediction import (
     DOZE,
     DOZES,
     LONG,
@@ -30,6 +29,7 @@ from aiotrt.prediction import (
     Lateness,
     Progress,
 )
+from aiotrt.errors import DeviceHangError
 from tests.test_completion import Timer, Work, World, learned
 
 pytestmark = pytest.mark.asyncio

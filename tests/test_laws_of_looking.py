@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aiotrt import completion
-from aiotrt.completion import Hub, Lane
+from aiotrt.completion import poller as completion
+from aiotrt.completion.poller import Hub, Lane
+from aiotrt.completion.prediction import Estimate, Progress
 from aiotrt.errors import UsageError
-from aiotrt.prediction import Estimate, Progress
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import run_simulated
 from tests.test_completion import Timer, Work, World, learned

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt import submission
-from aiotrt.slots import State
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_laws_of_owners_simulated import GROUPS
@@ -220,7 +220,7 @@ def test_copies_in_worker_threads_keep_what_they_use(group: int) -> None:
             await settle(model, slots)
             assert all_told(model)
 
-    with mock.patch("aiotrt.requests.COPY_ON_LOOP_BYTES", 0):
+    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0):
         under_schedules(group, program)
 
 
@@ -236,7 +236,7 @@ def test_a_call_that_is_cancelled_while_its_results_are_copied_keeps_its_slot_un
             await asyncio.wait([call])
             assert right(await model(frame(2)), 2)
 
-    with mock.patch("aiotrt.requests.COPY_ON_LOOP_BYTES", 0):
+    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0):
         under_schedules(group, program)
 
 
@@ -254,14 +254,14 @@ def test_out_of_host_memory_for_results_fails_that_call_only(group: int, where: 
             def full(*_: object) -> object:
                 raise MemoryError
 
-            with mock.patch("aiotrt.requests.own", full):
+            with mock.patch("aiotrt.runtime.requests.own", full):
                 with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                     await model(frame(1))
             await settle(model, 1)
             assert right(await model(frame(2)), 2)
             assert all_told(model)
 
-    with mock.patch("aiotrt.requests.COPY_ON_LOOP_BYTES", 0 if where == "in a worker" else 1 << 20):
+    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0 if where == "in a worker" else 1 << 20):
         under_schedules(group, program)
 
 
@@ -653,7 +653,7 @@ def test_what_a_lease_has_that_is_forgotten_with_its_model_is_kept(group: int, l
 
 def test_a_model_that_outlives_its_loop_lets_go_of_everything() -> None:
     """On a loop of asyncio's own: there is a real timer, whose file must be closed."""
-    from aiotrt import completion
+    from aiotrt.completion import poller as completion
 
     hubs: list[completion.Hub] = []
 

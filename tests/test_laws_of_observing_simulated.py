@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of

@@ -21,7 +21,7 @@ import torch
 import aiotrt
 from aiotrt import engines
 from aiotrt import model as model_module
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice
 from aiotrt.testing.virtual import Workers
 from tests.simulated import held_streams, run_simulated

@@ -19,7 +19,7 @@ import torch
 
 import aiotrt
 from aiotrt.devices import Stream
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_laws_simulated import SHAPE, load, right, settle, under_schedules

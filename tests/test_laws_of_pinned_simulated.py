@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt import executor, requests, submission
-from aiotrt.slots import State
-from aiotrt.submission import Request
+from aiotrt.runtime import executor, requests
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime.launch import Request
+from aiotrt.runtime.slots import State
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import held_streams
 from tests.test_laws_simulated import GROUPS, SHAPE, load, right, settle, under_schedules

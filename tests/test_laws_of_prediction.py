@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 import pytest
 
-from aiotrt.prediction import (
+from aiotrt.completion.prediction import (
     AGREE,
     DOZE,
     LONG,

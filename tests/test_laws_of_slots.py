@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from aiotrt.slots import Event, Grant, Line, Slots
+from aiotrt.runtime.slots import Event, Grant, Line, Slots
 
 
 @pytest.mark.parametrize(("count", "preferred"), [(n, i) for n in range(1, 5) for i in range(n)])

@@ -13,9 +13,10 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt import requests, submission
 from aiotrt.devices import Copies
-from aiotrt.graphs import Program
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime import requests
+from aiotrt.runtime.programs import Program
 from aiotrt.testing import SimulatedDevice, SimulatedGraph
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
 from tests.test_laws_simulated import GROUPS, load, right, settle, under_schedules

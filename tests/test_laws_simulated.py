@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, Schedule, SimulatedDevice, explore, fault_points
 from tests.simulated import run_simulated
 from tests.tools import Affine, count, frame

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.test_laws_simulated import SHAPE, right, settle
 from tests.tools import Affine, count, executor_of, frame, turns
 from tests.virtual_host import VirtualHost, run_on_host

@@ -17,44 +17,46 @@ PACKAGE = Path(aiotrt.__file__).parent
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
     {"errors"},
-    {"slots", "prediction", "batching", "timers", "run", "tensors"},
+    {"runtime.slots", "completion.prediction", "completion.timers", "batching.queue", "run", "tensors"},
     {"building.files", "building.log"},
     {"building.products", "building.progress", "building.profiles", "building.source", "building.sidecar"},
     {"building.network"},
     {"building.builder"},
     {"building.cache"},
     {"building"},
-    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.instruments", "devices"},
-    {"engines.base", "engines.module", "engines.onnx", "engines", "completion"}
+    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices"},
+    {"engines.base", "engines.module", "engines.onnx", "engines", "completion.poller"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
-    {"graphs"},
-    {"handshake"},
-    {"submission"},
-    {"executor", "requests"},
-    {"stacking"},
-    {"buffers", "mapping", "gathering"},
+    {"runtime.programs"},
+    {"runtime.handshake"},
+    {"runtime.launch"},
+    {"runtime.executor", "runtime.requests"},
+    {"batching.batch"},
+    {"buffers", "runtime.mapping", "batching.batcher"},
+    {"runtime", "completion", "batching"},
     {"lease"},
     {"model"},
 ]
 #: Rooms above the model, which may use all of it; nothing below may import them.
-UPPER = {"testing", "verification", "cli", "serving", "video", "__main__"}
+UPPER = {"testing", "selftest", "cli", "serving", "video", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
-    "cuda": {"devices.cuda", "devices.cuda_graphs", "devices.instruments"},
+    "cuda": {"devices.cuda", "devices.cuda_graphs", "selftest.instruments"},
     "tensorrt": {"engines.tensorrt_runtime"},
     "tensorrt_rtx": {"engines.tensorrt_runtime"},
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion", "timers", "run", "submission", "executor", "requests", "buffers", "lease", "mapping", "model"}
-    | {"stacking", "gathering"},
+    "asyncio": {"completion.poller", "completion.timers", "run", "buffers", "lease", "model"}
+    | {f"runtime.{name}" for name in ("launch", "executor", "requests", "mapping")}
+    | {"batching.batch", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.
 PURE = {
     "errors": set(),
-    "slots": {"enum", "collections", "typing"},
-    "prediction": {"bisect", "enum", "math", "typing"},
-    "batching": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
+    "runtime.slots": {"enum", "collections", "typing"},
+    "completion.prediction": {"bisect", "enum", "math", "typing"},
+    "batching.queue": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
 }
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion import Hub
+from aiotrt.completion.poller import Hub
 
 
 def opened():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, Latch, TwoOutputs, count, executor_of, frame, held, turns, until
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]

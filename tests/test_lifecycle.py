@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion import _hubs
+from aiotrt.completion.poller import _hubs
 from aiotrt.devices.host import HostDevice
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, interruptible, turns, until
 
 pytestmark = pytest.mark.every_loop
@@ -455,7 +455,8 @@ def test_models_that_are_loaded_after_a_fork_work_whatever_the_parent_did() -> N
     program = """
         import asyncio, os, signal, warnings
         import numpy as np, torch, aiotrt
-        from aiotrt import completion, devices
+        from aiotrt import devices
+        from aiotrt.completion import poller as completion
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)  # torch's own threads do not survive a fork either
 

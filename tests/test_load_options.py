@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.test_engines import cannot_load, nothing_left
 from tests.tools import Affine, count, frame, held, until
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.requests import COPY_ON_LOOP_BYTES
-from aiotrt.slots import State
+from aiotrt.runtime.requests import COPY_ON_LOOP_BYTES
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
 
 pytestmark = pytest.mark.asyncio

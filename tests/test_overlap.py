@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.devices.instruments import Latch
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
+from aiotrt.selftest.instruments import Latch
 from tests.tools import Affine, count, executor_of, frame, turns, until
 
 pytestmark = pytest.mark.asyncio

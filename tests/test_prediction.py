@@ -4,7 +4,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from aiotrt.prediction import LONGEST_SLEEP, OVERDUE_SHARE, SHORTEST_SLEEP, Estimate, Lateness, first_look, next_look
+from aiotrt.completion.prediction import (
+    LONGEST_SLEEP,
+    OVERDUE_SHARE,
+    SHORTEST_SLEEP,
+    Estimate,
+    Lateness,
+    first_look,
+    next_look,
+)
 
 seconds = st.floats(1e-6, 100.0)
 

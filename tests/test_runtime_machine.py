@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from aiotrt import completion, submission
+from aiotrt.completion import poller as completion
+from aiotrt.runtime import launch as submission
 from aiotrt.testing import DeadlockError, HazardError
 from tests.machine.rules import Runtime
 from tests.testing.mutation import Mutation, applied, deletions

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aiotrt.slots import TABLE, Event, Grant, IllegalTransitionError, Line, Slots, State
+from aiotrt.runtime.slots import TABLE, Event, Grant, IllegalTransitionError, Line, Slots, State
 
 LEGAL = {
     (State.FREE, Event.GRANT, State.CLAIMED),

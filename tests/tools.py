@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import aiotrt
-from aiotrt.devices.instruments import Latch
-from aiotrt.executor import Executor
-from aiotrt.slots import State
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.slots import State
+from aiotrt.selftest.instruments import Latch
 
 __all__ = [
     "Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "free_port", "held", "interruptible", "turns", "until",

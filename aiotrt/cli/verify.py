@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from aiotrt.cli.tables import open_console, show
 from aiotrt.errors import InputError
 from aiotrt.run import run as run_coroutine
-from aiotrt.verification import Options, Outcome, Progress, Report, Result, verify
-from aiotrt.verification.latency import ROWS
+from aiotrt.selftest import Options, Outcome, Progress, Report, Result, verify
+from aiotrt.selftest.latency import ROWS
 
 if TYPE_CHECKING:
     from rich.console import Console

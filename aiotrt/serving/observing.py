@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Histogram
 
+from aiotrt.batching.batch import Batch, Call
 from aiotrt.errors import DeadlineError, QueueFullError
 from aiotrt.model import Model
-from aiotrt.stacking import Batch, Call
-from aiotrt.submission import Request, Times
+from aiotrt.runtime.launch import Request, Times
 
 if TYPE_CHECKING:
     from aiotrt.serving.tracing import Tracing

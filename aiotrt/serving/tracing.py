@@ -13,8 +13,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 import aiotrt
-from aiotrt.stacking import Batch, Call
-from aiotrt.submission import Request, Times
+from aiotrt.batching.batch import Batch, Call
+from aiotrt.runtime.launch import Request, Times
 
 __all__ = ["Tracing"]
 

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
-from aiotrt import completion
-from aiotrt.prediction import SPIN_BUDGET, Progress
+from aiotrt.completion import poller as completion
+from aiotrt.completion.prediction import SPIN_BUDGET, Progress
 from aiotrt.testing.faults import FaultInjector
 from aiotrt.testing.simulator import SimulatedDevice
 from aiotrt.testing.virtual import DeadlockError, VirtualTime, Workers

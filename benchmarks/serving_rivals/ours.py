@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI, Request, Response
 
 import aiotrt
 from aiotrt import serving
-from aiotrt.batching import Batching
+from aiotrt.batching.queue import Batching
 from benchmarks.serving_rivals.work import OCTETS, READY, Job, decode, encode, network
 
 __all__ = ["application"]

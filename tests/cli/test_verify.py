@@ -19,9 +19,9 @@ from onnx import TensorProto
 from aiotrt.cli import main
 from aiotrt.cli.verify import parse_ranges, parse_shapes
 from aiotrt.errors import InputError
-from aiotrt.testing.tensorrt_double import Network
-from aiotrt.verification import CHECKS, laws
+from aiotrt.selftest import CHECKS, laws
 from tests.building import models
+from tests.tensorrt.double import Network
 from tests.tensorrt.tools import AFFINE, MANY, POSITIVE, PROFILES, REPEAT, double_on, loading, save
 from tests.tools import interruptible
 
@@ -171,8 +171,8 @@ def test_equal_seeds_give_equal_inputs(tmp_path: Path) -> None:
     """Nothing that a report says may depend on the run before it."""
     import torch
 
+    from aiotrt.selftest.cases import Case, random_inputs
     from aiotrt.tensors import TensorSpec
-    from aiotrt.verification.cases import Case, random_inputs
 
     case = Case("fixed", (TensorSpec("x", (3, 4), torch.float32),), ((3, 4),), {})
     (a,), (b,), (c,) = random_inputs(case, {}, 1), random_inputs(case, {}, 1), random_inputs(case, {}, 2)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.asyncio]

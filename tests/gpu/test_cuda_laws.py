@@ -19,7 +19,7 @@ import torch
 import aiotrt
 from aiotrt.devices import open_device
 from aiotrt.devices.base import CaptureError
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, turns, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.asyncio]

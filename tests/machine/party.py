@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import aiotrt
-from aiotrt.executor import Executor
-from aiotrt.slots import State
-from aiotrt.submission import Request, Slot
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.launch import Request, Slot
+from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, VirtualLoop
 from tests.simulated import Audit, Striker
 from tests.tools import Affine, executor_of, frame

@@ -21,9 +21,9 @@ from opentelemetry.trace import StatusCode
 
 import aiotrt
 from aiotrt import serving
+from aiotrt.batching.batch import Call
+from aiotrt.runtime.slots import State
 from aiotrt.serving.history import KEPT, History, quantile
-from aiotrt.slots import State
-from aiotrt.stacking import Call
 from tests.tools import Affine, count, executor_of, frame, held, turns, until
 
 

@@ -18,7 +18,7 @@ from aiotrt.devices import open_device
 from aiotrt.engines import tensorrt_kernels
 from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.engines.tensorrt_execution import TensorRTExecution
-from aiotrt.testing.tensorrt_double import (
+from tests.tensorrt.double import (
     Border,
     MisuseError,
     Network,

@@ -24,7 +24,7 @@ from aiotrt.devices import open_device
 from aiotrt.engines import Engine, EngineOptions, Execution, open_engine, tensorrt_runtime
 from aiotrt.engines.tensorrt_plan import HEADER_BYTES, Plan, read_plan
 from aiotrt.engines.tensorrt_runtime import open_product
-from aiotrt.testing.tensorrt_double import Border, Network, TensorRTDouble
+from tests.tensorrt.double import Border, Network, TensorRTDouble
 from tests.tensorrt.tools import AFFINE, MANY, PROFILES, affine, engine_of, save
 
 

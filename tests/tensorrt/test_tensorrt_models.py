@@ -22,11 +22,11 @@ import torch
 
 import aiotrt
 from aiotrt.devices import open_device
-from aiotrt.handshake import GraphState
-from aiotrt.slots import State
-from aiotrt.testing.tensorrt_double import TensorRTDouble
+from aiotrt.runtime.handshake import GraphState
+from aiotrt.runtime.slots import State
 from benchmarks.bare import Bare
 from benchmarks.networks import NETWORKS, Array, MissingError, Network, Shape
+from tests.tensorrt.double import TensorRTDouble
 from tests.tensorrt.tools import PROFILES, double_on, loading, save
 from tests.tools import Latch, count, executor_of, held, turns, until
 

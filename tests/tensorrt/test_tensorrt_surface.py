@@ -14,7 +14,7 @@ import pytest
 
 import aiotrt
 from aiotrt.engines.tensorrt_api import DTYPES, INSPECTOR_SURFACE, PROTOCOLS, RTX_SURFACE, SURFACE, missing_names
-from aiotrt.testing.tensorrt_double import TensorRTDouble
+from tests.tensorrt.double import TensorRTDouble
 
 ADAPTER = [
     Path(aiotrt.__file__).parent / f"{name}.py"

@@ -13,7 +13,7 @@ import torch
 from aiotrt.devices import open_device
 from aiotrt.engines.tensorrt import TensorRTEngine
 from aiotrt.engines.tensorrt_api import Api
-from aiotrt.testing.tensorrt_double import Border, Network, TensorRTDouble
+from tests.tensorrt.double import Border, Network, TensorRTDouble
 
 Tensors = dict[str, torch.Tensor]
 

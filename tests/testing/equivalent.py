@@ -66,23 +66,23 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "4 -> 5, in: self._shorter = min(self._shorter + 1, 4)",
         0,
     ): "the step is at its bound before",
-    ("completion.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
-    ("completion.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
-    ("completion.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
+    ("poller.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
+    ("poller.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
+    ("poller.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     (
-        "completion.py",
+        "poller.py",
         "Hub._poll",
         "self._clock() - now > TURN -> self._clock() - now >= TURN, in: if number and self._clock() - now > TURN:",
         0,
     ): "whether just so long is too long makes no difference",
     (
-        "completion.py",
+        "poller.py",
         "Hub._poll",
         "later - now > TURN -> later - now >= TURN, in: self._arm(later, was_long=later - now > TURN)",
         0,
     ): "whether just so long is too long makes no difference",
     (
-        "completion.py",
+        "poller.py",
         "Hub._arm",
         (
             "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else "
@@ -91,13 +91,13 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "what was due a second ago is due now",
     (
-        "completion.py",
+        "poller.py",
         "Hub._look",
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
     ): EITHER,
     (
-        "completion.py",
+        "poller.py",
         "Hub._look",
         (
             "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran"
@@ -106,34 +106,34 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "what ran for just as long as estimated is late by nothing, both ways",
     (
-        "completion.py",
+        "poller.py",
         "Hub._first_look",
         ("0.0 -> -1.0, in: return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)"),
         0,
     ): STOPS,
     (
-        "completion.py",
+        "poller.py",
         "Hub._next_look",
         ("now < predicted -> now <= predicted, in: if head.looks == 1 and now < predicted and (not self._spin):"),
         0,
     ): "at the predicted time both say the same",
-    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return next_look(now, started, started, 0.0)", 0): STOPS,
-    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
+    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return next_look(now, started, started, 0.0)", 0): STOPS,
+    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
     (
-        "completion.py",
+        "poller.py",
         "Hub._next_look",
         "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
         0,
     ): AS_LONG,
     (
-        "completion.py",
+        "poller.py",
         "Hub._next_look",
         "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
         1,
     ): AS_LONG,
-    ("completion.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
     (
-        "completion.py",
+        "poller.py",
         "_patrol",
         (
             "0.0 -> -1.0, in: return min(now + PATROL, max(started + head.stalled + head.hang_timeout, "

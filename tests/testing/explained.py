@@ -13,9 +13,9 @@ __all__ = ["EXPLAINED"]
 LOGS: Final = "only writes to the log"
 
 EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
-    ("submission.py", "has_passed", "_ignore(error)", 0): LOGS,
-    ("submission.py", "await_gates", "_ignore(error)", 0): LOGS,
-    ("submission.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
+    ("launch.py", "has_passed", "_ignore(error)", 0): LOGS,
+    ("launch.py", "await_gates", "_ignore(error)", 0): LOGS,
+    ("launch.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
     ("requests.py", "Requests._built", "keep_for_ever(program)", 0): (
         "a build ends when the device is done with it, so dropping it frees nothing that is in use; kept because destroying "
         "a graph on a broken device can block, which the simulator does not model"
@@ -53,10 +53,10 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
-    ("completion.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
-    ("completion.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
-    ("graphs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
-    ("graphs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
+    ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
+    ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
+    ("programs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
+    ("programs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
     ("model.py", "Model._warm", "request.future.exception()", 0): (
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
@@ -64,20 +64,20 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("model.py", "_in_background", "task._log_destroy_pending = False", 0): (
         "only keeps asyncio from writing to the log about a loop that is closed under it, which `test_lifecycle` has"
     ),
-    ("gathering.py", "Gatherer._assemble", "self._expire(call)", 0): (
+    ("batcher.py", "Gatherer._assemble", "self._expire(call)", 0): (
         "not needed: its deadline's alarm is due, rings in the same turn of the loop, and tells it"
     ),
-    ("gathering.py", "Gatherer._assemble", "self._held = None", 0): "lets go of a timer that was cancelled",
-    ("gathering.py", "Gatherer._release", "self._held = None", 0): "lets go of a timer that has rung",
-    ("gathering.py", "Gatherer._fail", "self._open = None", 0): "lets go of a batch: a model that ended takes no more items",
-    ("gathering.py", "Gatherer._fail", "self.close()", 0): (
+    ("batcher.py", "Gatherer._assemble", "self._held = None", 0): "lets go of a timer that was cancelled",
+    ("batcher.py", "Gatherer._release", "self._held = None", 0): "lets go of a timer that has rung",
+    ("batcher.py", "Gatherer._fail", "self._open = None", 0): "lets go of a batch: a model that ended takes no more items",
+    ("batcher.py", "Gatherer._fail", "self.close()", 0): (
         "not needed: nobody waits any more, so what rings finds nothing to do, and `Model.aclose` closes as well"
     ),
-    ("gathering.py", "Gatherer.close", "self._soon = self._held = self._alarm = None", 0): (
+    ("batcher.py", "Gatherer.close", "self._soon = self._held = self._alarm = None", 0): (
         "lets go of timers that were cancelled"
     ),
-    ("stacking.py", "Batch.allocate_results", "self.results = []", 0): "not needed: a batch is launched once",
-    ("stacking.py", "_Outcome.set_result", "self._settle(call, None, None)", 0): (
+    ("batch.py", "Batch.allocate_results", "self.results = []", 0): "not needed: a batch is launched once",
+    ("batch.py", "_Outcome.set_result", "self._settle(call, None, None)", 0): (
         "not needed: the task of a member that had gone runs next, and says so itself"
     ),
 }

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aiotrt import buffers, graphs, lease, requests, slots
+from aiotrt import buffers, lease
+from aiotrt.runtime import programs as graphs
+from aiotrt.runtime import requests, slots
 from tests import test_cancellation, test_laws_of_estimates, test_laws_of_handover, test_laws_of_slots, test_lease
 from tests.testing.mutation import rewritten
 from tests.testing.portfolio import Law, outcome, story

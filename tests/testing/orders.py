@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiotrt.slots import TABLE, Grant, Slots, State
-from aiotrt.slots import Event as Move
+from aiotrt.runtime.slots import TABLE, Grant, Slots, State
+from aiotrt.runtime.slots import Event as Move
 
 __all__ = ["line"]
 

@@ -21,7 +21,8 @@ from typing import Any, Final
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from aiotrt import completion, submission
+from aiotrt.completion import poller as completion
+from aiotrt.runtime import launch as submission
 from aiotrt.testing import HazardError
 from aiotrt.testing import loop as virtual_loop
 

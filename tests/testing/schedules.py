@@ -46,7 +46,7 @@ import torch
 
 import aiotrt
 from aiotrt.devices.base import Event
-from aiotrt.slots import State
+from aiotrt.runtime.slots import State
 from aiotrt.testing import Schedule, Seeded, SimulatedDevice, SimulatedStream, explore, run
 from tests.simulated import Audit, run_simulated
 from tests.testing.orders import line

@@ -79,7 +79,7 @@ def keys(todo: Sequence[Mutation]) -> list[Key]:
     found = []
     for mutation in todo:
         place = mutation.place
-        alike = place.file.removeprefix("aiotrt/"), place.name, place.text if mutation.what == REMOVED else mutation.what
+        alike = Path(place.file).name, place.name, place.text if mutation.what == REMOVED else mutation.what
         found.append(Key(*alike, seen[alike]))
         seen[alike] += 1
     return found

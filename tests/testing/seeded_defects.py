@@ -31,8 +31,8 @@ from tests.testing.search import Finding, Key
 __all__ = ["DEFECTS", "RUNTIME", "kind_of", "mutations"]
 
 RUNTIME: Final = (
-    "submission", "requests", "executor", "lease", "buffers", "handshake", "completion", "graphs", "slots", "model",
-    "mapping", "gathering", "stacking", "batching",
+    "runtime.launch", "runtime.requests", "runtime.executor", "lease", "buffers", "runtime.handshake", "completion.poller",
+    "runtime.programs", "runtime.slots", "model", "runtime.mapping", "batching.batcher", "batching.batch", "batching.queue",
 )  # fmt: skip
 
 #: What a statement is for, by what stands in it; the first that fits. The rest are steps from one of these to the next.

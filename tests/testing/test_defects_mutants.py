@@ -15,7 +15,7 @@ import torch
 import aiotrt
 from aiotrt.buffers import Hold
 from aiotrt.devices import Event
-from aiotrt.graphs import Program, ProgramCache
+from aiotrt.runtime.programs import Program, ProgramCache
 from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedDevice, SimulatedStream, Workers
 from tests import test_defects as bodies
@@ -53,7 +53,7 @@ def results_are_views_of_the_slot() -> Patch:
 
 @contextlib.contextmanager
 def nobody_waits_for_readers() -> Iterator[None]:
-    with consumers_do_not_gate_the_next_launch(), mock.patch("aiotrt.submission.await_gates"):
+    with consumers_do_not_gate_the_next_launch(), mock.patch("aiotrt.runtime.launch.await_gates"):
         yield
 
 

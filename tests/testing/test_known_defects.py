@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiotrt import slots
+from aiotrt.runtime import slots
 from aiotrt.testing import DeadlockError
 from tests.testing.known_defects import DEFECTS, Defect, Edit, Trial
 from tests.testing.mutation import StaleEditError
@@ -31,11 +31,11 @@ def test_each_law_fails_with_the_defect_and_passes_without(defect: Defect, trial
 @pytest.mark.parametrize(
     ("name", "before", "message"),
     [
-        ("Slots.gone", "", r"aiotrt\.slots\.Slots\.gone: expected one such function, found 0"),
+        ("Slots.gone", "", r"aiotrt\.runtime\.slots\.Slots\.gone: expected one such function, found 0"),
         (
             "Slots.move",
             "no such text",
-            r"aiotrt\.slots\.Slots\.move: expected this text once, found it 0 times: 'no such text'",
+            r"aiotrt\.runtime\.slots\.Slots\.move: expected this text once, found it 0 times: 'no such text'",
         ),
     ],
 )

@@ -9,24 +9,24 @@ from unittest import mock
 import pytest
 import torch
 
-from aiotrt import submission
-from aiotrt.completion import Lane
+from aiotrt.completion.poller import Lane
 from aiotrt.devices import Device, Event, Stream
-from aiotrt.graphs import Program
-from aiotrt.submission import Request, Slot
+from aiotrt.runtime import launch as submission
+from aiotrt.runtime.launch import Request, Slot
+from aiotrt.runtime.programs import Program
 from aiotrt.testing import SimulatedStream
 from tests import test_laws_simulated as laws
 
 
 @contextlib.contextmanager
 def consumers_do_not_gate_the_next_launch() -> Iterator[None]:
-    with mock.patch("aiotrt.submission._open_gates", lambda slot: slot.gates.clear()):
+    with mock.patch("aiotrt.runtime.launch._open_gates", lambda slot: slot.gates.clear()):
         yield
 
 
 @contextlib.contextmanager
 def ready_events_are_not_waited_for() -> Iterator[None]:
-    with mock.patch("aiotrt.executor.ready_events", return_value=[]):
+    with mock.patch("aiotrt.runtime.executor.ready_events", return_value=[]):
         yield
 
 
@@ -62,7 +62,7 @@ def produce_event_is_recorded_before_the_copy_out() -> Iterator[None]:
         with mock.patch.object(SimulatedStream, "record", return_value=None):
             original(device, slot, request, program)
 
-    with mock.patch("aiotrt.requests.submit_request", submit):
+    with mock.patch("aiotrt.runtime.requests.submit_request", submit):
         yield
 
 
@@ -74,7 +74,7 @@ def results_belong_to_the_wrong_stream() -> Iterator[None]:
         wrong = streams.setdefault(id(device), device.stream())
         return device.call(wrong, lambda: [device.empty(output.shape, output.dtype) for output in outputs])
 
-    with mock.patch("aiotrt.submission.allocate", allocate):
+    with mock.patch("aiotrt.runtime.launch.allocate", allocate):
         yield
 
 

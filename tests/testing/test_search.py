@@ -89,7 +89,7 @@ class NoPool:
 
 def few() -> list[Mutation]:
     """Two changes."""
-    return list(deletions(importlib.import_module("aiotrt.slots")))[:2]
+    return list(deletions(importlib.import_module("aiotrt.runtime.slots")))[:2]
 
 
 @pytest.mark.parametrize("is_found", [True, False])

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 BROKEN = """
 import sys
 from unittest import mock
-from aiotrt.completion import Hub
+from aiotrt.completion.poller import Hub
 from tests.testing import soak
 
 with mock.patch({target!r}, {replacement}):
@@ -69,7 +69,7 @@ def test_a_device_that_is_not_there_is_said_in_one_line() -> None:
 @pytest.mark.proof
 @pytest.mark.serial
 def test_a_result_that_changes_later_is_found() -> None:
-    ended = soaked("--seconds", "20", broken=("aiotrt.requests.own", "lambda view, dtype, kind: view"))
+    ended = soaked("--seconds", "20", broken=("aiotrt.runtime.requests.own", "lambda view, dtype, kind: view"))
     assert ended.returncode == 1, ended.stdout
     assert "MismatchError" in ended.stderr, ended.stderr
 
@@ -83,7 +83,7 @@ def test_a_result_that_changes_later_is_found() -> None:
 )
 def test_a_hang_is_found_and_the_waiters_are_named(seconds: str, patience: str, why: str) -> None:
     lost = "lambda hub, lane: look(hub, lane) if next(looks) < 300 else lane.pending.clear()"
-    broken = ("aiotrt.completion.Hub._look", f"(lambda look, looks: {lost})(Hub._look, iter(range(10**9)))")
+    broken = ("aiotrt.completion.poller.Hub._look", f"(lambda look, looks: {lost})(Hub._look, iter(range(10**9)))")
     started = time.monotonic()
     ended = soaked("--seconds", seconds, "--patience", patience, broken=broken)
     assert ended.returncode == 1, ended.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Final, cast
 
-from aiotrt.batching import Batching
+from aiotrt.batching.queue import Batching
 from aiotrt.errors import InputError
 from aiotrt.model import Model, load
 

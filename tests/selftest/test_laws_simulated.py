@@ -11,12 +11,12 @@ import pytest
 
 import aiotrt
 from aiotrt.devices import Stream
+from aiotrt.selftest import Options, laws
+from aiotrt.selftest.bench import Bench
+from aiotrt.selftest.cases import Case
+from aiotrt.selftest.report import CheckFailed, Finding
 from aiotrt.testing import SimulatedDevice, run
 from aiotrt.testing.streams import Record
-from aiotrt.verification import Options, laws
-from aiotrt.verification.bench import Bench
-from aiotrt.verification.cases import Case
-from aiotrt.verification.report import CheckFailed, Finding
 from tests.tools import Affine, frame
 
 CHECKS = [laws.completion, laws.gate, laws.inputs, laws.callers]
@@ -72,13 +72,13 @@ def test_device_inputs_take_part() -> None:
 
 
 def test_an_input_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotrt.submission.Request.order", lambda self, slot: None)
+    monkeypatch.setattr("aiotrt.runtime.launch.Request.order", lambda self, slot: None)
     with pytest.raises(CheckFailed, match=r"its input was still being made|did not wait for its input"):
         checked(laws.inputs, 0)
 
 
 def test_a_consumer_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotrt.submission._open_gates", lambda slot: slot.gates.clear())
+    monkeypatch.setattr("aiotrt.runtime.launch._open_gates", lambda slot: slot.gates.clear())
     with pytest.raises(CheckFailed, match="a consumer of its results had not read them"):
         checked(laws.gate, 0)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from aiotrt.engines.tensorrt_api import DTYPES
-from aiotrt.testing.tensorrt_network import Border, Extents, ILogger, IOutputAllocator, MisuseError, Network, Severity
+from tests.tensorrt.network import Border, Extents, ILogger, IOutputAllocator, MisuseError, Network, Severity
 
 __all__ = ["ExecutionContext", "Failure", "Part"]
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from aiotrt.batching import Entry
+from aiotrt.batching.queue import Entry
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.errors import EngineError, InputError
-from aiotrt.graphs import Program
-from aiotrt.handshake import bound_inputs, mark_consumed, wants_consumed
-from aiotrt.submission import Request, Slot, Times, allocate, follow
+from aiotrt.runtime.handshake import bound_inputs, mark_consumed, wants_consumed
+from aiotrt.runtime.launch import Request, Slot, Times, allocate, follow
+from aiotrt.runtime.programs import Program
 from aiotrt.tensors import Argument, Kind, Specs
 
 __all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackable"]

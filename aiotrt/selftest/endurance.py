@@ -9,11 +9,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from aiotrt.devices.instruments import Memory, memory
-from aiotrt.slots import State
-from aiotrt.verification.bench import Bench, Sample, together, within
-from aiotrt.verification.laws import HOLD, held
-from aiotrt.verification.report import CheckFailed, Finding
+from aiotrt.runtime.slots import State
+from aiotrt.selftest.bench import Bench, Sample, together, within
+from aiotrt.selftest.instruments import Memory, memory
+from aiotrt.selftest.laws import HOLD, held
+from aiotrt.selftest.report import CheckFailed, Finding
 
 __all__ = ["cancellation", "endurance"]
 

@@ -5,8 +5,8 @@ Start reading at `checks`, which runs them in order; each of the others holds th
 
 from __future__ import annotations
 
-from aiotrt.verification.bench import Options
-from aiotrt.verification.checks import CHECKS, Progress, verify
-from aiotrt.verification.report import Outcome, Report, Result
+from aiotrt.selftest.bench import Options
+from aiotrt.selftest.checks import CHECKS, Progress, verify
+from aiotrt.selftest.report import Outcome, Report, Result
 
 __all__ = ["CHECKS", "Options", "Outcome", "Progress", "Report", "Result", "verify"]

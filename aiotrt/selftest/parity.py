@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiotrt.model import Model
-from aiotrt.verification.bench import Bench, Tensors, as_tensors, compare, together, within
-from aiotrt.verification.report import CheckFailed, Finding, NotApplicable
+from aiotrt.selftest.bench import Bench, Tensors, as_tensors, compare, together, within
+from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable
 
 __all__ = ["capture", "parity"]
 

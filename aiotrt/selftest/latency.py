@@ -17,10 +17,10 @@ import numpy as np
 
 from aiotrt.buffers import Hold
 from aiotrt.devices import Device, Stream
-from aiotrt.devices.instruments import Latch, StreamClock
-from aiotrt.graphs import Program
-from aiotrt.verification.bench import Bench, together, within
-from aiotrt.verification.report import Finding
+from aiotrt.runtime.programs import Program
+from aiotrt.selftest.bench import Bench, together, within
+from aiotrt.selftest.instruments import Latch, StreamClock
+from aiotrt.selftest.report import Finding
 
 __all__ = ["ROWS", "latency", "summary"]
 

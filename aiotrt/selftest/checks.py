@@ -9,17 +9,17 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
 import aiotrt
-from aiotrt.devices.instruments import describe, memory
 from aiotrt.engines.base import Engine
 from aiotrt.errors import InputError
 from aiotrt.model import Model
-from aiotrt.verification.bench import Bench, Options
-from aiotrt.verification.cases import check_ranges, combine, find_cases
-from aiotrt.verification.endurance import cancellation, endurance
-from aiotrt.verification.latency import latency
-from aiotrt.verification.laws import callers, completion, gate, inputs
-from aiotrt.verification.parity import capture, parity
-from aiotrt.verification.report import CheckFailed, Finding, NotApplicable, Outcome, Report, Result
+from aiotrt.selftest.bench import Bench, Options
+from aiotrt.selftest.cases import check_ranges, combine, find_cases
+from aiotrt.selftest.endurance import cancellation, endurance
+from aiotrt.selftest.instruments import describe, memory
+from aiotrt.selftest.latency import latency
+from aiotrt.selftest.laws import callers, completion, gate, inputs
+from aiotrt.selftest.parity import capture, parity
+from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable, Outcome, Report, Result
 
 __all__ = ["CHECKS", "Progress", "verify"]
 

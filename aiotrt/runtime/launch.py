@@ -18,11 +18,11 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from aiotrt.completion import Lane
+from aiotrt.completion.poller import Lane
 from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.errors import DeviceError
-from aiotrt.graphs import Program
-from aiotrt.handshake import mark_consumed
+from aiotrt.runtime.handshake import mark_consumed
+from aiotrt.runtime.programs import Program
 from aiotrt.tensors import DEVICE, Argument, Key, Kind, Shapes, Specs
 
 __all__ = [

@@ -22,11 +22,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from aiotrt.completion.prediction import Estimate
 from aiotrt.devices import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.base import BaseGraph, write_back
 from aiotrt.engines import Engine, Execution
 from aiotrt.errors import AiotrtError, EngineError
-from aiotrt.prediction import Estimate
 from aiotrt.tensors import Key, OutputNames, TensorSpec, flatten, numpy_view
 
 __all__ = ["Program", "ProgramCache", "Recipe"]

@@ -28,7 +28,8 @@ from typing import Any, Final
 
 import torch
 
-from aiotrt.completion import Hub, Lane, check_loop
+from aiotrt.completion.poller import Hub, Lane, check_loop
+from aiotrt.completion.prediction import Estimate
 from aiotrt.devices import Event
 from aiotrt.errors import (
     AiotrtError,
@@ -40,13 +41,12 @@ from aiotrt.errors import (
     QueueFullError,
     UsageError,
 )
-from aiotrt.graphs import Program, ProgramCache, Recipe
-from aiotrt.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
-from aiotrt.prediction import Estimate
-from aiotrt.requests import Requests
-from aiotrt.slots import BROKEN, COMPLETE, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
-from aiotrt.slots import Event as Move
-from aiotrt.submission import Request, Slot, Times, has_passed, keep_for_ever, pass_turn, retire
+from aiotrt.runtime.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
+from aiotrt.runtime.launch import Request, Slot, Times, has_passed, keep_for_ever, pass_turn, retire
+from aiotrt.runtime.programs import Program, ProgramCache, Recipe
+from aiotrt.runtime.requests import Requests
+from aiotrt.runtime.slots import BROKEN, COMPLETE, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
+from aiotrt.runtime.slots import Event as Move
 from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs
 
 __all__ = ["Counters", "Executor"]

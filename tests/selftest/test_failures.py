@@ -14,13 +14,13 @@ import torch
 
 from aiotrt.devices import open_device
 from aiotrt.errors import DeviceError
-from aiotrt.executor import Executor
-from aiotrt.slots import State
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.slots import State
+from aiotrt.selftest import CHECKS, Options, Outcome, Report, Result, checks, endurance, laws, verify
+from aiotrt.selftest.bench import Bench, compare
+from aiotrt.selftest.report import Finding
 from aiotrt.tensors import own
-from aiotrt.testing.tensorrt_double import Network
-from aiotrt.verification import CHECKS, Options, Outcome, Report, Result, checks, endurance, laws, verify
-from aiotrt.verification.bench import Bench, compare
-from aiotrt.verification.report import Finding
+from tests.tensorrt.double import Network
 from tests.tensorrt.tools import AFFINE, PROFILES, Tensors, affine, double_on, loading, save
 
 
@@ -73,7 +73,7 @@ def test_nothing_fails(device: str, tmp_path: Path) -> None:
 
 
 def test_a_graph_that_gives_something_else(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotrt.graphs import _Builder
+    from aiotrt.runtime.programs import _Builder
 
     captured = _Builder._captured
 
@@ -128,14 +128,14 @@ def test_consumers_that_are_not_waited_for(device: str, tmp_path: Path, monkeypa
 
 @pytest.mark.gpu
 def test_inputs_that_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotrt.submission.Request.order", lambda self, slot: None)
+    monkeypatch.setattr("aiotrt.runtime.launch.Request.order", lambda self, slot: None)
     found = failures(verified(tmp_path, "cuda"))
     assert found["inputs are waited for"] == "a call returned while its input was still being made"
 
 
 def test_results_that_are_not_the_callers_own(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the slot's memory, which the next call overwrites."""
-    monkeypatch.setattr("aiotrt.requests.own", lambda view, dtype, kind: torch.from_numpy(view))
+    monkeypatch.setattr("aiotrt.runtime.requests.own", lambda view, dtype, kind: torch.from_numpy(view))
     found = failures(verified(tmp_path, device))
     assert (
         "one of 64 concurrent calls got wrong results (fixed: x (2, 3)): output 'y' differs"
@@ -172,7 +172,7 @@ def test_inputs_that_tell_nobody_apart(device: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 def test_slots_that_cancellation_loses(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotrt.requests import Requests
+    from aiotrt.runtime.requests import Requests
 
     completed = Requests._completed
 
@@ -183,7 +183,7 @@ def test_slots_that_cancellation_loses(device: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Requests, "_completed", lost)
     monkeypatch.setattr(endurance, "FREE_WITHIN", 0.2)
     monkeypatch.setattr(checks, "CLOSES_WITHIN", 0.2)
-    monkeypatch.setattr("aiotrt.verification.bench.PATIENCE", 0.5)
+    monkeypatch.setattr("aiotrt.selftest.bench.PATIENCE", 0.5)
     found = failures(verified(tmp_path, device, cancellations=100))
     assert "cancellation" in found
     assert "draining" in found["cancellation"] or "was not done after 0.5 s" in found["cancellation"]
@@ -198,7 +198,7 @@ def test_memory_that_grows(device: str, tmp_path: Path, monkeypatch: pytest.Monk
         kept.append(torch.ones(1 << 18, device=where))
         return own(view, dtype, kind)
 
-    monkeypatch.setattr("aiotrt.requests.own", leaking)
+    monkeypatch.setattr("aiotrt.runtime.requests.own", leaking)
     found = failures(verified(tmp_path, device, replays=200))
     what = "host memory" if device == "host" else "torch's device memory"
     assert list(found) == ["endurance"]
@@ -214,7 +214,7 @@ def test_results_that_go_wrong_late(device: str, tmp_path: Path, monkeypatch: py
         calls += 1
         return own(view, dtype, kind) + (1 if calls > 400 else 0)
 
-    monkeypatch.setattr("aiotrt.requests.own", late)
+    monkeypatch.setattr("aiotrt.runtime.requests.own", late)
     found = failures(verified(tmp_path, device, replays=2000))
     assert "returned wrong results" in found["endurance"]
 
@@ -225,7 +225,7 @@ def test_a_check_that_raises_fails_and_the_others_go_on(
     def refuse(*_: object) -> None:
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr("aiotrt.verification.latency.StreamClock", refuse)
+    monkeypatch.setattr("aiotrt.selftest.latency.StreamClock", refuse)
     report = verified(tmp_path, device)
     assert failures(report) == {"latency": "raised RuntimeError: no clock"}
     assert report.results[-1].outcome is Outcome.PASSED
@@ -235,7 +235,7 @@ def test_a_program_that_is_stuck_while_the_device_is_held(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever blocks on the device in a call that should return at once would hold itself up for ever."""
-    from aiotrt.requests import Requests
+    from aiotrt.runtime.requests import Requests
 
     launch = Requests._launch
 

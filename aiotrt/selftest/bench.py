@@ -13,11 +13,11 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 
 from aiotrt.devices import Device
-from aiotrt.executor import Executor
-from aiotrt.graphs import Program
 from aiotrt.model import Model
-from aiotrt.verification.cases import Case, Range, random_inputs
-from aiotrt.verification.report import CheckFailed
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.programs import Program
+from aiotrt.selftest.cases import Case, Range, random_inputs
+from aiotrt.selftest.report import CheckFailed
 
 __all__ = ["Bench", "Options", "Sample", "Tensors", "as_tensors", "compare", "digest", "together", "within"]
 

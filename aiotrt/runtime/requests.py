@@ -16,15 +16,15 @@ import torch
 
 from aiotrt.devices import Event
 from aiotrt.errors import AiotrtError, DeviceError, DeviceHangError, InputError
-from aiotrt.graphs import Program
-from aiotrt.handshake import carry
-from aiotrt.slots import BROKEN, COMPLETE, COPIED, DRAINING, IN_FLIGHT, LAUNCH, State
-from aiotrt.slots import Event as Move
-from aiotrt.submission import Request, Slot, copy_in, keep_for_ever, retire, submit_request
+from aiotrt.runtime.handshake import carry
+from aiotrt.runtime.launch import Request, Slot, copy_in, keep_for_ever, retire, submit_request
+from aiotrt.runtime.programs import Program
+from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, IN_FLIGHT, LAUNCH, State
+from aiotrt.runtime.slots import Event as Move
 from aiotrt.tensors import DEVICE, own
 
 if TYPE_CHECKING:
-    from aiotrt.executor import Executor
+    from aiotrt.runtime.executor import Executor
 
 __all__ = ["Requests"]
 

@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiotrt.batching import Batching, Deadlines, Pace, Queue, choose_sizes
+from aiotrt.batching.batch import Batch, Call, Single, check_stackable
+from aiotrt.batching.queue import Batching, Deadlines, Pace, Queue, choose_sizes
 from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedError, QueueFullError
-from aiotrt.executor import Executor
-from aiotrt.handshake import ready_events
-from aiotrt.slots import State
-from aiotrt.stacking import Batch, Call, Single, check_stackable
-from aiotrt.submission import Times
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.handshake import ready_events
+from aiotrt.runtime.launch import Times
+from aiotrt.runtime.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
 __all__ = ["Gatherer", "ItemCounters"]

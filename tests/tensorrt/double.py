@@ -25,8 +25,8 @@ from typing import Any, Final
 import torch
 
 from aiotrt.engines.tensorrt_api import DTYPES
-from aiotrt.testing.tensorrt_context import ExecutionContext, Failure, Part
-from aiotrt.testing.tensorrt_network import (
+from tests.tensorrt.context import ExecutionContext, Failure, Part
+from tests.tensorrt.network import (
     Border,
     DataType,
     DynamicShapesKernelSpecializationStrategy,

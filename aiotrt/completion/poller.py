@@ -31,9 +31,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Final
 
-from aiotrt.devices import event_query
-from aiotrt.errors import DeviceHangError, UsageError
-from aiotrt.prediction import (
+from aiotrt.completion.prediction import (
     PREDICT,
     SHORTEST_SLEEP,
     SPIN,
@@ -45,7 +43,9 @@ from aiotrt.prediction import (
     first_look,
     next_look,
 )
-from aiotrt.timers import Timer, open_timer
+from aiotrt.completion.timers import Timer, open_timer
+from aiotrt.devices import event_query
+from aiotrt.errors import DeviceHangError, UsageError
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
 

@@ -15,10 +15,10 @@ from typing import Final
 
 import aiotrt
 from aiotrt.devices import Stream
-from aiotrt.devices.instruments import Latch
-from aiotrt.submission import Request
-from aiotrt.verification.bench import Bench, Sample, as_tensors, digest, within
-from aiotrt.verification.report import CheckFailed, Finding, NotApplicable
+from aiotrt.runtime.launch import Request
+from aiotrt.selftest.bench import Bench, Sample, as_tensors, digest, within
+from aiotrt.selftest.instruments import Latch
+from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable
 
 __all__ = ["HOLD", "callers", "completion", "gate", "held", "inputs"]
 
