@@ -15,8 +15,9 @@ from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.handshake import GraphState, carry
-from aiotrt.runtime.launch import Request, Slot, submit_lease
+from aiotrt.runtime.launch import submit_lease
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.request import Request, Slot
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import DEVICE, Kind, number, widened
 

@@ -47,7 +47,7 @@ class Lease:
         request = self._executor.lease(self._specs, self._shapes, self._kind)
         self._is_entered = True
         try:
-            await request.future
+            await request
         except BaseException:
             self._is_entered = False
             # Also where the slot was granted in the same turn of the loop as the cancellation: without this it would

@@ -30,9 +30,9 @@ from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_de
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.lease import Lease
 from aiotrt.runtime.executor import Executor
-from aiotrt.runtime.launch import Request
 from aiotrt.runtime.mapping import map_in_order
 from aiotrt.runtime.programs import ProgramCache, Recipe
+from aiotrt.runtime.request import Request
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
@@ -288,7 +288,7 @@ class Model:
             gatherer = self._gatherer
             call = gatherer.submit(inputs, named, deadline=deadline, priority=priority)
             try:
-                return await call.future
+                return await call
             except (asyncio.CancelledError, GeneratorExit):
                 gatherer.abandon(call)
                 raise
@@ -298,7 +298,7 @@ class Model:
             named["priority"] = priority
         request = executor.submit(inputs, named)
         try:
-            return await request.future
+            return await request
         except (asyncio.CancelledError, GeneratorExit):
             executor.abandon(request)
             raise
@@ -583,7 +583,7 @@ class Model:
             try:
                 requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
                 for request in requests:
-                    await request.future
+                    await request
                     if batch is not None:
                         assert request.slot is not None
                         assert request.slot.program is not None
@@ -591,10 +591,10 @@ class Model:
             finally:
                 # All are held until all were granted, so that each slot had its turn.
                 for request in requests:
-                    request.future.cancel()
+                    request.cancel()
                     executor.abandon(request)
-                    if request.future.done() and not request.future.cancelled():
-                        request.future.exception()  # seen: the first one's is raised
+                    if request.done() and not request.cancelled():
+                        request.exception()  # seen: the first one's is raised
 
     # Closing...
 

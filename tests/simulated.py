@@ -15,8 +15,10 @@ from aiotrt import tensors
 from aiotrt.completion import poller as completion
 from aiotrt.engines.module import ModuleEngine, ModuleExecution
 from aiotrt.runtime import launch as submission
+from aiotrt.runtime import memory
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.request import Request
 from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, SimulatedGraph, SimulatedStream, run
 from aiotrt.testing.loop import _Selector
@@ -110,12 +112,12 @@ class Audit:
                 continue
             states = set(executor.machine.states)
             assert executor.machine.waiting == 0, "somebody waits at a closed model"
-            assert all(slot.request is None or slot.request.future.done() for slot in executor.slots), "nobody told them"
+            assert all(slot.request is None or slot.request.done() for slot in executor.slots), "nobody told them"
             assert not executor.replays, "a replay is never told"
             if executor.broken is not None:
                 kept = True
                 assert states == {State.BROKEN}, f"broken, and has slots that are {states}"
-                assert executor in submission._kept, "what a broken device may still write to is not kept"
+                assert executor in memory._kept, "what a broken device may still write to is not kept"
                 assert executor._workers._is_shut, "worker threads are left"  # type: ignore[attr-defined]
                 continue
             assert states == {State.FREE}, f"closed, and has slots that are {states}"
@@ -140,14 +142,14 @@ class Audit:
 def auditing(device: SimulatedDevice) -> Iterator[Audit]:
     """The runtime's own host copies are checked for races as well, and all models that are opened in here are audited."""
     audit = Audit(device)
-    kept = len(submission._kept)
+    kept = len(memory._kept)
     select, init, opened, closed = _Selector.select, Executor.__init__, SimulatedGraph.__init__, SimulatedGraph.close
 
     def own(view: Any, dtype: torch.dtype, kind: tensors.Kind) -> Any:
         device.host_read(view, "copying results out")
         return tensors.own(view, dtype, kind)
 
-    def copy_in(request: submission.Request, program: Program) -> None:
+    def copy_in(request: Request, program: Program) -> None:
         for argument, view in zip(request.arguments, program.input_views, strict=True):
             if argument.host is not None and view is not None:
                 device.host_write(view, "copying inputs in")
@@ -183,8 +185,8 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
 
     with (
         contextlib.ExitStack() as stack,
-        mock.patch("aiotrt.runtime.requests.own", own),
-        mock.patch("aiotrt.runtime.requests.copy_in", copy_in),
+        mock.patch("aiotrt.runtime.executor.own", own),
+        mock.patch("aiotrt.runtime.executor.copy_in", copy_in),
         mock.patch.object(_Selector, "select", audited_select),
         mock.patch.object(Executor, "__init__", audited_init),
         mock.patch.object(SimulatedGraph, "__init__", graph_opened),
@@ -192,7 +194,7 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
         opens(ModuleEngine),
         opens(ModuleExecution),
     ):
-        stack.callback(submission._kept.__delitem__, slice(kept, None))  # for ever is until the end of the simulation
+        stack.callback(memory._kept.__delitem__, slice(kept, None))  # for ever is until the end of the simulation
         yield audit
 
 

@@ -551,8 +551,8 @@ async def test_an_observer_is_told_of_items_and_batches(device: str) -> None:
         items, batches = told[:6], told[6:]
         assert [len(batch.calls) for batch in batches] == [4, 2]
         assert [call for batch in batches for call in batch.calls] == items
-        assert all(call.future.done() and call.times.entered <= call.times.granted for call in items)
-        assert all(batch.future.result() is True and batch.times.granted < batch.times.seen for batch in batches)
+        assert all(call.done() and call.times.entered <= call.times.granted for call in items)
+        assert all(batch.result() is True and batch.times.granted < batch.times.seen for batch in batches)
         assert all(0 <= batch.times.late <= batch.times.ran < 60 for batch in batches)
         with held(model):
             gone = calls(model, [1, 2])
@@ -565,7 +565,7 @@ async def test_an_observer_is_told_of_items_and_batches(device: str) -> None:
             await turns()
         gone_items = [one for one in told[8:] if isinstance(one, Call)]
         gone_batches = [one for one in told[8:] if isinstance(one, Batch)]
-        assert [one.future.cancelled() for one in gone_items] == [True, True, False]
-        assert gone_batches[0].future.cancelled(), "nobody waits for the batch"
+        assert [one.cancelled() for one in gone_items] == [True, True, False]
+        assert gone_batches[0].cancelled(), "nobody waits for the batch"
         assert gone_items[2].times is not None
         assert gone_items[2].times.granted == 0.0, "it never left the queue"

@@ -106,7 +106,7 @@ def test_callers_on_streams_of_their_own_share_a_batch(group: int) -> None:
                 stream = choose.choice(streams)
                 with device.use(stream):  # current when the item is submitted, and not for a moment longer
                     item = submit((device.tensor(frame(value)),), {})
-                result = await item.future
+                result = await item
                 with device.use(stream):
                     totals.append((value, result * 1))
                     del result  # its memory goes back to this stream, and no other

@@ -7,7 +7,8 @@ import itertools
 import math
 import random
 import weakref
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, Literal
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -19,8 +20,18 @@ import aiotrt
 from aiotrt.batching.queue import Batching, Deadlines, Entry, Pace, Queue, choose_sizes, padded
 
 
-def entry(group: object = "a", priority: int = 0, arrival: float = 0.0, deadline: float | None = None) -> Entry:
-    return Entry(group, priority, arrival, deadline)
+class Item:
+    def __init__(self, group: Hashable, priority: int, arrival: float, deadline: float | None = None) -> None:
+        self.group = group
+        self.priority = priority
+        self.arrival = self.due = arrival
+        self.deadline = deadline
+        self.is_bounded = True
+        self.place: Literal["queue", "door"] | None = None
+
+
+def entry(group: Hashable = "a", priority: int = 0, arrival: float = 0.0, deadline: float | None = None) -> Item:
+    return Item(group, priority, arrival, deadline)
 
 
 def queue(max_waiting: int | None = None, **options: Any) -> Queue[Entry]:
@@ -490,14 +501,14 @@ def test_of_many_deadlines_those_that_count_are_kept_and_in_order() -> None:
     assert len(deadlines._heap) <= 2 * 50 + 17, "memory for those who are done"
     found = []
     while (deadline := deadlines.next()) is not None:
-        (item,) = deadlines.expired(deadline)
-        assert item.deadline == deadline
-        found.append(item)
+        (due,) = deadlines.expired(deadline)
+        assert due.deadline == deadline
+        found.append(due)
     assert found == sorted(items[:50], key=lambda item: item.deadline or 0.0)
 
 
 def test_who_is_watched_no_longer_is_not_held() -> None:
-    class Large(Entry):
+    class Large(Item):
         pass
 
     deadlines: Deadlines[Entry] = Deadlines()

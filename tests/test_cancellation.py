@@ -119,18 +119,18 @@ async def test_completed_and_cancelled_in_the_same_turn(device: str) -> None:
             call = asyncio.ensure_future(model(frame(1)))
             await turns()
             executor = executor_of(model)
-            finish = executor.requests._finish
+            finish = executor._finish
 
             def finish_and_cancel(*arguments: Any) -> None:
                 finish(*arguments)
                 call.cancel()
 
-            executor.requests._finish = finish_and_cancel  # type: ignore[method-assign, assignment]
+            executor._finish = finish_and_cancel  # type: ignore[method-assign, assignment]
             latch.open()
             with pytest.raises(asyncio.CancelledError):
                 await call
         assert is_idle(model)
-        del executor.requests._finish
+        del executor._finish
         assert (await model(frame(2)))[0, 0] == 7
 
 
@@ -157,19 +157,19 @@ async def test_a_lease_that_is_cancelled_while_its_prepared_slot_is_on_the_way(d
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
-        requests = executor_of(model).requests
-        built = requests._built
+        executor = executor_of(model)
+        built = executor._built
 
         def cancel_and_build(*arguments: Any) -> None:
             assert count(model, State.PREPARING) == 1
             assert entering.cancel()
             built(*arguments)
 
-        requests._built = cancel_and_build  # type: ignore[method-assign, assignment]
+        executor._built = cancel_and_build  # type: ignore[method-assign, assignment]
         entering = asyncio.ensure_future(model.lease((5, 5)).__aenter__())
         with pytest.raises(asyncio.CancelledError):
             await entering
-        del requests._built
+        del executor._built
         await until(lambda: is_idle(model))
         assert (await model(frame(2)))[0, 0] == 7
     assert problems == []

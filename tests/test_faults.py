@@ -282,7 +282,7 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr("aiotrt.runtime.requests.own", full)
+            patch.setattr("aiotrt.runtime.executor.own", full)
             with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                 await model(frame(1))
         assert (await model(frame(1)))[0, 0] == 4
@@ -327,7 +327,7 @@ async def test_an_interrupt_of_the_next_request_is_not_that_of_the_one_before() 
         first, second = (executor.lease(specs, ((2, 3),), Kind.NUMPY) for _ in range(2))
         assert first.slot is not None
         told: list[bool] = []
-        with mock.patch.object(executor.requests, "begin", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(executor, "begin", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             executor.move(first.slot, Move.RELEASE, then=lambda: told.append(True))
         assert told == [True]
         executor.abandon(second)

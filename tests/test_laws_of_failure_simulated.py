@@ -23,7 +23,9 @@ import torch
 import aiotrt
 from aiotrt.devices import Event
 from aiotrt.runtime import launch as submission
+from aiotrt.runtime import memory
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.request import Request, Slot
 from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, VirtualLoop, Workers, fault_points
 from tests.simulated import Audit, Striker, held_streams, run_simulated
@@ -449,9 +451,9 @@ def test_an_error_that_nobody_foresaw_is_told_and_takes_nobody_else_with_it(grou
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         model = await load(device, slots=1, warmup=frame(0))
         executor = executor_of(model)
-        begin = executor.requests.begin
+        begin = executor.begin
 
-        def beginning(slot: submission.Slot, request: submission.Request) -> None:
+        def beginning(slot: Slot, request: Request) -> None:
             host = request.arguments[0].host
             if host is None or host[0, 0] != 2:
                 begin(slot, request)
@@ -460,7 +462,7 @@ def test_an_error_that_nobody_foresaw_is_told_and_takes_nobody_else_with_it(grou
                 begin(slot, request)
             raise fault() if when == "by a fault" else KeyError("nobody foresaw this")
 
-        with mock.patch.object(executor.requests, "begin", beginning):
+        with mock.patch.object(executor, "begin", beginning):
             calls = [asyncio.ensure_future(model(frame(value))) for value in range(1, 5)]
             results = await asyncio.gather(*calls, return_exceptions=True)
         assert right(results[0], 1), "the one that had the slot before"
@@ -498,7 +500,7 @@ def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: i
         async with load(device, slots=slots, graph_cache_entries=choose.choice([1, 4])) as model:
             with (
                 mock.patch.object(Workers, "submit", submitting),
-                mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", choose.choice([0, 1 << 20])),
+                mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", choose.choice([0, 1 << 20])),
             ):
                 calls = [asyncio.ensure_future(model(frame(i, (1 + i % 3, 3)))) for i in range(8)]
                 results = await asyncio.gather(*calls, return_exceptions=True)
@@ -541,7 +543,7 @@ def test_what_is_evicted_for_memory_waits_for_its_readers_though_its_slot_is_tak
                 first.launch()
                 first.consumed(reader)
             striker.strike("empty", FaultKind.MEMORY)
-            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.runtime.requests.retire", retiring):
+            with mock.patch.object(executor, "work", working), mock.patch("aiotrt.runtime.executor.retire", retiring):
                 assert right(await model(frame(1, (5, 5))), 1)
             assert awaited
             assert all(awaited.values())
@@ -604,7 +606,7 @@ def test_readers_who_never_end_are_a_hang_when_the_model_closes(group: int) -> N
 
 def executor_of_closed(model: aiotrt.Model) -> Any:
     """The executor that this model had: a broken one is kept."""
-    kept = [thing for thing in submission._kept if hasattr(thing, "broken")]
+    kept = [thing for thing in memory._kept if hasattr(thing, "broken")]
     assert kept
     return kept[-1]
 
@@ -674,7 +676,7 @@ async def cancel_all() -> None:
 def test_a_loop_that_is_closed_under_pending_work_frees_nothing_that_is_in_use(seed: int) -> None:
     device = SimulatedDevice(seed)
     choose = random.Random(seed)
-    kept = len(submission._kept)
+    kept = len(memory._kept)
 
     async def main() -> aiotrt.Model:
         model = await load(device, slots=3, warmup=frame(0))
@@ -700,9 +702,9 @@ def test_a_loop_that_is_closed_under_pending_work_frees_nothing_that_is_in_use(s
             device.run_until_idle()
         model = None
         gc.collect()
-        assert len(submission._kept) > kept or not busy
+        assert len(memory._kept) > kept or not busy
         device.run_until_idle()
-        assert preparing == 0 or len(submission._kept) > kept
+        assert preparing == 0 or len(memory._kept) > kept
         device.time.end()
         device.check()
-    del submission._kept[kept:]
+    del memory._kept[kept:]

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from aiotrt.completion import poller as completion
-from aiotrt.completion.poller import LOOKS_BEFORE_HANG, PATROL, STALL, STALL_SHARE, TURN, Hub, Lane
+from aiotrt.completion.poller import PATROL, POLLS_BEFORE_HANG, STALL, STALL_SHARE, TURN, Hub, Lane
 from aiotrt.completion.prediction import (
     DOZE,
     DOZES,
@@ -387,9 +387,9 @@ async def test_work_is_overdue_past_its_timeout_and_hung_when_it_was_found_so_th
     assert world.due == pytest.approx(105.0)
     look_at(105.0)  # not a moment too late
     assert work.queries == 2
-    for _ in range(1, LOOKS_BEFORE_HANG):
+    for _ in range(1, POLLS_BEFORE_HANG):
         look_at(world.due)
-    assert work.queries == LOOKS_BEFORE_HANG + 1
+    assert work.queries == POLLS_BEFORE_HANG + 1
     assert work.outcomes == []
     look_at(world.due)
     assert isinstance(work.outcomes[0], DeviceHangError)
@@ -426,11 +426,11 @@ async def test_a_look_is_not_that_late_until_it_is_later(late: float, hang_timeo
     lane = Lane()
     Work(world, None).watch(lane, hang_timeout=hang_timeout)
     (head,) = lane.pending
-    world.hub._hung(head, late, 0.0, 0.0)
-    assert head.stalled == 0.0
+    world.hub._hung(lane, head, late, 0.0, 0.0)
+    assert lane.stalled == 0.0
     later = math.nextafter(late, math.inf)
-    world.hub._hung(head, later, 0.0, 0.0)
-    assert head.stalled == later
+    world.hub._hung(lane, head, later, 0.0, 0.0)
+    assert lane.stalled == later
 
 
 @pytest.mark.parametrize(("late", "hang_timeout"), [(0.09, 0.2), (0.4, 5.0)])
@@ -440,7 +440,7 @@ async def test_a_loop_that_is_always_late_finds_hangs_too(late: float, hang_time
     work = Work(world, None).watch(Lane(), hang_timeout=hang_timeout)
     await world.advance(3 * hang_timeout)
     assert isinstance(work.outcomes[0], DeviceHangError)
-    assert work.seen_at - start < hang_timeout + (LOOKS_BEFORE_HANG + 1) * (late + LONGEST_SLEEP)
+    assert work.seen_at - start < hang_timeout + (POLLS_BEFORE_HANG + 1) * (late + LONGEST_SLEEP)
 
 
 async def test_a_stall_in_the_time_of_the_work_before_is_nothing_to_the_next() -> None:
@@ -682,7 +682,7 @@ async def test_told_work_hangs_as_soon_as_other_work_does(hang_timeout: float) -
     overdue = [time - start for time in work.times if time - start >= hang_timeout * 0.99]
     gaps = [b - a for a, b in pairwise(overdue)]
     assert gaps == pytest.approx([min(OVERDUE_SHARE * time, LONGEST_SLEEP) for time in overdue[:-1]], abs=4e-6)
-    assert work.queries == int(hang_timeout / PATROL) + 1 + LOOKS_BEFORE_HANG
+    assert work.queries == int(hang_timeout / PATROL) + 1 + POLLS_BEFORE_HANG
 
 
 async def test_work_that_is_told_of_too_early_is_asked_from_then_on() -> None:

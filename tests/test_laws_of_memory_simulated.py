@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.runtime import launch as submission
+from aiotrt.runtime import memory
 from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, SimulatedDevice
 from tests.simulated import Striker, held_streams
@@ -220,7 +220,7 @@ def test_copies_in_worker_threads_keep_what_they_use(group: int) -> None:
             await settle(model, slots)
             assert all_told(model)
 
-    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0):
+    with mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", 0):
         under_schedules(group, program)
 
 
@@ -236,7 +236,7 @@ def test_a_call_that_is_cancelled_while_its_results_are_copied_keeps_its_slot_un
             await asyncio.wait([call])
             assert right(await model(frame(2)), 2)
 
-    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0):
+    with mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", 0):
         under_schedules(group, program)
 
 
@@ -254,14 +254,14 @@ def test_out_of_host_memory_for_results_fails_that_call_only(group: int, where: 
             def full(*_: object) -> object:
                 raise MemoryError
 
-            with mock.patch("aiotrt.runtime.requests.own", full):
+            with mock.patch("aiotrt.runtime.executor.own", full):
                 with pytest.raises(aiotrt.EngineError, match="MemoryError while its results were copied"):
                     await model(frame(1))
             await settle(model, 1)
             assert right(await model(frame(2)), 2)
             assert all_told(model)
 
-    with mock.patch("aiotrt.runtime.requests.COPY_ON_LOOP_BYTES", 0 if where == "in a worker" else 1 << 20):
+    with mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", 0 if where == "in a worker" else 1 << 20):
         under_schedules(group, program)
 
 
@@ -589,7 +589,7 @@ def test_a_forgotten_lease_that_came_back_breaks_nothing_later(group: int) -> No
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_model_that_was_forgotten_says_so_and_keeps_what_is_in_use(group: int, busy: bool) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        kept = len(submission._kept)
+        kept = len(memory._kept)
         model = await load(device, slots=1, warmup=frame(0))
         if busy:
             call = asyncio.ensure_future(model(frame(1)))
@@ -603,7 +603,7 @@ def test_a_model_that_was_forgotten_says_so_and_keeps_what_is_in_use(group: int,
             del model
             gc.collect()
         assert workers._is_shut  # type: ignore[attr-defined]
-        assert len(submission._kept) == kept + busy
+        assert len(memory._kept) == kept + busy
         await asyncio.sleep(0.1)
 
     under_schedules(group, program)
@@ -630,7 +630,7 @@ def test_a_model_lives_as_long_as_somebody_has_a_slot_of_it(group: int) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_a_lease_has_that_is_forgotten_with_its_model_is_kept(group: int, launched: bool) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        kept = len(submission._kept)
+        kept = len(memory._kept)
         slot = await (await load(device, slots=1, warmup=frame(0))).lease().__aenter__()
         slot.inputs[0][...] = frame(1)
         if launched:
@@ -641,12 +641,12 @@ def test_what_a_lease_has_that_is_forgotten_with_its_model_is_kept(group: int, l
             del slot
             gc.collect()
         assert executor.is_discarded
-        assert len(submission._kept) == kept + 1
+        assert len(memory._kept) == kept + 1
         await asyncio.sleep(0.1)  # nothing of this is for the loop's exception handler
         with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
             buffer[...] = frame(2)
         with pytest.raises(aiotrt.ModelClosedError, match="is closed"):
-            executor.submit((frame(1),), {})
+            executor.submit((frame(1),), {})  # type: ignore[unused-awaitable]
 
     under_schedules(group, program)
 

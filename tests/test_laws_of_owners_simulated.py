@@ -192,13 +192,13 @@ def test_who_left_the_line_does_not_stand_in_it() -> None:
             executor = executor_of(model)
             async with model.lease():
                 requests = [executor.submit((frame(value),), {}) for value in range(5)]
-                requests[1].future.cancel()
+                requests[1].cancel()
                 executor.abandon(requests[1])
                 assert [request.is_queued for request in requests] == [True, False, True, True, True]
                 assert model.statistics().waiting == 4
             assert model.statistics().cancelled == 1
             for value in (0, 2, 3, 4):
-                assert right(await requests[value].future, value)
+                assert right(await requests[value], value)
 
     under_schedules(0, program)
 
@@ -210,7 +210,7 @@ def test_a_line_of_callers_who_are_gone_ends_without_recursion() -> None:
             async with model.lease():
                 requests = [executor.submit((frame(0),), {}) for _ in range(1500)]
                 for request in requests:
-                    request.future.cancel()
+                    request.cancel()
             assert model.statistics().waiting == 0
             for request in requests:  # their tasks run now
                 executor.abandon(request)

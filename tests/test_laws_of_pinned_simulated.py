@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.runtime import executor, requests
+from aiotrt.runtime import executor
 from aiotrt.runtime import launch as submission
-from aiotrt.runtime.launch import Request
+from aiotrt.runtime.request import Request
 from aiotrt.runtime.slots import State
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import held_streams
@@ -36,7 +36,7 @@ def everything_is_large() -> Iterator[list[Request]]:
             copied.append(request)
         copy_in(request, program)
 
-    with mock.patch.object(executor, "IN_PLACE_BYTES", 0), mock.patch.object(requests, "copy_in", counted):
+    with mock.patch.object(executor, "IN_PLACE_BYTES", 0), mock.patch.object(executor, "copy_in", counted):
         yield copied
 
 

@@ -1,4 +1,4 @@
-"""The machine's fine points: a slot that suits is found wherever it is, and leaving a line is cheap."""
+"""The machine's fine points: which slot is granted, and in which order callers are served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from aiotrt.runtime.slots import Event, Grant, Line, Slots
+from aiotrt.runtime.slots import Event, Grant, Slots
 
 
 @pytest.mark.parametrize(("count", "preferred"), [(n, i) for n in range(1, 5) for i in range(n)])
@@ -18,22 +18,17 @@ def test_the_preferred_slot_is_found_wherever_it_is(count: int, preferred: int) 
     assert granted == [Grant(i, ticket) for i, ticket in zip(others, "bcde", strict=False)]
 
 
-def test_leaving_a_line_is_cheap_while_most_of_it_stays() -> None:
-    line: Line[object] = Line()
+def test_callers_may_leave_from_anywhere_and_the_others_keep_their_order() -> None:
+    slots: Slots[object] = Slots(1)
+    slots.request(object())
     tickets = [object() for _ in range(1000)]
     for ticket in tickets:
-        line.join(ticket)
-    before = line._tickets
-    for ticket in tickets[:400]:
-        line.leave(ticket)
-    assert line._tickets is before, "it was copied, though most of them stay"
-    assert len(line) == 600
-    for ticket in tickets[400:600]:
-        line.leave(ticket)
-    assert len(line._tickets) < 1000, "most of it is gone, and kept"
-    assert len(line) == 400
-    left = list(itertools.takewhile(lambda ticket: ticket is not None, iter(line.next, 0)))
-    assert left == tickets[600:]
+        assert slots.request(ticket) is None
+    for ticket in tickets[::3]:
+        slots.withdraw(ticket)
+    staying = [ticket for i, ticket in enumerate(tickets) if i % 3]
+    assert slots.waiting == len(staying)
+    assert [slots.move(0, Event.RELEASE) for _ in staying] == [Grant(0, ticket) for ticket in staying]
 
 
 @pytest.mark.parametrize("freed", [0, 1])

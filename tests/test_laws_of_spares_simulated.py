@@ -13,103 +13,39 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt.devices import Copies
 from aiotrt.runtime import launch as submission
-from aiotrt.runtime import requests
-from aiotrt.runtime.programs import Program
+from aiotrt.runtime import memory, request
 from aiotrt.testing import SimulatedDevice, SimulatedGraph
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
-from tests.tools import executor_of, frame, turns
+from tests.tools import frame, turns
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_next_results_have_their_memory_and_are_expected_while_the_device_is_at_work(group: int) -> None:
+def test_the_next_results_get_their_memory_while_the_device_is_at_work(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         did: list[str] = []
-        allocate, launch, expect = submission.allocate, Program.launch, SimulatedGraph.expect
-        copied: list[Copies] = []
+        allocate, launch = memory.allocate, SimulatedGraph.launch
 
         def allocated(*args: Any) -> Any:
             did.append("allocate")
             return allocate(*args)
 
-        def launched(self: Program, *args: Any) -> None:
+        def launched(self: SimulatedGraph, *args: Any, **options: Any) -> None:
             did.append("launch")
-            copied.append(args[1])
-            launch(self, *args)
-
-        def expected(self: SimulatedGraph, after: Copies) -> None:
-            did.append("expect")
-            copied.append(after)
-            expect(self, after)
+            launch(self, *args, **options)
 
         async with load(device, slots=1, warmup=frame(0)) as model:
             given = [device.tensor(frame(value)) for value in range(3)]
             with (
-                mock.patch.object(submission, "allocate", allocated),
-                mock.patch.object(Program, "launch", launched),
-                mock.patch.object(SimulatedGraph, "expect", expected),
-                mock.patch.object(requests, "WORTH_PREPARING", -1.0),
+                mock.patch.object(request, "allocate", allocated),
+                mock.patch.object(SimulatedGraph, "launch", launched),
             ):
                 for value, x in enumerate(given):
                     did.clear()
                     assert right(device.read(await model(x)), value)
-                    assert did == (
-                        ["launch", "allocate", "expect"] if value else ["allocate", "launch", "allocate", "expect"]
-                    )
-                for expectation, launched_with in zip(copied[1::2], copied[2::2], strict=False):
-                    assert [(id(to), id(of)) for to, of in expectation] == [(id(to), id(of)) for to, of in launched_with]
-
-    under_schedules(group, program)
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_beside_other_launches_the_next_one_is_not_prepared(group: int) -> None:
-    async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        expected: list[SimulatedGraph] = []
-
-        def expect(self: SimulatedGraph, after: Copies) -> None:
-            expected.append(self)
-
-        async with load(device, slots=2, warmup=frame(0)) as model:
-            given = [device.tensor(frame(value)) for value in range(2)]
-            worth = mock.patch.object(requests, "WORTH_PREPARING", -1.0)
-            with mock.patch.object(SimulatedGraph, "expect", expect), worth:
-                with held_streams(device, *streams_of(model)):
-                    calls = [asyncio.ensure_future(model(x)) for x in given]
-                    await turns(2)
-                    assert model.statistics().in_flight == 2
-                    assert len(expected) == 1  # the first, which was alone then
-                for value, y in enumerate(await asyncio.gather(*calls)):
-                    assert right(device.read(y), value)
-                await settle(model, 2)
-                expected.clear()
-                assert right(device.read(await model(given[1])), 1)
-                assert len(expected) == 1
-
-    under_schedules(group, program)
-
-
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("longer", [False, True])
-def test_the_next_launch_is_prepared_beside_work_that_takes_longer_than_that(longer: bool, group: int) -> None:
-    async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        expected: list[SimulatedGraph] = []
-
-        def expect(self: SimulatedGraph, after: Copies) -> None:
-            expected.append(self)
-
-        async with load(device, slots=1, warmup=frame(0)) as model:
-            x = device.tensor(frame(1))
-            (program,) = executor_of(model).cache.clear()
-            executor_of(model).cache.add(program)
-            for _ in range(2):
-                program.estimate.seconds = requests.WORTH_PREPARING * (1.01 if longer else 1.0)
-                with mock.patch.object(SimulatedGraph, "expect", expect):
-                    assert right(device.read(await model(x)), 1)
-            assert len(expected) == (2 if longer else 0)
+                    assert did == (["launch", "allocate"] if value else ["allocate", "launch", "allocate"])
 
     under_schedules(group, program)
 
@@ -120,8 +56,8 @@ def test_a_device_that_breaks_while_the_next_results_get_their_memory_is_broken(
         fault = aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress")
         model = await load(device, slots=1, warmup=frame(0))
         x = device.tensor(frame(1))
-        allocate = submission.allocate
-        with mock.patch.object(submission, "allocate", side_effect=[allocate(device, device.current_stream(), [x]), fault]):
+        allocate = memory.allocate
+        with mock.patch.object(request, "allocate", side_effect=[allocate(device, device.current_stream(), [x]), fault]):
             with pytest.raises(aiotrt.DeviceError):
                 await model(x)
         assert not model.is_ready
@@ -135,9 +71,9 @@ def test_without_memory_for_the_next_results_this_call_is_served(group: int) -> 
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:
             x = device.tensor(frame(1))
-            allocate = submission.allocate
+            allocate = memory.allocate
             with mock.patch.object(
-                submission,
+                request,
                 "allocate",
                 side_effect=[allocate(device, device.current_stream(), [x]), MemoryError("none left")],
             ):

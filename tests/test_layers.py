@@ -17,7 +17,9 @@ PACKAGE = Path(aiotrt.__file__).parent
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
     {"errors"},
-    {"runtime.slots", "completion.prediction", "completion.timers", "batching.queue", "run", "tensors"},
+    {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors"},
+    {"completion.lane", "completion.timers"},
+    {"completion.waiter"},
     {"building.files", "building.log"},
     {"building.products", "building.progress", "building.profiles", "building.source", "building.sidecar"},
     {"building.network"},
@@ -29,8 +31,10 @@ LAYERS = [
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},
     {"runtime.handshake"},
+    {"runtime.memory"},
+    {"runtime.request"},
     {"runtime.launch"},
-    {"runtime.executor", "runtime.requests"},
+    {"runtime.executor"},
     {"batching.batch"},
     {"buffers", "runtime.mapping", "batching.batcher"},
     {"runtime", "completion", "batching"},
@@ -47,8 +51,8 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion.poller", "completion.timers", "run", "buffers", "lease", "model"}
-    | {f"runtime.{name}" for name in ("launch", "executor", "requests", "mapping")}
+    "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "buffers", "lease", "model"}
+    | {f"runtime.{name}" for name in ("request", "executor", "mapping")}
     | {"batching.batch", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.

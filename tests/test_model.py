@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.runtime.requests import COPY_ON_LOOP_BYTES
+from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES
 from aiotrt.runtime.slots import State
 from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, turns, until
 

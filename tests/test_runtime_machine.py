@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from aiotrt.completion import poller as completion
-from aiotrt.runtime import launch as submission
+from aiotrt.runtime import memory
 from aiotrt.testing import DeadlockError, HazardError
 from tests.machine.rules import Runtime
 from tests.testing.mutation import Mutation, applied, deletions
@@ -27,7 +27,7 @@ DEFECTS = [
     ("submission", "_open_gates", "slot.stream.wait("),
     ("submission", "Request.order", "follow(slot, self.origin)"),
     ("submission", "submit_lease", "slot.stream.record(event)"),
-    ("requests", "Requests._finish.resolve", "request.future.set_result("),
+    ("requests", "Requests._finish.resolve", "request.set_result("),
     ("requests", "Requests._completed", "executor.move(slot, COMPLETE)"),
     ("executor", "Executor.abandon", "self.machine.withdraw(request)"),
     ("executor", "Executor.break_down", "self.reject(request, error)"),
@@ -43,7 +43,7 @@ FOUND = (HazardError, DeadlockError, AssertionError)
 def _forget() -> Iterator[None]:
     """What a defect leaves behind, such as models that cannot be closed, is not held against the test."""
     yield
-    submission._kept.clear()
+    memory._kept.clear()
     completion._hubs.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aiotrt.runtime.slots import TABLE, Event, Grant, IllegalTransitionError, Line, Slots, State
+from aiotrt.runtime.slots import TABLE, Event, Grant, IllegalTransitionError, Slots, State
 
 LEGAL = {
     (State.FREE, Event.GRANT, State.CLAIMED),
@@ -146,17 +147,19 @@ def test_repr_counts() -> None:
     assert repr(slots) == "<Slots 1 free, 1 claimed, 0 waiting>"
 
 
-def test_leaving_a_line_keeps_memory_proportional_to_those_who_wait() -> None:
-    line: Line[object] = Line()
+def test_leaving_the_queue_keeps_memory_proportional_to_those_who_wait() -> None:
+    slots: Slots[object] = Slots(1)
+    slots.request(object())
     staying = object()
-    line.join(staying)
+    slots.request(staying)
+    size = sys.getsizeof(slots._queue)
     for _ in range(10_000):
         ticket = object()
-        line.join(ticket)
-        line.leave(ticket)
-    assert len(line) == 1
-    assert len(line._tickets) < 5
-    assert line.next() is staying
+        slots.request(ticket)
+        slots.withdraw(ticket)
+    assert slots.waiting == 1
+    assert sys.getsizeof(slots._queue) < 2 * size + 1000
+    assert slots.move(0, Event.RELEASE) == Grant(0, staying)
 
 
 class Callers(RuleBasedStateMachine):

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from aiotrt.batching.queue import Entry
+from aiotrt.completion.waiter import Waiter
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.errors import EngineError, InputError
 from aiotrt.runtime.handshake import bound_inputs, mark_consumed, wants_consumed
-from aiotrt.runtime.launch import Request, Slot, Times, allocate, follow
+from aiotrt.runtime.memory import allocate
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.request import Request, Slot, Times
 from aiotrt.tensors import Argument, Kind, Specs
 
 __all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackable"]
@@ -27,11 +28,12 @@ __all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackab
 T = TypeVar("T")
 
 
-class Call(Entry):
-    """One caller's item, from its submission to its result.
+class Call(Waiter):
+    """One caller's item, from its submission to its result. Awaiting it gives the item's results.
+
+    It is an `Entry` of the queue, which says what the attributes mean that are not below.
 
     Attributes:
-        future: resolved with the item's results.
         arguments: the checked inputs, kept alive until the device is done with them.
         specs: what they were checked against.
         kind: what the results should be.
@@ -43,11 +45,28 @@ class Call(Entry):
         span: what an observer keeps with it.
     """
 
-    __slots__ = ("arguments", "batch", "expected", "future", "kind", "origin", "ready", "span", "specs", "times")
+    __slots__ = (
+        "arguments",
+        "arrival",
+        "batch",
+        "deadline",
+        "due",
+        "expected",
+        "group",
+        "is_bounded",
+        "kind",
+        "origin",
+        "place",
+        "priority",
+        "ready",
+        "span",
+        "specs",
+        "times",
+    )  # fmt: skip
 
     def __init__(
         self,
-        future: asyncio.Future[Any],
+        loop: asyncio.AbstractEventLoop,
         arguments: Sequence[Argument],
         specs: Specs,
         kind: Kind,
@@ -57,8 +76,16 @@ class Call(Entry):
         arrival: float,
         deadline: float | None,
     ) -> None:
-        super().__init__(group, priority, arrival, deadline)
-        self.future = future
+        # As `Waiter` does, which has arguments for what is polled: a batch is, and its items are not.
+        self._loop = loop
+        self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
+        self._value = self._error = self._message = self._callback = self._context = self._others = None
+        self.group = group
+        self.priority = priority
+        self.arrival = self.due = arrival
+        self.deadline = deadline
+        self.is_bounded = True
+        self.place: Literal["queue", "door"] | None = None
         self.arguments = arguments
         self.specs = specs
         self.kind = kind
@@ -106,9 +133,11 @@ class Stacked(Argument):
 class Batch(Request):
     """A request that many callers wait for. It may stand in line empty: `assemble` fills it when its slot is granted.
 
+    Nobody awaits it: it tells its members when it is resolved or rejected. Its result is whether they have results.
+
     Args:
         loop: the model's.
-        assemble: fills this batch with whoever should go now; or cancels its future, and then the slot goes on.
+        assemble: fills this batch with whoever should go now; or cancels it, and then the slot goes on.
         settle: is told how a member ended: with its result, or an error; nothing for a member that had gone.
 
     Attributes:
@@ -116,7 +145,7 @@ class Batch(Request):
         left: how many of them still want their result.
     """
 
-    __slots__ = ("_assemble", "_outcome", "_taken", "calls", "left", "size")
+    __slots__ = ("_assemble", "_settle", "_taken", "_untold", "calls", "left", "size")
 
     def __init__(
         self,
@@ -124,9 +153,10 @@ class Batch(Request):
         assemble: Callable[[Batch], None],
         settle: Callable[[Call, object, BaseException | None], None],
     ) -> None:
-        self._outcome = _Outcome(settle, loop)
-        super().__init__(self._outcome, (), (), (), Kind.NUMPY, is_lease=False)
+        super().__init__(loop, (), (), (), Kind.NUMPY)
+        self._settle = settle
         self.calls: list[Call] = []
+        self._untold: list[Call] = []
         self.left = 0
         self.size = 0
         self._assemble = assemble
@@ -136,7 +166,7 @@ class Batch(Request):
         """These go; all of one group. If it raises, the batch is as empty as it was."""
         self.size = size
         self.arguments = self.joined(calls)
-        self.calls = self._outcome.calls = calls
+        self.calls = self._untold = calls
         self.left = len(calls)
         self.specs = specs
         self.kind = calls[0].kind
@@ -165,7 +195,7 @@ class Batch(Request):
     def order(self, slot: Slot) -> None:
         """After every caller's stream, and every event that an item carries."""
         for origin in self._origins():
-            follow(slot, origin)
+            slot.follow(origin)
         for call in self.calls:
             for event in call.ready:
                 slot.stream.wait(event)
@@ -186,14 +216,14 @@ class Batch(Request):
             assert call.origin is not None
             self.results += allocate(device, call.origin, outputs)
 
-    def allocate_spare(self, device: Device, program: Program, *, expect: bool) -> None:
+    def allocate_spare(self, device: Device, program: Program) -> None:
         """None: who is in the next batch is not known."""
 
     def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
         """A part for each member and output."""
         split = self.split(program, outputs)
         if self.kind is not Kind.DEVICE:
-            self._taken = [call for call in self.calls if not call.future.done()]  # the others' need no copying
+            self._taken = [call for call in self.calls if not call.is_done]  # the others' need no copying
         taken = set(map(id, self._taken))
         return [part for call, parts in zip(self.calls, split, strict=True) if id(call) in taken for part in parts]
 
@@ -203,6 +233,22 @@ class Batch(Request):
         return [
             (call, program.names.pack(results[i * count : (i + 1) * count])) for i, call in enumerate(self._taken)
         ]  # fmt: skip
+
+    def resolve(self, value: Any) -> None:
+        """Tell the members, with what `pack` returned."""
+        super().resolve(True)
+        calls, self._untold = self._untold, []
+        for call, result in value:
+            self._settle(call, result, None)
+        for call in calls:  # those that had gone before their rows were copied are settled too; the others are already
+            self._settle(call, None, None)
+
+    def reject(self, error: BaseException) -> None:
+        """Tell the members."""
+        super().resolve(False)
+        calls, self._untold = self._untold, []
+        for call in calls:
+            self._settle(call, None, error)
 
     def _origins(self) -> Iterable[Stream]:
         return {call.origin.handle: call.origin for call in self.calls if call.origin is not None}.values()
@@ -223,37 +269,6 @@ class Single(Batch):
     def split(self, program: Program, outputs: Sequence[T]) -> Sequence[Sequence[T]]:
         """All is the call's."""
         return [outputs]
-
-
-class _Outcome(asyncio.Future[Any]):
-    """A batch's future. Nobody awaits it: it tells the members, in the same turn of the loop in which it is told.
-
-    It holds the members and not the batch: a cycle would keep everybody's inputs until the next garbage collection.
-    """
-
-    def __init__(
-        self, settle: Callable[[Call, object, BaseException | None], None], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        super().__init__(loop=loop)
-        self.calls: list[Call] = []
-        self._settle = settle
-
-    def set_result(self, result: Sequence[tuple[Call, object]]) -> None:
-        """Tell the members, with what `Batch.pack` returned."""
-        super().set_result(True)
-        calls, self.calls = self.calls, []
-        for call, value in result:
-            self._settle(call, value, None)
-        for call in calls:  # those that had gone before their rows were copied are settled too; the others are already
-            self._settle(call, None, None)
-
-    def set_exception(self, error: type | BaseException) -> None:
-        """Tell the members."""
-        super().set_result(False)  # the members are told, so this one must not complain that nobody looked
-        assert isinstance(error, BaseException)
-        calls, self.calls = self.calls, []
-        for call in calls:
-            self._settle(call, None, error)
 
 
 def check_stackable(items: Sequence[Argument], specs: Specs) -> None:

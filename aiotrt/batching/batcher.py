@@ -22,7 +22,7 @@ from aiotrt.batching.queue import Batching, Deadlines, Pace, Queue, choose_sizes
 from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedError, QueueFullError
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.handshake import ready_events
-from aiotrt.runtime.launch import Times
+from aiotrt.runtime.request import Times
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
@@ -124,7 +124,7 @@ class Gatherer:
         priority = self._check(deadline, priority)
         now = self._loop.time()
         call = Call(
-            self._loop.create_future(),
+            self._loop,
             arguments,
             specs,
             executor.outputs or kind,
@@ -221,8 +221,9 @@ class Gatherer:
         for victim in dropped:
             self.counters.rejected += 1
             self._deadlines.discard(victim)
-            if not victim.future.done():
-                victim.future.set_exception(self._full("a newer call took this one's place"))
+            if not victim.is_done:
+                victim.reject(self._full("a newer call took this one's place"))
+                self._executor.hub.finish(victim)
 
     # Going out...
 
@@ -253,7 +254,7 @@ class Gatherer:
         if self._assemble(batch):
             self._pump()
         else:  # everybody has left
-            batch.future.cancel()
+            batch.cancel()
             self._loop.call_soon(self._executor.abandon, batch)  # not now: the executor is just granting it its slot
 
     def _assemble(self, batch: Batch) -> bool:
@@ -278,7 +279,7 @@ class Gatherer:
                     call.batch = batch
                     self._settle(call, None, refusal)
         number = self._pace.begin(self._loop.time())
-        batch.future.add_done_callback(lambda future: self._ended(number, future))
+        batch.add_done_callback(lambda batch: self._ended(number, batch))
         if self._batching.stack:
             self.counters.batches[len(plan.items)] += 1
             self.counters.padding += plan.size - len(plan.items)
@@ -289,9 +290,9 @@ class Gatherer:
                     call.times.granted = now
         return True
 
-    def _ended(self, number: int, future: asyncio.Future[bool]) -> None:
+    def _ended(self, number: int, batch: Batch) -> None:
         # A batch that failed, or that nobody waits for any more, may have been much quicker than others.
-        self._pace.end(number, None if future.cancelled() or not future.result() else self._loop.time())
+        self._pace.end(number, None if batch.cancelled() or not batch.result() else self._loop.time())
 
     def _release(self) -> None:
         self._held = None
@@ -299,7 +300,7 @@ class Gatherer:
 
     def _is_gone(self, call: Call) -> bool:
         """Whether it was cancelled and its task, which says so, has not run yet."""
-        if not call.future.done():
+        if not call.is_done:
             return False
         self._given_up(call)
         return True
@@ -310,7 +311,7 @@ class Gatherer:
         if call.batch is None:
             return  # it left
         call.batch = None
-        if call.future.done():
+        if call.is_done:
             self._given_up(call)
             return
         self._deadlines.discard(call)
@@ -318,10 +319,12 @@ class Gatherer:
             self.counters.completed += 1
             if call.expected is not None:
                 self._pace.waited(call.priority, longer=self._loop.time() > call.expected)
-            call.future.set_result(result)
+            call.resolve(result)
+            self._executor.hub.finish(call)
         else:
             self.counters.failed += 1
-            call.future.set_exception(error)
+            call.reject(error)
+            self._executor.hub.finish(call)
 
     def _given_up(self, call: Call) -> None:
         """Its caller was cancelled. If that was later than it was told to wait, it would have waited longer still."""
@@ -336,16 +339,17 @@ class Gatherer:
         assert batch is not None
         batch.left -= 1
         if batch.left == 0:
-            batch.future.cancel()
+            batch.cancel()
             self._executor.abandon(batch)
 
     def _expire(self, call: Call) -> None:
         self.counters.expired += 1
         self._deadlines.discard(call)
-        if not call.future.done():
+        if not call.is_done:
             if call.expected is not None:
                 self._pace.waited(call.priority, longer=True)
-            call.future.set_exception(self._too_late(call))
+            call.reject(self._too_late(call))
+            self._executor.hub.finish(call)
 
     def _set_alarm(self) -> None:
         """One timer for all deadlines."""
@@ -365,7 +369,7 @@ class Gatherer:
                 self._queue.remove(call)
             elif call.batch is not None:
                 self._leave(call)
-            if call.future.done():  # cancelled, and its task has not run yet
+            if call.is_done:  # cancelled, and its task has not run yet
                 self._given_up(call)
             else:
                 self._expire(call)
@@ -380,11 +384,12 @@ class Gatherer:
         self._open = None
         for call in self._queue.clear():
             self._deadlines.discard(call)
-            if call.future.done():
+            if call.is_done:
                 self.counters.cancelled += 1
             else:
                 self.counters.failed += 1
-                call.future.set_exception(error)
+                call.reject(error)
+                self._executor.hub.finish(call)
         self.close()
 
     def close(self) -> None:

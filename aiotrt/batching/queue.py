@@ -22,7 +22,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from aiotrt.errors import InputError
 
@@ -125,31 +125,26 @@ def padded(count: int, sizes: Sequence[int]) -> int:
     return sizes[bisect.bisect_left(sizes, count)]
 
 
-class Entry:
-    """Somebody who waits; compared by identity.
+class Entry(Protocol):
+    """What the queue asks of an item that waits. Items are compared by identity.
 
-    Args:
+    Attributes:
         group: what it can be stacked with: entries whose group is equal.
         priority: its class.
         arrival: when it came.
         deadline: when it is of no use any more; None for never.
-
-    Attributes:
         due: when it should be held back no longer; `Queue.add` sets it.
         is_bounded: whether it counts against `max_waiting`, and may be dropped for a newer one; `Queue.add` sets it.
         place: where it waits: "queue" or "door", None when it does not.
     """
 
-    __slots__ = ("arrival", "deadline", "due", "group", "is_bounded", "place", "priority")
-
-    def __init__(self, group: Hashable, priority: int, arrival: float, deadline: float | None = None) -> None:
-        self.group = group
-        self.priority = priority
-        self.arrival = arrival
-        self.deadline = deadline
-        self.due = arrival
-        self.is_bounded = True
-        self.place: Literal["queue", "door"] | None = None
+    group: Hashable
+    priority: int
+    arrival: float
+    deadline: float | None
+    due: float
+    is_bounded: bool
+    place: Literal["queue", "door"] | None
 
 
 E = TypeVar("E", bound=Entry)

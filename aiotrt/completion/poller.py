@@ -24,14 +24,15 @@ import itertools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
 from math import inf
 from typing import Final
 
+from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
+    LONG,
     PREDICT,
     SHORTEST_SLEEP,
     SPIN,
@@ -44,12 +45,13 @@ from aiotrt.completion.prediction import (
     next_look,
 )
 from aiotrt.completion.timers import Timer, open_timer
+from aiotrt.completion.waiter import Waiter
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
 
 __all__ = ["Hub", "Lane", "check_loop", "wait"]
 
-LOOKS_BEFORE_HANG: Final = 3  # overdue looks needed: one alone proves nothing
+POLLS_BEFORE_HANG: Final = 3  # overdue polls needed: one alone proves nothing
 #: A look that is later than this, in seconds, and than this share of its hang timeout, was late since the loop, the process
 #: or the machine stood still, and the work may have too. Then no time counts since the look before. If it is less late, time
 #: does count: a busy loop must find hangs as well.
@@ -58,54 +60,9 @@ STALL_SHARE: Final = 0.1
 #: Seconds of one poll after which the loop has its turn. What follows from a completion takes about as long, the next launch
 #: among it; without this a loop that serves many slots at once runs late by all of them, twice.
 TURN: Final = 50e-6
+#: Seconds of one poll after which those who await what it completed are woken by the loop's next iteration.
+WAKES: Final = 100e-6
 PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
-
-
-class _Pending:
-    """One event that somebody waits for."""
-
-    __slots__ = (
-        "estimate", "hang_timeout", "looked", "looks", "on_done", "overdue", "query", "stalled", "submitted", "told",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        query: Callable[[], bool],
-        on_done: Callable[[BaseException | None], None],
-        submitted: float,
-        estimate: Estimate,
-        hang_timeout: float | None,
-        told: float,
-    ) -> None:
-        self.query = query
-        self.on_done = on_done
-        self.submitted = submitted
-        self.estimate = estimate
-        self.hang_timeout = hang_timeout
-        self.told = told  # when the device said that it is complete; infinity until it does, 0.0 if it will not say
-        self.looks = 0  # how often it was found not complete as the head
-        self.overdue = 0  # likewise, past its hang timeout
-        self.stalled = 0.0  # seconds of its time that do not count: see `STALL`
-        self.looked = 0.0  # when it was last
-
-
-class Lane:
-    """The pending events of one stream, in order.
-
-    Attributes:
-        pending: them.
-        last_done: when the last one was seen to be complete.
-        ran: for how many seconds it had run by then.
-        late: how many of them may have passed since it was complete: since the look before, or what is above the estimate.
-        entry: its live entry in the heap; any other one there is stale.
-    """
-
-    __slots__ = ("entry", "last_done", "late", "pending", "ran")
-
-    def __init__(self) -> None:
-        self.pending: deque[_Pending] = deque()
-        self.last_done = self.ran = self.late = 0.0
-        self.entry: tuple[float, int, Lane] | None = None
 
 
 class Hub:
@@ -138,13 +95,17 @@ class Hub:
         self._clock = clock
         self._spin = spin
         self._timer = timer(loop, self._fire)
+        #: What the timer must be read with when it has fired, if it must be.
+        self._read: Callable[[], object] | None = getattr(self._timer, "read", None)
         self._lateness = Lateness()
         self._heap: list[tuple[float, int, Lane]] = []
         self._order = itertools.count()  # breaks ties in the heap, first come first served
         self._armed: float | None = None  # when the timer is set to fire
         self._slept = 0.0
         self._soon: asyncio.Handle | None = None
-        self._polling = False
+        self.is_polling = False
+        self.finished: list[Waiter] = []  # done, and those who await them were not woken yet
+        self._waking: asyncio.Handle | None = None  # wakes those that a poll left to the loop
         self._users = 0
         self._closed = False
 
@@ -207,201 +168,262 @@ class Hub:
             on_done: called on the loop's thread, from inside the poll.
             estimate: what is known about the work's duration; learns from it.
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
-            when_complete: calls what it is given when the event is complete, on any thread; None where it must be asked.
+            when_complete: as for `add`.
 
         Raises:
             UsageError: the hub is closed: its models are, or were forgotten.
         """
-        if self._closed:  # nothing would ever look, and its timer's descriptor may be another's by now
+        self.add(lane, Pending(query, on_done, Estimate() if estimate is None else estimate, hang_timeout), when_complete)
+
+    def add(self, lane: Lane, pending: Pending, when_complete: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Poll `pending` when it is about to be complete, after what is in `lane` before it.
+
+        Args:
+            lane: of the event's stream.
+            pending: the event; in no lane now.
+            when_complete: calls what it is given when the event is complete, on any thread; None where the event must be
+                polled.
+
+        Raises:
+            UsageError: the hub is closed: its models are, or were forgotten.
+        """
+        if self._closed:  # nothing would ever poll, and its timer's descriptor may be another's by now
             raise UsageError(
                 "nothing looks at this model's events any more: it was closed or forgotten while it was in use; keep it "
                 "until its calls and leases have ended"
             )
-        if self.progress is not PREDICT:
-            when_complete = None  # the others say how to look
         now = self._clock()
-        pending = _Pending(
-            query, on_done, now, Estimate() if estimate is None else estimate, hang_timeout, inf if when_complete else 0.0
-        )
-        lane.pending.append(pending)
-        if len(lane.pending) == 1:
-            self._enlist(lane, self._first_look(now, pending))
-            if not self._polling:
+        pending.submitted = now
+        if when_complete is not None and self.progress is PREDICT:  # the others say how to poll
+            pending.notified = inf
+        queue = lane.pending
+        queue.append(pending)
+        if len(queue) == 1:
+            lane.entry = entry = (self._first_poll(now, pending), next(self._order), lane)
+            heappush(self._heap, entry)
+            if not self.is_polling:
                 self._arm(now)
-        if when_complete:
-            when_complete(partial(self._tell, lane, pending))
+        if pending.notified:
+            assert when_complete is not None
+            when_complete(partial(self._notify, lane, pending))
 
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
-        lane.pending.clear()
-        lane.entry = None
+        lane.forget()
 
-    def _tell(self, lane: Lane, pending: _Pending) -> None:
+    def _notify(self, lane: Lane, pending: Pending) -> None:
         """On whichever thread: the device says that it is complete."""
-        pending.told = self._clock()
+        pending.notified = self._clock()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
-            self._loop.call_soon_threadsafe(self._told, lane)
+            self._loop.call_soon_threadsafe(self._notified, lane)
 
-    def _told(self, lane: Lane) -> None:
+    def _notified(self, lane: Lane) -> None:
         if lane.pending and not self._closed:
             self._enlist(lane, self._clock())
-            self._poll()
+            if self._soon is None:
+                self._poll()
 
-    # Looking...
+    # Polling...
 
     def _fire(self) -> None:
-        now = self._clock()
+        """The timer has fired."""
+        if self._read is not None:
+            try:
+                self._read()
+            except BlockingIOError:  # set again between becoming readable and being read
+                return
         self.wakes += 1
         if self._armed is not None:
-            self._lateness.learn(self._slept, now - self._armed)
+            self._lateness.learn(self._slept, self._clock() - self._armed)
             self._armed = None
-        self._poll()
-
-    def _spin_once(self) -> None:
-        self._soon = None
-        self._poll()
+        if self._soon is None:  # else the loop is about to poll
+            self._poll()
 
     def _poll(self) -> None:
+        """Query the head of each lane that is due, call back for those that are complete, and wake who awaits them."""
+        self._soon = None
         if self._closed:
             return
-        now = self._clock()
+        clock = self._clock
+        start = now = clock()
         heap = self._heap
-        due = []
+        due: list[tuple[float, int, Lane]] = []
+        self.is_polling = True
         try:
-            self._polling = True
             while heap and heap[0][0] <= now:
                 entry = heap[0]
                 if entry[2].entry is entry:
                     due.append(entry)
                 heappop(heap)  # only now: an interrupt must find it in one of the two
-            # Collected first and looked at after: a lane that is due again at once goes back into the heap, and must not
-            # be found again in this same poll, or the loop would never get its turn.
+            # Collected first and polled after: a lane that is due again at once goes back into the heap, and must not be
+            # found again in this same poll, or the loop would never get its turn.
             for number, entry in enumerate(due):
-                if number and self._clock() - now > TURN:
+                if number and clock() - start > TURN:
                     for other in due[number:]:
-                        heappush(heap, other)  # the first to be looked at after the loop's turn
+                        heappush(heap, other)  # the first to be polled after the loop's turn
                     break
-                self._look(entry[2], entry[0])
+                lane = entry[2]
+                planned = entry[0]
+                lane.entry = None
+                pending = lane.pending
+                left = len(pending)  # only what is pending now: what callbacks submit is polled next time
+                is_first = True
+                while left and pending:
+                    left -= 1
+                    head = pending[0]
+                    started = head.submitted
+                    if started < lane.last_done:
+                        started = lane.last_done
+                    self.polls += 1
+                    error: BaseException | None = None
+                    try:
+                        is_complete = head.query()
+                    except (KeyboardInterrupt, SystemExit):
+                        raise  # the loop's business; the event is polled again
+                    except BaseException as failure:
+                        is_complete, error = True, failure
+                    now = clock()
+                    if not is_complete:
+                        timeout = head.hang_timeout
+                        if timeout is not None and (now - started > timeout or now - planned > STALL):
+                            error = self._hung(lane, head, now, started, planned)
+                        if error is None:
+                            lane.polls += 1
+                            lane.polled = now
+                            lane.entry = entry = (self._next_poll(now, lane, head, started), next(self._order), lane)
+                            heappush(heap, entry)
+                            break
+                    pending.popleft()
+                    if error is None:
+                        ran = lane.ran = now - started
+                        estimate = head.estimate
+                        if head.notified:  # before this poll, unless the word is still on its way
+                            lane.late = max(0.0, now - max(head.notified, started))
+                            estimate.between(ran - lane.late, ran - lane.late)
+                        elif lane.polls:
+                            polled = max(started, lane.polled)
+                            lane.late = now - polled
+                            estimate.between(lane.polled - started, ran)
+                        else:
+                            lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
+                            if is_first:  # else its predecessor ended at some time before, and nobody knows when it began
+                                estimate.at_most(ran)
+                    is_first = False
+                    lane.last_done = planned = now
+                    lane.polls = lane.overdue = 0
+                    lane.polled = lane.stalled = 0.0
+                    try:
+                        head.on_done(error)
+                    except Exception as failure:
+                        # One bad callback must not take the others' wake-ups with it.
+                        message = "aiotrt: a completion callback raised"
+                        self._loop.call_exception_handler({"message": message, "exception": failure})
+                if pending and lane.entry is None:  # if it is empty, the next `add` enlists it
+                    self._enlist(lane, self._first_poll(lane.last_done, pending[0]))
         except BaseException:
-            # An interrupt, after which the loop may go on, as a notebook's does: who was not looked at would never be.
+            # An interrupt, after which the loop may go on, as a notebook's does: what was not polled would never be.
             for _, _, lane in due:
                 if lane.pending:
                     self._enlist(lane, now)
+            if self.finished:
+                self._waking = self._waking or self._loop.call_soon(self._wake_others)
             raise
         finally:
-            self._polling = False
+            self.is_polling = False
             if heap:
-                later = self._clock()
-                self._arm(later, was_long=later - now > TURN)
+                now = clock()
+                self._arm(now, was_long=now - start > TURN)
+        if self.finished and self._waking is None:
+            self._wake(start)
 
-    def _look(self, lane: Lane, due: float) -> None:
-        lane.entry = None
-        pending = lane.pending
-        turns = len(pending)  # those that callbacks submit have theirs when the loop has had one, or it might never
-        is_first = True
-        while pending and turns:
-            turns -= 1
-            head = pending[0]
-            started = head.submitted
-            if started < lane.last_done:
-                started = lane.last_done
-            self.polls += 1
-            error: BaseException | None = None
-            try:
-                is_complete = head.query()
-            except (KeyboardInterrupt, SystemExit):
-                raise  # the loop's business; it is asked again
-            except BaseException as failure:
-                is_complete, error = True, failure
-            now = self._clock()
-            if not is_complete:
-                error = self._hung(head, now, started, due)
-                if error is None:
-                    head.looks += 1
-                    head.looked = now
-                    self._enlist(lane, self._next_look(now, head, started))
-                    return
-            pending.popleft()
-            if error is None:
-                ran = lane.ran = now - started
-                estimate = head.estimate
-                if head.told:  # before this look, unless the word is still on its way
-                    lane.late = max(0.0, now - max(head.told, started))
-                    estimate.between(ran - lane.late, ran - lane.late)
-                elif head.looks:
-                    lane.late = now - max(head.looked, started)
-                    estimate.between(head.looked - started, ran)
-                else:
-                    lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
-                    if is_first:  # else its predecessor ended at some time before this look, and nobody knows when it began
-                        estimate.at_most(ran)
-            is_first = False
-            lane.last_done = due = now
-            try:
-                head.on_done(error)
-            except Exception as failure:
-                # One bad callback must not take the others' wake-ups with it.
-                self._loop.call_exception_handler({"message": "aiotrt: a completion callback raised", "exception": failure})
-        if pending and lane.entry is None:  # if it is empty, whoever watches next enlists it
-            self._enlist(lane, self._first_look(lane.last_done, pending[0]))
+    def finish(self, waiter: Waiter) -> None:
+        """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""
+        if self.is_polling:
+            self.finished.append(waiter)
+        else:
+            waiter.wake_soon()
 
-    def _hung(self, head: _Pending, now: float, started: float, due: float) -> DeviceHangError | None:
-        """What to say of work that is not complete, and was to be looked at when it was `due`: nothing, or that it hangs."""
-        if head.hang_timeout is None:
-            return None
+    def _wake(self, start: float, least: int = 0) -> None:
+        """Wake who awaits what polls have completed, in that order.
+
+        Directly, which saves an iteration of the loop, until this has taken its time since `start`, but at least so many; the
+        others in the next iteration. Never inside a task, in which no other one can be resumed.
+        """
+        finished = self.finished
+        self.finished = []
+        woken = 0
+        try:
+            if asyncio.current_task(self._loop) is None:
+                for waiter in finished:
+                    if woken >= least and self._clock() - start > WAKES:
+                        break
+                    woken += 1
+                    waiter.wake()
+        finally:  # an interrupt too: the others must not wait for ever
+            if woken < len(finished):
+                self.finished = finished[woken:] + self.finished
+                self._waking = self._waking or self._loop.call_soon(self._wake_others)
+
+    def _wake_others(self) -> None:
+        self._waking = None
+        self._wake(self._clock(), 1)
+
+    def _hung(self, lane: Lane, head: Pending, now: float, started: float, due: float) -> DeviceHangError | None:
+        """What to say of work that is not complete, and was to be polled when it was `due`: nothing, or that it hangs."""
+        assert head.hang_timeout is not None
         late = now - due
         if late > STALL and late > STALL_SHARE * head.hang_timeout:
-            head.stalled += now - max(started, head.looked)
-        ran = now - started - head.stalled
+            lane.stalled += now - max(started, lane.polled)
+        ran = now - started - lane.stalled
         if ran <= head.hang_timeout:
             return None
-        head.overdue += 1
-        if head.overdue < LOOKS_BEFORE_HANG:
+        lane.overdue += 1
+        if lane.overdue < POLLS_BEFORE_HANG:
             return None
         return DeviceHangError(
             f"work is overdue: it has run for {ran:.1f} s and was expected to take {head.estimate.seconds:.3g} s "
             f"(hang_timeout={head.hang_timeout:g} s)"
         )
 
-    # When to look...
+    # When to poll...
 
-    def _first_look(self, now: float, head: _Pending) -> float:
-        """At work that starts now: it is alone in its lane."""
+    def _first_poll(self, now: float, head: Pending) -> float:
+        """Of work that starts now: it is alone in its lane."""
         estimate = head.estimate
-        if head.told > now:
-            return _patrol(now, head, now)
-        if self.progress is PREDICT and estimate.is_trusted:
-            return self._approach(now, first_look(now, now + estimate.shortest, self._lateness), now)
-        if self.progress is SPIN:
-            return now
-        return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)
+        if head.notified > now:
+            return _patrol(now, head, now, 0.0)
+        if self.progress is not PREDICT:
+            return now if self.progress is SPIN else next_look(now, now, now, 0.0)
+        if not estimate.is_trusted:
+            return next_look(now, now, now, self._spin)
+        due = first_look(now, now + estimate.shortest, self._lateness)
+        return approach(now, due, now) if self._spin and due - now > LONG else due
 
-    def _next_look(self, now: float, head: _Pending, started: float) -> float:
-        if self.progress is SPIN:
-            return now
-        if self.progress is Progress.INTERVAL:
-            return next_look(now, started, started, 0.0)
-        if head.told > now:  # once it was told of, and is not complete, it was recorded again: it is asked, as others are
-            return _patrol(now, head, started)
-        if not head.estimate.is_trusted:
+    def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
+        if self.progress is not PREDICT:
+            return now if self.progress is SPIN else next_look(now, started, started, 0.0)
+        if head.notified > now:  # once it was notified, and is not complete, it was recorded again: it is polled, as others
+            return _patrol(now, head, started, lane.stalled)
+        estimate = head.estimate
+        spin = self._spin
+        if not estimate.is_trusted:
             # A bounded spin from its start on: work that is shorter than the shortest sleep would be found late each time,
             # and nothing would ever be learned about it.
-            return next_look(now, started, started, self._spin)
-        aim = first_look(now, started + head.estimate.shortest, self._lateness)
+            return next_look(now, started, started, spin)
+        predicted = started + estimate.seconds
+        if spin > 0.0 and predicted <= now < predicted + spin:
+            return now
+        aim = first_look(now, started + estimate.shortest, self._lateness)
         if aim > now + SHORTEST_SLEEP:
-            return self._approach(now, aim, started)
-        predicted = started + head.estimate.seconds
+            return approach(now, aim, started) if spin else aim
         aim = first_look(now, predicted, self._lateness)
         if aim > now + SHORTEST_SLEEP:
             # It was as short as this of late, but mostly it is not: no spinning yet.
             return min(aim, next_look(now, started, started, 0.0))
-        if head.looks == 1 and now < predicted and not self._spin:
-            # The first look came early, and there is no spinning until the time comes: sleep until just then.
+        if lane.polls == 1 and now < predicted and not spin:
+            # The first poll came early, and there is no spinning until the time comes: sleep until just then.
             return max(predicted, next_look(now, now, now, 0.0))
-        return next_look(now, started, predicted, self._spin)
-
-    def _approach(self, now: float, due: float, started: float) -> float:
-        return approach(now, due, started) if self._spin else due
+        return next_look(now, started, predicted, spin)
 
     def _enlist(self, lane: Lane, due: float) -> None:
         lane.entry = entry = (due, next(self._order), lane)
@@ -417,18 +439,18 @@ class Hub:
         if due <= now:
             # After a long poll, asyncio's timers: a turn begins with what was to be called soon, and ends with them. Who
             # became ready meanwhile is called in between, and waits for this poll and the next, and not for a third.
-            self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else self._loop.call_soon(self._spin_once)
+            self._soon = self._loop.call_later(0.0, self._poll) if was_long else self._loop.call_soon(self._poll)
         elif self._armed is None or due < self._armed:
             self._armed = due
             self._slept = due - now
             self._timer.set(due - now)
 
 
-def _patrol(now: float, head: _Pending, started: float) -> float:
-    """When to look at work whose end the device will tell: for a word that was lost, and when it is overdue."""
+def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
+    """When to poll work whose end the device will notify: for a notification that was lost, and when it is overdue."""
     if head.hang_timeout is None:
         return now + PATROL
-    return min(now + PATROL, max(started + head.stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
+    return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
 
 
 async def wait(event: object) -> None:

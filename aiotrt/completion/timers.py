@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import threading
 import time
@@ -42,19 +43,22 @@ class _TimeSpec(ctypes.Structure):
 
 
 class TimerFd:
-    """A timerfd on the monotonic clock, read by the loop.
+    """A timerfd on the monotonic clock, watched by the loop. The callback must read it.
 
     Raises:
         OSError: the system has no timerfd, or no file descriptors left.
+
+    Attributes:
+        read: reads it; raises BlockingIOError where it has not fired, or was set again since.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
-        self._callback = callback
         self._spec = _TimeSpec()
         self._fd = _libc_timerfd_create()
+        self.read: Callable[[], object] = functools.partial(os.read, self._fd, 8)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
-        loop.add_reader(self._fd, self._readable)
+        loop.add_reader(self._fd, callback)
 
     def set(self, delay: float) -> None:
         nanoseconds = max(1, int(delay * 1e9))  # zero would disarm it, and the wake-up would be lost
@@ -68,13 +72,6 @@ class TimerFd:
             if not self._loop.is_closed():
                 self._loop.remove_reader(self._fd)
             self._close_fd()
-
-    def _readable(self) -> None:
-        try:
-            os.read(self._fd, 8)
-        except BlockingIOError:  # set again between becoming readable and being read
-            return
-        self._callback()
 
 
 class ThreadTimer:

@@ -7,7 +7,7 @@ semantics that an implementation must keep, and that the conformance tests check
 - `record` marks a point in a stream. `wait` makes everything submitted to a stream *later* wait for the event's *last
   record made before the call*. An event that was never recorded is complete.
 - A graph reads and writes the memory it was captured with, and one graph never overlaps itself.
-- `Stream.record`, `wait`, `copy`, `Graph.launch` and `expect` return at once. `Device.capture` and `Device.call` block, and
+- `Stream.record`, `wait`, `copy` and `Graph.launch` return at once. `Device.capture` and `Device.call` block, and
   are for worker threads only.
 """
 
@@ -112,13 +112,6 @@ class Graph(Protocol):
             after: copied last.
             wait: what the replay waits for on the device, as `Stream.wait` does; the copies before it need not.
             record: recorded when the replay has ended; the copies after it need not have.
-        """
-        ...
-
-    def expect(self, after: Copies) -> None:
-        """The next launch will probably be given these copies: whatever that takes may be done now, beside the last one.
-
-        Nothing is copied until a launch is given them, and what was submitted earlier is not touched.
         """
         ...
 
@@ -291,9 +284,6 @@ class BaseGraph(ABC):
             stream.record(record)
         for destination, source in after:
             stream.copy(destination, source)
-
-    def expect(self, after: Copies) -> None:  # noqa: B027  # most graphs have nothing to prepare
-        pass
 
 
 class BaseDevice:

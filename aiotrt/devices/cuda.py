@@ -238,10 +238,6 @@ class CudaGraph(BaseGraph):
             with self._random.drawn():
                 stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
 
-    def expect(self, after: Copies) -> None:
-        if self._copying is not None:
-            self._copying.expect(after)
-
     def close(self) -> None:
         if self._copying is not None:
             self._copying.close()

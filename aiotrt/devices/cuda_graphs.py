@@ -104,11 +104,6 @@ class CopyingGraph:
         self._is_set = bool(before or after)
         return others
 
-    def expect(self, after: Copies) -> None:
-        """Let the nodes of later launches do these copies out, unless `set` is told of others."""
-        self._is_set = True
-        self._set(self._after, after, 1)
-
     def order(self, wait: Any, record: Any) -> None:
         """Make the captured part of later launches wait for one event, and record another when it has ended.
 

@@ -4,11 +4,11 @@ Rule 1: everything here runs on the event loop's thread, synchronously, except t
 worker thread's; so no state is shared between threads, and there is no `await` between two halves of a change.
 Rule 2: a slot's memory is touched only by its owner, which is what its state says (`slots.TABLE`).
 
-The life of a request. `submit` checks the inputs and asks the machine for a slot; what follows is in `requests`. With the
-slot comes its program, built in a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs
-into pinned memory, in a worker thread if they are large. Then one uninterrupted sequence goes to the slot's stream
-(`submission`), and the slot is IN_FLIGHT. The hub calls back when the produce event is complete; host results are copied
-into memory of the caller's own; the slot goes to the next in line; the request's future is resolved.
+The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built in
+a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker
+thread if they are large. Then one uninterrupted sequence goes to the slot's stream (`launch`), and the slot is IN_FLIGHT.
+The hub calls back when the produce event is complete; host results are copied into memory of the caller's own; the slot goes
+to the next in line; the request is resolved. Every step calls the next one at once, or from a worker thread's completion.
 
 A request that is abandoned (its await was cancelled) leaves the line at once, or leaves its slot DRAINING until the
 device is done with it: the request, and through it the caller's inputs, stay referenced by the slot until then.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections import deque
@@ -28,7 +29,8 @@ from typing import Any, Final
 
 import torch
 
-from aiotrt.completion.poller import Hub, Lane, check_loop
+from aiotrt.completion.lane import Lane
+from aiotrt.completion.poller import Hub, check_loop
 from aiotrt.completion.prediction import Estimate
 from aiotrt.devices import Event
 from aiotrt.errors import (
@@ -36,24 +38,32 @@ from aiotrt.errors import (
     DeviceError,
     DeviceHangError,
     EngineError,
+    InputError,
     ModelBrokenError,
     ModelClosedError,
     QueueFullError,
     UsageError,
 )
-from aiotrt.runtime.handshake import bound_inputs, carries_anything, ready_events, wants_consumed
-from aiotrt.runtime.launch import Request, Slot, Times, has_passed, keep_for_ever, pass_turn, retire
+from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, ready_events, wants_consumed
+from aiotrt.runtime.launch import copy_in, has_passed, pass_turn, retire, submit_request
+from aiotrt.runtime.memory import keep_for_ever
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
-from aiotrt.runtime.requests import Requests
-from aiotrt.runtime.slots import BROKEN, COMPLETE, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
+from aiotrt.runtime.request import Request, Slot, Times
+from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.runtime.slots import Event as Move
-from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs
+from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs, own
 
 __all__ = ["Counters", "Executor"]
+
+_log: Final = logging.getLogger("aiotrt")
 
 #: Host inputs of this size are read in place where they are page-locked. To ask takes about 2 us of the loop's thread, and
 #: to copy as much 5 to 10 (H200's host).
 IN_PLACE_BYTES: Final = 128 << 10
+
+#: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
+#: as much, so below it the hop would cost the caller more than the copy costs the loop.
+COPY_ON_LOOP_BYTES: Final = 1 << 20
 
 _forks = 0
 
@@ -120,8 +130,8 @@ class Executor:
         self.hang_timeout = hang_timeout
         self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
-        #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, its
-        #: future says, and when, its `times`.
+        #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, the
+        #: request says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
         self._latest: Slot | None = None  # without overlap: who launched last
@@ -129,7 +139,6 @@ class Executor:
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
         self._forks = _forks
-        self.requests = Requests(self)
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
         self.slots: list[Slot] = []
@@ -137,7 +146,7 @@ class Executor:
             line = None if self._overlap else Lane()  # what runs one after the other is seen to end in that order
             for i in range(slots):
                 self.slots.append(Slot(i, self.device, line or Lane(), overlap=self._overlap))
-                self.requests.adopt(self.slots[i])
+                self.slots[i].on_done = partial(self._completed, self.slots[i])
         except BaseException:
             for slot in self.slots:
                 slot.stream.close()
@@ -165,7 +174,7 @@ class Executor:
             for argument, spec in zip(arguments, specs, strict=True):
                 if argument.host is not None and argument.host.nbytes >= IN_PLACE_BYTES:
                     argument.read_in_place(spec.dtype, self.device.is_pinned)
-        request = Request(self.loop.create_future(), arguments, specs, shapes, self.outputs or kind, is_lease=False)
+        request = Request(self.loop, arguments, specs, shapes, self.outputs or kind)
         if kind is DEVICE or request.kind is DEVICE:
             request.origin = self.device.current_stream()
             if carries_anything(arguments):
@@ -178,7 +187,7 @@ class Executor:
     def lease(self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
         """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does."""
         self.check_usable()
-        request = Request(self.loop.create_future(), (), specs, shapes, kind, is_lease=True)
+        request = Request(self.loop, (), specs, shapes, kind, is_lease=True)
         request.is_warmup = is_warmup
         self._enter(request, bounded=not is_warmup)
         return request
@@ -216,7 +225,7 @@ class Executor:
             self._check_idle()
         elif slot is not None and self.machine.states[slot.index] not in (BROKEN, DRAINING):
             self.move(slot, Move.RELEASE)
-        elif not request.future.cancelled():
+        elif not request.cancelled():
             return  # it ended, and was counted, before its caller was cancelled
         self.counters.cancelled += not request.is_warmup
 
@@ -259,7 +268,7 @@ class Executor:
                     request.times.granted = time.perf_counter()
                 try:
                     request.granted()
-                    self.requests.begin(slot, request)
+                    self.begin(slot, request)
                 except Exception as error:
                     self._begin_failed(slot, request, error)
                 if not self._granted:
@@ -277,11 +286,305 @@ class Executor:
             self.lost_track(error)
         self.reject(request, told)
 
+    # From its slot to its result...
+
+    def begin(self, slot: Slot, request: Request) -> None:
+        """A request got its slot: prepare it, and go on as soon as that is done."""
+        if request.is_done:  # cancelled while it stood in line, and its task has not run yet
+            self.move(slot, Move.RELEASE)
+            return
+        fixed = self.specs.specs
+        if fixed is not None and fixed is not request.specs:
+            try:
+                # While this one waited, another may have fixed what the inputs are.
+                self.specs.settle(request.specs)
+            except InputError as error:
+                refusal = error
+                self.move(slot, Move.RELEASE, then=lambda: self.reject(request, refusal))
+                return
+        program = self.cache.get(slot.index, request.key)
+        if not request.is_warmup:
+            self.counters.hits += program is not None
+            self.counters.misses += program is None
+        if program is not None and program.is_staged(request.host_inputs(), outputs=request.kind is not DEVICE):
+            self._prepared(slot, request, program)
+        else:
+            self.move(slot, Move.PREPARE)
+            self.work(slot, lambda: self._build(slot, request, program, ()), self._built)
+
+    def _build(
+        self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[tuple[Program, Sequence[Event]]]
+    ) -> Program:
+        """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
+        self.device.prepare_thread()
+        for old, gates in evicted:
+            retire(old, gates)
+        if request.bound:
+            request.order(slot)  # the warm-up reads them where they are
+        recipe = self.recipe
+        built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound)
+        try:
+            built.stage(request.host_inputs(), outputs=request.kind is not DEVICE)
+        except BaseException:
+            if program is None:
+                built.close()
+            raise
+        return built
+
+    def _built(self, slot: Slot, program: Program | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        if self.machine.states[slot.index] is BROKEN:
+            keep_for_ever(program)
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            evicted = self.cache.evict(self.busy(slot), None)
+            self.counters.evictions += len(evicted)
+            if evicted:  # with the memory of programs that nobody uses now, it may do
+                have = self.cache.get(slot.index, request.key)
+                # The gates as they are now: their slots are free, and whoever gets one next opens them.
+                gated = [(old, list(self.slots[old.slot].gates)) for old in evicted]
+                self.work(slot, lambda: self._build(slot, request, have, gated), self._built)
+                return
+        if program is not None:
+            try:
+                self.specs.settle(request.specs)  # the engine has accepted these inputs
+            except InputError as refusal:
+                self.retire(program, ())
+                program, error = None, refusal
+        if program is not None and program not in self.cache.holders(program.key).values():
+            self.cache.add(program)
+            self.first_shapes = self.first_shapes or program.key[0]
+            self.counters.captures += 1
+            self.fallbacks.update(dict.fromkeys(program.fallbacks))
+            self.evict(program)
+        if self.resume(slot, error, "while it was prepared") is not None:
+            assert program is not None
+            self._prepared(slot, request, program)
+
+    def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
+        slot.program = program
+        if self.device.unified and slot.gates:
+            # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
+            self.move(slot, Move.PREPARE)
+            self.when_passed(slot.gates, lambda error: self._gates_passed(slot, error))
+        else:
+            self._stage(slot, request, program)
+
+    def _gates_passed(self, slot: Slot, error: BaseException | None) -> None:
+        slot.gates.clear()
+        if isinstance(error, DeviceHangError):
+            self.break_down(error)
+            return
+        request = self.resume(slot, error, "while its slot's last consumer was waited for")
+        if request is not None:
+            assert slot.program is not None
+            self._stage(slot, request, slot.program)
+
+    def _stage(self, slot: Slot, request: Request, program: Program) -> None:
+        if request.is_lease:
+            slot.launches = 0
+            if not request.is_done:  # else cancelled in this very iteration: its task releases the slot when it runs
+                request.resolve(None)
+                self.hub.finish(request)
+            return
+        if program.blocking:
+            self.move(slot, Move.PREPARE)
+            slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
+            self.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
+            return
+        nbytes = 0  # of host inputs
+        for argument in request.arguments:
+            if argument.host is not None:
+                nbytes += argument.host.nbytes
+        if nbytes > COPY_ON_LOOP_BYTES:
+            self.move(slot, Move.PREPARE)
+            self.work(slot, lambda: copy_in(request, program), self._staged)
+            return
+        if nbytes:
+            try:
+                copy_in(request, program)
+            except Exception as error:  # its caller reshaped an array while it stood in line, say
+                refusal = self.explain(error, "while its inputs were copied")
+                self.move(slot, Move.RELEASE, then=lambda: self.reject(request, refusal))
+                return
+        self._launch(slot, request, program)
+
+    def _staged(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        request = self.resume(slot, error, "while its inputs were copied")
+        if request is not None:
+            assert slot.program is not None
+            self._launch(slot, request, slot.program)
+
+    # On the device...
+
+    def _launch(self, slot: Slot, request: Request, program: Program) -> None:
+        self.follow_latest(slot)
+        try:
+            submit_request(self.device, slot, request, program)
+        except DeviceError as error:
+            self.device.fail(error)
+        except Exception as error:
+            self._launch_failed(slot, error)
+        else:
+            self.move(slot, LAUNCH)
+            self.count(program)
+            self._watch(slot, program)
+            self._prepare_next(request, program)
+
+    def _prepare_next(self, request: Request, program: Program) -> None:
+        try:
+            request.allocate_spare(self.device, program)
+        except DeviceError as error:
+            self.device.fail(error)
+        except Exception as error:  # out of memory, say: whoever launches next does it anew, and is told
+            _log.debug("results for the next launch could not be allocated: %r", error)
+
+    def _watch(self, slot: Slot, program: Program) -> None:
+        """Poll the produce event of this slot's request: from now on the request is what is pending."""
+        request = slot.request
+        assert request is not None
+        if not self._overlap:
+            self._latest = slot
+        request.query = slot.query
+        request.on_done = slot.on_done
+        request.estimate = program.estimate
+        request.hang_timeout = self.hang_timeout
+        self.hub.add(slot.lane, request, slot.when_complete)
+
+    def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
+        """On a worker thread: all of it, for a program whose launch occupies the thread."""
+        self.device.prepare_thread()
+        copy_in(request, program)
+        submit_request(self.device, slot, request, program)
+
+    def _submitted(self, slot: Slot, _: None, error: BaseException | None) -> None:
+        state = self.machine.states[slot.index]
+        if state is BROKEN:
+            return
+        assert slot.program is not None
+        if isinstance(error, DeviceError):
+            self.device.fail(error)
+        elif error is not None:
+            self._launch_failed(slot, error)
+        else:
+            if state is State.PREPARING:
+                self.move(slot, LAUNCH)
+            self.count(slot.program)
+            try:
+                self.pass_turn(slot)
+            except Exception as second:
+                self.lost_track(second)
+            else:
+                self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
+
+    def _launch_failed(self, slot: Slot, error: BaseException) -> None:
+        """Part of the work may be on the stream already: the slot is not free before that has passed."""
+        request = slot.request
+        assert request is not None
+        self.reject(request, self.explain(error, "while it was launched"))
+        if self.machine.states[slot.index] is not DRAINING:
+            if self.machine.states[slot.index] is State.CLAIMED:
+                self.move(slot, LAUNCH)
+            self.move(slot, Move.RELEASE)
+        assert slot.program is not None
+        try:
+            self.pass_turn(slot)
+            slot.stream.record(slot.event)
+        except Exception as second:
+            self.lost_track(second)
+        else:
+            self._watch(slot, slot.program)
+
+    # Coming out...
+
+    def _completed(self, slot: Slot, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is BROKEN:
+            return
+        times = request.times
+        if times is not None:
+            times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
+        if error is None and state is IN_FLIGHT:
+            self._hand_out(slot, request)
+        elif isinstance(error, DeviceError):
+            self.failed_on_device(error)
+        elif state is DRAINING:
+            self.move(slot, COMPLETE)
+        else:
+            assert error is not None
+            self._failed(slot, request, self.explain(error, "while it ran"))
+
+    def _hand_out(self, slot: Slot, request: Request) -> None:
+        if request.kind is not DEVICE:
+            self._copy_out(slot, request)
+            return
+        complete = self.complete
+        for result in request.results:
+            carry(result, complete)
+        self._finish(slot, request, request.results)
+
+    def _copy_out(self, slot: Slot, request: Request) -> None:
+        program = slot.program
+        assert program is not None
+        views = [program.output_view(i) for i in range(len(program.outputs))]
+        dtypes = [output.dtype for output in program.outputs]
+        kind = request.kind
+
+        def copy() -> list[Any]:
+            parts = request.parts(program, list(zip(views, dtypes, strict=True)))
+            return [own(view, dtype, kind) for view, dtype in parts]
+
+        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
+            # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
+            self.work(slot, copy, self._copied)
+            return
+        try:
+            results = copy()
+        except Exception as error:  # out of memory: without this the slot would be in flight for ever
+            self._copied(slot, None, error)
+        else:
+            self._finish(slot, request, results)
+
+    def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
+        request = slot.request
+        assert request is not None
+        state = self.machine.states[slot.index]
+        if state is BROKEN:
+            return
+        if state is DRAINING:
+            self.move(slot, COMPLETE)
+        elif error is not None:
+            self._failed(slot, request, self.explain(error, "while its results were copied"))
+        else:
+            assert results is not None
+            self._finish(slot, request, results)
+
+    def _failed(self, slot: Slot, request: Request, error: AiotrtError) -> None:
+        self.move(slot, COPIED, then=lambda: self.reject(request, error))
+
+    def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
+        assert slot.program is not None
+        packed = request.pack(slot.program, results)
+
+        def resolve() -> None:
+            if not request.is_done:
+                self.counters.completed += 1
+                self.hub.finish(request)  # first: a batch's own end comes before its items'
+                request.resolve(packed)
+
+        self.move(slot, COPIED, then=resolve)
+
+    # What callers are told...
+
     def reject(self, request: Request, error: BaseException) -> None:
         """The request failed with `error`, unless whoever waited was cancelled, or told of something else, before."""
-        if not request.future.done():
+        if not request.is_done:
             self.counters.failed += 1
-            request.future.set_exception(error)
+            self.hub.finish(request)
+            request.reject(error)
 
     def failed(self, error: BaseException, when: str) -> AiotrtError:
         """What a caller gets for an error of the device; a fault breaks the device first."""
@@ -438,7 +741,7 @@ class Executor:
     def move(self, slot: Slot, move: Move, *, then: Callable[[], None] | None = None) -> None:
         """Apply a move; if that frees the slot, forget its request, do `then`, and serve the next in line.
 
-        The next request is launched before this one's future is resolved, so that the device has work while the caller's
+        The next request is launched before this one is resolved, so that the device has work while the caller's
         coroutine runs.
         """
         machine = self.machine

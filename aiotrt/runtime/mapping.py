@@ -8,16 +8,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from aiotrt.completion.waiter import Waiter
 from aiotrt.errors import InputError
 
 __all__ = ["map_in_order"]
 
 
-class _Pending(Protocol):
-    future: asyncio.Future[Any]
-
-
-P = TypeVar("P", bound=_Pending)
+P = TypeVar("P", bound=Waiter)
 
 
 class _Taker(Protocol[P]):
@@ -42,7 +39,7 @@ async def map_in_order(
         while True:
             while not source.is_exhausted and failure is None and len(pending) < limit:
                 try:
-                    if not await source.ready(pending[0].future if pending else None):
+                    if not await source.ready(pending[0] if pending else None):
                         break  # the oldest result came first
                     pending.append(_submit_item(executor, source.take()))
                 except StopIteration:
@@ -50,7 +47,7 @@ async def map_in_order(
                 except Exception as error:
                     failure = error
             if pending:
-                result = await pending[0].future
+                result = await pending[0]
                 pending.popleft()
                 yield result
             elif failure is not None:
@@ -59,7 +56,7 @@ async def map_in_order(
                 return
     finally:
         for request in pending:
-            request.future.cancel()
+            request.cancel()
             executor.abandon(request)
         await source.aclose()
 
@@ -77,13 +74,13 @@ class _Source:
         else:
             self._sync = iter(frames)
 
-    async def ready(self, other: asyncio.Future[Any] | None) -> bool:
+    async def ready(self, other: Waiter | None) -> bool:
         """Wait for the next item, or for `other` if that comes first; false then."""
         if self._async is None:
             return True
         if self._next is None:
             self._next = asyncio.get_running_loop().create_task(_anext(self._async), context=self._context)
-        futures = {self._next} if other is None else {self._next, other}
+        futures: set[Any] = {self._next} if other is None else {self._next, other}
         await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         return self._next.done()
 

@@ -137,10 +137,6 @@ class Program:
             step.launch(self._stream)
         last.launch(self._stream, after=after, record=record)
 
-    def expect(self, after: Copies) -> None:
-        """The next launch will probably be given these copies: see `Graph.expect`."""
-        self._steps[-1].expect(after)
-
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
         """Whether pinned memory is there for these inputs, and for the outputs."""
         for i in inputs:

@@ -4,8 +4,8 @@ Rule 1: every decision about who owns a slot is made in this file.
 Rule 2: this file touches no device, no tensor and no event loop, so that all of it can be tested by enumeration.
 
 Theory of operation. A model has N slots. Each is always in one state of `State`, each state has one owner, and `TABLE` is
-the whole list of legal moves: a pair that is not in it is a bug in aiotrt, and raises. Callers who find no free slot stand
-in one line, first come first served. Every method is synchronous and leaves the machine consistent, and what must be done
+the whole list of legal moves: a pair that is not in it is a bug in aiotrt, and raises. Callers who find no free slot wait
+in one queue, first come first served. Every method is synchronous and leaves the machine consistent, and what must be done
 as a consequence comes back as `Grant` values for the caller to act upon, so there is no moment, at a cancellation or
 anywhere else, at which a slot has two owners or none.
 
@@ -15,12 +15,13 @@ The shape is that of a connection pool that decides without doing input or outpu
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Container, Mapping
 from typing import Final, Generic, NamedTuple, TypeVar
 
 __all__ = [
     "BROKEN",
+    "CLAIMED",
     "COMPLETE",
     "COPIED",
     "DRAINING",
@@ -31,7 +32,6 @@ __all__ = [
     "Event",
     "Grant",
     "IllegalTransitionError",
-    "Line",
     "Slots",
     "State",
 ]
@@ -73,6 +73,7 @@ class Event(_Named):
 # The members that each call asks for, by a name of their own: before Python 3.12 `State.FREE` is found by way of the
 # enumeration's metaclass, which costs as much as two function calls.
 FREE: Final = State.FREE
+CLAIMED: Final = State.CLAIMED
 IN_FLIGHT: Final = State.IN_FLIGHT
 DRAINING: Final = State.DRAINING
 BROKEN: Final = State.BROKEN
@@ -118,7 +119,7 @@ TABLE: Final[Mapping[State, Mapping[Event, State]]] = {
 }
 
 
-_GRANTED: Final = TABLE[State.FREE][Event.GRANT]
+_new: Final = tuple.__new__  # a named tuple's own constructor is a Python function
 
 
 class IllegalTransitionError(AssertionError):
@@ -132,69 +133,25 @@ class Grant(NamedTuple, Generic[Ticket]):
     ticket: Ticket
 
 
-class Line(Generic[Ticket]):
-    """A first-come-first-served line whose members can leave from anywhere in constant time.
-
-    Leaving marks the ticket; marked tickets are dropped when they reach the front, or when they outnumber the others, so
-    memory stays proportional to the callers that really wait.
-    """
-
-    def __init__(self) -> None:
-        self._tickets: deque[Ticket] = deque()
-        self._gone: set[int] = set()
-        self._uncounted: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._tickets) - len(self._gone)
-
-    @property
-    def counted(self) -> int:
-        """How many there are of those that count."""
-        return len(self) - len(self._uncounted)
-
-    def join(self, ticket: Ticket, *, counts: bool = True) -> None:
-        """Stand at the end."""
-        self._tickets.append(ticket)
-        if not counts:
-            self._uncounted.add(id(ticket))
-
-    def leave(self, ticket: Ticket) -> None:
-        """Leave from wherever `ticket` stands; it must be in the line."""
-        self._gone.add(id(ticket))
-        self._uncounted.discard(id(ticket))
-        if len(self._gone) * 2 > len(self._tickets):
-            self._tickets = deque(t for t in self._tickets if id(t) not in self._gone)
-            self._gone.clear()
-
-    def next(self) -> Ticket | None:
-        """Take the first ticket; None when nobody waits."""
-        while self._tickets:
-            ticket = self._tickets.popleft()
-            if id(ticket) not in self._gone:
-                self._uncounted.discard(id(ticket))
-                return ticket
-            self._gone.discard(id(ticket))
-        return None
-
-
 class Slots(Generic[Ticket]):
-    """N slots and the line of callers who wait for one.
+    """N slots and the queue of callers who wait for one.
 
     Args:
         count: how many slots; at least 1.
-        max_waiting: how many may stand in the line, of those that it applies to; None for no bound.
+        max_waiting: how many may wait, of those that it applies to; None for no bound.
     """
 
     def __init__(self, count: int, max_waiting: int | None = None) -> None:
         self.states: list[State] = [State.FREE] * count
         self.max_waiting = max_waiting
-        self._line: Line[Ticket] = Line()
         self._free: list[int] = list(range(count - 1, -1, -1))
+        self._queue: OrderedDict[Ticket, bool] = OrderedDict()  # who waits, in order, and whether they count
+        self._counted = 0
 
     @property
     def waiting(self) -> int:
-        """How many callers stand in line."""
-        return len(self._line)
+        """How many callers wait."""
+        return len(self._queue)
 
     def count(self, state: State) -> int:
         """How many slots are in `state`."""
@@ -204,70 +161,70 @@ class Slots(Generic[Ticket]):
         """Ask for a slot.
 
         Args:
-            ticket: who asks; compared by identity.
+            ticket: who asks; hashable, and in the queue once at most.
             prefer: slots that suit the ticket better than others, if one of them is free.
-            bounded: whether `max_waiting` applies, and the ticket counts in line.
+            bounded: whether `max_waiting` applies, and the ticket counts in the queue.
 
         Returns:
-            A grant, when a slot is free (then nobody waits: see `_serve`); None when the ticket now stands in line.
+            A grant, when a slot is free (then nobody waits, since `move` serves the queue first); None when the ticket now
+            waits.
 
         Raises:
-            OverflowError: the line is at its bound. Nothing changed.
+            OverflowError: the queue is at its bound. Nothing changed.
         """
-        if self._free:
-            at = len(self._free) - 1
-            if at > 0:
-                at = next((i for i in range(at, -1, -1) if self._free[i] in prefer), at)
-            return self._grant(self._free.pop(at), ticket)
-        if bounded and self.max_waiting is not None and self._line.counted >= self.max_waiting:
-            raise OverflowError
-        self._line.join(ticket, counts=bounded)
+        free = self._free
+        if free:
+            at = len(free) - 1
+            if at and free[at] not in prefer:
+                at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)
+            slot = free.pop(at)
+            self.states[slot] = CLAIMED
+            return _new(Grant, (slot, ticket))
+        if bounded:
+            if self.max_waiting is not None and self._counted >= self.max_waiting:
+                raise OverflowError
+            self._counted += 1
+        self._queue[ticket] = bounded
         return None
 
     def withdraw(self, ticket: Ticket) -> None:
-        """`ticket` leaves the line, in which it must stand."""
-        self._line.leave(ticket)
+        """`ticket` leaves the queue, in which it must be."""
+        self._counted -= self._queue.pop(ticket)
 
     def withdraw_all(self) -> list[Ticket]:
-        """Everybody leaves the line; returned in order."""
-        left = []
-        while (ticket := self._line.next()) is not None:
-            left.append(ticket)
+        """Everybody leaves the queue; returned in order."""
+        left = list(self._queue)
+        self._queue.clear()
+        self._counted = 0
         return left
 
     def move(self, slot: int, event: Event) -> Grant[Ticket] | None:
         """Apply `event` to `slot`.
 
         Returns:
-            The grant that follows, when the move freed the slot and somebody waits.
+            The grant that follows, when the move freed the slot and somebody waits: a freed slot goes to the queue before
+            it goes to the pool. Without this, a slot could be free while somebody waits, and the wake-up would be lost.
 
         Raises:
             IllegalTransitionError: `TABLE` has no such move. Nothing changed.
         """
-        before = self.states[slot]
+        states = self.states
+        before = states[slot]
         try:
             after = TABLE[before][event]
         except KeyError:
             raise IllegalTransitionError(f"slot {slot} is {before.name} and cannot {event.name}") from None
-        self.states[slot] = after
-        if before is FREE:  # only FAULT gets here: GRANT goes through _grant
+        if before is FREE:  # only FAULT gets here: GRANT goes through `request` and the queue
             self._free.remove(slot)
-        if after is not FREE:
-            return None
-        return self._serve(slot)
-
-    def _serve(self, slot: int) -> Grant[Ticket] | None:
-        # A freed slot goes to the line before it goes to the pool. Without this, a slot could be free while somebody
-        # waits, and the wake-up would be lost.
-        ticket = self._line.next()
-        if ticket is None:
+        elif after is FREE:
+            if self._queue:
+                ticket, counted = self._queue.popitem(last=False)
+                self._counted -= counted
+                states[slot] = CLAIMED
+                return _new(Grant, (slot, ticket))
             self._free.append(slot)
-            return None
-        return self._grant(slot, ticket)
-
-    def _grant(self, slot: int, ticket: Ticket) -> Grant[Ticket]:
-        self.states[slot] = _GRANTED
-        return Grant(slot, ticket)
+        states[slot] = after
+        return None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {s.value}" for s in State if (n := self.states.count(s)))

@@ -15,7 +15,7 @@ from typing import Final
 
 import aiotrt
 from aiotrt.devices import Stream
-from aiotrt.runtime.launch import Request
+from aiotrt.runtime.request import Request
 from aiotrt.selftest.bench import Bench, Sample, as_tensors, digest, within
 from aiotrt.selftest.instruments import Latch
 from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable
@@ -151,10 +151,10 @@ async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hol
         try:
             if hold:
                 await asyncio.sleep(HOLD)
-                if request.future.done():
+                if request.done():
                     raise CheckFailed("a call returned while its input was still being made")
             latch.open()
-            results = as_tensors(await within(request.future, "a call"))
+            results = as_tensors(await within(request, "a call"))
         finally:
             bench.executor.abandon(request)
     results = await bench.on_host(results)

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from aiotrt.batching.batch import Batch, Call
 from aiotrt.errors import DeadlineError, QueueFullError
 from aiotrt.model import Model
-from aiotrt.runtime.launch import Request, Times
+from aiotrt.runtime.request import Request, Times
 
 if TYPE_CHECKING:
     from aiotrt.serving.tracing import Tracing
@@ -76,14 +76,14 @@ class Observer:
     def __call__(self, what: Request | Call) -> None:
         """Something comes in, in its caller's context."""
         if isinstance(what, Batch):
-            what.future.add_done_callback(functools.partial(self._batch_ended, what))
+            what.add_done_callback(functools.partial(self._batch_ended, what))
         elif isinstance(what, Call) or not what.is_lease:  # how long somebody holds a lease is his own business
             if self._tracing is not None:
                 try:
                     self._tracing.begin(what)
                 except Exception:  # of somebody's span processor: it must not cost a caller his result, or the model a slot
                     _log.exception("a span could not be begun")
-            what.future.add_done_callback(functools.partial(self._call_ended, what))
+            what.add_done_callback(functools.partial(self._call_ended, what))
 
     def _call_ended(self, call: Request | Call, future: asyncio.Future[Any]) -> None:
         now, times = time.perf_counter(), call.times

@@ -14,7 +14,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 import aiotrt
 from aiotrt.batching.batch import Batch, Call
-from aiotrt.runtime.launch import Request, Times
+from aiotrt.runtime.request import Request, Times
 
 __all__ = ["Tracing"]
 

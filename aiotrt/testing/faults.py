@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from aiotrt.devices.base import BaseGraph, CaptureError, Copies, Device, Event, Graph, Stream
+from aiotrt.devices.base import BaseGraph, CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.testing.simulator import SimulatedDevice
 
@@ -40,8 +40,8 @@ class FaultKind(enum.Enum):
 _ANY: Final = (FaultKind.STICKY, FaultKind.PASSING)
 _ALLOCATES: Final = (*_ANY, FaultKind.MEMORY)
 
-#: Every verb, with the ways in which it can fail. "call" counts `Device.call`, "run" `Stream.run`, "launch" and
-#: "expect" those of a `Graph`.
+#: Every verb, with the ways in which it can fail. "call" counts `Device.call`, "run" `Stream.run`, "launch" that
+#: of a `Graph`.
 VERBS: Final[dict[str, tuple[FaultKind, ...]]] = {
     "stream": _ALLOCATES,
     "event": _ANY,
@@ -56,7 +56,6 @@ VERBS: Final[dict[str, tuple[FaultKind, ...]]] = {
     "copy": _ANY,
     "run": _ALLOCATES,
     "launch": _ANY,
-    "expect": _ANY,
 }
 
 
@@ -266,10 +265,6 @@ class _Graph(BaseGraph):
     def replay(self, stream: Stream) -> None:
         self._injector.use_verb("launch")
         self._graph.launch(_unwrap(stream))
-
-    def expect(self, after: Copies) -> None:
-        self._injector.use_verb("expect")
-        self._graph.expect(after)
 
     def close(self) -> None:
         self._graph.close()

@@ -18,7 +18,7 @@ import torch
 
 import aiotrt
 from aiotrt.runtime.executor import Executor
-from aiotrt.runtime.launch import Request, Slot
+from aiotrt.runtime.request import Request, Slot
 from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, VirtualLoop
 from tests.simulated import Audit, Striker
@@ -182,7 +182,7 @@ class Party:
 
     async def _opened(self) -> None:
         executor = executor_of(await self.model)
-        enter, begin = executor._enter, executor.requests.begin
+        enter, begin = executor._enter, executor.begin
 
         def entered(request: Request, bounded: bool) -> None:
             self.arrived.append(request)
@@ -200,7 +200,7 @@ class Party:
             begin(slot, request)
 
         executor._enter = entered  # type: ignore[method-assign]
-        executor.requests.begin = granted  # type: ignore[method-assign]
+        executor.begin = granted  # type: ignore[method-assign]
 
     @property
     def executor(self) -> Executor | None:
@@ -302,7 +302,7 @@ class Party:
         assert executor.machine.waiting == len(waiting), "the line is not who waits in it"
         for request in self.arrived:
             if id(request) not in served and not request.is_queued:
-                assert request.future.done(), "neither served, nor in line, nor told"
+                assert request.done(), "neither served, nor in line, nor told"
 
     # Requests...
 

@@ -135,7 +135,7 @@ def test_inputs_that_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_results_that_are_not_the_callers_own(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the slot's memory, which the next call overwrites."""
-    monkeypatch.setattr("aiotrt.runtime.requests.own", lambda view, dtype, kind: torch.from_numpy(view))
+    monkeypatch.setattr("aiotrt.runtime.executor.own", lambda view, dtype, kind: torch.from_numpy(view))
     found = failures(verified(tmp_path, device))
     assert (
         "one of 64 concurrent calls got wrong results (fixed: x (2, 3)): output 'y' differs"
@@ -172,15 +172,15 @@ def test_inputs_that_tell_nobody_apart(device: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 def test_slots_that_cancellation_loses(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotrt.runtime.requests import Requests
+    from aiotrt.runtime.executor import Executor
 
-    completed = Requests._completed
+    completed = Executor._completed
 
     def lost(self: Any, slot: Any, error: Any) -> None:
-        if self._executor.machine.states[slot.index] is not State.DRAINING:
+        if self.machine.states[slot.index] is not State.DRAINING:
             completed(self, slot, error)
 
-    monkeypatch.setattr(Requests, "_completed", lost)
+    monkeypatch.setattr(Executor, "_completed", lost)
     monkeypatch.setattr(endurance, "FREE_WITHIN", 0.2)
     monkeypatch.setattr(checks, "CLOSES_WITHIN", 0.2)
     monkeypatch.setattr("aiotrt.selftest.bench.PATIENCE", 0.5)
@@ -198,7 +198,7 @@ def test_memory_that_grows(device: str, tmp_path: Path, monkeypatch: pytest.Monk
         kept.append(torch.ones(1 << 18, device=where))
         return own(view, dtype, kind)
 
-    monkeypatch.setattr("aiotrt.runtime.requests.own", leaking)
+    monkeypatch.setattr("aiotrt.runtime.executor.own", leaking)
     found = failures(verified(tmp_path, device, replays=200))
     what = "host memory" if device == "host" else "torch's device memory"
     assert list(found) == ["endurance"]
@@ -214,7 +214,7 @@ def test_results_that_go_wrong_late(device: str, tmp_path: Path, monkeypatch: py
         calls += 1
         return own(view, dtype, kind) + (1 if calls > 400 else 0)
 
-    monkeypatch.setattr("aiotrt.runtime.requests.own", late)
+    monkeypatch.setattr("aiotrt.runtime.executor.own", late)
     found = failures(verified(tmp_path, device, replays=2000))
     assert "returned wrong results" in found["endurance"]
 
@@ -235,15 +235,15 @@ def test_a_program_that_is_stuck_while_the_device_is_held(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever blocks on the device in a call that should return at once would hold itself up for ever."""
-    from aiotrt.runtime.requests import Requests
+    from aiotrt.runtime.executor import Executor
 
-    launch = Requests._launch
+    launch = Executor._launch
 
     def blocking(self: Any, slot: Any, request: Any, program: Any) -> None:
         launch(self, slot, request, program)
         slot.stream.synchronize()
 
-    monkeypatch.setattr(Requests, "_launch", blocking)
+    monkeypatch.setattr(Executor, "_launch", blocking)
     monkeypatch.setattr(laws, "STUCK", 0.3)
     found = failures(verified(tmp_path, device))
     assert "blocks on the device" in found["callers are kept apart"]

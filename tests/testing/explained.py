@@ -16,15 +16,15 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("launch.py", "has_passed", "_ignore(error)", 0): LOGS,
     ("launch.py", "await_gates", "_ignore(error)", 0): LOGS,
     ("launch.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
-    ("requests.py", "Requests._built", "keep_for_ever(program)", 0): (
+    ("executor.py", "Executor._built", "keep_for_ever(program)", 0): (
         "a build ends when the device is done with it, so dropping it frees nothing that is in use; kept because destroying "
         "a graph on a broken device can block, which the simulator does not model"
     ),
-    ("requests.py", "Requests._gates_passed", "slot.gates.clear()", 0): (
+    ("executor.py", "Executor._gates_passed", "slot.gates.clear()", 0): (
         "saves the next launch a wait for events that are complete"
     ),
-    ("requests.py", "Requests._prepare_next", "_log.debug('the next launch could not be prepared: %r', error)", 0): LOGS,
-    ("requests.py", "Requests._stage", "slot.launches = 0", 0): (
+    ("executor.py", "Executor._prepare_next", "_log.debug('the next launch could not be prepared: %r', error)", 0): LOGS,
+    ("executor.py", "Executor._stage", "slot.launches = 0", 0): (
         "not needed: launches are told apart by equality, and numbers that only grow do that as well"
     ),
     ("executor.py", "Executor.abandon", "self._check_idle()", 0): (
@@ -57,7 +57,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("programs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
-    ("model.py", "Model._warm", "request.future.exception()", 0): (
+    ("model.py", "Model._warm", "request.exception()", 0): (
         "not needed: `Future.cancel`, two lines above, counts as having looked"
     ),
     ("model.py", "_start_thread", "pool.shutdown(wait=False)", 0): "ends the thread now and not when the pool is collected",

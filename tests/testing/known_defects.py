@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiotrt import buffers, lease
+from aiotrt.runtime import executor, slots
 from aiotrt.runtime import programs as graphs
-from aiotrt.runtime import requests, slots
 from tests import test_cancellation, test_laws_of_estimates, test_laws_of_handover, test_laws_of_slots, test_lease
 from tests.testing.mutation import rewritten
 from tests.testing.portfolio import Law, outcome, story
@@ -182,10 +182,10 @@ DEFECTS: Final = (
         "with overlap=False, a launch that a worker submitted for a caller that has gone does not pass the turn on",
         [
             Edit(
-                requests,
-                "Requests._submitted",
-                "                self._executor.pass_turn(slot)\n",
-                "                if state is not DRAINING:\n                    self._executor.pass_turn(slot)\n",
+                executor,
+                "Executor._submitted",
+                "                self.pass_turn(slot)\n",
+                "                if state is not DRAINING:\n                    self.pass_turn(slot)\n",
             )
         ],
         [
@@ -204,9 +204,7 @@ DEFECTS: Final = (
                 lease,
                 "Lease.__aenter__",
                 "            self._executor.abandon(request)\n            raise\n",
-                "            if request.future.cancelled():\n"
-                "                self._executor.abandon(request)\n"
-                "            raise\n",
+                "            if request.cancelled():\n                self._executor.abandon(request)\n            raise\n",
             )
         ],
         [
@@ -219,7 +217,12 @@ DEFECTS: Final = (
                     freed_by=freed_by,
                 )
             ],
-            *_on(BOTH, test_laws_of_handover.test_a_cancellation_at_any_iteration_leaves_the_slot_to_the_next, kind="lease"),
+            *_on(
+                BOTH,
+                test_laws_of_handover.test_a_cancellation_at_any_iteration_leaves_the_slot_to_the_next,
+                kind="lease",
+                woken="by the loop",
+            ),
             Trial(
                 "host, real time",
                 test_lease.test_granted_and_cancelled_in_the_same_turn_loses_no_slot,
@@ -239,21 +242,18 @@ DEFECTS: Final = (
             Edit(
                 slots,
                 "Slots.request",
-                "        self._line.join(ticket, counts=bounded)\n",
-                "        self._line.join(ticket, counts=bounded)\n"
+                "        self._queue[ticket] = bounded\n",
+                "        self._queue[ticket] = bounded\n"
                 "        self.__dict__.setdefault('preferred', {})[id(ticket)] = prefer\n",
             ),
             Edit(
                 slots,
-                "Slots._serve",
-                "        ticket = self._line.next()\n",
-                "        preferred = self.__dict__.get('preferred', {})\n"
-                "        standing = [t for t in self._line._tickets if id(t) not in self._line._gone]\n"
-                "        ticket = next((t for t in standing if slot in preferred.get(id(t), ())), None)\n"
-                "        if ticket is not None:\n"
-                "            self._line.leave(ticket)\n"
-                "        else:\n"
-                "            ticket = self._line.next()\n",
+                "Slots.move",
+                "                ticket, counted = self._queue.popitem(last=False)\n",
+                "                preferred = self.__dict__.get('preferred', {})\n"
+                "                first = next(iter(self._queue))\n"
+                "                ticket = next((t for t in self._queue if slot in preferred.get(id(t), ())), first)\n"
+                "                counted = self._queue.pop(ticket)\n",
             ),
         ],
         [

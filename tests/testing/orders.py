@@ -38,7 +38,7 @@ def line(requests: int) -> dict[str, int]:
 
 
 def _standing(slots: Slots[int]) -> list[int]:
-    return [ticket for ticket in slots._line._tickets if id(ticket) not in slots._line._gone]
+    return list(slots._queue)
 
 
 def _possible(slots: Slots[int], phase: tuple[str, ...], moves: tuple[int, ...]) -> list[tuple[str, int, Move | None]]:
@@ -97,5 +97,6 @@ def _copied(slots: Slots[int]) -> Slots[int]:
     other.states = list(slots.states)
     other._free = list(slots._free)
     for ticket in _standing(slots):
-        other._line.join(ticket)
+        other._queue[ticket] = True
+    other._counted = len(other._queue)
     return other

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from aiotrt.completion import poller as completion
-from aiotrt.runtime import launch as submission
+from aiotrt.runtime import memory
 from aiotrt.testing import HazardError
 from aiotrt.testing import loop as virtual_loop
 
@@ -214,7 +214,7 @@ def outcome(law: Law, seed: int, processor: float = PROCESSOR_LIMIT, real: float
     except BaseException as error:  # DeadlockError, KeyboardInterrupt from a callback, whatever it is: it failed
         return error
     finally:
-        submission._kept.clear()
+        memory._kept.clear()
         completion._hubs.clear()
     return None
 

@@ -31,7 +31,7 @@ from tests.testing.search import Finding, Key
 __all__ = ["DEFECTS", "RUNTIME", "kind_of", "mutations"]
 
 RUNTIME: Final = (
-    "runtime.launch", "runtime.requests", "runtime.executor", "lease", "buffers", "runtime.handshake", "completion.poller",
+    "runtime.launch", "runtime.request", "runtime.executor", "lease", "buffers", "runtime.handshake", "completion.poller",
     "runtime.programs", "runtime.slots", "model", "runtime.mapping", "batching.batcher", "batching.batch", "batching.queue",
 )  # fmt: skip
 

@@ -12,8 +12,8 @@ import torch
 from aiotrt.completion.poller import Lane
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.runtime import launch as submission
-from aiotrt.runtime.launch import Request, Slot
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.request import Request, Slot
 from aiotrt.testing import SimulatedStream
 from tests import test_laws_simulated as laws
 
@@ -62,7 +62,7 @@ def produce_event_is_recorded_before_the_copy_out() -> Iterator[None]:
         with mock.patch.object(SimulatedStream, "record", return_value=None):
             original(device, slot, request, program)
 
-    with mock.patch("aiotrt.runtime.requests.submit_request", submit):
+    with mock.patch("aiotrt.runtime.executor.submit_request", submit):
         yield
 
 
@@ -74,7 +74,7 @@ def results_belong_to_the_wrong_stream() -> Iterator[None]:
         wrong = streams.setdefault(id(device), device.stream())
         return device.call(wrong, lambda: [device.empty(output.shape, output.dtype) for output in outputs])
 
-    with mock.patch("aiotrt.runtime.launch.allocate", allocate):
+    with mock.patch("aiotrt.runtime.request.allocate", allocate):
         yield
 
 

@@ -69,7 +69,7 @@ def test_a_device_that_is_not_there_is_said_in_one_line() -> None:
 @pytest.mark.proof
 @pytest.mark.serial
 def test_a_result_that_changes_later_is_found() -> None:
-    ended = soaked("--seconds", "20", broken=("aiotrt.runtime.requests.own", "lambda view, dtype, kind: view"))
+    ended = soaked("--seconds", "20", broken=("aiotrt.runtime.executor.own", "lambda view, dtype, kind: view"))
     assert ended.returncode == 1, ended.stdout
     assert "MismatchError" in ended.stderr, ended.stderr
 

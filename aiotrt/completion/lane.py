@@ -1,0 +1,70 @@
+"""What the poller works on: pending events, and the lane of each stream, in which they complete in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from aiotrt.completion.prediction import Estimate
+
+__all__ = ["Lane", "Pending"]
+
+
+class Pending:
+    """One event that is polled.
+
+    Attributes:
+        query: whether the event is complete; must not block.
+        on_done: called once, from inside the poll, with None or the error that `query` raised.
+        estimate: what is known about the duration of the work before the event.
+        hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
+        submitted: when it was added to its lane.
+        notified: when the device said that it is complete: infinity until it does, 0.0 if it never will.
+    """
+
+    __slots__ = ("estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
+
+    def __init__(
+        self,
+        query: Callable[[], bool],
+        on_done: Callable[[BaseException | None], None],
+        estimate: Estimate,
+        hang_timeout: float | None,
+    ) -> None:
+        self.query = query
+        self.on_done = on_done
+        self.estimate = estimate
+        self.hang_timeout = hang_timeout
+        self.submitted = self.notified = 0.0
+
+
+class Lane:
+    """The pending events of one stream, in order. Only the first one, the head, is polled.
+
+    Attributes:
+        pending: them.
+        last_done: when the last one was seen to be complete.
+        ran: for how many seconds it had run by then.
+        late: how many of them may have passed since it was complete: since the poll before, or what is above the estimate.
+        entry: its live entry in the poller's heap; any other one there is stale.
+        polls: how often the head was found not complete.
+        polled: when that was last.
+        overdue: how often that was after its hang timeout.
+        stalled: seconds of the head's time that do not count towards it: see `poller.STALL`.
+    """
+
+    __slots__ = ("entry", "last_done", "late", "overdue", "pending", "polled", "polls", "ran", "stalled")
+
+    def __init__(self) -> None:
+        self.pending: deque[Pending] = deque()
+        self.last_done = self.ran = self.late = 0.0
+        self.entry: tuple[float, int, Lane] | None = None
+        self.polls = self.overdue = 0
+        self.polled = self.stalled = 0.0
+
+    def forget(self) -> None:
+        """Drop everything pending; its callbacks never run."""
+        self.pending.clear()
+        self.entry = None
+        self.polls = self.overdue = 0
+        self.stalled = 0.0

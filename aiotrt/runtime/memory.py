@@ -1,0 +1,39 @@
+"""Device memory of callers' own, and memory that must never be freed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+import torch
+
+from aiotrt.devices import Device, Stream
+
+__all__ = ["allocate", "keep_for_ever"]
+
+_kept: Final[list[object]] = []
+
+
+def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Device memory for copies of `outputs`, allocated in the order of the caller's stream.
+
+    The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be the
+    caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's last
+    kernels read it.
+    """
+    if origin.handle == device.current_stream().handle:
+        return _empty(device, outputs)
+    return device.call(origin, partial(_empty, device, outputs))
+
+
+def keep_for_ever(what: object) -> None:
+    """Never free what a device may still write to: a leak is better than a dangling pointer."""
+    _kept.append(what)
+
+
+def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if torch.is_inference_mode_enabled():  # some other task's, maybe: see `tensors.own`
+        with torch.inference_mode(False):
+            return _empty(device, outputs)
+    return [device.empty(output.shape, output.dtype) for output in outputs]

@@ -1,0 +1,211 @@
+"""A request, from its submission to its end, and the slot that it runs on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from aiotrt.completion.lane import Lane
+from aiotrt.completion.waiter import Waiter
+from aiotrt.devices import Device, Event, Stream
+from aiotrt.runtime.handshake import mark_consumed
+from aiotrt.runtime.memory import allocate
+from aiotrt.runtime.programs import Program
+from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
+
+__all__ = ["Request", "Slot", "Times"]
+
+T = TypeVar("T")
+
+
+class Times:
+    """What happened when to a request, or to an item of a batch, that somebody observes.
+
+    Attributes:
+        entered: when it came in; this and the next two are moments of `time.perf_counter`.
+        granted: when it left the queue: it had its slot, or its place in a batch. 0.0 until then.
+        seen: when it was seen to be complete on the device. 0.0 until then, and always of an item.
+        ran: for how many seconds it had run by then, as the hub saw it.
+        late: how many of them may have passed since it was complete.
+    """
+
+    __slots__ = ("entered", "granted", "late", "ran", "seen")
+
+    def __init__(self, entered: float) -> None:
+        self.entered = entered
+        self.granted = self.seen = self.ran = self.late = 0.0
+
+
+class Request(Waiter):
+    """What one caller asked for: to run these arguments, or to lease a slot that is prepared for these shapes.
+
+    Awaiting it gives the packed results, or for a lease None when the slot is claimed and prepared.
+
+    Attributes:
+        arguments: the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
+        specs: what the inputs were checked against.
+        shapes: of the inputs.
+        bound: inputs that the graph shall read where they are.
+        kind: what the results should be.
+        is_lease: whether the caller wants the slot itself.
+        is_marked: whether to say on the inputs when they will have been read.
+        is_queued: whether it stands in line.
+        is_warmup: whether it only prepares slots.
+        is_revoked: whether the model was closed under a lease.
+        slot: the slot that it was granted, until the slot is free again.
+        origin: the caller's current stream, when inputs or results are on the device.
+        ready: events that the inputs carry.
+        record_readers: makes who reads a lease's buffers gate their next use, for when it is taken from its holder.
+        results: device results of the caller's own.
+        times: what happened when; None where nobody observes.
+        span: what an observer keeps with it.
+    """
+
+    __slots__ = (
+        "arguments", "bound", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
+        "origin", "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        arguments: Sequence[Argument],
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        *,
+        is_lease: bool = False,
+    ) -> None:
+        # As `Waiter` and `Pending` do, without two more calls for each request; but
+        # `query`, `on_done`, `estimate` and `hang_timeout` are those of the slot and its program, set when it is launched.
+        self.submitted = self.notified = 0.0
+        self._loop = loop
+        self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
+        self._value = self._error = self._message = self._callback = self._context = self._others = None
+        self.specs = specs
+        self.arguments = arguments
+        self.shapes = shapes
+        self.bound: dict[int, torch.Tensor] = {}
+        self.kind = kind
+        self.is_lease = is_lease
+        self.record_readers: Callable[[], None] | None = None
+        self.is_marked = False
+        self.is_queued = False
+        self.is_warmup = False
+        self.is_revoked = False
+        self.slot: Slot | None = None
+        self.origin: Stream | None = None
+        self.ready: list[Event] = []
+        self.results: list[torch.Tensor] = []
+        self.times: Times | None = None
+        self.span: Any = None
+
+    @property
+    def key(self) -> Key:
+        """What tells the program that it needs from a slot's others."""
+        return self.shapes, tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
+
+    def order(self, slot: Slot) -> None:
+        """Make the slot's stream wait for what the device inputs depend on, and for who had the results' memory before."""
+        if self.origin is not None:
+            slot.follow(self.origin)
+            for event in self.ready:
+                slot.stream.wait(event)
+
+    def host_inputs(self) -> Sequence[int]:
+        """The inputs that need staging memory; for a lease any may."""
+        if self.is_lease:
+            return range(len(self.shapes))
+        for argument in self.arguments:  # asking costs less than listing does, and of a device caller's there are none
+            if argument.host is not None:
+                return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
+        return ()
+
+    # What a batch, which is many callers' request, does otherwise...
+
+    def granted(self) -> None:
+        """It has its slot. A batch decides only now who is in it."""
+
+    def mark_consumed(self, stream: Stream) -> None:
+        """Say on the inputs when they will have been read, where somebody wants to know."""
+        if self.is_marked:
+            mark_consumed(self.arguments, stream.record())
+
+    def allocate_results(self, device: Device, program: Program) -> None:
+        """Device memory for results; `order` says when the slot's stream may write it."""
+        assert self.origin is not None
+        spare, program.spare = program.spare, None
+        if spare is not None and spare[0] == self.origin.handle:
+            self.results = spare[1]
+        else:
+            self.results = allocate(device, self.origin, program.outputs)
+
+    def allocate_spare(self, device: Device, program: Program) -> None:
+        """Results for the next call, while the device is at work: mostly that is the same caller's."""
+        if self.results and program.captured and self.origin is not None:
+            program.spare = self.origin.handle, allocate(device, self.origin, program.outputs)
+
+    def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
+        """What each result is copied from, of the program's outputs or views of them."""
+        return outputs
+
+    def pack(self, program: Program, results: Sequence[object]) -> Any:
+        """What the future is resolved with."""
+        return program.names.pack(results)
+
+
+class Slot:
+    """What one slot consists of; its state is in the machine.
+
+    Attributes:
+        index: its number.
+        stream: its own, on which all its work runs in order.
+        event: the produce event of requests: one request at a time, and never recorded before its last wait ended. Leases
+            hand their events out, so each of their launches has a new one.
+        query: whether the last record of that event is complete.
+        when_complete: calls what it is given when it is, on any thread; None where the device must be polled.
+        mark: recorded on a caller's stream and waited for at once.
+        lane: its stream's line at the hub; one for all slots whose launches run one after the other.
+        on_done: what the hub calls when a request's produce event is complete.
+        gates: events of consumers, which the next launch waits for, on the device.
+        turn: recorded when a launch has ended but for its copies, where launches of several slots go one after the other.
+        predecessor: the turn that the next launch waits for.
+        request: who has it now.
+        program: what it runs for that request.
+        launches: of the present lease; tells its last launch from earlier ones.
+        is_forgotten: the present lease was garbage collected without having been left.
+    """
+
+    __slots__ = (
+        "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "predecessor", "program", "query",
+        "request", "stream", "turn", "when_complete",
+    )  # fmt: skip
+
+    on_done: Callable[[BaseException | None], None]
+    when_complete: Callable[[Callable[[], None]], None] | None
+
+    def __init__(self, index: int, device: Device, lane: Lane, *, overlap: bool = True) -> None:
+        self.index = index
+        self.event = device.event()
+        self.mark = device.event()
+        self.turn = None if overlap else device.event()
+        self.predecessor: Event | None = None
+        self.stream = device.stream()  # last: what is not made need not be closed
+        self.query: Callable[[], bool] = partial(device.query, self.event)
+        self.when_complete = partial(device.when_complete, self.event) if device.tells else None
+        self.lane = lane
+        self.gates: list[Event] = []
+        self.request: Request | None = None
+        self.program: Program | None = None
+        self.launches = 0
+        self.is_forgotten = False
+
+    def follow(self, stream: Stream) -> None:
+        """Make the slot's stream wait, on the device, for what `stream` was given so far."""
+        if not stream.query():  # asking costs less than ordering does, and mostly it is
+            stream.record(self.mark)
+            self.stream.wait(self.mark)
