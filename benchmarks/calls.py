@@ -7,7 +7,7 @@ coroutine. Resuming a coroutine counts as a call. The benchmark's own functions 
 which differ from loop to loop. The await with the median number is listed. Functions of a compiled build are not seen.
 
 `call`, `lease` and `batched item` run on the device, as the prototype's `call` and `lease` do; `call, host device` runs
-without a GPU. Each poll counts, so the number varies where the device's time does.
+without a GPU. The loop is held up until the device is done, so that an await takes one poll.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import selectors
 import sys
 import sysconfig
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -43,6 +44,10 @@ TARGETS: Final = {CALL: 28, LEASE: 22}
 #: Microseconds of work, by device.
 LENGTH: Final = {"cuda": 200, "host": 1000}
 WARM: Final = 100
+BETWEEN: Final = 2
+#: Loop iterations that are held up: a batch is launched in a later one than its items are submitted in.
+ITERATIONS: Final = 3
+HELD: Final = 300e-6  # seconds more than the work takes
 ROOT: Final = Path(__file__).parent.parent
 
 #: The benchmark's own files, and the one function of the prototype's file that is the caller's.
@@ -67,13 +72,33 @@ class Counted:
         return self.totals[(len(self.totals) - 1) // 2]
 
 
-async def profiled(request: Request, number: int, warm: int = WARM) -> Counted:
-    """Count the calls of so many awaits, one after the other, after some that do not count."""
+async def profiled(request: Request, number: int, warm: int = WARM, *, length: float = 0.0) -> Counted:
+    """Count the calls of so many awaits, one after the other, after some that do not count.
+
+    Args:
+        request: what to await.
+        number: how many awaits are counted.
+        warm: how many come before.
+        length: seconds that the device takes. The loop is held up for longer, so that the first poll finds the work
+            complete: otherwise the number of polls would be chance. Before each counted await some are not held up, so that
+            predictions stay right.
+    """
+    loop = asyncio.get_running_loop()
+
+    def hold(iterations: int) -> None:
+        time.sleep(1.5 * length + HELD)
+        if iterations > 1:
+            loop.call_soon(hold, iterations - 1)
+
     for _ in range(warm):
         await request()
     taken: list[Counter[Any]] = []
     for _ in range(number):
         codes: Counter[Any] = Counter()
+        if length:
+            for _ in range(BETWEEN):
+                await request()
+            loop.call_soon(hold, ITERATIONS)
 
         def seen(frame: FrameType, event: str, _: object, codes: Counter[Any] = codes) -> None:
             if event == "call":
@@ -101,7 +126,7 @@ def count(device: str, loop: str, length: float, number: int) -> tuple[dict[str,
 
     async def counting(opening: AbstractAsyncContextManager[Request]) -> Counted:
         async with opening as request:
-            return await profiled(request, number)
+            return await profiled(request, number, length=work.seconds)
 
     openings: dict[str, Callable[[], AbstractAsyncContextManager[Request]]] = {
         CALL: lambda: waits.opened(CALL, work, 1),
