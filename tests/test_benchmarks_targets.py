@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -394,7 +395,7 @@ def test_the_plain_calls_use_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
             called.append((int(node), int(copy.srcDevice), int(copy.dstDevice), copy.WidthInBytes, int(context)))
             return (driver.CUresult(0),)
 
-    monkeypatch.setattr(plain_calls.importlib, "import_module", lambda name: Driver())
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", cast("Any", Driver()))
     slot = plain_calls.CudaSlot(1e-4, 1, 2)
     slot.set_copies(11, 12, 100, 200, 64, 32)
     called.clear()
