@@ -4,8 +4,8 @@
 
 `completion`: one awaiter, work of several lengths, input on the device: the time an await takes over the device's own time,
 and the processor time that it costs. `throughput`: many awaiters on several slots: launches a second, as a share of what
-the device does when nobody waits. Both on every event loop installed, next to baselines that wait for the same graphs; with
-one awaiter all ways take turns.
+the device does when nobody waits. Both on every event loop installed, next to baselines that wait for the same graphs, and
+to the shortest path that could be written (`benchmarks.prototype`); with one awaiter all ways take turns.
 
 On CUDA the figures are held against the project's bars; on the host device there are none, and short work takes a sleep's
 own imprecision longer.
@@ -26,6 +26,7 @@ from benchmarks.waits import (
     EXECUTOR,
     FLOOR,
     IN_ORDER,
+    PROTOTYPES,
     Work,
     ceiling,
     opened,
@@ -52,10 +53,11 @@ FULL: Final = tuple((slots, awaiters) for slots in (1, 2, 4, 8) for awaiters in 
 MANY: Final = {50: FULL, 200: FULL, 1000: FULL, 20_000: ((4, 64),)}
 QUICK_MANY: Final = {1000: ((1, 16), (2, 16))}
 BESIDE_LENGTHS: Final = (50, 1000)
-#: The ways beside aiotrt's, and where.
-BESIDE: Final = BASELINES
-BESIDE_AT: Final = ((2, 64), (4, 64))
-QUICK_BESIDE_AT: Final = ((2, 16),)
+#: The ways beside aiotrt's, and where: pairs of slots and awaiters. Of the prototype a pair is enough to compare.
+BESIDE_AT: Final = {(2, 64): BASELINES, (4, 64): (*PROTOTYPES, *BASELINES)}
+QUICK_BESIDE_AT: Final = {(2, 16): (*PROTOTYPES, *BASELINES)}
+#: One awaiter: up to this length, in us, the prototype is measured too.
+COMPARED: Final = 5000
 #: Where slots that do not overlap are measured too, against one stream's ceiling.
 IN_ORDER_AT: Final = (2, 64)
 #: By slots: share of the ceiling, from this length in us on, for 64 awaiters.
@@ -70,7 +72,7 @@ def completion(bench: Bench) -> Iterator[Row]:
         work = Work(bench.device, length / 1e6)
         plan = bench.plan(seconds=0.02, least=100 if length <= 5000 else 20)
         ways = []
-        for way in (*AIOTRT, *BASELINES):
+        for way in (*AIOTRT, *(PROTOTYPES if length <= COMPARED else ()), *BASELINES):
             if why := unavailable(way, bench.device):
                 bench.skipped[way] = why
             else:
@@ -100,8 +102,8 @@ def throughput(bench: Bench) -> Iterator[Row]:
         if IN_ORDER_AT in settings:
             wanted += [(*IN_ORDER_AT, loop, IN_ORDER) for loop in bench.loops]
         if length in BESIDE_LENGTHS:
-            beside = [pair for pair in settings if pair in (QUICK_BESIDE_AT if bench.quick else BESIDE_AT)]
-            wanted += [(slots, awaiters, loop, way) for slots, awaiters in beside for loop in bench.loops for way in BESIDE]
+            beside = QUICK_BESIDE_AT if bench.quick else BESIDE_AT
+            wanted += [(*pair, loop, way) for pair in settings for loop in bench.loops for way in beside.get(pair, ())]
         for slots, awaiters, loop, way in bench.each(f"throughput, {length} us", wanted):
             if why := unavailable(way, bench.device):
                 bench.skipped[way] = why

@@ -19,7 +19,7 @@ __all__ = ["DIGITS", "LIMIT", "as_text", "packed", "rounded", "unpacked"]
 Row: TypeAlias = Mapping[str, Any]
 
 #: Significant digits of a stored figure.
-DIGITS: Final = 8
+DIGITS: Final = 6
 #: The most bytes that a stored file may have.
 LIMIT: Final = 60_000
 
@@ -67,7 +67,7 @@ def as_text(record: Mapping[str, Any]) -> str:
     """Format a record for its file: one line for each entry, and for each row."""
     entries = []
     for name, value in record.items():
-        if name == "rows" and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value.keys() == {"same", "columns", "lines"}:
             lines = ",\n".join(_compact(line) for line in value["lines"])
             head = "".join(f"{_compact(part)}: {_compact(value[part])},\n" for part in ("same", "columns"))
             text = f'{{\n{head}"lines": [\n{lines}\n]}}'

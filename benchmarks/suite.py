@@ -4,6 +4,8 @@
     python -m benchmarks plot [FILE...] [--out DIR]
     python -m benchmarks table [--results DIR] [--docs FILE...]
     python -m benchmarks serving ...
+    python -m benchmarks targets [--only GROUP...] [--loop LOOP]
+    python -m benchmarks calls
 
 Each part writes `<part>-<device>.json`, and is given a time after which it begins nothing new. What it did not come to is
 said among its results, and those of such a run, or of one in which something failed, or that was interrupted, are
@@ -38,12 +40,13 @@ from benchmarks.parts import PARTS, is_judged
 from benchmarks.rows import Bench, Part, Row
 from benchmarks.waits import NOT_LIKE_FOR_LIKE
 
-__all__ = ["NAMES", "main"]
+__all__ = ["GRACE", "INTERRUPTED", "NAMES", "Teller", "bounded", "main", "seconds_of", "unwritable"]
 
 ROOT: Final = Path(__file__).parent.parent
 DOCS: Final = (ROOT / "docs" / "performance.md", ROOT / "docs" / "video.md", ROOT / "README.md")
 TENSORRT_LIMIT: Final = 300.0  # seconds, as `Part.limit`
 GRACE: Final = 45.0  # seconds more until a part that hangs is stopped, and says where
+COMMAND_LIMIT: Final = 590.0  # seconds until `targets` or `calls` is stopped if it hangs
 INTERRUPTED: Final = 130  # exit status, as a shell has it
 INTERRUPTION: Final = "interrupted"
 SAID: Final = 10.0  # seconds between two words on how far it is, where there is no terminal
@@ -58,6 +61,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     is_alone = words is None  # then the process is the suite's own, and may be ended
     words = sys.argv[1:] if words is None else list(words)
+    if words and words[0] in ("calls", "targets"):
+        main_of = importlib.import_module(f"benchmarks.{words[0]}").main
+        with bounded(COMMAND_LIMIT) if is_alone else contextlib.nullcontext():
+            return int(main_of(words[1:]))
     command = {"plot": plot, "table": table, "serving": serving}.get(words[0]) if words else None
     return measure(words, is_alone=is_alone) if command is None else command(words[1:])
 
@@ -67,7 +74,8 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     about = "\n".join(f"  {name:14}{part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"parts:\n{about}\n  {TENSORRT:14}real engines, beside TensorRT by itself\n\nor: plot, table, serving",
+        description=f"parts:\n{about}\n  {TENSORRT:14}real engines, beside TensorRT by itself\n\n"
+        "or: plot, table, serving, targets, calls",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="all of them if none is named")
@@ -80,7 +88,7 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
         "--out", type=Path, metavar="DIR", help="folder for the results; otherwise benchmarks/results, or none if quick"
     )
     parser.add_argument(
-        "--limit", type=_seconds, metavar="SECONDS",
+        "--limit", type=seconds_of, metavar="SECONDS",
         help="after which a part begins nothing new; by default what each takes: "
         + ", ".join(f"{part.name} {part.limit:.0f}" for part in PARTS.values()),
     )  # fmt: skip
@@ -105,12 +113,12 @@ def measure(words: Sequence[str], *, is_alone: bool) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no NVIDIA GPU here; --device host runs without one")
     folder = arguments.out or (None if arguments.quick else RESULTS)
-    if folder is not None and (why := _unwritable(folder)):
+    if folder is not None and (why := unwritable(folder)):
         parser.error(f"--out {folder}: {why}")
     limits = {name: arguments.limit or (PARTS[name].limit if name in PARTS else TENSORRT_LIMIT) for name in names}
     if len(names) == 1:
         limit = limits[names[0]]
-        with _bounded(limit + GRACE) if is_alone else contextlib.nullcontext():
+        with bounded(limit + GRACE) if is_alone else contextlib.nullcontext():
             return run(
                 names[0], device, quick=arguments.quick, folder=folder, limit=limit, video=arguments.video,
                 weights=arguments.weights,
@@ -164,7 +172,7 @@ def run(
         main_of([*options, "--limit", str(limit)] if name == TENSORRT else options)
         return 0
     part = PARTS[name]
-    tell = _Teller(limit)
+    tell = Teller(limit)
     bench = Bench(device, quick=quick, limit=limit, tell=tell, video=video, weights=weights)
     file = f"{name}-{device}"
     save = (lambda results: write(f"{file}{PARTIAL}", results, folder)) if folder is not None else (lambda results: None)
@@ -297,14 +305,14 @@ def table(words: Sequence[str]) -> int:
     return 1 if changed and arguments.check else 0
 
 
-def _seconds(word: str) -> float:
+def seconds_of(word: str) -> float:
     seconds = float(word)
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{word} must be a number of seconds above 0")
     return seconds
 
 
-def _unwritable(folder: Path) -> str | None:
+def unwritable(folder: Path) -> str | None:
     """Why nothing can be written there; None if something can. Known before minutes are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -315,7 +323,7 @@ def _unwritable(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
+def bounded(seconds: float) -> Iterator[None]:
     """End the process, with every thread's stack, if the block takes longer: what hangs in a driver hears no signal."""
     faulthandler.dump_traceback_later(seconds, exit=True)
     try:
@@ -324,7 +332,7 @@ def _bounded(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-class _Teller:
+class Teller:
     """Says what is being measured, and for how long already: on a terminal in one line, elsewhere now and then."""
 
     def __init__(self, limit: float) -> None:

@@ -595,6 +595,22 @@ def _overload(record: Record) -> list[Table]:
     return [Table(title, ["at twice the capacity", ""], rows)]
 
 
+def _targets(record: Record) -> list[Table]:
+    """A table for each group of targets, with a column for each loop."""
+    lines = unpacked(record["lines"])
+    made = []
+    for group in dict.fromkeys(line["group"] for line in lines):
+        own = [line for line in lines if line["group"] == group]
+        on = list(dict.fromkeys(line["loop"] for line in own))
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for line in own:
+            measured = f"{line['measured']:,.1f}" if line["target"].endswith("us") else f"{line['measured']:.2f}"
+            cells.setdefault((line["what"], line["target"]), {})[line["loop"]] = f"{measured} {line['verdict']}"
+        rows = [[what, target, *(said.get(loop, "") for loop in on)] for (what, target), said in cells.items()]
+        made.append(Table(f"targets: {group}", ["line", "target", *on], rows))
+    return made
+
+
 _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "completion": _completion,
     "throughput": _throughput,
@@ -607,6 +623,7 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "live_video": _live_video,
     "stages": _stages,
     "loop_lag": _loop_lag,
+    "targets": _targets,
     "tensorrt": _tensorrt,
     "serving-overload": _overload,
     "serving-side-by-side": _side_by_side,

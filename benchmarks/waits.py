@@ -31,10 +31,13 @@ import torch
 import aiotrt
 from aiotrt.devices import Device, Event, Stream, open_device
 from benchmarks.measure import Request
+from benchmarks.prototype.build import COMPILED, PLAIN, build
+from benchmarks.prototype.ways import opened_prototype
 
 __all__ = [
-    "AIOTRT", "BASELINES", "CALL", "EXECUTOR", "FLOOR", "IN_ORDER", "LEASE", "NOT_LIKE_FOR_LIKE", "Line", "Work", "ceiling",
-    "opened", "unavailable",
+    "AIOTRT", "BASELINES", "CALL", "EXECUTOR", "FLOOR", "IN_ORDER", "LEASE", "NOT_LIKE_FOR_LIKE", "PROTOTYPES",
+    "PROTOTYPE_CALL", "PROTOTYPE_CALL_COMPILED", "PROTOTYPE_LEASE", "PROTOTYPE_LEASE_COMPILED", "SLEEP_0", "Line", "Work",
+    "ceiling", "opened", "unavailable",
 ]  # fmt: skip
 
 Progress: TypeAlias = Literal["predict", "spin", "interval"]
@@ -55,6 +58,19 @@ IN_ORDER: Final = "aiotrt call, in order"  # the same of a model whose slots do 
 LEASE: Final = "aiotrt lease"  # await slot.replay(): no copies, like the baselines
 AIOTRT: Final = (CALL, LEASE)
 
+#: The shortest path that could be written, as plain Python and compiled; see `benchmarks.prototype.core`.
+PROTOTYPE_CALL: Final = "prototype call"
+PROTOTYPE_LEASE: Final = "prototype lease"
+PROTOTYPE_CALL_COMPILED: Final = "prototype call, compiled"
+PROTOTYPE_LEASE_COMPILED: Final = "prototype lease, compiled"
+#: By way: the build, and whether it copies input and result.
+PROTOTYPES: Final = {
+    PROTOTYPE_CALL: (PLAIN, True),
+    PROTOTYPE_LEASE: (PLAIN, False),
+    PROTOTYPE_CALL_COMPILED: (COMPILED, True),
+    PROTOTYPE_LEASE_COMPILED: (COMPILED, False),
+}
+
 #: What a reader must know before comparing two rows.
 NOT_LIKE_FOR_LIKE: Final = {
     CALL: "does more than any baseline: it checks the input, copies it in and the result out on the device (two small "
@@ -72,6 +88,11 @@ NOT_LIKE_FOR_LIKE: Final = {
     POLLER: "one thread more, and the interpreter lock changes hands for every look",
     CALLBACK: "C, compiled when it runs. The callback itself is work on the stream: the next launch there begins after it",
     NUMBA: "its callback is Python, on a thread of the driver's",
+    PROTOTYPE_CALL: "does less than aiotrt's call: one input of one shape, no statistics, no faults, no cancellation of "
+    "queued requests. It resumes the caller from inside the poll. It shows what a call could cost, and is of no other use",
+    PROTOTYPE_LEASE: "is `prototype call` without copies. With many awaiters each takes any free slot; a lease has one",
+    PROTOTYPE_CALL_COMPILED: "is the source of `prototype call` compiled with Cython, and calls the driver from C",
+    PROTOTYPE_LEASE_COMPILED: "is the source of `prototype lease` compiled with Cython, and calls the driver from C",
 }  # fmt: skip
 
 NOTIFY: Final = """
@@ -236,6 +257,9 @@ def _cuda() -> _Cuda:
 
 def unavailable(way: str, device: str) -> str | None:
     """Why there is no such way here; None if there is."""
+    if way in PROTOTYPES:
+        made = build(PROTOTYPES[way][0])
+        return made if isinstance(made, str) else None
     if way in (TORCH, EXECUTOR_ASLEEP, CALLBACK, NUMBA) and device == "host":
         return "it takes CUDA"
     if way == CALLBACK:
@@ -283,6 +307,11 @@ async def opened(way: str, work: Work, slots: int, progress: Progress = "predict
                 async with model.lease() as slot:
                     slot.inputs[0][...] = work.example
                     yield slot.replay
+        return
+    if way in PROTOTYPES:
+        name, copies = PROTOTYPES[way]
+        async with opened_prototype(name, work, slots, copies=copies) as request:
+            yield request
         return
     lines = [Line(work.device, work.function, asleep=way == EXECUTOR_ASLEEP) for _ in range(slots)]
     async with _WAITS[way](lines) as requests:
