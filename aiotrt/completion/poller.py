@@ -346,8 +346,8 @@ class Hub:
     def _wake(self, start: float, least: int = 0) -> None:
         """Wake who awaits what polls have completed, in that order.
 
-        Directly, which saves an iteration of the loop, until this has taken its time since `start`, but at least so many; the
-        others in the next iteration. Never inside a task, in which no other one can be resumed.
+        Directly, which saves an iteration of the loop, until this has taken its time since `start`, and `least` of them in
+        any case; the others in the next iteration. Never inside a task, in which no other one can be resumed.
         """
         finished = self.finished
         self.finished = []
