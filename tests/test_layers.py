@@ -16,7 +16,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
-    {"errors"},
+    {"errors", "_build", "_impl"},
     {"runtime.slots", "completion.prediction", "completion.timers", "batching.queue", "run", "tensors"},
     {"building.files", "building.log"},
     {"building.products", "building.progress", "building.profiles", "building.source", "building.sidecar"},
