@@ -37,9 +37,13 @@ def test_equal_seeds_are_equal_schedules(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not set(first.schedules) & set(other.schedules)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("module", "function", "start"),
-    [("runtime.launch", "_open_gates", "slot.stream.wait("), ("runtime.launch", "submit_lease", "slot.stream.record(event)")],
+    [
+        ("runtime.launch", "_open_gates", "slot.stream.wait("),
+        ("runtime.launch", "submit_lease", "slot.stream.record(event)"),
+    ],
 )
 def test_the_search_finds_a_defect(module: str, function: str, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedules, "RUNS", 200)
