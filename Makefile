@@ -20,7 +20,7 @@ CHECKED := aiotrt tests examples benchmarks conftest.py
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check -qq --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test proof schedules check lint types layers docs coverage format gpu gpu-ready gpu-tests gpu-benchmarks sanitize clean
+.PHONY: help venv demo test proof schedules check lint types layers docs coverage format gpu gpu-ready gpu-tests gpu-benchmarks sanitize native dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -124,6 +124,13 @@ sanitize: gpu-ready ## on a GPU machine: laws, graphs and results under compute-
 		-k "not uvloop and not debug and not eager and not b1_ and not b3_ and not b14_ and not abandoned and not fault \
 		and not captured $(HELD)" $(PYTESTARGS)
 
+native: $(READY) ## compile in place; tests use it with AIOTRT_IMPL=native
+	@$(BIN)/python hatch_build.py
+
+dist: $(READY) ## build sdist and wheels into dist/, and install each into an empty environment
+	@$(BIN)/python -m tests.dist
+
 clean: ## remove everything that make made
 	rm -rf $(VENV) docs/_build reports build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find aiotrt \( -name '*.so' -o -name '*.pyd' -o -name '_native.*.json' \) -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

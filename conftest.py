@@ -7,6 +7,7 @@ all loops in both tiers where its module is marked `every_loop`, because there t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -15,17 +16,27 @@ import pytest
 
 GPU: Final = "need an NVIDIA GPU: make gpu-tests, on a machine that has one"
 PROOF: Final = "belong to the full proof (other loops, other seeds, long searches): make proof, or pytest --proof"
+INTERPRETED: Final = "change code objects of the runtime: run them without AIOTRT_IMPL=native"
 SERIAL: Final = "measure time and run alone, after or before this"
 OTHER: Final = "deselected by -m or -k"
 
 #: Of the seeds of a law, or the groups of them, so many are in the plain run.
 GROUPS: Final = 1
 
+# Tests replace functions and code objects, which compiled modules do not allow: plain Python runs unless asked otherwise.
+# This line must run before anything imports aiotrt.
+os.environ.setdefault("AIOTRT_IMPL", "python")
+
 _deselected = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run everything: all loops, all seeds, tests marked proof")
+
+
+def pytest_report_header() -> str:
+    implementation = os.environ["AIOTRT_IMPL"] or "native where it is compiled"
+    return f"aiotrt: {implementation}; choose with AIOTRT_IMPL=native or AIOTRT_IMPL=python"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -47,6 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if _is_proof(item)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not _is_proof(item)]
+    if os.environ["AIOTRT_IMPL"] != "python":
+        left = [item for item in items if item.get_closest_marker("interpreted")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -75,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     counts = config.stash.get(_deselected, Counter())
     if counts:
         terminalreporter.section("tests not run")
-        for reason in (GPU, SERIAL, PROOF, OTHER):
+        for reason in (GPU, SERIAL, INTERPRETED, PROOF, OTHER):
             if counts[reason]:
                 terminalreporter.line(f"{counts[reason]:6} {reason}")
 
@@ -86,6 +101,8 @@ def _reason(item: pytest.Item) -> str:
         return GPU
     if _is_proof(item) and not item.config.option.proof:
         return PROOF
+    if item.get_closest_marker("interpreted") and os.environ["AIOTRT_IMPL"] != "python":
+        return INTERPRETED
     return SERIAL if item.get_closest_marker("serial") and "not serial" in expression else OTHER
 
 

@@ -6,6 +6,7 @@ Start reading at `aiotrt.model`, which tells the story. `aiotrt.runtime.slots` d
 
 from __future__ import annotations
 
+from aiotrt import _build, _impl  # first: `_impl` decides which files the modules below are imported from
 from aiotrt.batching.queue import Batching
 from aiotrt.buffers import Buffer, Buffers
 from aiotrt.building import BuildProgress, build
@@ -30,7 +31,10 @@ from aiotrt.model import Model, Statistics, load
 from aiotrt.run import run
 from aiotrt.tensors import TensorSpec
 
-__version__ = "0.1.0"
+__version__ = _build.__version__
+
+#: The implementation that runs, "native" or "python": whether the modules of the hot path are compiled.
+__impl__ = _impl.IMPLEMENTATION
 
 __all__ = [
     "AiotrtError",

@@ -19,6 +19,7 @@ import anyio
 import numpy as np
 import torch
 
+from aiotrt._impl import IMPLEMENTATION
 from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
@@ -158,6 +159,7 @@ class Statistics:
     Attributes:
         engine: its name.
         device: its device's name.
+        implementation: "native" or "python": whether aiotrt runs compiled.
         free: slots nobody uses.
         claimed: slots whose caller writes inputs.
         preparing: slots that a worker thread captures for, or copies into.
@@ -189,6 +191,7 @@ class Statistics:
 
     engine: str
     device: str
+    implementation: Literal["native", "python"]
     free: int
     claimed: int
     preparing: int
@@ -393,6 +396,7 @@ class Model:
         return Statistics(
             engine=executor.recipe.engine.name,
             device=executor.device.name,
+            implementation=IMPLEMENTATION,
             **counts,
             waiting=executor.machine.waiting if gatherer is None else gatherer.waiting,
             **calls,

@@ -16,7 +16,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
-    {"errors"},
+    {"errors", "_build", "_impl"},
     {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors"},
     {"completion.lane", "completion.timers"},
     {"completion.waiter"},

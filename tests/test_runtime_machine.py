@@ -63,6 +63,7 @@ class Searched(Runtime):
 @pytest.mark.proof
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_forget")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("module", "function", "start"), DEFECTS, ids=[f"{d[1]}-{d[2]}" for d in DEFECTS])
 def test_the_machine_finds_a_defect(module: str, function: str, start: str) -> None:
     """In one of many short searches, each of which finds the rarest of these every other time.

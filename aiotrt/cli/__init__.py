@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from importlib import metadata
+from typing import Final, NoReturn
+
+import torch
 
 import aiotrt
 from aiotrt.cli import build, inspect, serve, verify, video
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
-    parser.add_argument("--version", action="version", version=f"aiotrt {aiotrt.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of aiotrt and what it runs on")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -68,6 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.register(subparsers, [common])
     return parser
+
+
+class _Version(argparse.Action):
+    """Print the versions on one line. argparse's own action would wrap it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            bindings = f"CUDA bindings {metadata.version('cuda-bindings')}"
+        except metadata.PackageNotFoundError:
+            bindings = "no CUDA bindings"
+        print(
+            f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})", f"Python {platform.python_version()}",
+            f"torch {torch.__version__}", bindings, sep=", ",
+        )  # fmt: skip
+        parser.exit()
 
 
 @contextmanager

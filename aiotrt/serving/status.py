@@ -49,6 +49,7 @@ async def _status(request: Request) -> Response:
     return JSONResponse(
         {
             "version": aiotrt.__version__,
+            "implementation": aiotrt.__impl__,
             "at": time.time(),
             "ready": models.is_ready,
             "draining": models.is_draining,

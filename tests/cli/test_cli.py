@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import onnx
 import onnx.helper
 import pytest
+import torch
 
 import aiotrt
 from aiotrt.building import Sidecar, check_sidecar, sidecar_path
@@ -50,7 +53,10 @@ def failed(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) 
 
 def test_python_m_aiotrt() -> None:
     result = subprocess.run([*MODULE, "--version"], capture_output=True, text=True, timeout=50, check=True)
-    assert result.stdout == f"aiotrt {aiotrt.__version__}\n"
+    first, *parts = result.stdout.removesuffix("\n").split(", ")
+    assert first == f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})"
+    assert parts[:2] == [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    assert re.fullmatch(r"CUDA bindings \d[\w.+]*|no CUDA bindings", parts[2])
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ async def test_what_the_page_is_told() -> None:
         assert answer.headers["cache-control"] == "no-store"
         said = answer.json()
         assert (said["version"], said["ready"], said["draining"]) == (aiotrt.__version__, False, False)
+        assert said["implementation"] == aiotrt.__impl__
         first, later = said["models"]
         assert (first["name"], first["standing"], first["slots"], first["device"]) == ("first", "ready", 2, "host")
         assert first["totals"]["completed"] == 10

@@ -87,6 +87,7 @@ class Mutation:
 def source_of(module: types.ModuleType) -> str:
     """The module's source, as it was when first asked for."""
     assert module.__file__ is not None
+    assert module.__file__.endswith(".py"), f"{module.__name__} is compiled and cannot be changed: set AIOTRT_IMPL=python"
     return Path(module.__file__).read_text(encoding="utf-8")
 
 

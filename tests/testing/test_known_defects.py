@@ -10,6 +10,8 @@ from tests.testing.known_defects import DEFECTS, Defect, Edit, Trial
 from tests.testing.mutation import StaleEditError
 from tests.testing.portfolio import DoesNotEndError
 
+pytestmark = pytest.mark.interpreted
+
 TRIALS = [
     pytest.param(defect, [trial for trial in defect.trials if trial.device == device], id=f"{defect.name}, {device}")
     for defect in DEFECTS

@@ -37,6 +37,7 @@ def test_equal_seeds_are_equal_schedules(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not set(first.schedules) & set(other.schedules)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("module", "function", "start"),
     [

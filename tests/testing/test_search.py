@@ -15,6 +15,8 @@ from tests.testing.mutation import Mutation, deletions
 from tests.testing.reports import REPORTS, write_report
 from tests.testing.search import Finding, Key, Memory
 
+pytestmark = pytest.mark.interpreted
+
 FIRST, SECOND, THIRD = (Key("slots.py", "Slots.request", text, 0) for text in ("one()", "two()", "three()"))
 
 

@@ -1,0 +1,43 @@
+"""The version, the modules that a native build compiles, and the record that a build leaves.
+
+The build hook runs this file by itself, so it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Final
+from zlib import crc32
+
+__all__ = ["COMPILED", "RECORD", "record"]
+
+__version__ = "0.1.0"
+
+#: The modules that a native build compiles: all of them, or none. Types for the compiler are in `.pxd` files beside them.
+COMPILED: Final = (
+    "aiotrt.completion.prediction",
+    "aiotrt.runtime.slots",
+)
+
+#: The file that a native build writes into the package, one for each kind of Python: a checkout may have several.
+RECORD: Final = f"_native{EXTENSION_SUFFIXES[0].rpartition('.')[0]}.json"
+
+
+def record(root: Path) -> dict[str, Any]:
+    """Describe a native build of this version, from the sources as they are now.
+
+    Args:
+        root: the package's folder.
+
+    Returns:
+        The content of `RECORD`: the version, and a checksum of each source file that exists.
+    """
+    sources = {}
+    for name in COMPILED:
+        stem = "/".join(name.split(".")[1:])
+        for suffix in (".py", ".pyx", ".pxd"):
+            file = root / f"{stem}{suffix}"
+            if file.is_file():
+                sources[f"{stem}{suffix}"] = crc32(file.read_bytes())
+    return {"version": __version__, "sources": sources}

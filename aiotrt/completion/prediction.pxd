@@ -1,0 +1,22 @@
+# Types for the compiled build. prediction.py is the source, and runs without this file.
+cimport cython
+
+cdef class Estimate:
+    cdef public double seconds, shortest, _before, _since
+    cdef public bint is_trusted
+    cdef public int _late, _seen, _shorter
+    cpdef between(self, double low, double high)
+    cpdef at_most(self, double seconds)
+    cdef _see(self, double seconds)
+
+cdef class Lateness:
+    cdef public list _mean, _deviation, _ahead, _seen
+    @cython.locals(bucket=int, seen=int, rate=double, error=double)
+    cpdef learn(self, double sleep, double late)
+    cpdef double allowance(self, double wait) except? -1
+
+cpdef double first_look(double now, double predicted, Lateness lateness) except? -1
+@cython.locals(dozes=int)
+cpdef double approach(double now, double due, double started) except? -1
+@cython.locals(overdue=double)
+cpdef double next_look(double now, double started, double predicted, double spin) except? -1
