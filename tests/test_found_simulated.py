@@ -71,7 +71,7 @@ def test_a_passing_fault_while_a_lease_is_left(verb: str) -> None:
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_passing_fault_at_one_gate_keeps_the_others(after: int) -> None:
-    """`_open_gates` took all gates off the slot before it waited for the first."""
+    """`open_gates` took all gates off the slot before it waited for the first."""
 
     async def program(device: Striker) -> None:
         inner = device.simulated

@@ -26,23 +26,22 @@ from tests.tools import frame, turns
 def test_the_next_results_get_their_memory_while_the_device_is_at_work(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         did: list[str] = []
-        allocate, launch = memory.allocate, SimulatedGraph.launch
+        empty, launch = SimulatedDevice.empty, SimulatedGraph.launch
 
         def allocated(*args: Any) -> Any:
             did.append("allocate")
-            return allocate(*args)
+            return empty(*args)
 
         def launched(self: SimulatedGraph, *args: Any, **options: Any) -> None:
             did.append("launch")
             launch(self, *args, **options)
 
-        async with load(device, slots=1, warmup=frame(0)) as model:
-            given = [device.tensor(frame(value)) for value in range(3)]
-            with (
-                mock.patch.object(request, "allocate", allocated),
-                mock.patch.object(SimulatedGraph, "launch", launched),
-            ):
-                for value, x in enumerate(given):
+        with (
+            mock.patch.object(SimulatedDevice, "empty", allocated),
+            mock.patch.object(SimulatedGraph, "launch", launched),
+        ):
+            async with load(device, slots=1, warmup=frame(0)) as model:
+                for value, x in enumerate([device.tensor(frame(value)) for value in range(4)]):
                     did.clear()
                     assert right(device.read(await model(x)), value)
                     assert did == (["launch", "allocate"] if value else ["allocate", "launch", "allocate"])

@@ -32,6 +32,7 @@ LAYERS = [
     {"runtime.programs"},
     {"runtime.handshake"},
     {"runtime.memory"},
+    {"runtime.route"},
     {"runtime.request"},
     {"runtime.launch"},
     {"runtime.executor"},

@@ -24,7 +24,7 @@ TestRuntime = pytest.mark.timeout(300)(Runtime.TestCase)
 
 #: Statements without which the runtime is wrong: module, function, and how they begin.
 DEFECTS = [
-    ("submission", "_open_gates", "slot.stream.wait("),
+    ("submission", "open_gates", "slot.stream.wait("),
     ("submission", "Request.order", "follow(slot, self.origin)"),
     ("submission", "submit_lease", "slot.stream.record(event)"),
     ("requests", "Requests._finish.resolve", "request.set_result("),

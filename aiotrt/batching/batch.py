@@ -211,10 +211,11 @@ class Batch(Request):
     def allocate_results(self, device: Device, program: Program) -> None:
         """Each member's, in the order of its own stream."""
         self._taken = self.calls
-        self.results = []
+        results: list[torch.Tensor] = []
         for call, outputs in zip(self.calls, self.split(program, program.outputs), strict=True):
             assert call.origin is not None
-            self.results += allocate(device, call.origin, outputs)
+            results += allocate(device, call.origin, outputs)
+        self.results = results
 
     def allocate_spare(self, device: Device, program: Program) -> None:
         """None: who is in the next batch is not known."""

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
@@ -115,6 +116,31 @@ class Graph(Protocol):
         """
         ...
 
+    def submit(
+        self,
+        stream: Stream,
+        origin: Stream | None,
+        mark: Event,
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> None:
+        """Submit all of one request: wait for the caller, copy in, replay, copy out, and record.
+
+        Args:
+            stream: where.
+            origin: the caller's stream, which is waited for; None where nothing depends on it.
+            mark: recorded there if that takes an event.
+            inputs: the buffers that the graph reads.
+            sources: what is copied into each of them.
+            outputs: what the graph writes.
+            results: where each of them is copied to; empty for nowhere.
+            event: recorded last.
+        """
+        ...
+
     def close(self) -> None:
         """Free it. The last launch must have completed."""
         ...
@@ -152,6 +178,10 @@ class Device(Protocol):
         """The calling thread's current stream."""
         ...
 
+    def current_handle(self) -> int:
+        """The handle of that stream, which costs less."""
+        ...
+
     def adopt_stream(self, stream: object) -> Stream:
         """Somebody else's stream object (or handle) as a `Stream`.
 
@@ -178,6 +208,10 @@ class Device(Protocol):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised device memory, allocated in the current stream's order."""
+        ...
+
+    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """What `empty` does with these arguments, as a function to be called often."""
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -285,8 +319,27 @@ class BaseGraph(ABC):
         for destination, source in after:
             stream.copy(destination, source)
 
+    def submit(
+        self,
+        stream: Stream,
+        origin: Stream | None,
+        mark: Event,
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> None:
+        """Submit all of one request: see `Graph.submit`."""
+        if origin is not None and not origin.query():
+            origin.record(mark)
+            stream.wait(mark)
+        after = list(zip(results, outputs, strict=True)) if results else ()
+        self.launch(stream, list(zip(inputs, sources, strict=True)), after)
+        stream.record(event)
 
-class BaseDevice:
+
+class BaseDevice(ABC):
     """The parts of a `Device` that are the same for all: its fault, its worker threads, and that it must be asked."""
 
     fault: DeviceError | None = None
@@ -315,6 +368,18 @@ class BaseDevice:
             callbacks = list(self._callbacks.values())
         for callback in callbacks:
             callback(error)
+
+    @abstractmethod
+    def current_stream(self) -> Stream: ...
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+
+    def current_handle(self) -> int:
+        return self.current_stream().handle
+
+    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        return partial(self.empty, tuple(shape), dtype)
 
     def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
         raise NotImplementedError(f"{self!r} must be asked")

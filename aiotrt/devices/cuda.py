@@ -14,6 +14,7 @@ default, and invalidates that capture.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import re
@@ -238,6 +239,50 @@ class CudaGraph(BaseGraph):
             with self._random.drawn():
                 stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
 
+    def submit(
+        self,
+        stream: Stream,
+        origin: Stream | None,
+        mark: Event,
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> None:
+        copying = self._copying
+        # All in one function, since it runs for each call: the same steps as `BaseGraph.submit`, in the same order.
+        if (
+            copying is None
+            or copying.whole is None
+            or not results
+            or type(stream) is not CudaStream
+            or type(event) is not CudaEvent
+            or event.driver is None
+        ):
+            super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
+            return
+        if origin is not None and not origin.query():
+            origin.record(mark)
+            stream.wait(mark)
+        before, after = copying.whole
+        if len(sources) != len(before) or len(results) != len(after):
+            raise RuntimeError(f"expected {len(before)} inputs and {len(after)} results, got {len(sources)}, {len(results)}")
+        copying.is_set = True
+        handle = copying.handle
+        for port, tensor in zip(before, sources):  # noqa: B905
+            if tensor.data_ptr() != port.now:
+                port.point(handle, tensor)
+        for port, tensor in zip(after, results):  # noqa: B905
+            if tensor.data_ptr() != port.now:
+                port.point(handle, tensor)
+        answer = driver.cuGraphLaunch(handle, stream.driver)
+        if answer[0] is not _DONE:
+            _check("launching a graph", answer)
+        answer = driver.cuEventRecord(event.driver, stream.driver)
+        if answer[0] is not _DONE:
+            _check("recording an event", answer)
+
     def close(self) -> None:
         if self._copying is not None:
             self._copying.close()
@@ -283,6 +328,10 @@ class CudaDevice(BaseDevice):
         handle = torch._C._cuda_getCurrentRawStream(self.index)
         return self._streams.get(handle) or self._adopt(torch.cuda.current_stream(self.torch_device))
 
+    def current_handle(self) -> int:
+        handle: int = torch._C._cuda_getCurrentRawStream(self.index)
+        return handle
+
     def adopt_stream(self, stream: object) -> CudaStream:
         if isinstance(stream, CudaStream):
             return stream
@@ -303,6 +352,9 @@ class CudaDevice(BaseDevice):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+
+    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        return functools.partial(torch.empty, tuple(shape), dtype=dtype, device=self.torch_device)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)

@@ -27,6 +27,8 @@ __all__ = ["CopyingGraph", "is_plain"]
 
 Check = Callable[[str, tuple[Any, ...]], tuple[Any, ...]]
 
+#: What driver calls answer when all is well: always this object.
+_DONE: Final = driver.CUresult.CUDA_SUCCESS
 #: Where a node for pinned memory points before its first use, by device: nodes are instantiated with valid addresses.
 _placeholders: Final[dict[int, torch.Tensor]] = {}
 
@@ -46,6 +48,8 @@ class CopyingGraph:
     Attributes:
         handle: to launch it.
         ordered: as given.
+        is_set: whether any node may be enabled.
+        whole: the ports of all inputs and of all outputs, in order, if each has one of its own; else None.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class CopyingGraph:
         ordered: bool = False,
     ) -> None:
         self.ordered = ordered
+        self.whole: tuple[list[_Port], list[_Port]] | None = None
         self._check = check
         self._nobody: Any = None  # an event of its own: nodes cannot be switched off, but name one that means nothing
         self._wait: Any = None  # the nodes, and the events that they name
@@ -66,7 +71,7 @@ class CopyingGraph:
         self._records: Any = None
         self._before: dict[int, _Port] = {}  # by the identity of the buffer's tensor, which this keeps
         self._after: dict[int, _Port] = {}
-        self._is_set = False  # whether any node may be enabled
+        self.is_set = False
         (context,) = check("finding the context", driver.cuCtxGetCurrent())
         (self._graph,) = check("creating a graph", driver.cuGraphCreate(0))
         self.handle: Any = None
@@ -91,17 +96,20 @@ class CopyingGraph:
             (self.handle,) = check("instantiating a graph", driver.cuGraphInstantiate(self._graph, 0))
             for port in (*self._before.values(), *self._after.values()):
                 port.disable(self.handle)
+            self.whole = None
+            if not ordered and len(self._before) == len(inputs) and len(self._after) == len(outputs):
+                self.whole = list(self._before.values()), list(self._after.values())
         except BaseException:
             self.close()
             raise
 
     def set(self, before: Copies, after: Copies) -> tuple[Copies, Copies]:
         """Make later launches do these copies, and no others; returns those that cannot be nodes."""
-        if not (before or after or self._is_set):
+        if not (before or after or self.is_set):
             return before, after
-        self._is_set = True
+        self.is_set = True
         others = self._set(self._before, before, 0), self._set(self._after, after, 1)
-        self._is_set = bool(before or after)
+        self.is_set = bool(before or after)
         return others
 
     def order(self, wait: Any, record: Any) -> None:
@@ -164,9 +172,13 @@ class CopyingGraph:
 
 
 class _Port:
-    """The two nodes of one buffer."""
+    """The two nodes of one buffer.
 
-    __slots__ = ("_addresses", "_buffer", "_check", "_context", "_enabled", "_is_input", "_nodes", "_now", "_parameters")
+    Attributes:
+        now: the address that the enabled node copies from or to; 0 if none is enabled.
+    """
+
+    __slots__ = ("_addresses", "_buffer", "_check", "_context", "_enabled", "_is_input", "_nodes", "_parameters", "now")
 
     def __init__(self, buffer: torch.Tensor, context: Any, check: Check, *, is_input: bool) -> None:
         self._buffer = buffer
@@ -176,7 +188,7 @@ class _Port:
         self._nodes: list[Any] = []  # for pinned memory, and for device memory
         self._parameters = [self._describe(on_device=False), self._describe(on_device=True)]
         self._addresses = [0, 0]
-        self._now = 0  # where the enabled node points
+        self.now = 0
         self._enabled = [True, True]
 
     def add(self, graph: Any, after: list[Any]) -> list[Any]:
@@ -192,10 +204,10 @@ class _Port:
     def point(self, graph: Any, other: torch.Tensor) -> None:
         """Copy from or to this memory."""
         address = other.data_ptr()
-        if address == self._now:  # addresses of pinned and of device memory are never equal
+        if address == self.now:  # addresses of pinned and of device memory are never equal
             return
         on_device = other.is_cuda
-        self._now = 0
+        self.now = 0
         if self._addresses[on_device] != address:
             parameters = self._parameters[on_device]
             if on_device:
@@ -208,18 +220,19 @@ class _Port:
             else:
                 parameters.dstHost = address
             parameters.WidthInBytes = self._buffer.nbytes
-            self._check(
-                "setting the address of a copy",
-                driver.cuGraphExecMemcpyNodeSetParams(graph, self._nodes[on_device], parameters, self._context),
-            )
+            answer = driver.cuGraphExecMemcpyNodeSetParams(graph, self._nodes[on_device], parameters, self._context)
+            if answer[0] is not _DONE:
+                self._check("setting the address of a copy", answer)
             self._addresses[on_device] = address
-        self._enable(graph, on_device, enabled=True)
-        self._enable(graph, not on_device, enabled=False)
-        self._now = address
+        if not self._enabled[on_device]:
+            self._enable(graph, on_device, enabled=True)
+        if self._enabled[not on_device]:
+            self._enable(graph, not on_device, enabled=False)
+        self.now = address
 
     def disable(self, graph: Any) -> None:
         """Copy nothing."""
-        self._now = 0
+        self.now = 0
         self._enable(graph, False, enabled=False)
         self._enable(graph, True, enabled=False)
 

@@ -22,7 +22,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -32,7 +32,7 @@ import torch
 from aiotrt.completion.lane import Lane
 from aiotrt.completion.poller import Hub, check_loop
 from aiotrt.completion.prediction import Estimate
-from aiotrt.devices import Event
+from aiotrt.devices import Event, Stream
 from aiotrt.errors import (
     AiotrtError,
     DeviceError,
@@ -45,10 +45,11 @@ from aiotrt.errors import (
     UsageError,
 )
 from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, ready_events, wants_consumed
-from aiotrt.runtime.launch import copy_in, has_passed, pass_turn, retire, submit_request
-from aiotrt.runtime.memory import keep_for_ever
+from aiotrt.runtime.launch import copy_in, has_passed, open_gates, pass_turn, retire, submit_request
+from aiotrt.runtime.memory import allocate, keep_for_ever
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
 from aiotrt.runtime.request import Request, Slot, Times
+from aiotrt.runtime.route import Route
 from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.runtime.slots import Event as Move
 from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs, own
@@ -139,6 +140,9 @@ class Executor:
         self._granted: deque[Grant[Request]] = deque()
         self._serving = False
         self._forks = _forks
+        self._route: Route | None = None  # of the call before
+        self._likely: tuple[Shapes, Kind] | None = None  # of the call before, if it had none
+        self._origin: Stream | None = None  # the current stream of the call before
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
         self.slots: list[Slot] = []
@@ -159,29 +163,54 @@ class Executor:
     # Coming in...
 
     def submit(self, values: Sequence[object], named: Mapping[str, object], *, bounded: bool = True) -> Request:
-        """Check inputs and start, or stand in line.
+        """Check inputs and start, or wait in the queue.
 
         Raises:
             InputError: the inputs do not fit. Nothing was submitted; so too for all below.
-            QueueFullError: `bounded`, and the line is at its bound.
+            QueueFullError: `bounded`, and the queue is at its bound.
             ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
         """
         # After a fork no loop is running here, as asyncio sees it.
         if asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
             self.check_usable()
+        route = self._route
+        if route is None or named or not route.matches(values):
+            return self._submit_new(values, named, bounded)
+        request = Request(self.loop, (), route.specs, route.shapes, self.outputs or route.kind)
+        request.route = route
+        request.values = values
+        if route.on_device or request.kind is DEVICE:
+            origin = self._origin
+            if origin is None or origin.handle != self.device.current_handle():
+                origin = self._origin = self.device.current_stream()
+            request.origin = origin
+        self._enter(request, bounded, route.holders)
+        return request
+
+    def _submit_new(self, values: Sequence[object], named: Mapping[str, object], bounded: bool) -> Request:
+        """The long way in: check every input, and remember the signature if the next call may have it too."""
         arguments, shapes, kind, specs = self.specs.parse(values, named)
+        request = Request(self.loop, arguments, specs, shapes, self.outputs or kind)
         if not self.device.unified:
             for argument, spec in zip(arguments, specs, strict=True):
                 if argument.host is not None and argument.host.nbytes >= IN_PLACE_BYTES:
                     argument.read_in_place(spec.dtype, self.device.is_pinned)
-        request = Request(self.loop, arguments, specs, shapes, self.outputs or kind)
         if kind is DEVICE or request.kind is DEVICE:
             request.origin = self.device.current_stream()
             if carries_anything(arguments):
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        self._enter(request, bounded)
+        likely = shapes, kind
+        if named or specs is not self.specs.specs or self.device.unified or not self._overlap:
+            self._likely = None
+        elif likely == self._likely and not request.is_marked and not request.bound and Route.suits(values, arguments):
+            route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
+            if route.nbytes <= IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
+                self._route = route
+        else:
+            self._likely = likely
+        self._enter(request, bounded, self.cache.holders(request.key))
         return request
 
     def lease(self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
@@ -189,12 +218,12 @@ class Executor:
         self.check_usable()
         request = Request(self.loop, (), specs, shapes, kind, is_lease=True)
         request.is_warmup = is_warmup
-        self._enter(request, bounded=not is_warmup)
+        self._enter(request, not is_warmup, self.cache.holders(request.key))
         return request
 
     def admit(self, request: Request) -> None:
         """A batch's way in: its items were checked and counted, and their number is bounded, already."""
-        self._enter(request, bounded=False)
+        self._enter(request, False, self.cache.holders(request.key))
 
     def check_usable(self) -> None:
         """Raise unless requests may come in now, here.
@@ -229,9 +258,8 @@ class Executor:
             return  # it ended, and was counted, before its caller was cancelled
         self.counters.cancelled += not request.is_warmup
 
-    def _enter(self, request: Request, bounded: bool) -> None:
+    def _enter(self, request: Request, bounded: bool, prefer: Container[int]) -> None:
         try:
-            prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()
             grant = self.machine.request(request, prefer=prefer, bounded=bounded)
         except OverflowError:
             self.counters.rejected += 1
@@ -263,19 +291,35 @@ class Executor:
                 slot = self.slots[index]
                 slot.request = request
                 request.slot = slot
+                was_queued = request.is_queued
                 request.is_queued = False
                 if request.times is not None:
                     request.times.granted = time.perf_counter()
                 try:
-                    request.granted()
-                    self.begin(slot, request)
+                    if request.route is None or not self._replay(slot, request, was_queued):
+                        request.granted()
+                        self.begin(slot, request)
                 except Exception as error:
                     self._begin_failed(slot, request, error)
+                except BaseException:
+                    self._interrupted(slot, request)
+                    raise
                 if not self._granted:
                     return
                 grant = self._granted.popleft()
         finally:
             self._serving = False
+
+    def _interrupted(self, slot: Slot, request: Request) -> None:
+        """An interrupt came in the middle, and the loop may go on, as a notebook's does: nothing is left half done."""
+        state = self.machine.states[slot.index]
+        if slot.request is not request or state in (BROKEN, FREE, State.PREPARING) or request in slot.lane.pending:
+            return
+        error = EngineError(f"{self.recipe.engine.name} was interrupted while this call was launched")
+        if request.is_lease or slot.program is None:
+            self.move(slot, Move.RELEASE, then=lambda: self.reject(request, error))
+        else:
+            self._launch_failed(slot, error)
 
     def _begin_failed(self, slot: Slot, request: Request, error: Exception) -> None:
         """An error that nobody foresaw: it is this request's, and not that of whoever had the slot before, or is next."""
@@ -285,6 +329,92 @@ class Executor:
         else:
             self.lost_track(error)
         self.reject(request, told)
+
+    # From its slot to its result, by the short path...
+
+    def _replay(self, slot: Slot, request: Request, was_queued: bool) -> bool:
+        """Launch a request whose signature was recognised; False if it must take the long way.
+
+        Everything is there then: the program is one graph, which copies in and out by itself, and the inputs are plain.
+        If it `was_queued`, they may have been changed since.
+        """
+        route = request.route
+        assert route is not None
+        program = route.holders.get(slot.index)
+        if (
+            program is None
+            or program.graph is None
+            or (was_queued and (request.is_done or not route.matches(request.values)))
+        ):
+            return self._detour(request)
+        sources: Sequence[Any] = request.values
+        if route.on_host:
+            staged: list[Any] = list(sources)
+            for i in route.on_host:
+                view = program.input_views[i]
+                if view is None:
+                    return self._detour(request)
+                view[...] = sources[i]
+                staged[i] = program.staged_inputs[i]
+            sources = staged
+        origin = request.origin if request.kind is DEVICE else None
+        results: Any
+        if origin is not None:
+            spare, program.spare = program.spare, None
+            results = spare[1] if spare is not None and spare[0] == origin.handle else self._results(program, origin)
+            request.results = results
+        else:
+            results = program.staged_outputs
+            if None in results:
+                return self._detour(request)
+        slot.program = program
+        self.cache.touch(program.place)
+        counters = self.counters
+        counters.hits += 1
+        if slot.gates:
+            open_gates(slot)
+        try:
+            program.graph.submit(
+                slot.stream, request.origin, slot.mark, program.inputs, sources, program.outputs, results, slot.event
+            )
+        except DeviceError as error:
+            self.device.fail(error)
+            return True
+        except Exception as error:
+            self._launch_failed(slot, error)
+            return True
+        self.machine.move(slot.index, LAUNCH)
+        counters.replays += 1
+        request.query = slot.query
+        request.on_done = slot.on_done
+        request.estimate = program.estimate
+        request.hang_timeout = self.hang_timeout
+        self.hub.add(slot.lane, request, slot.when_complete)
+        if origin is not None:
+            try:
+                program.spare = origin.handle, self._results(program, origin)
+            except DeviceError as error:
+                self.device.fail(error)
+            except Exception as error:  # out of memory, say: the next launch does it anew, and is told
+                _log.debug("results for the next launch could not be allocated: %r", error)
+        return True
+
+    def _results(self, program: Program, origin: Stream) -> list[torch.Tensor]:
+        """Memory for results of the caller's own, in the order of its stream: see `allocate`."""
+        if origin.handle != self.device.current_handle() or torch.is_inference_mode_enabled():
+            return allocate(self.device, origin, program.outputs)
+        return [make() for make in program.makers]
+
+    def _detour(self, request: Request) -> bool:
+        """A request that was recognised takes the long way after all; always False.
+
+        Raises:
+            InputError: its inputs were changed while it waited, and do not fit any more.
+        """
+        if not request.is_done:
+            request.arguments, request.shapes, _, request.specs = self.specs.parse(request.values, {})
+        request.route = self._route = self._likely = None  # what it knows of the slots may be out of date
+        return False
 
     # From its slot to its result...
 
@@ -502,11 +632,14 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
+        if request.route is not None and error is None and state is IN_FLIGHT and request.kind is DEVICE:
+            self._hand_on(slot, request)
+            return
         if state is BROKEN:
             return
         times = request.times
         if times is not None:
-            times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
+            self._observe(slot, times)
         if error is None and state is IN_FLIGHT:
             self._hand_out(slot, request)
         elif isinstance(error, DeviceError):
@@ -516,6 +649,33 @@ class Executor:
         else:
             assert error is not None
             self._failed(slot, request, self.explain(error, "while it ran"))
+
+    def _hand_on(self, slot: Slot, request: Request) -> None:
+        """The short path's end: the slot goes on, and then the caller is told."""
+        results = request.results
+        complete = self.complete
+        for result in results:
+            result._trt_produce_event = complete  # type: ignore[attr-defined]
+        program = slot.program
+        assert program is not None
+        packed = results[0] if len(results) == 1 else program.names.pack(results)
+        if request.times is not None:
+            self._observe(slot, request.times)
+        grant = self.machine.move(slot.index, COPIED)
+        slot.request = slot.program = request.slot = None
+        try:
+            if grant is not None:
+                self._serve(grant)
+        finally:
+            if not request.is_done:
+                self.counters.completed += 1
+                request.resolve(packed)
+                self.hub.finish(request)
+            if self._idle is not None:
+                self._check_idle()
+
+    def _observe(self, slot: Slot, times: Times) -> None:
+        times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
 
     def _hand_out(self, slot: Slot, request: Request) -> None:
         if request.kind is not DEVICE:

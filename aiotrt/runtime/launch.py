@@ -22,7 +22,7 @@ from aiotrt.runtime.programs import Program
 from aiotrt.runtime.request import Request, Slot
 from aiotrt.tensors import DEVICE, Kind
 
-__all__ = ["await_gates", "copy_in", "has_passed", "pass_turn", "retire", "submit_lease", "submit_request"]
+__all__ = ["await_gates", "copy_in", "has_passed", "open_gates", "pass_turn", "retire", "submit_lease", "submit_request"]
 
 _log: Final = logging.getLogger("aiotrt")
 
@@ -45,7 +45,7 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
     """
     stream = slot.stream
     if slot.gates:
-        _open_gates(slot)
+        open_gates(slot)
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, argument in enumerate(request.arguments):
         if argument.tensor is not None:
@@ -96,7 +96,7 @@ def submit_lease(
     for stream in consumers:
         slot.follow(stream)
     if slot.gates:
-        _open_gates(slot)
+        open_gates(slot)
     before: Copies = ()
     if from_host and not device.unified:
         before = [(program.inputs[i], program.staged_input(i)) for i in from_host]
@@ -159,7 +159,8 @@ def _ignore(error: Exception) -> None:
     _log.debug("a consumer failed: %r", error)
 
 
-def _open_gates(slot: Slot) -> None:
+def open_gates(slot: Slot) -> None:
+    """Make the slot's next launch wait, on the device, for the consumers of the last one."""
     while slot.gates:  # not a plain loop: while a worker thread does this for a lease, the lease may end and add gates
         slot.stream.wait(slot.gates[0])
         del slot.gates[0]  # only now: a gate whose wait failed must still hold the next launch

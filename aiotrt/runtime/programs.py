@@ -84,6 +84,8 @@ class Program:
         estimate: what was learned about its duration.
         nbytes: bytes of device memory that it keeps, buffers included.
         spare: results for the next caller, and the stream in whose order they were allocated.
+        graph: what is launched, where that is one graph; else None.
+        place: where the cache has it.
     """
 
     def __init__(
@@ -111,6 +113,9 @@ class Program:
         self.estimate = Estimate()
         self.nbytes = nbytes
         self.spare: tuple[int, Tensors] | None = None
+        self.place = slot, key
+        self.graph: Graph | None = steps[0] if self.captured else None  # type: ignore[assignment]
+        self.makers = [device.maker(output.shape, output.dtype) for output in outputs]
         self.staged_inputs: list[torch.Tensor | None] = [None] * len(inputs)  # pinned; the buffers themselves if unified
         self.staged_outputs: list[torch.Tensor | None] = [None] * len(outputs)
         self.input_views: list[Array | None] = [None] * len(inputs)  # numpy views of the above
@@ -179,6 +184,7 @@ class Program:
         """Free it. Everything that it launched, and everybody who reads its buffers, is done. Blocks."""
         for closer in self._closers:
             closer()
+        self.graph = None
         self._steps = ()
         self._closers = ()
 
@@ -200,6 +206,7 @@ class ProgramCache:
         self.nbytes = 0
         self._programs: OrderedDict[tuple[int, Key], Program] = OrderedDict()
         self._holders: dict[Key, dict[int, Program]] = {}
+        self.touch = self._programs.move_to_end  #: make the program at this place the most recently used one
 
     def __len__(self) -> int:
         return len(self._programs)

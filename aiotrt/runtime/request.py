@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -15,11 +15,14 @@ from aiotrt.devices import Device, Event, Stream
 from aiotrt.runtime.handshake import mark_consumed
 from aiotrt.runtime.memory import allocate
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.route import Route
 from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 
 __all__ = ["Request", "Slot", "Times"]
 
 T = TypeVar("T")
+
+_NONE: Final[Mapping[int, torch.Tensor]] = {}
 
 
 class Times:
@@ -46,7 +49,9 @@ class Request(Waiter):
     Awaiting it gives the packed results, or for a lease None when the slot is claimed and prepared.
 
     Attributes:
-        arguments: the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
+        route: the signature that was recognised, while this takes the short path.
+        values: the inputs then, as the caller gave them.
+        arguments: else the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
         specs: what the inputs were checked against.
         shapes: of the inputs.
         bound: inputs that the graph shall read where they are.
@@ -67,7 +72,7 @@ class Request(Waiter):
 
     __slots__ = (
         "arguments", "bound", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
-        "origin", "ready", "record_readers", "results", "shapes", "slot", "span", "specs", "times",
+        "origin", "ready", "record_readers", "results", "route", "shapes", "slot", "span", "specs", "times", "values",
     )  # fmt: skip
 
     def __init__(
@@ -89,7 +94,7 @@ class Request(Waiter):
         self.specs = specs
         self.arguments = arguments
         self.shapes = shapes
-        self.bound: dict[int, torch.Tensor] = {}
+        self.bound: Mapping[int, torch.Tensor] = _NONE
         self.kind = kind
         self.is_lease = is_lease
         self.record_readers: Callable[[], None] | None = None
@@ -99,8 +104,10 @@ class Request(Waiter):
         self.is_revoked = False
         self.slot: Slot | None = None
         self.origin: Stream | None = None
-        self.ready: list[Event] = []
-        self.results: list[torch.Tensor] = []
+        self.ready: Sequence[Event] = ()
+        self.results: Sequence[torch.Tensor] = ()
+        self.values: Sequence[Any] = ()
+        self.route: Route | None = None
         self.times: Times | None = None
         self.span: Any = None
 

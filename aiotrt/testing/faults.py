@@ -11,6 +11,7 @@ without a fault and lists every way in which it could have failed, so that a tes
 from __future__ import annotations
 
 import enum
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ class FaultInjector:
     def adopt_stream(self, stream: object) -> Stream:
         """As the device; cannot fail otherwise."""
         return self._wrap(self.device.adopt_stream(_unwrap(stream)))
+
+    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """As the device; each call counts as an `empty`."""
+        return functools.partial(self.empty, tuple(shape), dtype)
 
     def query(self, event: Event) -> bool:
         """As the device; False for ever for an event that hangs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -182,12 +182,12 @@ class Party:
 
     async def _opened(self) -> None:
         executor = executor_of(await self.model)
-        enter, begin = executor._enter, executor.begin
+        enter, begin, replay = executor._enter, executor.begin, executor._replay
 
-        def entered(request: Request, bounded: bool) -> None:
+        def entered(request: Request, bounded: bool, prefer: Container[int]) -> None:
             self.arrived.append(request)
             try:
-                enter(request, bounded)
+                enter(request, bounded, prefer)
             except aiotrt.QueueFullError:
                 self.arrived.remove(request)
                 assert bounded
@@ -199,6 +199,14 @@ class Party:
             self.granted.append(request)
             begin(slot, request)
 
+        def replayed(slot: Slot, request: Request, was_queued: bool) -> bool:
+            self.granted.append(request)
+            if replay(slot, request, was_queued):
+                return True
+            assert self.granted.pop() is request
+            return False
+
+        executor._replay = replayed  # type: ignore[method-assign]
         executor._enter = entered  # type: ignore[method-assign]
         executor.begin = granted  # type: ignore[method-assign]
 

@@ -31,8 +31,9 @@ from tests.testing.search import Finding, Key
 __all__ = ["DEFECTS", "RUNTIME", "kind_of", "mutations"]
 
 RUNTIME: Final = (
-    "runtime.launch", "runtime.request", "runtime.executor", "lease", "buffers", "runtime.handshake", "completion.poller",
-    "runtime.programs", "runtime.slots", "model", "runtime.mapping", "batching.batcher", "batching.batch", "batching.queue",
+    "runtime.launch", "runtime.request", "runtime.route", "runtime.executor", "lease", "buffers", "runtime.handshake",
+    "completion.poller", "completion.waiter", "runtime.programs", "runtime.slots", "model", "runtime.mapping",
+    "batching.batcher", "batching.batch", "batching.queue",
 )  # fmt: skip
 
 #: What a statement is for, by what stands in it; the first that fits. The rest are steps from one of these to the next.
@@ -42,7 +43,7 @@ KINDS: Final = (
     ("warning", r"warnings\.warn"),
     ("check", r"\bcheck\w*\(|_check_\w+\(written|_check_broadcast|_check_written|_check_preprocessed|\.settle\("),
     ("wait", r"\.wait\((?!\[)|\.order\(|follow\(|synchronize\(|await_gates|prepare_thread|hold\.open"),
-    ("gate", r"gates|_open_gates|consum|_state\.take|ready_events|bound_inputs|when_passed|_events"),
+    ("gate", r"gates|open_gates|consum|_state\.take|ready_events|bound_inputs|when_passed|_events"),
     ("event", r"\.record\(|mark_consumed|_trt_|carry\(|_event = "),
     ("keep-alive", r"keep_for_ever|_kept|closer|close\(|retire|slot\.request|_remove\(|nbytes|holders|evict"),
     ("wake-up", (r"set_result|set_exception|reject|call_soon|call_exception|\bwatch\(|_arm|_enlist|on_done|then\(|told\("

@@ -20,7 +20,7 @@ from tests import test_laws_simulated as laws
 
 @contextlib.contextmanager
 def consumers_do_not_gate_the_next_launch() -> Iterator[None]:
-    with mock.patch("aiotrt.runtime.launch._open_gates", lambda slot: slot.gates.clear()):
+    with mock.patch("aiotrt.runtime.launch.open_gates", lambda slot: slot.gates.clear()):
         yield
 
 

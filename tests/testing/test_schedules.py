@@ -41,7 +41,7 @@ def test_equal_seeds_are_equal_schedules(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("module", "function", "start"),
     [
-        ("runtime.launch", "_open_gates", "slot.stream.wait("),
+        ("runtime.launch", "open_gates", "slot.stream.wait("),
         ("runtime.launch", "submit_lease", "slot.stream.record(event)"),
     ],
 )

@@ -1,0 +1,113 @@
+"""The short path's memory: how the calls of one signature are recognised, and which slots have the program for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from aiotrt.devices import Device
+from aiotrt.runtime.programs import Program
+from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
+
+__all__ = ["Route"]
+
+_TENSOR: Final = torch.Tensor
+_STRIDED: Final = torch.strided
+
+
+class Route:
+    """One signature: the type, dtype, shape and place of each input, all of them plain.
+
+    Plain means contiguous in the case of device tensors, without attributes of the handshake, and without a lazy flag, so
+    that such a call needs no arguments of its own. What does not match takes the long way, which explains what is wrong.
+
+    Args:
+        values: the inputs that were accepted.
+        arguments: what the long way made of them.
+        specs: what they were checked against.
+        shapes: theirs.
+        kind: what the results should be.
+        holders: the programs for these shapes, by slot, kept up to date by the cache.
+        device: the model's.
+
+    Attributes:
+        on_host: the indices of the inputs on the host.
+        nbytes: how many bytes they have.
+    """
+
+    __slots__ = (
+        "_count",
+        "_holds",
+        "_index",
+        "_inputs",
+        "holders",
+        "kind",
+        "nbytes",
+        "on_device",
+        "on_host",
+        "shapes",
+        "specs",
+    )
+
+    def __init__(
+        self,
+        values: Sequence[Any],
+        arguments: Sequence[Argument],
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        holders: Mapping[int, Program],
+        device: Device,
+    ) -> None:
+        self.specs = specs
+        self.shapes = shapes
+        self.kind = kind
+        self.holders = holders
+        self.on_host = tuple(i for i, argument in enumerate(arguments) if argument.host is not None)
+        self.on_device = len(self.on_host) < len(arguments)
+        self.nbytes = sum(argument.host.nbytes for argument in arguments if argument.host is not None)
+        self._holds = device.holds
+        self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
+        self._count = len(arguments)
+        self._inputs: list[tuple[type, Any, tuple[int, ...]]] = [
+            (type(value), value.dtype, tuple(value.shape)) for value in values
+        ]
+
+    @property
+    def key(self) -> Key:
+        """What tells the program from the slot's others."""
+        return self.shapes, ()
+
+    @staticmethod
+    def suits(values: Sequence[object], arguments: Sequence[Argument]) -> bool:
+        """Whether calls like this one can have a route."""
+        for value, argument in zip(values, arguments, strict=True):
+            if type(value) is np.ndarray and argument.host is not None:
+                continue
+            if type(value) is not _TENSOR or argument.tensor is None:
+                return False
+        return True
+
+    def matches(self, values: Sequence[object]) -> bool:
+        """Whether these inputs are of this signature."""
+        if len(values) != self._count:
+            return False
+        index = self._index
+        for value, (kind, dtype, shape) in zip(values, self._inputs):  # noqa: B905  # as many, and this is the hot path
+            if type(value) is not kind:
+                return False
+            one: Any = value
+            if kind is not _TENSOR:
+                if one.dtype != dtype or one.shape != shape:
+                    return False
+                continue
+            if one.dtype is not dtype or one.layout is not _STRIDED or one.is_nested or one.shape != shape:
+                return False
+            if not one.is_contiguous() or one.is_conj() or one.is_neg() or one.__dict__:
+                return False
+            if one.get_device() != index if index is not None else not self._holds(one):
+                return False
+        return True
