@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.handshake import GraphState, carry
-from aiotrt.runtime.launch import submit_lease
+from aiotrt.runtime.launch import open_gates, submit_lease
 from aiotrt.runtime.programs import Program
+from aiotrt.runtime.replay import Replay
 from aiotrt.runtime.request import Request, Slot
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import DEVICE, Kind, number, widened
@@ -267,14 +269,8 @@ class _Orders(NamedTuple):
 _NOTHING: Final = _Orders({}, {})
 
 
-class _Launch:
-    """One launch: its produce event, and whether somebody outside may have that, and ask it at any time."""
-
-    __slots__ = ("event", "is_given")
-
-    def __init__(self, event: Event, *, is_given: bool) -> None:
-        self.event = event
-        self.is_given = is_given
+def _nothing(_: BaseException | None) -> None:
+    pass
 
 
 def _nobody_knows() -> None:
@@ -296,9 +292,13 @@ class Hold:
         request.record_readers = self._record_readers
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
-        self._last: _Launch | None = None
-        self._unordered: _Launch | None = None  # likewise, while it is not known to be complete
-        self._spares: list[Event] = []  # complete, and nobody else has them
+        self._is_written = False  # whether every input was
+        self._last: Replay | None = None
+        self._unordered: Replay | None = None  # likewise, while it is not known to be complete
+        self._spares: list[tuple[Event, Callable[[], bool]]] = []  # complete events that nobody else has, with their probes
+        self._current: Stream | None = None  # the caller's, at the last launch
+        #: Whether a launch that nothing was written for, and that nobody else reads, is one graph without copies.
+        self._is_short = program.graph is not None and slot.turn is None and not self.unified and self.kind is DEVICE
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
         self._marks: dict[int, Event] = {}  # likewise, of what writes each input
@@ -388,23 +388,47 @@ class Hold:
 
     # Launching...
 
-    def launch(self, future: asyncio.Future[None] | None) -> Event:
-        """Launch; `future` hears of the completion."""
-        executor = self.executor
-        self._check_written()
-        event: Event | None = None
-        orders = self._take_orders()
+    def launch(self, *, is_given: bool) -> Replay:
+        """Launch.
+
+        Args:
+            is_given: whether the caller gets the event; then the current stream waits for it too.
+        """
+        executor, slot = self.executor, self.slot
+        if not self._is_written:
+            self._check_written()
+        orders = _NOTHING
+        if self._sources or self.consumers or self._state.assigned:
+            orders = self._take_orders()
+        replay: Replay | None = None
         try:
-            event = self._spares.pop() if self._spares and future is not None else executor.device.event()
-            current = executor.device.current_stream()
-            executor.follow_latest(self.slot)
-            self._submit(event, current, orders)
-        except Exception as error:
-            raise self._failed(event, error, None, orders) from error
-        self._launched(_Launch(event, is_given=future is None), future)
-        if future is None:  # else it is waited for, and its completion orders all that follows
+            if self._spares and not is_given:
+                event, query = self._spares.pop()
+            else:
+                event = executor.device.event()
+                query = executor.device.probe(event)
+            replay = Replay(executor.loop, event, query, is_given=is_given)
+            current = self._current
+            if current is None or current.handle != executor.device.current_handle():
+                current = self._current = executor.device.current_stream()
+            if orders is _NOTHING and self._is_short:
+                if slot.gates:
+                    open_gates(slot)
+                graph = self.program.graph
+                assert graph is not None
+                graph.submit(slot.stream, current, slot.mark, (), (), (), (), event)
+            else:
+                executor.follow_latest(slot)
+                self._submit(event, current, orders)
+            self._launched(replay)
+        except BaseException as error:
+            explained = self._failed(error, replay, orders)
+            if isinstance(error, Exception):
+                raise explained from error
+            raise  # an interrupt, after which the loop may go on
+        if is_given:  # else it is waited for, and its completion orders all that follows
             self.order()
-        return event
+        return replay
 
     def order(self) -> None:
         """Make the current stream wait, on the device, for the last launch."""
@@ -419,7 +443,7 @@ class Hold:
         except Exception as error:
             raise self.executor.failed(error, "while the current stream was made to wait for a launch") from error
 
-    def launch_in_worker(self, future: asyncio.Future[None]) -> None:
+    def launch_in_worker(self) -> Replay:
         """Launch in a worker thread, for a program whose launch occupies its thread."""
         executor, slot = self.executor, self.slot
         self._check_written()
@@ -431,6 +455,7 @@ class Hold:
             current = executor.device.current_stream()
         except Exception as error:
             raise executor.failed(error, "while it was launched") from error
+        replay = Replay(executor.loop, event, executor.device.probe(event), is_given=False)
         orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
 
         def submit() -> None:
@@ -440,35 +465,37 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is not None:
-                self._failed(event, error, future, orders)
+                self._failed(error, replay, orders)
                 return
             try:
                 executor.pass_turn(slot)
             except Exception as failure:
-                executor.lost_track(failure)  # which tells `future` too
+                executor.lost_track(failure)  # which tells `replay` too
             else:
-                self._launched(_Launch(event, is_given=False), future, ordered=current)
+                self._launched(replay, ordered=current)
 
         executor.submit_in_worker(slot, submit, submitted)
+        return replay
 
-    def _failed(
-        self, event: Event | None, error: BaseException, future: asyncio.Future[None] | None, orders: _Orders
-    ) -> AiotrtError:
-        """Part of the work may be on the stream: the slot is in flight until that has passed, and `future` hears then."""
+    def _failed(self, error: BaseException, replay: Replay | None, orders: _Orders) -> AiotrtError:
+        """Part of the work may be on the stream: the slot is in flight until that has passed; `replay` is told then."""
         executor = self.executor
         # The next launch must still copy what was written and wait for who reads.
         self._sources = orders.sources | self._sources
         self.consumers = orders.consumers | self.consumers
         explained = executor.failed(error, "while it was launched")
-        if executor.broken is None and event is not None:
+        if replay is None or replay in self.slot.lane.pending:
+            return explained
+        replay.failure = explained
+        if executor.broken is None:
             try:
                 executor.pass_turn(self.slot)
-                self.slot.stream.record(event)
-                self._launched(_Launch(event, is_given=False), future, failure=explained)
+                self.slot.stream.record(replay.event)
+                self._launched(replay)
             except Exception as second:
                 executor.lost_track(second)
-        elif future is not None and not future.done():
-            future.set_exception(explained)
+        elif not replay.is_done:
+            replay.set_exception(explained)
         return explained
 
     def _take_orders(self) -> _Orders:
@@ -488,38 +515,39 @@ class Hold:
             consumers = ({current.handle: current} | orders.consumers).values()
         submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
-    def _launched(
-        self,
-        launch: _Launch,
-        future: asyncio.Future[None] | None,
-        *,
-        ordered: Stream | None = None,
-        failure: AiotrtError | None = None,
-    ) -> None:
-        self._last = self._unordered = launch
+    def _launched(self, replay: Replay, *, ordered: Stream | None = None) -> None:
+        self._last = self._unordered = replay
         self._ordered.clear()
         if ordered is not None:
             self._ordered.add(ordered.handle)
+        replay.on_done = partial(self._completed, replay)
+        self.executor.launched(self.slot, replay)
 
-        def done(error: BaseException | None) -> None:
-            if self._unordered is launch:
+    def _completed(self, replay: Replay, error: BaseException | None) -> None:
+        """The hub has seen the end of a launch."""
+        executor = self.executor
+        try:
+            if self.slot.request is self._request:
+                executor.lease_completed(self.slot, replay.number, error)
+        finally:
+            replay.on_done = _nothing  # a cycle, which would keep the buffers until the next garbage collection
+            if self._unordered is replay:
                 self._unordered = None
-            if not launch.is_given:
-                self._spares.append(launch.event)
-            if future is None or future.done():
-                return
-            error = failure or error
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(self.executor.explain(error, "while it ran"))
-
-        self.executor.launched(self.slot, launch.event, done)
+            if not replay.is_given:
+                self._spares.append((replay.event, replay.query))
+            if not replay.is_done:
+                error = replay.failure or error
+                if error is None:
+                    replay.resolve(None)
+                else:
+                    replay.reject(executor.explain(error, "while it ran"))
+                executor.hub.finish(replay)
 
     def _check_written(self) -> None:
         specs = self.executor.specs.specs
         assert specs is not None
         if len(self._ever_written) == len(specs):
+            self._is_written = True
             return
         for i, spec in enumerate(specs):
             if i not in self._ever_written:
@@ -529,6 +557,8 @@ class Hold:
         """The outputs as the lease asked for them."""
         names, outputs = self.program.names, self.program.outputs
         if self.kind is DEVICE:
+            if len(outputs) == 1:
+                return self.handed_out(outputs[0])
             return names.pack([self.handed_out(output) for output in outputs])
         if self.kind is Kind.NUMPY:
             return names.pack([widened(self.program.output_view(i), output.dtype) for i, output in enumerate(outputs)])
@@ -540,7 +570,10 @@ class Hold:
         """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
         launch = self._unordered
         if launch is None:
-            return carry(output.detach(), self.executor.complete, self._state)
+            tensor = output.detach()
+            tensor._trt_produce_event = self.executor.complete  # type: ignore[attr-defined]
+            tensor._trt_graph_state = self._state  # type: ignore[attr-defined]
+            return tensor
         launch.is_given = True  # so the event stays this launch's
         return carry(output.detach(), launch.event, self._state)
 

@@ -106,7 +106,7 @@ class Lease:
         """
         hold = self._held()
         hold.check_submitted()
-        return hold.launch(None)
+        return hold.launch(is_given=True).event
 
     async def replay(self) -> Any:
         """Launch, and wait for the results.
@@ -119,22 +119,21 @@ class Lease:
         Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
         a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
         """
-        hold = self._held()
+        hold = self._hold
+        if hold is None:
+            hold = self._held()
+        hold.check()
         executor = hold.executor
-        future: asyncio.Future[None] = executor.loop.create_future()
-        if hold.program.blocking:
-            hold.launch_in_worker(future)
-        else:
-            hold.launch(future)
-        executor.replays.add(future)
+        replay = hold.launch_in_worker() if hold.program.blocking else hold.launch(is_given=False)
+        executor.replays.add(replay)
         try:
-            await future
+            await replay
         except asyncio.CancelledError:
             with contextlib.suppress(AiotrtError):  # of which whoever uses the lease next is told
                 hold.order()  # the launch goes on
             raise
         finally:
-            executor.replays.discard(future)
+            executor.replays.discard(replay)
         hold.check()
         return hold.results()
 

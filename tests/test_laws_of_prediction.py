@@ -153,14 +153,14 @@ def test_a_look_that_is_late_but_not_early_teaches_the_shortest_no_more_than_the
 
 def needed(lateness: Lateness, sleep: float) -> float:
     """How much earlier to set a timer that is to sleep this long, in that sleep's own bucket."""
-    return lateness._ahead[bisect_left(SLEEPS, sleep)]
+    return lateness.ahead[bisect_left(SLEEPS, sleep)]
 
 
 def test_sleeps_are_told_apart_by_factors_of_four() -> None:
     def taught_by(sleep: float) -> list[int]:
         lateness = Lateness(0.0)
         lateness.learn(sleep, 1e-3)
-        return [i for i in range(8) if lateness._ahead[i] > 2 * MARGIN]
+        return [i for i in range(8) if lateness.ahead[i] > 2 * MARGIN]
 
     limits = [100e-6 * 4**i for i in range(7)]
     assert [taught_by(limit * 0.999) for limit in limits] == [[i] for i in range(7)]

@@ -33,7 +33,7 @@ LAYERS = [
     {"runtime.handshake"},
     {"runtime.memory"},
     {"runtime.route"},
-    {"runtime.request"},
+    {"runtime.request", "runtime.replay"},
     {"runtime.launch"},
     {"runtime.executor"},
     {"batching.batch"},
@@ -53,7 +53,7 @@ RESERVED = {
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
     "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "buffers", "lease", "model"}
-    | {f"runtime.{name}" for name in ("request", "executor", "mapping")}
+    | {f"runtime.{name}" for name in ("request", "replay", "executor", "mapping")}
     | {"batching.batch", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.

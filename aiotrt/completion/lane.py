@@ -15,6 +15,7 @@ class Pending:
 
     Attributes:
         query: whether the event is complete; must not block.
+        confirm: what to ask where `query` raises, since its answer may be another; None where `query` is to be believed.
         on_done: called once, from inside the poll, with None or the error that `query` raised.
         estimate: what is known about the duration of the work before the event.
         hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
@@ -22,7 +23,7 @@ class Pending:
         notified: when the device said that it is complete: infinity until it does, 0.0 if it never will.
     """
 
-    __slots__ = ("estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
+    __slots__ = ("confirm", "estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Pending:
         hang_timeout: float | None,
     ) -> None:
         self.query = query
+        self.confirm: Callable[[], bool] | None = None
         self.on_done = on_done
         self.estimate = estimate
         self.hang_timeout = hang_timeout

@@ -24,6 +24,7 @@ import itertools
 import os
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
@@ -35,6 +36,7 @@ from aiotrt.completion.prediction import (
     LONG,
     PREDICT,
     SHORTEST_SLEEP,
+    SLEEPS,
     SPIN,
     SPIN_BUDGET,
     Estimate,
@@ -282,6 +284,8 @@ class Hub:
                         raise  # the loop's business; the event is polled again
                     except BaseException as failure:
                         is_complete, error = True, failure
+                        if head.confirm is not None:
+                            is_complete, error = self._confirmed(head.confirm)
                     now = clock()
                     if not is_complete:
                         timeout = head.hang_timeout
@@ -335,6 +339,14 @@ class Hub:
                 self._arm(now, was_long=now - start > TURN)
         if self.finished and self._waking is None:
             self._wake(start)
+
+    def _confirmed(self, confirm: Callable[[], bool]) -> tuple[bool, BaseException | None]:
+        try:
+            return confirm(), None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            return True, error
 
     def finish(self, waiter: Waiter) -> None:
         """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""
@@ -396,8 +408,12 @@ class Hub:
             return now if self.progress is SPIN else next_look(now, now, now, 0.0)
         if not estimate.is_trusted:
             return next_look(now, now, now, self._spin)
-        due = first_look(now, now + estimate.shortest, self._lateness)
-        return approach(now, due, now) if self._spin and due - now > LONG else due
+        wait = estimate.shortest
+        ahead = self._lateness.ahead  # as `first_look` does, without two more calls for each launch
+        wait -= ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
+        if wait <= 0.0:
+            return now
+        return approach(now, now + wait, now) if self._spin and wait > LONG else now + wait
 
     def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
         if self.progress is not PREDICT:

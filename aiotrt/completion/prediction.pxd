@@ -10,7 +10,7 @@ cdef class Estimate:
     cdef _see(self, double seconds)
 
 cdef class Lateness:
-    cdef public list _mean, _deviation, _ahead, _seen
+    cdef public list _mean, _deviation, ahead, _seen
     @cython.locals(bucket=int, seen=int, rate=double, error=double)
     cpdef learn(self, double sleep, double late)
     cpdef double allowance(self, double wait) except? -1

@@ -88,7 +88,10 @@ class Estimate:
             self.seconds = seconds  # twice in a row: it has changed
         else:
             self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
-        self._see(high)
+        if high < self._since or self._seen + 1 == RECENT:
+            self._see(high)
+        else:
+            self._seen += 1
 
     def at_most(self, seconds: float) -> None:
         """The work was complete at the first look, this long after it started."""
@@ -112,7 +115,10 @@ class Estimate:
             # once in fifty calls would never be looked at early enough to learn it.
             self._shorter = min(self._shorter + 1, 4)
             least *= 1 - min(0.5, 0.003 * 4**self._shorter)
-        self._see(least)
+        if least < self._since or self._seen + 1 == RECENT:
+            self._see(least)
+        else:
+            self._seen += 1
 
     def _see(self, seconds: float) -> None:
         if seconds < self._since:
@@ -131,13 +137,13 @@ class Lateness:
     the allowance is looked at without any sleep, and a whole processor would go into that for ever.
     """
 
-    __slots__ = ("_ahead", "_deviation", "_mean", "_seen")
+    __slots__ = ("_deviation", "_mean", "_seen", "ahead")
 
     def __init__(self, initial: float = 20e-6) -> None:
         buckets = len(SLEEPS) + 1
         self._mean = [initial] * buckets
         self._deviation = [initial / 2] * buckets
-        self._ahead = [initial + 1.5 * initial / 2 + MARGIN] * buckets  # seconds ahead of time, from the two above
+        self.ahead = [initial + 1.5 * initial / 2 + MARGIN] * buckets  # seconds ahead of time, from the two above
         self._seen = [0] * buckets
 
     def learn(self, sleep: float, late: float) -> None:
@@ -150,12 +156,12 @@ class Lateness:
         error = late - self._mean[bucket]
         self._mean[bucket] += rate * error
         self._deviation[bucket] += rate * (abs(error) - self._deviation[bucket])
-        self._ahead[bucket] = self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
+        self.ahead[bucket] = self._mean[bucket] + 1.5 * self._deviation[bucket] + MARGIN
 
     def allowance(self, wait: float) -> float:
         """How much earlier than in `wait` seconds to set a timer."""
         # A sleep that is so much shorter may be in another bucket, and it is there that it teaches.
-        ahead = self._ahead
+        ahead = self.ahead
         return ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
 
 

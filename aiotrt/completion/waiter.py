@@ -47,6 +47,7 @@ class Waiter(Pending):
         hang_timeout: float | None,
     ) -> None:
         self.query = query
+        self.confirm = None
         self.on_done = on_done
         self.estimate = estimate
         self.hang_timeout = hang_timeout

@@ -199,6 +199,13 @@ class Device(Protocol):
         """
         ...
 
+    def probe(self, event: Event) -> Callable[[], bool]:
+        """What `query` does with this event, as a function to be called often.
+
+        Where that raises, `query` must be asked: the error is the driver's own, and may mean "ask later".
+        """
+        ...
+
     def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
         """Call `callback`, on whichever thread, once the last record of `event` made before this call is complete.
 
@@ -375,8 +382,14 @@ class BaseDevice(ABC):
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
 
+    @abstractmethod
+    def query(self, event: Event) -> bool: ...
+
     def current_handle(self) -> int:
         return self.current_stream().handle
+
+    def probe(self, event: Event) -> Callable[[], bool]:
+        return partial(self.query, event)
 
     def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         return partial(self.empty, tuple(shape), dtype)

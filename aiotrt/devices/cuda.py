@@ -255,27 +255,32 @@ class CudaGraph(BaseGraph):
         if (
             copying is None
             or copying.whole is None
-            or not results
+            or (not results and bool(sources))
             or type(stream) is not CudaStream
             or type(event) is not CudaEvent
             or event.driver is None
         ):
             super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
             return
-        if origin is not None and not origin.query():
+        if origin is not None and (
+            driver.cuStreamQuery(origin.driver)[0] is not _DONE if type(origin) is CudaStream else not origin.query()
+        ):
             origin.record(mark)
             stream.wait(mark)
-        before, after = copying.whole
-        if len(sources) != len(before) or len(results) != len(after):
-            raise RuntimeError(f"expected {len(before)} inputs and {len(after)} results, got {len(sources)}, {len(results)}")
-        copying.is_set = True
         handle = copying.handle
-        for port, tensor in zip(before, sources):  # noqa: B905
-            if tensor.data_ptr() != port.now:
-                port.point(handle, tensor)
-        for port, tensor in zip(after, results):  # noqa: B905
-            if tensor.data_ptr() != port.now:
-                port.point(handle, tensor)
+        if results:
+            before, after = copying.whole
+            if len(sources) != len(before) or len(results) != len(after):
+                raise RuntimeError(f"{len(before)} inputs and {len(after)} results, not {len(sources)} and {len(results)}")
+            copying.is_set = True
+            for port, tensor in zip(before, sources):  # noqa: B905
+                if tensor.data_ptr() != port.now:
+                    port.point(handle, tensor)
+            for port, tensor in zip(after, results):  # noqa: B905
+                if tensor.data_ptr() != port.now:
+                    port.point(handle, tensor)
+        elif copying.is_set:
+            copying.set((), ())
         answer = driver.cuGraphLaunch(handle, stream.driver)
         if answer[0] is not _DONE:
             _check("launching a graph", answer)
@@ -306,6 +311,7 @@ class CudaDevice(BaseDevice):
         self.index = index
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
+        self.current_handle = functools.partial(torch._C._cuda_getCurrentRawStream, index)  # type: ignore[method-assign]
         self._streams: dict[int, CudaStream] = {}  # other people's, by handle
         self.idle_streams: list[tuple[torch.cuda.Stream, _Pool | None]] = []  # ours, for the next who needs one
 
@@ -328,10 +334,6 @@ class CudaDevice(BaseDevice):
         handle = torch._C._cuda_getCurrentRawStream(self.index)
         return self._streams.get(handle) or self._adopt(torch.cuda.current_stream(self.torch_device))
 
-    def current_handle(self) -> int:
-        handle: int = torch._C._cuda_getCurrentRawStream(self.index)
-        return handle
-
     def adopt_stream(self, stream: object) -> CudaStream:
         if isinstance(stream, CudaStream):
             return stream
@@ -349,6 +351,9 @@ class CudaDevice(BaseDevice):
             return event.query()
         except Exception as error:
             return _not_now(error)
+
+    def probe(self, event: Event) -> Callable[[], bool]:
+        return functools.partial(torch._C._CudaEventBase.query, event)  # type: ignore[arg-type]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)

@@ -31,7 +31,6 @@ import torch
 
 from aiotrt.completion.lane import Lane
 from aiotrt.completion.poller import Hub, check_loop
-from aiotrt.completion.prediction import Estimate
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import (
     AiotrtError,
@@ -48,6 +47,7 @@ from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, read
 from aiotrt.runtime.launch import copy_in, has_passed, open_gates, pass_turn, retire, submit_request
 from aiotrt.runtime.memory import allocate, keep_for_ever
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
+from aiotrt.runtime.replay import Replay
 from aiotrt.runtime.request import Request, Slot, Times
 from aiotrt.runtime.route import Route
 from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
@@ -129,7 +129,7 @@ class Executor:
         self.closing = False
         self.is_discarded = False
         self.hang_timeout = hang_timeout
-        self.replays: set[asyncio.Future[None]] = set()  # of leases, pending
+        self.replays: set[Replay] = set()  # of leases, pending
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
         #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, the
         #: request says, and when, its `times`.
@@ -260,14 +260,9 @@ class Executor:
 
     def _enter(self, request: Request, bounded: bool, prefer: Container[int]) -> None:
         try:
-            grant = self.machine.request(request, prefer=prefer, bounded=bounded)
+            grant = self.machine.request(request, prefer, bounded)
         except OverflowError:
-            self.counters.rejected += 1
-            raise QueueFullError(
-                f"{self.recipe.engine.name}: {len(self.slots)} of {len(self.slots)} slots are busy and "
-                f"{self.machine.max_waiting} of max_queue={self.machine.max_waiting} places in line are taken; "
-                "call again later"
-            ) from None
+            raise self._full() from None
         self.counters.submitted += not request.is_warmup
         if self.observer is not None and not request.is_warmup:
             request.times = Times(time.perf_counter())
@@ -276,6 +271,14 @@ class Executor:
             request.is_queued = True
         else:
             self._serve(grant)
+
+    def _full(self) -> QueueFullError:
+        self.counters.rejected += 1
+        return QueueFullError(
+            f"{self.recipe.engine.name}: {len(self.slots)} of {len(self.slots)} slots are busy and "
+            f"{self.machine.max_waiting} of max_queue={self.machine.max_waiting} places in line are taken; "
+            "call again later"
+        )
 
     # Being served...
 
@@ -386,13 +389,15 @@ class Executor:
         self.machine.move(slot.index, LAUNCH)
         counters.replays += 1
         request.query = slot.query
+        request.confirm = slot.confirm
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
         self.hub.add(slot.lane, request, slot.when_complete)
         if origin is not None:
             try:
-                program.spare = origin.handle, self._results(program, origin)
+                if origin.handle == self.device.current_handle() and not torch.is_inference_mode_enabled():
+                    program.spare = origin.handle, [make() for make in program.makers]
             except DeviceError as error:
                 self.device.fail(error)
             except Exception as error:  # out of memory, say: the next launch does it anew, and is told
@@ -577,6 +582,7 @@ class Executor:
         if not self._overlap:
             self._latest = slot
         request.query = slot.query
+        request.confirm = slot.confirm
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
@@ -633,7 +639,30 @@ class Executor:
         assert request is not None
         state = self.machine.states[slot.index]
         if request.route is not None and error is None and state is IN_FLIGHT and request.kind is DEVICE:
-            self._hand_on(slot, request)
+            # The short path's end: the slot goes on, and then the caller is told.
+            results = request.results
+            complete = self.complete
+            for result in results:
+                result._trt_produce_event = complete  # type: ignore[attr-defined]
+            assert slot.program is not None
+            packed = results[0] if len(results) == 1 else slot.program.names.pack(results)
+            if request.times is not None:
+                self._observe(slot, request.times)
+            grant = self.machine.move(slot.index, COPIED)
+            slot.request = slot.program = request.slot = None
+            try:
+                if grant is not None:
+                    self._serve(grant)
+            finally:
+                if not request.is_done:
+                    self.counters.completed += 1
+                    request.resolve(packed)
+                    if self.hub.is_polling:
+                        self.hub.finished.append(request)
+                    else:
+                        request.wake_soon()
+                if self._idle is not None:
+                    self._check_idle()
             return
         if state is BROKEN:
             return
@@ -649,30 +678,6 @@ class Executor:
         else:
             assert error is not None
             self._failed(slot, request, self.explain(error, "while it ran"))
-
-    def _hand_on(self, slot: Slot, request: Request) -> None:
-        """The short path's end: the slot goes on, and then the caller is told."""
-        results = request.results
-        complete = self.complete
-        for result in results:
-            result._trt_produce_event = complete  # type: ignore[attr-defined]
-        program = slot.program
-        assert program is not None
-        packed = results[0] if len(results) == 1 else program.names.pack(results)
-        if request.times is not None:
-            self._observe(slot, request.times)
-        grant = self.machine.move(slot.index, COPIED)
-        slot.request = slot.program = request.slot = None
-        try:
-            if grant is not None:
-                self._serve(grant)
-        finally:
-            if not request.is_done:
-                self.counters.completed += 1
-                request.resolve(packed)
-                self.hub.finish(request)
-            if self._idle is not None:
-                self._check_idle()
 
     def _observe(self, slot: Slot, times: Times) -> None:
         times.seen, times.ran, times.late = time.perf_counter(), slot.lane.ran, slot.lane.late
@@ -810,39 +815,45 @@ class Executor:
         self.follow_latest(slot)
         pass_turn(slot)
 
-    def watch(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None], estimate: Estimate) -> None:
-        """Call `on_done` when the last record of `event`, on this slot's stream, is complete."""
-        if not self._overlap:
-            self._latest = slot
-        device = self.device
-        self.hub.watch(
-            slot.lane, partial(device.query, event), on_done, estimate=estimate, hang_timeout=self.hang_timeout,
-            when_complete=partial(device.when_complete, event) if device.tells else None,
-        )  # fmt: skip
-
     # Leases...
 
-    def launched(self, slot: Slot, event: Event, on_done: Callable[[BaseException | None], None]) -> None:
-        """A lease submitted work and recorded `event` after it: the slot is in flight until that completes."""
-        program, request = slot.program, slot.request
+    def launched(self, slot: Slot, replay: Replay) -> None:
+        """A lease submitted work and recorded its event after it: the slot is in flight until that completes."""
+        program = slot.program
         assert program is not None
         state = self.machine.states[slot.index]
         if state is BROKEN:
             return
         if state is not DRAINING:  # it is, when the lease ended while a worker thread submitted for it
-            self.move(slot, LAUNCH)
-        self.count(program)
-        slot.launches += 1
-        launch = slot.launches
+            self.machine.move(slot.index, LAUNCH)
+        if program.captured:
+            self.counters.replays += 1
+        else:
+            self.counters.fallback_runs += 1
+        slot.launches = replay.number = slot.launches + 1
+        if not self._overlap:
+            self._latest = slot
+        device = self.device
+        replay.confirm = partial(device.query, replay.event)
+        replay.estimate = program.estimate
+        replay.hang_timeout = self.hang_timeout
+        self.hub.add(slot.lane, replay, partial(device.when_complete, replay.event) if device.tells else None)
 
-        def done(error: BaseException | None) -> None:
-            try:
-                if slot.request is request:
-                    self._lease_completed(slot, launch, error)
-            finally:
-                on_done(error)
-
-        self.watch(slot, event, done, program.estimate)
+    def lease_completed(self, slot: Slot, number: int, error: BaseException | None) -> None:
+        """The hub has seen the end of a launch of the lease that has this slot."""
+        state = self.machine.states[slot.index]
+        if state is BROKEN:
+            return
+        if isinstance(error, DeviceError):
+            self.failed_on_device(error)
+        elif number != slot.launches:
+            return  # an earlier launch of several; the last one's completion is the slot's
+        elif state is IN_FLIGHT:
+            self.machine.move(slot.index, COMPLETE)
+        elif state is DRAINING and slot.is_forgotten:
+            self._drain(slot)
+        else:
+            self.move(slot, COMPLETE)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""
@@ -866,21 +877,6 @@ class Executor:
             self.move(slot, Move.PREPARE)
             self.move(slot, Move.RELEASE)
             self._drain(slot)
-
-    def _lease_completed(self, slot: Slot, launch: int, error: BaseException | None) -> None:
-        state = self.machine.states[slot.index]
-        if state is BROKEN:
-            return
-        if isinstance(error, DeviceError):
-            self.failed_on_device(error)
-        elif launch != slot.launches:
-            return  # an earlier launch of several; the last one's completion is the slot's
-        elif state is not DRAINING:
-            self.move(slot, COMPLETE)
-        elif slot.is_forgotten:
-            self._drain(slot)
-        else:
-            self.move(slot, COMPLETE)
 
     def _drain(self, slot: Slot) -> None:
         alarm: asyncio.TimerHandle | None = None
@@ -1007,9 +1003,9 @@ class Executor:
             self.break_down(DeviceError(f"a failed launch could not be followed up: {error}"))
 
     def _fail_others(self, error: AiotrtError) -> None:
-        for future in self.replays:
-            if not future.done():
-                future.set_exception(error)
+        for replay in self.replays:
+            if not replay.is_done:
+                replay.set_exception(error)
         for told in self.on_failure:
             told(error)
 

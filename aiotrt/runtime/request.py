@@ -85,8 +85,8 @@ class Request(Waiter):
         *,
         is_lease: bool = False,
     ) -> None:
-        # As `Waiter` and `Pending` do, without two more calls for each request; but
-        # `query`, `on_done`, `estimate` and `hang_timeout` are those of the slot and its program, set when it is launched.
+        # As `Waiter` and `Pending` do, without two more calls for each request. What they say of the event (`query`,
+        # `confirm`, `on_done`, `estimate`, `hang_timeout`) is the slot's and its program's, and set when it is launched.
         self.submitted = self.notified = 0.0
         self._loop = loop
         self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
@@ -173,7 +173,8 @@ class Slot:
         stream: its own, on which all its work runs in order.
         event: the produce event of requests: one request at a time, and never recorded before its last wait ended. Leases
             hand their events out, so each of their launches has a new one.
-        query: whether the last record of that event is complete.
+        query: whether the last record of that event is complete, at the least cost; see `Device.probe`.
+        confirm: likewise, and what an error of `query` means.
         when_complete: calls what it is given when it is, on any thread; None where the device must be polled.
         mark: recorded on a caller's stream and waited for at once.
         lane: its stream's line at the hub; one for all slots whose launches run one after the other.
@@ -188,8 +189,8 @@ class Slot:
     """
 
     __slots__ = (
-        "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "predecessor", "program", "query",
-        "request", "stream", "turn", "when_complete",
+        "confirm", "event", "gates", "index", "is_forgotten", "lane", "launches", "mark", "on_done", "predecessor",
+        "program", "query", "request", "stream", "turn", "when_complete",
     )  # fmt: skip
 
     on_done: Callable[[BaseException | None], None]
@@ -202,7 +203,8 @@ class Slot:
         self.turn = None if overlap else device.event()
         self.predecessor: Event | None = None
         self.stream = device.stream()  # last: what is not made need not be closed
-        self.query: Callable[[], bool] = partial(device.query, self.event)
+        self.query = device.probe(self.event)
+        self.confirm: Callable[[], bool] = partial(device.query, self.event)
         self.when_complete = partial(device.when_complete, self.event) if device.tells else None
         self.lane = lane
         self.gates: list[Event] = []

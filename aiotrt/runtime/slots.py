@@ -157,7 +157,7 @@ class Slots(Generic[Ticket]):
         """How many slots are in `state`."""
         return self.states.count(state)
 
-    def request(self, ticket: Ticket, *, prefer: Container[int] = (), bounded: bool = True) -> Grant[Ticket] | None:
+    def request(self, ticket: Ticket, prefer: Container[int] = (), bounded: bool = True) -> Grant[Ticket] | None:
         """Ask for a slot.
 
         Args:

@@ -134,6 +134,10 @@ class FaultInjector:
         """As the device; each call counts as an `empty`."""
         return functools.partial(self.empty, tuple(shape), dtype)
 
+    def probe(self, event: Event) -> Callable[[], bool]:
+        """As the device; each call counts as a `query`."""
+        return functools.partial(self.query, event)
+
     def query(self, event: Event) -> bool:
         """As the device; False for ever for an event that hangs."""
         self.use_verb("query")

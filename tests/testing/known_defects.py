@@ -149,8 +149,10 @@ DEFECTS: Final = (
             Edit(
                 buffers,
                 "Hold.launch",
-                "else executor.device.event()",
-                "else self._last.event if self._last and self._is_complete(self._last.event) else executor.device.event()",
+                "                event = executor.device.event()\n",
+                "                event = executor.device.event()\n"
+                "                if self._last and self._is_complete(self._last.event):\n"
+                "                    event = self._last.event\n",
             )
         ],
         [

@@ -353,7 +353,7 @@ def search(
                 law = every[job.law]
                 mine = Path(todo[i].place.file).stem in law.module
                 late = f"tests.{law.module}" in ON_THE_HOST
-                reached[i].append((1000 * late + rank[i] - mine, cost, job.law, seed))
+                reached[i].append((2 * late + rank[i] - mine, cost, job.law, seed))
                 rank[i] += 1
         if every[job.law].schedules is None:  # it may reach more than it did in those few
             for i, count in rank.items():
