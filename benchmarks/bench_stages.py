@@ -22,7 +22,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,7 +31,7 @@ from typing import Any, Final
 import torch
 
 import aiotrt
-from aiotrt.completion.poller import Lane
+from aiotrt.completion.lane import Lane, Pending
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.programs import Program
 from benchmarks.measure import Spread
@@ -112,7 +112,9 @@ class CudaProbe(Probe):
 
         # The produce event itself, with timing: it is recorded where it always is, and tells when it passed.
         event: Any = torch.cuda.Event.__new__(CudaEvent, enable_timing=True)  # type: ignore[no-untyped-call, unused-ignore]
-        self._end = executor.slots[0].event = event
+        slot = executor.slots[0]
+        self._end = slot.event = event
+        slot.query, slot.confirm = executor.device.probe(event), lambda: executor.device.query(event)
 
     def function(self, x: torch.Tensor) -> torch.Tensor:
         self._begin.record(torch.cuda.current_stream())
@@ -152,32 +154,44 @@ class CudaProbe(Probe):
 
 @contextmanager
 def wrapped(probe: Probe, executor: Executor) -> Iterator[None]:
-    """Launches and looks leave their stamps while the block runs."""
+    """Launches and polls leave their stamps while the block runs."""
     launch, hub = Program.launch, executor.hub
-    watch = hub.watch
+    add = hub.add
+    submits = {type(graph): type(graph).submit for program in executor.cache if (graph := program.graph) is not None}
 
     def stamped_launch(program: Program, *what: Any) -> None:
         probe.now.launched = time.perf_counter()
         launch(program, *what)
 
-    def stamped_watch(lane: Lane, query: Callable[[], bool], on_done: Callable[..., None], **options: Any) -> None:
+    def stamped_submit(graph: Any, *what: Any) -> None:
+        probe.now.launched = time.perf_counter()
+        submits[type(graph)](graph, *what)
+
+    def stamped_add(lane: Lane, pending: Pending, *what: Any) -> None:
+        query = pending.query
+
         def stamped_query() -> bool:
-            looked = time.perf_counter()
+            polled = time.perf_counter()
             answer = query()
             if answer:
-                probe.now.looked = looked
+                probe.now.looked = polled
             return answer
 
-        watch(lane, stamped_query, on_done, **options)
+        pending.query = stamped_query
+        add(lane, pending, *what)
 
     set_ = setattr  # the type checker is right that methods are not for replacing, and here they are
     set_(Program, "launch", stamped_launch)
-    set_(hub, "watch", stamped_watch)
+    set_(hub, "add", stamped_add)
+    for kind in submits:
+        set_(kind, "submit", stamped_submit)
     try:
         yield
     finally:
         set_(Program, "launch", launch)
-        vars(hub).pop("watch", None)
+        vars(hub).pop("add", None)
+        for kind, submit in submits.items():
+            set_(kind, "submit", submit)
 
 
 def stages(bench: Bench) -> Iterator[Row]:

@@ -211,6 +211,9 @@ class ProgramCache:
     def __len__(self) -> int:
         return len(self._programs)
 
+    def __iter__(self) -> Iterator[Program]:
+        return iter(self._programs.values())
+
     def get(self, slot: int, key: Key) -> Program | None:
         """The program, now the most recently used one."""
         place = slot, key
