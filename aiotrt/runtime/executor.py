@@ -347,7 +347,7 @@ class Executor:
         if (
             program is None
             or program.graph is None
-            or (was_queued and (request.is_done or not route.matches(request.values)))
+            or (was_queued and (request.is_done or not route.still_matches(request.values)))
         ):
             return self._detour(request)
         sources: Sequence[Any] = request.values
@@ -371,7 +371,8 @@ class Executor:
             if None in results:
                 return self._detour(request)
         slot.program = program
-        self.cache.touch(program.place)
+        cache = self.cache
+        cache.uses = program.used = cache.uses + 1
         counters = self.counters
         counters.hits += 1
         if slot.gates:

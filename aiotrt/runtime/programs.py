@@ -14,7 +14,6 @@ addresses that the slot owns, so strides and addresses are fixed too.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -85,7 +84,7 @@ class Program:
         nbytes: bytes of device memory that it keeps, buffers included.
         spare: results for the next caller, and the stream in whose order they were allocated.
         graph: what is launched, where that is one graph; else None.
-        place: where the cache has it.
+        used: when it was used last, in uses of its cache's programs.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Program:
         self.estimate = Estimate()
         self.nbytes = nbytes
         self.spare: tuple[int, Tensors] | None = None
-        self.place = slot, key
+        self.used = 0
         self.graph: Graph | None = steps[0] if self.captured else None  # type: ignore[assignment]
         self.makers = [device.maker(output.shape, output.dtype) for output in outputs]
         self.staged_inputs: list[torch.Tensor | None] = [None] * len(inputs)  # pinned; the buffers themselves if unified
@@ -198,15 +197,18 @@ class ProgramCache:
     Args:
         max_entries: over all slots.
         max_bytes: over all slots.
+
+    Attributes:
+        uses: how often one of them was used.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._programs: OrderedDict[tuple[int, Key], Program] = OrderedDict()
+        self.uses = 0
+        self._programs: dict[tuple[int, Key], Program] = {}
         self._holders: dict[Key, dict[int, Program]] = {}
-        self.touch = self._programs.move_to_end  #: make the program at this place the most recently used one
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -216,10 +218,9 @@ class ProgramCache:
 
     def get(self, slot: int, key: Key) -> Program | None:
         """The program, now the most recently used one."""
-        place = slot, key
-        program = self._programs.get(place)
+        program = self._programs.get((slot, key))
         if program is not None:
-            self._programs.move_to_end(place)
+            self.uses = program.used = self.uses + 1
         return program
 
     def holders(self, key: Key) -> Mapping[int, Program]:
@@ -229,6 +230,7 @@ class ProgramCache:
     def add(self, program: Program) -> None:
         """Keep a new program."""
         self._programs[program.slot, program.key] = program
+        self.uses = program.used = self.uses + 1
         self._holders.setdefault(program.key, {})[program.slot] = program
         self.nbytes += program.nbytes
 
@@ -241,7 +243,7 @@ class ProgramCache:
             keep: stays too; None to take out all that may be taken, whatever the bounds.
         """
         evicted: list[Program] = []
-        for program in list(self._programs.values()):
+        for program in sorted(self._programs.values(), key=lambda program: program.used):
             if keep is not None and len(self._programs) <= self.max_entries and self.nbytes <= self.max_bytes:
                 break
             if program is not keep and program.slot not in busy:

@@ -16,6 +16,8 @@ __all__ = ["Route"]
 
 _TENSOR: Final = torch.Tensor
 _STRIDED: Final = torch.strided
+#: Attributes of an input that the long way must see to; see `handshake`.
+_HANDSHAKE: Final = frozenset({"_trt_ready_event", "_trt_reuse_as_input_buffer"})
 
 
 class Route:
@@ -103,11 +105,24 @@ class Route:
             if kind is not _TENSOR:
                 if one.dtype != dtype or one.shape != shape:
                     return False
-                continue
-            if one.dtype is not dtype or one.layout is not _STRIDED or one.is_nested or one.shape != shape:
+            elif (
+                one.dtype is not dtype
+                or one.layout is not _STRIDED
+                or one.is_nested
+                or one.shape != shape
+                or not one.is_contiguous()
+                or one.is_neg()
+                or one.is_conj()
+                or (one.__dict__ and not _HANDSHAKE.isdisjoint(one.__dict__))
+                or (one.get_device() != index if index is not None else not self._holds(one))
+            ):
                 return False
-            if not one.is_contiguous() or one.is_conj() or one.is_neg() or one.__dict__:
-                return False
-            if one.get_device() != index if index is not None else not self._holds(one):
+        return True
+
+    def still_matches(self, values: Sequence[object]) -> bool:
+        """Whether these inputs, which matched before, do so still: their caller may have resized one meanwhile."""
+        for value, (kind, _, shape) in zip(values, self._inputs):  # noqa: B905
+            one: Any = value
+            if one.shape != shape or (kind is _TENSOR and not one.is_contiguous()):
                 return False
         return True
