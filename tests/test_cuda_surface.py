@@ -21,7 +21,11 @@ FOLDER = Path(aiotrt.__file__).parent
 FILES = ("devices/cuda.py", "devices/cuda_graphs.py", "selftest/instruments.py")
 SOURCES = [ast.parse((FOLDER / name).read_text()) for name in FILES]
 #: Only in torch's CUDA builds.
-CUDA_BUILDS_ONLY = {"torch._C._cuda_getCurrentRawStream", "torch.cuda.default_generators"}
+CUDA_BUILDS_ONLY = {
+    "torch._C._CudaEventBase.query",
+    "torch._C._cuda_getCurrentRawStream",
+    "torch.cuda.default_generators",
+}
 
 
 def dotted(node: ast.expr) -> str | None:
