@@ -245,9 +245,9 @@ async def test_a_page_locked_input_may_be_overwritten_once_its_call_is_over() ->
             x.fill_(-1)
             call = asyncio.ensure_future(model(x))
             await asyncio.sleep(0)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
+            if call.cancel():  # else it was complete within this iteration
+                with pytest.raises(asyncio.CancelledError):
+                    await call
             x.fill_(value)
             assert (await model(x)).item() == value * x.numel()
 
