@@ -1,0 +1,111 @@
+"""An interrupt in the middle of a launch, on a loop that goes on, leaves no slot claimed and no caller waiting.
+
+On a simulated device, and audited, as in `test_laws_simulated`.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import aiotrt
+from aiotrt.completion.poller import Hub
+from aiotrt.runtime.slots import Slots
+from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
+from tests.test_laws_of_owners_simulated import GROUPS
+from tests.test_laws_simulated import load, right, settle, under_schedules
+from tests.tools import executor_of, frame
+
+#: What is interrupted, and whether it has done its work by then.
+PLACES = [
+    (owner, name, is_done)
+    for owner, name in (
+        (SimulatedGraph, "launch"), (SimulatedStream, "record"), (Hub, "add"), (Slots, "move"), (SimulatedDevice, "empty"),
+    )
+    for is_done in (False, True)
+]  # fmt: skip
+
+
+def interrupted(owner: Any, name: str, is_done: bool) -> Any:
+    """Raise KeyboardInterrupt at the first use of a method."""
+    original, left = getattr(owner, name), [1]
+
+    def method(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options) if is_done or not left else None
+        if left:
+            left.clear()
+            raise KeyboardInterrupt
+        return result
+
+    return mock.patch.object(owner, name, method)
+
+
+@pytest.mark.parametrize("way", ["the short path", "the long way"])
+@pytest.mark.parametrize(("owner", "name", "is_done"), PLACES, ids=[f"{o.__name__}.{n}-{d}" for o, n, d in PLACES])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_interrupted_call_fails_and_its_slot_drains(group: int, owner: Any, name: str, is_done: bool, way: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            x = device.tensor(frame(1))
+            for _ in range(3):
+                assert right(device.read(await model(x)), 1)
+            assert (executor._route is not None) is True
+            if way == "the long way":
+                executor._route = executor._likely = None
+            for program in executor.cache:
+                program.spare = None  # so that results are allocated
+            with interrupted(owner, name, is_done):
+                try:
+                    request = executor.submit((x,), {})
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    assert name == "empty", "it was not interrupted"
+                    assert right(device.read(await request), 1)
+            await settle(model, 1)
+            assert right(device.read(await model(x)), 1)
+            statistics = model.statistics()
+            assert statistics.submitted == statistics.completed + statistics.failed + statistics.cancelled
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize(("owner", "name", "is_done"), PLACES[:8], ids=[f"{o.__name__}.{n}-{d}" for o, n, d in PLACES[:8]])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, owner: Any, name: str, is_done: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            async with model.lease() as slot:
+                slot.inputs[0][...] = device.tensor(frame(1))
+                await slot.replay()
+                with interrupted(owner, name, is_done), pytest.raises(KeyboardInterrupt):
+                    slot.launch()
+                assert right(device.read(await slot.replay()), 1)
+                with interrupted(owner, name, is_done), pytest.raises(KeyboardInterrupt):
+                    slot.launch()
+            await settle(model, 1)
+            assert right(device.read(await model(device.tensor(frame(2)))), 2)
+
+    under_schedules(group, program)
+
+
+def test_an_interrupt_is_told_to_the_caller_whose_call_it_hit() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            for _ in range(3):
+                await model(x)
+            executor = executor_of(model)
+            with interrupted(SimulatedGraph, "launch", False), pytest.raises(KeyboardInterrupt):
+                executor.submit((x,), {})
+            (request,) = [slot.request for slot in executor.slots]
+            assert request is not None
+            with pytest.raises(aiotrt.EngineError, match="was interrupted while this call was launched"):
+                await request
+            await settle(model, 1)
+
+    under_schedules(0, program)
