@@ -101,7 +101,7 @@ def test_an_interrupt_is_told_to_the_caller_whose_call_it_hit() -> None:
                 await model(x)
             executor = executor_of(model)
             with interrupted(SimulatedGraph, "launch", False), pytest.raises(KeyboardInterrupt):
-                executor.submit((x,), {})
+                _ = executor.submit((x,), {})
             (request,) = [slot.request for slot in executor.slots]
             assert request is not None
             with pytest.raises(aiotrt.EngineError, match="was interrupted while this call was launched"):
