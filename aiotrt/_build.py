@@ -16,7 +16,14 @@ __version__ = "0.1.0"
 
 #: The modules that a native build compiles: all of them, or none. Types for the compiler are in `.pxd` files beside them.
 COMPILED: Final = (
+    "aiotrt.completion.lane",
+    "aiotrt.completion.poller",
     "aiotrt.completion.prediction",
+    "aiotrt.completion.waiter",
+    "aiotrt.runtime.executor",
+    "aiotrt.runtime.replay",
+    "aiotrt.runtime.request",
+    "aiotrt.runtime.route",
     "aiotrt.runtime.slots",
 )
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.completion.poller import Hub, Lane, wait
+from aiotrt.completion.lane import Lane
+from aiotrt.completion.poller import Hub, wait
 from aiotrt.completion.prediction import Estimate, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
 

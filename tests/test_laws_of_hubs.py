@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 
 from aiotrt.completion import poller as completion
-from aiotrt.completion.poller import PATROL, POLLS_BEFORE_HANG, STALL, STALL_SHARE, TURN, Hub, Lane
+from aiotrt.completion.lane import Lane
+from aiotrt.completion.poller import PATROL, POLLS_BEFORE_HANG, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.prediction import (
     DOZE,
     DOZES,

@@ -45,6 +45,7 @@ def interrupted(owner: Any, name: str, is_done: bool) -> Any:
 
 @pytest.mark.parametrize("way", ["the short path", "the long way"])
 @pytest.mark.parametrize(("owner", "name", "is_done"), PLACES, ids=[f"{o.__name__}.{n}-{d}" for o, n, d in PLACES])
+@pytest.mark.interpreted
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_interrupted_call_fails_and_its_slot_drains(group: int, owner: Any, name: str, is_done: bool, way: str) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
@@ -75,6 +76,7 @@ def test_an_interrupted_call_fails_and_its_slot_drains(group: int, owner: Any, n
 
 
 @pytest.mark.parametrize(("owner", "name", "is_done"), PLACES[:8], ids=[f"{o.__name__}.{n}-{d}" for o, n, d in PLACES[:8]])
+@pytest.mark.interpreted
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, owner: Any, name: str, is_done: bool) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

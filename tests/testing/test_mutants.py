@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from aiotrt.completion.poller import Lane
+from aiotrt.completion.lane import Lane
 from aiotrt.devices import Device, Event, Stream
 from aiotrt.runtime import launch as submission
 from aiotrt.runtime.programs import Program

@@ -1,0 +1,12 @@
+# Types for the compiled build. lane.py is the source, and runs without this file.
+
+cdef class Pending:
+    cdef object __weakref__
+    cdef public object confirm, estimate, hang_timeout, on_done, query
+    cdef public double notified, submitted
+
+cdef class Lane:
+    cdef object __weakref__
+    cdef public object entry, pending
+    cdef public double last_done, late, polled, ran, stalled
+    cdef public long overdue, polls
