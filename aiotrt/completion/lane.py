@@ -23,7 +23,7 @@ class Pending:
         notified: when the device said that it is complete: infinity until it does, 0.0 if it never will.
     """
 
-    __slots__ = ("confirm", "estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
+    __slots__ = ("__weakref__", "confirm", "estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
@@ -207,15 +208,20 @@ class Hub:
                 self._arm(now)
         if pending.notified:
             assert when_complete is not None
-            when_complete(partial(self._notify, lane, pending))
+            # Weakly: the device's thread may be the last to drop this, and the request has its caller's inputs.
+            when_complete(partial(self._notify, lane, weakref.ref(pending)))
 
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
         lane.forget()
 
-    def _notify(self, lane: Lane, pending: Pending) -> None:
+    def _notify(self, lane: Lane, reference: weakref.ref[Pending]) -> None:
         """On whichever thread: the device says that it is complete."""
+        pending = reference()
+        if pending is None:
+            return
         pending.notified = self._clock()
+        del pending
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
             self._loop.call_soon_threadsafe(self._notified, lane)
 
