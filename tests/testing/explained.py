@@ -23,7 +23,18 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "Executor._gates_passed", "slot.gates.clear()", 0): (
         "saves the next launch a wait for events that are complete"
     ),
-    ("executor.py", "Executor._prepare_next", "_log.debug('the next launch could not be prepared: %r', error)", 0): LOGS,
+    (
+        "executor.py",
+        "Executor._prepare_next",
+        "_log.debug('results for the next launch could not be allocated: %r', error)",
+        0,
+    ): LOGS,
+    (
+        "executor.py",
+        "Executor._replay",
+        "_log.debug('results for the next launch could not be allocated: %r', error)",
+        0,
+    ): LOGS,
     ("executor.py", "Executor._stage", "slot.launches = 0", 0): (
         "not needed: launches are told apart by equality, and numbers that only grow do that as well"
     ),
@@ -45,10 +56,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ),
     ("buffers.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
     ("buffers.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
-    ("buffers.py", "Hold._launched.done", "self._unordered = None", 0): "saves waits for an event that is complete",
-    ("buffers.py", "Hold._failed", "future.set_exception(explained)", 0): (
-        "not needed: a model that broke has told all replays, and where there is no event the error is raised to the caller"
-    ),
+    ("buffers.py", "Hold._completed", "self._unordered = None", 0): "saves waits for an event that is complete",
     ("buffers.py", "Hold.leave", "self._left = True", 1): (
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
@@ -76,8 +84,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("batcher.py", "Gatherer.close", "self._soon = self._held = self._alarm = None", 0): (
         "lets go of timers that were cancelled"
     ),
-    ("batch.py", "Batch.allocate_results", "self.results = []", 0): "not needed: a batch is launched once",
-    ("batch.py", "_Outcome.set_result", "self._settle(call, None, None)", 0): (
+    ("batch.py", "Batch.resolve", "self._settle(call, None, None)", 0): (
         "not needed: the task of a member that had gone runs next, and says so itself"
     ),
 }
