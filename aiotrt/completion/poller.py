@@ -433,8 +433,6 @@ class Hub:
             # and nothing would ever be learned about it.
             return next_look(now, started, started, spin)
         predicted = started + estimate.seconds
-        if spin > 0.0 and predicted <= now < predicted + spin:
-            return now
         aim = first_look(now, started + estimate.shortest, self._lateness)
         if aim > now + SHORTEST_SLEEP:
             return approach(now, aim, started) if spin else aim

@@ -44,6 +44,7 @@ MODULES: Final = (
     "tests.test_laws_of_closing_simulated",
     "tests.test_laws_of_observing_simulated",
     "tests.test_laws_of_interrupts_simulated",
+    "tests.test_laws_of_routes_simulated",
     "tests.test_laws_of_handover",
     "tests.test_laws_of_estimates",
     "tests.test_laws_virtual_host",

@@ -1,0 +1,146 @@
+"""The short path: calls of a signature that was seen before are as right as all others.
+
+On a simulated device, and audited, as in `test_laws_simulated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import aiotrt
+from aiotrt.testing import SimulatedDevice
+from tests.simulated import held_streams
+from tests.test_laws_of_owners_simulated import GROUPS, streams_of
+from tests.test_laws_simulated import load, right, settle, under_schedules
+from tests.tools import TwoOutputs, executor_of, frame, turns
+
+
+async def seen(model: aiotrt.Model, *inputs: Any) -> None:
+    """Call it until it takes the short path."""
+    for _ in range(3):
+        await model(*inputs)
+    route = executor_of(model)._route
+    assert route is not None
+    assert route.matches(inputs)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("group", GROUPS)
+def test_inputs_and_results_are_ordered_on_the_stream_of_their_own_caller(group: int, slots: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=slots, warmup=frame(0), overlap=True) as model:
+            await seen(model, device.tensor(frame(0)))
+            executor = executor_of(model)
+            streams = [device.stream(), device.stream()]
+            requests = []
+            for value in range(8):
+                stream = choose.choice(streams)
+                with device.use(stream):
+                    x = device.tensor(frame(0))
+                    stream.run(lambda x=x, value=value: x.fill_(value))  # type: ignore[misc]  # still to be done
+                    request = executor.submit((x,), {})
+                    assert request.route is not None
+                    requests.append((value, stream, request))
+            for value, stream, request in requests:
+                result = await request
+                with device.use(stream):
+                    copies: list[torch.Tensor] = []
+                    stream.run(lambda result=result, copies=copies: copies.append(result.clone()))  # type: ignore[misc]
+                    del result
+                await aiotrt.wait(stream.record())
+                assert right(device.read(copies[0]), value)
+            await settle(model, slots)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("kinds", ["device", "host", "mixed"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_several_inputs_and_outputs(group: int, kinds: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        def inputs(value: float) -> tuple[Any, Any]:
+            x, y = frame(value), frame(2)
+            return (
+                x if kinds == "host" else device.tensor(x),
+                y if kinds != "device" else device.tensor(y),
+            )
+
+        async with aiotrt.load(TwoOutputs(), device=device, slots=2, overlap=True, warmup=(frame(0), frame(0))) as model:
+            await seen(model, *inputs(0))
+            before = model.statistics()
+            results = await asyncio.gather(*[model(*inputs(value)) for value in range(6)])
+            for value, result in enumerate(results):
+                total, product = (np.asarray(device.read(part) if kinds != "host" else part) for part in result)
+                assert (total == value + 2).all()
+                assert (product == value * 2).all()
+                assert result._fields == ("total", "product")
+            after = model.statistics()
+            assert after.hits - before.hits == after.replays - before.replays == 6
+            assert after.misses == before.misses
+            await settle(model, 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_input_that_is_resized_while_it_waits_is_refused(group: int, kind: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+            x: Any = frame(1) if kind == "host" else device.tensor(frame(1))
+            await seen(model, x)
+            with held_streams(device, *streams_of(model)):
+                first = asyncio.ensure_future(model(x))
+                await turns()
+                late: Any = frame(2) if kind == "host" else device.tensor(frame(2))
+                second = asyncio.ensure_future(model(late))
+                await turns()
+                assert model.statistics().waiting == 1
+                if kind == "host":
+                    late.resize((3, 2, 1), refcheck=False)
+                else:
+                    with device.raw():
+                        late.unsqueeze_(0)
+            assert right(await first if kind == "host" else device.read(await first), 1)
+            with pytest.raises(aiotrt.InputError, match="rank 3"):
+                await second
+            await settle(model, 1)
+            assert right(await model(frame(3)), 3)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_the_short_path_uses_is_not_evicted_for_what_it_does_not(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0), graph_cache_entries=2) as model:
+            x = device.tensor(frame(1))
+            assert right(await model(frame(1, (1, 3))), 1)
+            await seen(model, x)
+            before = model.statistics()
+            for rows in (3, 4, 5):
+                assert right(await model(frame(rows, (rows, 3))), rows)
+                assert right(device.read(await model(x)), 1)
+            after = model.statistics()
+            assert after.misses - before.misses == 3, "the shape that is used most was evicted"
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_result_is_an_input_of_the_next_call(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            y = await model(await model(x))
+            assert executor_of(model)._route is not None
+            assert right(device.read(y), 4)
+
+    under_schedules(group, program)
