@@ -297,7 +297,7 @@ class Hold:
         self._unordered: Replay | None = None  # likewise, while it is not known to be complete
         self._spares: list[tuple[Event, Callable[[], bool]]] = []  # complete events that nobody else has, with their probes
         self._current: Stream | None = None  # the caller's, at the last launch
-        #: Whether a launch that nothing was written for, and that nobody else reads, is one graph without copies.
+        #: Whether a launch without new inputs and without extra consumers is one graph without copies.
         self._is_short = program.graph is not None and slot.turn is None and not self.unified and self.kind is DEVICE
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream

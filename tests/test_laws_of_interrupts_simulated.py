@@ -13,7 +13,9 @@ import pytest
 
 import aiotrt
 from aiotrt.completion.poller import Hub
+from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.slots import Slots
+from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.test_laws_of_owners_simulated import GROUPS
 from tests.test_laws_simulated import load, right, settle, under_schedules
@@ -93,6 +95,26 @@ def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, ow
             assert right(device.read(await model(device.tensor(frame(2)))), 2)
 
     under_schedules(group, program)
+
+
+def test_the_next_request_is_served_after_an_interrupt_that_freed_the_slot() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            specs = executor.specs.specs
+            assert specs is not None
+            first, second, third = (executor.lease(specs, ((2, 3),), Kind.NUMPY) for _ in range(3))
+            await first
+            assert first.slot is not None
+            with interrupted(Executor, "begin", False), pytest.raises(KeyboardInterrupt):
+                executor.abandon(first)  # frees the slot, and the second request is interrupted
+            with pytest.raises(aiotrt.EngineError, match="was interrupted"):
+                await second
+            await third
+            executor.abandon(third)
+            await settle(model, 1)
+
+    under_schedules(0, program)
 
 
 def test_an_interrupt_is_told_to_the_caller_whose_call_it_hit() -> None:

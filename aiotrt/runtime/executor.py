@@ -306,6 +306,9 @@ class Executor:
                     self._begin_failed(slot, request, error)
                 except BaseException:
                     self._interrupted(slot, request)
+                    self._serving = False
+                    if self._granted:  # the loop above ends here: without this they would never be served
+                        self._serve(self._granted.popleft())
                     raise
                 if not self._granted:
                     return

@@ -120,9 +120,12 @@ class Route:
         return True
 
     def still_matches(self, values: Sequence[object]) -> bool:
-        """Whether these inputs, which matched before, do so still: their caller may have resized one meanwhile."""
-        for value, (kind, _, shape) in zip(values, self._inputs):  # noqa: B905
+        """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""
+        index = self._index
+        for value, (kind, dtype, shape) in zip(values, self._inputs):  # noqa: B905
             one: Any = value
-            if one.shape != shape or (kind is _TENSOR and not one.is_contiguous()):
+            if one.dtype != dtype or one.shape != shape:
+                return False
+            if kind is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
                 return False
         return True
