@@ -421,11 +421,12 @@ class Hold:
                 executor.follow_latest(slot)
                 self._submit(event, current, orders)
             self._launched(replay)
-        except BaseException as error:
-            explained = self._failed(error, replay, orders)
-            if isinstance(error, Exception):
-                raise explained from error
-            raise  # an interrupt, after which the loop may go on
+        except Exception as error:
+            # Nothing here keeps what is raised: its traceback has the lease, which must end when its holder forgets it.
+            raise self._failed(error, replay, orders) from error
+        except BaseException as error:  # an interrupt, after which the loop may go on
+            self._failed(error, replay, orders)
+            raise
         if is_given:  # else it is waited for, and its completion orders all that follows
             self.order()
         return replay
@@ -465,7 +466,9 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is not None:
-                self._failed(error, replay, orders)
+                replay.failure = self._failed(error, replay, orders)
+                if executor.broken is not None and not replay.is_done:
+                    replay.set_exception(replay.failure)
                 return
             try:
                 executor.pass_turn(slot)
@@ -478,7 +481,7 @@ class Hold:
         return replay
 
     def _failed(self, error: BaseException, replay: Replay | None, orders: _Orders) -> AiotrtError:
-        """Part of the work may be on the stream: the slot is in flight until that has passed; `replay` is told then."""
+        """Part of the work may be on the stream: the slot is in flight until that has passed. Returns what to raise."""
         executor = self.executor
         # The next launch must still copy what was written and wait for who reads.
         self._sources = orders.sources | self._sources
@@ -486,7 +489,6 @@ class Hold:
         explained = executor.failed(error, "while it was launched")
         if replay is None or replay in self.slot.lane.pending:
             return explained
-        replay.failure = explained
         if executor.broken is None:
             try:
                 executor.pass_turn(self.slot)
@@ -494,8 +496,6 @@ class Hold:
                 self._launched(replay)
             except Exception as second:
                 executor.lost_track(second)
-        elif not replay.is_done:
-            replay.set_exception(explained)
         return explained
 
     def _take_orders(self) -> _Orders:
