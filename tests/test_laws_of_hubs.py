@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from aiotrt.completion import poller as completion
-from aiotrt.completion.lane import Lane
+from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.poller import PATROL, POLLS_BEFORE_HANG, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.prediction import (
     DOZE,
@@ -29,7 +29,9 @@ from aiotrt.completion.prediction import (
     Estimate,
     Lateness,
     Progress,
+    first_look,
 )
+from aiotrt.completion.waiter import Waiter
 from aiotrt.errors import DeviceHangError
 from tests.test_completion import Timer, Work, World, learned
 
@@ -561,6 +563,71 @@ async def test_what_is_complete_at_the_first_look_is_as_late_as_it_was_expected_
 async def test_a_lane_that_has_seen_nothing_says_so() -> None:
     lane = Lane()
     assert (lane.last_done, lane.ran, lane.late) == (0.0, 0.0, 0.0)
+
+
+async def test_a_first_poll_is_aimed_as_the_pure_function_says() -> None:
+    world = World()
+    hub = world.hub
+    for _ in range(100):  # short sleeps end late, longer ones do not
+        hub._lateness.learn(90e-6, 60e-6)
+        hub._lateness.learn(300e-6, 5e-6)
+    for wait in range(1, 400):
+        pending = Pending(lambda: False, lambda _: None, learned(wait * 1e-6), None)
+        expected = first_look(world.now, world.now + pending.estimate.shortest, hub._lateness)
+        assert hub._first_poll(world.now, pending) == pytest.approx(expected, abs=1e-9)
+
+
+async def test_who_awaits_is_resumed_at_the_end_of_the_poll() -> None:
+    world = World()
+    loop = asyncio.get_running_loop()
+    waiter = Waiter(loop, lambda: True, lambda _: None, Estimate(), None)
+    order: list[str] = []
+    waiter.add_done_callback(lambda _: order.append("resumed"))
+
+    def done(_: BaseException | None) -> None:
+        waiter.resolve(None)
+        world.hub.finish(waiter)
+
+    world.hub.watch(Lane(), lambda: True, done, estimate=learned(0.001))
+    world.now += 0.002
+    loop.call_soon(world.fire)
+    loop.call_soon(order.append, "the next handle")
+    await asyncio.sleep(0)
+    assert order == ["resumed", "the next handle"]
+
+
+async def test_who_awaits_is_resumed_after_an_interrupt_with_which_nothing_is_pending_any_more() -> None:
+    world = World()
+    waiter = Waiter(asyncio.get_running_loop(), lambda: True, lambda _: None, Estimate(), None)
+
+    def interrupted(_: BaseException | None) -> None:
+        waiter.resolve(None)
+        world.hub.finish(waiter)
+        raise KeyboardInterrupt
+
+    world.hub.watch(Lane(), lambda: True, interrupted, estimate=learned(0.001))
+    with pytest.raises(KeyboardInterrupt):
+        await world.advance(0.002)
+    assert not world.hub._heap
+    await asyncio.wait_for(waiter, 5.0)
+
+
+async def test_the_time_of_work_counts_from_its_own_start() -> None:
+    world = World()
+    lane = Lane()
+    first = Work(world, 0.9).watch(lane, hang_timeout=1.0)
+    second = Work(world, 1.8).watch(lane, hang_timeout=1.0)
+    await world.advance(2.0)
+    assert first.outcomes == second.outcomes == [None]
+
+
+async def test_a_stall_early_in_the_work_does_not_count_when_it_is_overdue_later() -> None:
+    world = World()
+    work = Work(world, 1.3).watch(Lane(), hang_timeout=1.0)
+    await world.advance(0.2)
+    world.stall(0.5)
+    await world.advance(0.7)
+    assert work.outcomes == [None]
 
 
 # --- Where the device tells ---------------------------------------------------------------------------------------------

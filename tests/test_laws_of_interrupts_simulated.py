@@ -14,6 +14,7 @@ import pytest
 import aiotrt
 from aiotrt.completion.poller import Hub
 from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.programs import ProgramCache
 from aiotrt.runtime.slots import Slots
 from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
@@ -131,5 +132,23 @@ def test_an_interrupt_is_told_to_the_caller_whose_call_it_hit() -> None:
             with pytest.raises(aiotrt.EngineError, match="was interrupted while this call was launched"):
                 await request
             await settle(model, 1)
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("is_lease", [False, True])
+def test_an_interrupt_before_there_is_a_program_frees_the_slot_at_once(is_lease: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            specs = executor.specs.specs
+            assert specs is not None
+            with interrupted(ProgramCache, "get", False), pytest.raises(KeyboardInterrupt):
+                if is_lease:
+                    executor.lease(specs, ((2, 3),), Kind.NUMPY)
+                else:
+                    executor.submit((frame(1),), {})
+            await settle(model, 1)
+            assert right(await model(frame(2)), 2)
 
     under_schedules(0, program)

@@ -6,15 +6,18 @@ On a simulated device, and audited, as in `test_laws_simulated`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import aiotrt
-from aiotrt.testing import SimulatedDevice
+from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES
+from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
@@ -144,3 +147,66 @@ def test_a_result_is_an_input_of_the_next_call(group: int) -> None:
             assert right(device.read(y), 4)
 
     under_schedules(group, program)
+
+
+@pytest.mark.parametrize("verb", ["launch", "record", "allocate"])
+def test_a_device_that_breaks_under_a_short_path_breaks_the_model(verb: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            fault = aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress")
+            breaks = mock.Mock(side_effect=fault)
+            if verb == "allocate":
+                for program in executor_of(model).cache:
+                    program.makers = [breaks]
+            owner = SimulatedGraph if verb == "launch" else SimulatedStream
+            with contextlib.nullcontext() if verb == "allocate" else mock.patch.object(owner, verb, breaks):
+                request = executor_of(model).submit((x,), {})
+            with pytest.raises(aiotrt.DeviceError, match="it broke"):
+                await request
+            assert device.fault is fault
+            with pytest.raises(aiotrt.ModelBrokenError):
+                await model(x)
+
+    under_schedules(0, program)
+
+
+def test_work_of_a_short_path_that_hangs_gives_no_result() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            await seen(model, device.tensor(frame(0)))
+            request = executor_of(model).submit((device.tensor(frame(1)),), {})
+            request.query = lambda: False
+            with pytest.raises(aiotrt.DeviceHangError):
+                await request
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_closing_waits_for_a_call_on_the_short_path(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            await seen(model, device.tensor(frame(0)))
+            request = executor_of(model).submit((device.tensor(frame(3)),), {})
+            assert request.route is not None
+        assert request.done()
+        assert right(device.read(await request), 3)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("size", [1024, 4 << 20])
+def test_large_results_are_copied_by_a_worker_and_small_ones_are_not(size: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        x = np.ones((1, size // 4), np.float32)
+        async with aiotrt.load(lambda x: x + 1, device=device, slots=1, warmup=x, overlap=True) as model:
+            executor = executor_of(model)
+            for _ in range(2):
+                await model(x)
+            with mock.patch.object(executor, "_copied", wraps=executor._copied) as copied:
+                assert (await model(x) == 2).all()
+            assert copied.called == (size > COPY_ON_LOOP_BYTES)
+
+    under_schedules(0, program)

@@ -7,9 +7,11 @@ from hypothesis import given
 from aiotrt.completion.prediction import (
     LONGEST_SLEEP,
     OVERDUE_SHARE,
+    RECENT,
     SHORTEST_SLEEP,
     Estimate,
     Lateness,
+    approach,
     first_look,
     next_look,
 )
@@ -133,3 +135,25 @@ def test_an_estimate_is_trusted_once_the_next_time_agrees_and_until_one_does_not
     assert estimate.seconds == 0.001  # the stall was forgotten at once
     estimate.at_most(0.0001)
     assert not estimate.is_trusted
+
+
+@pytest.mark.parametrize("first_is_exact", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_shortest_time_is_of_as_many_times_as_it_says(both: bool, first_is_exact: bool) -> None:
+    estimate = Estimate()
+    estimate.between(0.001, 0.001)
+    for count in range(1, 2 * RECENT):
+        assert estimate.shortest == 0.001
+        if both and count > 1 and count % 2 == first_is_exact:
+            estimate.at_most(0.005)
+        else:
+            estimate.between(0.005, 0.005)
+    assert estimate.shortest == 0.001
+    estimate.between(0.005, 0.005)
+    assert estimate.shortest > 0.004
+
+
+def test_a_short_way_is_slept_in_one_go_whatever_the_clock_says() -> None:
+    for started in (0.0, 1000.0):
+        assert approach(started, started + 200e-6, started) == started + 200e-6
+        assert approach(started, started + 2e-3, started) < started + 2e-3

@@ -238,3 +238,15 @@ class Callers(RuleBasedStateMachine):
 
 Callers.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 TestCallers = Callers.TestCase
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_when_all_have_left_the_queue_as_many_may_wait_as_before(bound: int) -> None:
+    slots: Slots[int] = Slots(1, bound)
+    slots.request(0)
+    for _ in range(2):
+        for ticket in range(1, 1 + bound):
+            assert slots.request(ticket) is None
+        with pytest.raises(OverflowError):
+            slots.request(99)
+        assert slots.withdraw_all() == list(range(1, 1 + bound))

@@ -283,17 +283,18 @@ class Hub:
                     if started < lane.last_done:
                         started = lane.last_done
                     self.polls += 1
+                    is_complete = False
                     error: BaseException | None = None
                     try:
                         is_complete = head.query()
                     except (KeyboardInterrupt, SystemExit):
                         raise  # the loop's business; the event is polled again
                     except BaseException as failure:
-                        is_complete, error = True, failure
+                        error = failure
                         if head.confirm is not None:
                             is_complete, error = self._confirmed(head.confirm)
                     now = clock()
-                    if not is_complete:
+                    if not is_complete and error is None:
                         timeout = head.hang_timeout
                         if timeout is not None and (now - started > timeout or now - planned > STALL):
                             error = self._hung(lane, head, now, started, planned)
@@ -352,7 +353,7 @@ class Hub:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            return True, error
+            return False, error
 
     def finish(self, waiter: Waiter) -> None:
         """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""

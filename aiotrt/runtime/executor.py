@@ -206,7 +206,7 @@ class Executor:
             self._likely = None
         elif likely == self._likely and not request.is_marked and not request.bound and Route.suits(values, arguments):
             route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
-            if route.nbytes <= IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
+            if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
                 self._route = route
         else:
             self._likely = likely
@@ -661,10 +661,7 @@ class Executor:
                 if not request.is_done:
                     self.counters.completed += 1
                     request.resolve(packed)
-                    if self.hub.is_polling:
-                        self.hub.finished.append(request)
-                    else:
-                        request.wake_soon()
+                    self.hub.finished.append(request)  # the hub is polling: it calls this
                 if self._idle is not None:
                     self._check_idle()
             return

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Mutants that nothing finds, and why: see `mutants`.
 
 By file, function, change and the how manieth of those that are alike there, counted from 0.
@@ -11,43 +12,58 @@ __all__ = ["EQUIVALENT"]
 
 STOPS: Final = "any number that is not above zero means no spinning"
 AS_LONG: Final = "whether a sleep of exactly the shortest is one makes no difference"
+TOO_LONG: Final = "whether just so long is too long makes no difference"
+PAST: Final = "what was due a moment ago is due now"
+BEST: Final = "looks for the best of one"
 EITHER: Final = "of two that are equal, either will do"
+ENDS: Final = "an error ends it, whatever is said of completion"
 ANY: Final = "set before it is read"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
+    ("poller.py", "Hub._poll", "False -> True, in: is_complete = False", 0): ENDS,
+    ("poller.py", "Hub._confirmed", "False -> True, in: return (False, error)", 0): ENDS,
     (
-        "slots.py",
-        "Line.leave",
-        (
-            "len(self._gone) * 2 > len(self._tickets) -> len(self._gone) * 2 >= len(self._tickets)"
-            ", in: if len(self._gone) * 2 > len(self._tickets):"
-        ),
+        "executor.py",
+        "Executor._submit_new",
+        "route.nbytes < IN_PLACE_BYTES -> route.nbytes <= IN_PLACE_BYTES, in: if route.nbytes < IN_PLACE_BYTES:",
         0,
-    ): "when to sweep: a ticket earlier is no worse",
-    ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = len(SLEEPS) + 1", 0): "one bucket that is never used",
-    ("slots.py", "Slots.request", "at > 0 -> at >= 0, in: if at > 0:", 0): "looks for the best of one",
-    ("slots.py", "Slots.request", "0 -> -1, in: if at > 0:", 0): "looks for the best of one",
+    ): "at just this size both ways are as good",
     (
         "slots.py",
         "Slots.request",
-        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if self._free[i] in prefer), at)",
+        "at and free[at] not in prefer -> at or free[at] not in prefer, in: if at and free[at] not in prefer:",
         0,
-    ): ("looks once more at the last slot in the list, which it has looked at first"),
+    ): BEST,
+    (
+        "slots.py",
+        "Slots.request",
+        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)",
+        0,
+    ): "looks once more at the last slot in the list, which it has looked at first",
+    (
+        "slots.py",
+        "Slots.request",
+        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)",
+        1,
+    ): "looks once more at the last slot in the list, which it has looked at first",
     (
         "prediction.py",
         "Estimate.between",
         "0.0 -> -1.0, in: if self.seconds == 0.0 or not (was_trusted or self.is_trusted):",
         0,
-    ): ("an estimate of nothing is never trusted"),
+    ): "an estimate of nothing is never trusted",
     (
         "prediction.py",
         "Estimate.between",
-        (
-            "seconds < self.seconds -> seconds <= self.seconds"
-            ", in: self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)"
-        ),
+        "seconds < self.seconds -> seconds <= self.seconds, in: self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)",
         0,
     ): "a share of nothing",
+    (
+        "prediction.py",
+        "Estimate.between",
+        "high < self._since -> high <= self._since, in: if high < self._since or self._seen + 1 == RECENT:",
+        0,
+    ): "`_see` counts it too, and changes nothing else",
     (
         "prediction.py",
         "Estimate.at_most",
@@ -56,118 +72,143 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): EITHER,
     (
         "prediction.py",
-        "Estimate._see",
-        "seconds < self._since -> seconds <= self._since, in: if seconds < self._since:",
-        0,
-    ): EITHER,
-    (
-        "prediction.py",
         "Estimate.at_most",
         "4 -> 5, in: self._shorter = min(self._shorter + 1, 4)",
         0,
     ): "the step is at its bound before",
-    ("poller.py", "_Pending.__init__", "0.0 -> -1.0, in: self.looked = 0.0", 0): ANY,
+    (
+        "prediction.py",
+        "Estimate.at_most",
+        "least < self._since -> least <= self._since, in: if least < self._since or self._seen + 1 == RECENT:",
+        0,
+    ): "`_see` counts it too, and changes nothing else",
+    (
+        "prediction.py",
+        "Estimate._see",
+        "seconds < self._since -> seconds <= self._since, in: if seconds < self._since:",
+        0,
+    ): EITHER,
+    ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = len(SLEEPS) + 1", 0): "one bucket that is never used",
     ("poller.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("poller.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     (
         "poller.py",
         "Hub._poll",
-        "self._clock() - now > TURN -> self._clock() - now >= TURN, in: if number and self._clock() - now > TURN:",
+        "clock() - start > TURN -> clock() - start >= TURN, in: if number and clock() - start > TURN:",
         0,
-    ): "whether just so long is too long makes no difference",
+    ): TOO_LONG,
     (
         "poller.py",
         "Hub._poll",
-        "later - now > TURN -> later - now >= TURN, in: self._arm(later, was_long=later - now > TURN)",
-        0,
-    ): "whether just so long is too long makes no difference",
-    (
-        "poller.py",
-        "Hub._arm",
-        (
-            "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._spin_once) if was_long else "
-            "self._loop.call_soon(self._spin_once)"
-        ),
-        0,
-    ): "what was due a second ago is due now",
-    (
-        "poller.py",
-        "Hub._look",
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
     ): EITHER,
     (
         "poller.py",
-        "Hub._look",
-        (
-            "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran"
-            ", in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0"
-        ),
+        "Hub._poll",
+        "now - started > timeout -> now - started >= timeout, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): "saves a call of `_hung`, which decides",
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - started -> now + started, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): "saves a call of `_hung`, which decides",
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - planned > STALL -> now - planned >= STALL, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): "saves a call of `_hung`, which decides",
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - planned -> now + planned, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): "saves a call of `_hung`, which decides",
+    (
+        "poller.py",
+        "Hub._poll",
+        "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran, in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0",
         0,
     ): "what ran for just as long as estimated is late by nothing, both ways",
     (
         "poller.py",
-        "Hub._first_look",
-        ("0.0 -> -1.0, in: return next_look(now, now, now, self._spin if self.progress is PREDICT else 0.0)"),
+        "Hub._poll",
+        "now - start > TURN -> now - start >= TURN, in: self._arm(now, was_long=now - start > TURN)",
+        0,
+    ): TOO_LONG,
+    (
+        "poller.py",
+        "Hub._poll",
+        "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
+        0,
+    ): "those whom the poll before left to the loop are resumed by this poll instead, before all others",
+    (
+        "poller.py",
+        "Hub._wake_others",
+        "1 -> 2, in: self._wake(self._clock(), 1)",
+        0,
+    ): "one more is within what an iteration may take",
+    (
+        "poller.py",
+        "Hub._hung",
+        "ran <= head.hang_timeout -> ran < head.hang_timeout, in: if ran <= head.hang_timeout:",
+        0,
+    ): EITHER,
+    (
+        "poller.py",
+        "Hub._first_poll",
+        "0.0 -> -1.0, in: return now if self.progress is SPIN else next_look(now, now, now, 0.0)",
+        0,
+    ): STOPS,
+    ("poller.py", "Hub._first_poll", "wait <= 0.0 -> wait < 0.0, in: if wait <= 0.0:", 0): PAST,
+    ("poller.py", "Hub._first_poll", "0.0 -> -1.0, in: if wait <= 0.0:", 0): PAST,
+    (
+        "poller.py",
+        "Hub._first_poll",
+        "wait > LONG -> wait >= LONG, in: return approach(now, now + wait, now) if self._spin and wait > LONG else now + wait",
+        0,
+    ): AS_LONG,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "0.0 -> -1.0, in: return now if self.progress is SPIN else next_look(now, started, started, 0.0)",
         0,
     ): STOPS,
     (
         "poller.py",
-        "Hub._next_look",
-        ("now < predicted -> now <= predicted, in: if head.looks == 1 and now < predicted and (not self._spin):"),
-        0,
-    ): "at the predicted time both say the same",
-    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return next_look(now, started, started, 0.0)", 0): STOPS,
-    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
-    (
-        "poller.py",
-        "Hub._next_look",
+        "Hub._next_poll",
         "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
         0,
     ): AS_LONG,
     (
         "poller.py",
-        "Hub._next_look",
+        "Hub._next_poll",
         "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
         1,
     ): AS_LONG,
-    ("poller.py", "Hub._next_look", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    ("poller.py", "Hub._next_poll", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "now < predicted -> now <= predicted, in: if lane.polls == 1 and now < predicted and (not spin):",
+        0,
+    ): "at the predicted time both say the same",
+    ("poller.py", "Hub._next_poll", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    (
+        "poller.py",
+        "Hub._arm",
+        "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._poll) if was_long else self._loop.call_soon(self._poll)",
+        0,
+    ): PAST,
     (
         "poller.py",
         "_patrol",
-        (
-            "0.0 -> -1.0, in: return min(now + PATROL, max(started + head.stalled + head.hang_timeout, "
-            "next_look(now, started, started, 0.0)))"
-        ),
+        "0.0 -> -1.0, in: return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))",
         0,
     ): STOPS,
-    ("executor.py", "Executor.__init__", "1 -> 2, in: self._workers = self.device.workers(slots + 1)", 0): (
-        "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
-    ),
-    ("executor.py", "Executor.__init__", "1 -> 0, in: self._workers = self.device.workers(slots + 1)", 0): (
-        "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait"
-    ),
-    (
-        "executor.py",
-        "Executor._enter",
-        (
-            "len(self.slots) > 1 -> len(self.slots) >= 1"
-            ", in: prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()"
-        ),
-        0,
-    ): "looks for the best of one",
-    (
-        "executor.py",
-        "Executor._enter",
-        ("1 -> 0, in: prefer = self.cache.holders(request.key) if len(self.slots) > 1 else ()"),
-        0,
-    ): "looks for the best of one",
-    (
-        "executor.py",
-        "Executor.launched",
-        "slot.launches += 1 -> slot.launches -= 1",
-        0,
-    ): "launches are told apart by equality",
     (
         "executor.py",
         "Executor.__init__",
@@ -176,11 +217,77 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "one slot's launches are in order anyway: it only costs more to say so",
     (
         "executor.py",
-        "Executor.submit",
+        "Executor.__init__",
+        "1 -> 2, in: self._workers = self.device.workers(slots + 1)",
+        0,
+    ): "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait",
+    (
+        "executor.py",
+        "Executor.__init__",
+        "1 -> 0, in: self._workers = self.device.workers(slots + 1)",
+        0,
+    ): "how many threads there are is nobody's promise: more of them cost, and with fewer some jobs wait",
+    (
+        "executor.py",
+        "Executor._submit_new",
         "True -> False, in: for argument, spec in zip(arguments, specs, strict=True):",
         0,
     ): "there is an argument for each, as `parse` has checked",
-    ("executor.py", "Executor.launched", "1 -> 2, in: slot.launches += 1", 0): "launches are told apart by equality",
+    (
+        "executor.py",
+        "Executor._replay",
+        "was_queued and (request.is_done or not route.still_matches(request.values)) -> was_queued or (request.is_done or not route.still_matches(request.values)), in: if program is None or program.graph is None or (was_queued and (request.is_done or not route.still_matches(request.values))):",
+        0,
+    ): "the long way gives the same result",
+    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 0): "None is false too",
+    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 1): "None is false too",
+    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 2): "None is false too",
+    (
+        "executor.py",
+        "Executor._replay",
+        "1 -> 2, in: cache.uses = program.used = cache.uses + 1",
+        0,
+    ): "only the order of uses counts",
+    ("executor.py", "Executor._detour", "return False -> return None", 0): "None is false too",
+    ("executor.py", "Executor._stage", "0 -> 1, in: slot.launches = 0", 0): "launches are told apart by equality",
+    ("executor.py", "Executor._stage", "0 -> -1, in: slot.launches = 0", 0): "launches are told apart by equality",
+    ("executor.py", "Executor._stage", "0 -> -1, in: nbytes = 0", 0): "to copy no inputs does nothing",
+    (
+        "executor.py",
+        "Executor._completed",
+        "1 -> 0, in: packed = results[0] if len(results) == 1 else slot.program.names.pack(results)",
+        0,
+    ): "`pack` does the same with one result, and one is both the first and the last",
+    (
+        "executor.py",
+        "Executor._completed",
+        "0 -> -1, in: packed = results[0] if len(results) == 1 else slot.program.names.pack(results)",
+        0,
+    ): "`pack` does the same with one result, and one is both the first and the last",
+    (
+        "executor.py",
+        "Executor._copy_out.copy",
+        "True -> False, in: parts = request.parts(program, list(zip(views, dtypes, strict=True)))",
+        0,
+    ): "there are as many of both, by construction",
+    (
+        "executor.py",
+        "Executor._copy_out",
+        "sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES -> sum((view.nbytes for view in views)) >= COPY_ON_LOOP_BYTES, in: if sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES:",
+        0,
+    ): "at just this size both ways are as good",
+    (
+        "executor.py",
+        "Executor.launched",
+        "slot.launches + 1 -> slot.launches - 1, in: slot.launches = replay.number = slot.launches + 1",
+        0,
+    ): "launches are told apart by equality",
+    (
+        "executor.py",
+        "Executor.launched",
+        "1 -> 2, in: slot.launches = replay.number = slot.launches + 1",
+        0,
+    ): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
 }
