@@ -145,9 +145,9 @@ def test_an_interrupt_before_there_is_a_program_frees_the_slot_at_once(is_lease:
             assert specs is not None
             with interrupted(ProgramCache, "get", False), pytest.raises(KeyboardInterrupt):
                 if is_lease:
-                    executor.lease(specs, ((2, 3),), Kind.NUMPY)
+                    _ = executor.lease(specs, ((2, 3),), Kind.NUMPY)
                 else:
-                    executor.submit((frame(1),), {})
+                    _ = executor.submit((frame(1),), {})
             await settle(model, 1)
             assert right(await model(frame(2)), 2)
 
