@@ -64,8 +64,8 @@ def test_a_producer_may_write_again_once_its_input_was_consumed(seed: int, marke
     simulated(program, seed)
 
 
-async def reads(device: SimulatedDevice, *, says: list[bool]) -> None:
-    """Readers on streams of their own, each of which says that it is done, or forgets to."""
+async def reads(device: SimulatedDevice, *, says: list[bool], again: bool = False) -> None:
+    """Readers on streams of their own, each of which says that it is done, or forgets to; launched `again` by the lease."""
     async with load(device, slots=1, warmup=frame(0)) as model:
         async with model.lease() as slot:
             slot.inputs[0][...] = frame(1)
@@ -78,15 +78,18 @@ async def reads(device: SimulatedDevice, *, says: list[bool]) -> None:
                     copies.append(output.clone())
                 if done:
                     output._trt_graph_state.consumer_done_event = reader.record()
+            if again:
+                await slot.replay()
         assert right(await model(frame(9)), 9)
         await asyncio.get_running_loop().run_in_executor(None, device.synchronize)
         assert all(right(device.read(copy), 1) for copy in copies)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("says", [[True], [True, True]])
-def test_readers_that_say_so_gate_the_next_replay(seed: int, says: list[bool]) -> None:
-    simulated(lambda device: reads(device, says=says), seed)
+def test_readers_that_say_so_gate_the_next_replay(seed: int, says: list[bool], again: bool) -> None:
+    simulated(lambda device: reads(device, says=says, again=again), seed)
 
 
 @pytest.mark.parametrize("says", [[False], [False, True], [True, False]])

@@ -630,6 +630,45 @@ async def test_a_stall_early_in_the_work_does_not_count_when_it_is_overdue_later
     assert work.outcomes == [None]
 
 
+async def test_a_stall_in_the_work_before_that_went_on_is_nothing_to_the_next_either() -> None:
+    world = World()
+    lane = Lane()
+    first = Work(world, 2.0).watch(lane, hang_timeout=5.0)
+    second = Work(world, None).watch(lane, hang_timeout=1.0)
+    await world.advance(0.2)
+    world.stall(1.0)
+    await world.advance(0.9)
+    assert first.outcomes == [None]
+    await world.advance(1.2)
+    assert isinstance(second.outcomes[0], DeviceHangError)
+
+
+async def test_how_often_the_work_before_was_polled_is_nothing_to_the_next() -> None:
+    world = World()
+    lane = Lane()
+    first = Work(world, 0.010).watch(lane)
+    await world.advance(0.020)
+    assert first.queries > 1
+    estimate = learned(0.010)
+    Work(world, 0.001).watch(lane, estimate=estimate)
+    await world.advance(0.020)
+    assert lane.late == 0.0  # complete at its first poll, before its time
+    assert estimate.seconds > 0.0099
+
+
+async def test_a_timer_that_has_fired_is_read() -> None:
+    loop = asyncio.get_running_loop()
+    hub = Hub(loop, spin=0.0)
+    done = asyncio.Event()
+    hub.watch(Lane(), lambda: True, lambda _: done.set(), estimate=learned(0.002))
+    await done.wait()
+    wakes = hub.wakes
+    for _ in range(20):
+        await asyncio.sleep(0)
+    hub.close()
+    assert hub.wakes == wakes
+
+
 # --- Where the device tells ---------------------------------------------------------------------------------------------
 
 

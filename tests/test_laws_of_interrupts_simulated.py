@@ -144,10 +144,7 @@ def test_an_interrupt_before_there_is_a_program_frees_the_slot_at_once(is_lease:
             specs = executor.specs.specs
             assert specs is not None
             with interrupted(ProgramCache, "get", False), pytest.raises(KeyboardInterrupt):
-                if is_lease:
-                    _ = executor.lease(specs, ((2, 3),), Kind.NUMPY)
-                else:
-                    _ = executor.submit((frame(1),), {})
+                _ = executor.lease(specs, ((2, 3),), Kind.NUMPY) if is_lease else executor.submit((frame(1),), {})
             await settle(model, 1)
             assert right(await model(frame(2)), 2)
 

@@ -210,3 +210,56 @@ def test_large_results_are_copied_by_a_worker_and_small_ones_are_not(size: int) 
             assert copied.called == (size > COPY_ON_LOOP_BYTES)
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("way", ["the short path", "the long way"])
+def test_an_event_is_polled_by_its_probe_and_an_error_of_that_is_confirmed(way: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(3))
+            await seen(model, x)
+            executor = executor_of(model)
+            (slot,) = executor.slots
+            for fails in (False, True):
+                if way == "the long way":
+                    executor._route = executor._likely = None
+                confirm = mock.Mock(wraps=slot.confirm)
+                query = mock.Mock(side_effect=RuntimeError("an error that is nobody's")) if fails else slot.query
+                with mock.patch.object(slot, "confirm", confirm), mock.patch.object(slot, "query", query):
+                    assert right(device.read(await model(x)), 3)
+                    assert confirm.called == fails
+
+    under_schedules(0, program)
+
+
+def test_a_call_that_cannot_take_its_route_ends_that_route() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0), overlap=True, graph_cache_entries=1) as model:
+            x = device.tensor(frame(3))
+            await seen(model, x)
+            executor = executor_of(model)
+            for kept in executor.cache.evict((), None):  # as another shape's program would have it
+                kept.close()
+            assert right(device.read(await model(x)), 3)
+            assert executor._route is None
+            await seen(model, x)
+
+    under_schedules(0, program)
+
+
+def test_a_result_says_that_it_is_complete_and_an_observer_when_it_was_seen() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(3))
+            await seen(model, x)
+            executor = executor_of(model)
+            noted: list[Any] = []
+            executor.observer = noted.append
+            result = await model(x)
+            assert device.query(result._trt_produce_event)
+            (request,) = noted
+            assert request.route is not None
+            assert 0.0 < request.times.entered <= request.times.granted <= request.times.seen
+            assert request.times.ran > 0.0
+
+    under_schedules(0, program)

@@ -141,7 +141,7 @@ class Executor:
         self._serving = False
         self._forks = _forks
         self._route: Route | None = None  # of the call before
-        self._likely: tuple[Shapes, Kind] | None = None  # of the call before, if it had none
+        self._likely: tuple[Shapes, Kind] | None = None  # of the last call that had no route, and might have
         self._origin: Stream | None = None  # the current stream of the call before
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
@@ -201,14 +201,13 @@ class Executor:
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        likely = shapes, kind
-        if named or specs is not self.specs.specs or self.device.unified or not self._overlap:
-            self._likely = None
-        elif likely == self._likely and not request.is_marked and not request.bound and Route.suits(values, arguments):
-            route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
-            if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
-                self._route = route
-        else:
+        if not named and specs is self.specs.specs and not self.device.unified and self._overlap:
+            likely = shapes, kind
+            is_plain = not request.is_marked and not request.bound
+            if likely == self._likely and is_plain and Route.suits(values, arguments):
+                route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
+                if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
+                    self._route = route
             self._likely = likely
         self._enter(request, bounded, self.cache.holders(request.key))
         return request

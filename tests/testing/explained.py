@@ -61,8 +61,13 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
+    ("poller.py", "Hub._notify", "del pending", 0): (
+        "keeps the request, and so the caller's inputs, from being freed by the device's thread: a race of one instruction"
+    ),
+    ("buffers.py", "Hold._check_written", "self._is_written = True", 0): "saves the next launch a look at each input",
     ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
     ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
+    ("programs.py", "Program.close", "self.graph = None", 0): "frees it: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",
     ("model.py", "Model._warm", "request.exception()", 0): (
@@ -71,6 +76,9 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("model.py", "_start_thread", "pool.shutdown(wait=False)", 0): "ends the thread now and not when the pool is collected",
     ("model.py", "_in_background", "task._log_destroy_pending = False", 0): (
         "only keeps asyncio from writing to the log about a loop that is closed under it, which `test_lifecycle` has"
+    ),
+    ("mapping.py", "map_in_order", "request.cancel()", 0): (
+        "not needed: `abandon` withdraws it; kept so that an abandoned request is cancelled, whoever abandons it"
     ),
     ("batcher.py", "Gatherer._assemble", "self._expire(call)", 0): (
         "not needed: its deadline's alarm is due, rings in the same turn of the loop, and tells it"

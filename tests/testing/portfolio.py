@@ -52,6 +52,7 @@ MODULES: Final = (
     "tests.test_handshake",
     "tests.test_found_simulated",
     "tests.test_completion",
+    "tests.test_waiters",
     "tests.test_laws_of_looking",
     "tests.test_laws_of_hubs",
     "tests.test_slots",
