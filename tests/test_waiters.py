@@ -27,7 +27,8 @@ def appends(log: list[Any], what: object) -> Callable[[Any], None]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("how", ["wake", "wake_soon", "set_result", "set_exception", "cancel"])
 async def test_callbacks_run_once_in_order(how: str, count: int) -> None:
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
     for number in range(count):
         one.add_done_callback(appends(log, number))
     if how.startswith("wake"):
@@ -44,7 +45,8 @@ async def test_callbacks_run_once_in_order(how: str, count: int) -> None:
 
 
 async def test_a_callback_that_is_added_late_runs_in_the_next_iteration() -> None:
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
     one.set_result(None)
     one.add_done_callback(appends(log, "late"))
     assert log == []
@@ -54,7 +56,8 @@ async def test_a_callback_that_is_added_late_runs_in_the_next_iteration() -> Non
 
 async def test_callbacks_run_in_the_context_that_they_were_added_in() -> None:
     where = contextvars.ContextVar("where", default="outside")
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
     for place in ("here", "there"):
         context = contextvars.copy_context()
         context.run(where.set, place)
@@ -65,7 +68,8 @@ async def test_callbacks_run_in_the_context_that_they_were_added_in() -> None:
 
 
 async def test_all_callbacks_that_are_equal_are_removed() -> None:
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
     first, second = appends(log, 1), appends(log, 2)
     for callback in (first, second, first, second):
         one.add_done_callback(callback)
@@ -88,7 +92,8 @@ async def test_a_callback_that_raises_is_reported_and_the_others_run(others: int
     loop = asyncio.get_running_loop()
     contexts: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: contexts.append(context))
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
 
     def bad(_: Any) -> None:
         raise RuntimeError("bad callback")
@@ -107,7 +112,8 @@ async def test_a_callback_that_raises_is_reported_and_the_others_run(others: int
 
 @pytest.mark.parametrize("others", [0, 2])
 async def test_an_interrupt_in_a_callback_is_the_loops_and_the_others_run(others: int) -> None:
-    one, log = waiter(), []
+    one = waiter()
+    log: list[Any] = []
 
     def struck(_: Any) -> None:
         raise KeyboardInterrupt
@@ -132,9 +138,10 @@ async def test_it_says_what_it_ended_with() -> None:
     assert done.result() == 3
     assert done.exception() is None
     assert not done.cancel()
-    for end in (lambda: done.set_result(4), lambda: done.set_exception(ValueError())):
-        with pytest.raises(asyncio.InvalidStateError):
-            end()
+    with pytest.raises(asyncio.InvalidStateError):
+        done.set_result(4)
+    with pytest.raises(asyncio.InvalidStateError):
+        done.set_exception(ValueError())
     failed = waiter()
     failed.set_exception(ValueError("no"))
     assert isinstance(failed.exception(), ValueError)
