@@ -263,3 +263,24 @@ def test_a_result_says_that_it_is_complete_and_an_observer_when_it_was_seen() ->
             assert request.times.ran > 0.0
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("missing", ["inputs", "outputs"])
+def test_a_slot_whose_program_has_no_staging_yet_gets_it(missing: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        options: dict[str, Any] = {} if missing == "inputs" else {"outputs": "numpy"}
+        async with load(device, slots=2, overlap=True, warmup=frame(0), **options) as model:
+            executor = executor_of(model)
+            second = executor.cache.get(executor.machine._free[0], (((2, 3),), ()))
+            assert second is not None
+            views = second.input_views if missing == "inputs" else second.output_views
+            # As after calls with inputs and results on the device only.
+            staged = second.staged_inputs if missing == "inputs" else second.staged_outputs
+            views[0] = staged[0] = None
+            x = frame(3) if missing == "inputs" else device.tensor(frame(3))
+            await seen(model, x)  # in the slot that became free last
+            results = await asyncio.gather(model(x), model(x))
+            assert all(right(result, 3) for result in results)
+            assert staged[0] is not None
+
+    under_schedules(0, program)

@@ -41,12 +41,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "looks once more at the last slot in the list, which it has looked at first",
     (
-        "slots.py",
-        "Slots.request",
-        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)",
-        1,
-    ): "looks once more at the last slot in the list, which it has looked at first",
-    (
         "prediction.py",
         "Estimate.between",
         "0.0 -> -1.0, in: if self.seconds == 0.0 or not (was_trusted or self.is_trusted):",
@@ -164,7 +158,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): STOPS,
     ("poller.py", "Hub._first_poll", "wait <= 0.0 -> wait < 0.0, in: if wait <= 0.0:", 0): PAST,
-    ("poller.py", "Hub._first_poll", "0.0 -> -1.0, in: if wait <= 0.0:", 0): PAST,
     (
         "poller.py",
         "Hub._first_poll",
@@ -239,9 +232,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "was_queued and (request.is_done or not route.still_matches(request.values)) -> was_queued or (request.is_done or not route.still_matches(request.values)), in: if program is None or program.graph is None or (was_queued and (request.is_done or not route.still_matches(request.values))):",
         0,
     ): "the long way gives the same result",
-    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 0): "None is false too",
-    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 1): "None is false too",
-    ("executor.py", "Executor._replay", "return self._detour(request) -> return None", 2): "None is false too",
     (
         "executor.py",
         "Executor._replay",
@@ -290,4 +280,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
+    ("executor.py", "Executor._replay", "return True -> return None", 0): "the long way finds that its slot is broken",
+    ("executor.py", "Executor._replay", "True -> False, in: return True", 0): "the long way finds that its slot is broken",
 }
