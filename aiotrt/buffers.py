@@ -15,7 +15,7 @@ from aiotrt.completion.poller import check_loop
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.runtime.executor import Executor
-from aiotrt.runtime.handshake import GraphState, carry
+from aiotrt.runtime.handshake import GraphState
 from aiotrt.runtime.launch import open_gates, submit_lease
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.replay import Replay
@@ -466,9 +466,7 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is not None:
-                replay.failure = self._failed(error, replay, orders)
-                if executor.broken is not None and not replay.is_done:
-                    replay.set_exception(replay.failure)
+                replay.failure = self._failed(error, replay, orders)  # if the model broke, `replay` was told
                 return
             try:
                 executor.pass_turn(slot)
@@ -568,14 +566,15 @@ class Hold:
 
     def handed_out(self, output: torch.Tensor) -> torch.Tensor:
         """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
+        tensor = output.detach()
         launch = self._unordered
         if launch is None:
-            tensor = output.detach()
             tensor._trt_produce_event = self.executor.complete  # type: ignore[attr-defined]
-            tensor._trt_graph_state = self._state  # type: ignore[attr-defined]
-            return tensor
-        launch.is_given = True  # so the event stays this launch's
-        return carry(output.detach(), launch.event, self._state)
+        else:
+            launch.is_given = True  # so the event stays this launch's
+            tensor._trt_produce_event = launch.event  # type: ignore[attr-defined]
+        tensor._trt_graph_state = self._state  # type: ignore[attr-defined]
+        return tensor
 
     # Leaving...
 

@@ -163,3 +163,17 @@ async def test_an_error_does_not_grow_with_who_awaits_it() -> None:
             await one
         lengths.append(len(traceback.extract_tb(caught.value.__traceback__)))
     assert len(set(lengths)) == 1
+
+
+async def test_an_error_says_where_it_was_raised() -> None:
+    def origin() -> None:
+        raise ValueError("no")
+
+    one = waiter()
+    try:
+        origin()
+    except ValueError as error:
+        one.set_exception(error)
+    with pytest.raises(ValueError, match="no") as caught:
+        await one
+    assert "origin" in [entry.name for entry in traceback.extract_tb(caught.value.__traceback__)]

@@ -89,12 +89,9 @@ def mark_consumed(arguments: Sequence[Argument], event: Event) -> None:
             owner._trt_consumed_event = event  # type: ignore[attr-defined]
 
 
-def carry(tensor: torch.Tensor, event: Event, state: GraphState | None = None) -> torch.Tensor:
-    """Say on an output when it may be read; and where to say that it was."""
+def carry(tensor: torch.Tensor, event: Event) -> None:
+    """Say on a result when it may be read."""
     tensor._trt_produce_event = event  # type: ignore[attr-defined]
-    if state is not None:
-        tensor._trt_graph_state = state  # type: ignore[attr-defined]
-    return tensor
 
 
 def _owners(arguments: Sequence[Argument]) -> list[object]:
