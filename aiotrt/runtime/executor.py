@@ -203,8 +203,7 @@ class Executor:
                 request.is_marked = wants_consumed(arguments)
         if not named and specs is self.specs.specs and not self.device.unified and self._overlap:
             likely = shapes, kind
-            is_plain = not request.is_marked and not request.bound
-            if likely == self._likely and is_plain and Route.suits(values, arguments):
+            if likely == self._likely and not request.is_marked and Route.suits(values, arguments):
                 route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
                 if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
                     self._route = route
