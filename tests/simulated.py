@@ -102,7 +102,7 @@ class Audit:
         hubs = [hub for (loop, _), hub in completion._hubs.items() if loop is asyncio.get_running_loop()]
         for hub in hubs:
             assert hub._users == 1, f"a hub has {hub._users - 1} users left"  # the loop's own aside
-            left = [entry[2].pending for entry in hub._heap if entry[2].entry is entry]
+            left = [lane.pending for lane in hub.lanes]
             assert not left, f"a hub still looks at {left}"
         assert not self.device._callbacks, "somebody still listens for faults"
         kept = False

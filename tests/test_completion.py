@@ -253,7 +253,7 @@ async def test_what_is_forgotten_is_never_reported_and_costs_nothing_more() -> N
     await world.advance(1.0)
     assert work.outcomes == []
     assert world.due is None
-    assert not world.hub._heap
+    assert not world.hub.lanes
 
 
 async def test_a_callback_may_watch_more() -> None:
@@ -321,7 +321,7 @@ async def test_an_interrupt_is_the_loops_and_loses_nobody_if_that_goes_on(
     await world.advance(0.020)
     assert struck.outcomes == ([None] if where == "query" else [])
     assert before.outcomes == behind.outcomes == after.outcomes == [None]
-    assert not world.hub._heap
+    assert not world.hub.lanes
 
 
 async def test_an_error_of_whatever_kind_is_told_to_who_waits() -> None:

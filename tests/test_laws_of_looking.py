@@ -120,7 +120,7 @@ async def test_a_closed_hub_sets_no_timer_and_looks_no_more() -> None:
     await asyncio.sleep(0)
     world.fire()
     assert asleep.queries == soon.queries == 0
-    assert not world.hub._heap
+    assert not world.hub.lanes
 
 
 @asyncio_test

@@ -7,6 +7,7 @@ cdef class Pending:
 
 cdef class Lane:
     cdef object __weakref__
-    cdef public object entry, pending
-    cdef public double last_done, late, polled, ran, stalled
+    cdef public object pending
+    cdef public bint is_listed
+    cdef public double due, last_done, late, polled, ran, spin_until, stalled
     cdef public long overdue, polls

@@ -9,15 +9,17 @@ cdef class Hub:
     cdef public long polls, wakes
     cdef public bint is_polling, _closed
     cdef public long _users
-    cdef public object _loop, _clock, _spin, _timer, _read, _lateness, _order, _armed, _soon, _waking
-    cdef public list _heap
-    cdef public double _slept
-    @cython.locals(lane=Lane, head=Pending, now=double, start=double, started=double, planned=double, ran=double, left=long, number=long, is_first=bint, is_complete=bint)
+    cdef public object _loop, _clock, _spin, _timer, _read, _lateness, _soon, _waking
+    cdef public list lanes
+    cdef public double _armed, _slept
+    @cython.locals(lane=Lane, head=Pending, now=double, start=double, started=double, planned=double, earliest=double, ran=double, left=long, number=long, is_first=bint, is_complete=bint)
     cpdef _poll(self)
     @cython.locals(waiter=Waiter, woken=long)
     cpdef _wake(self, double start, long least=*)
-    @cython.locals(now=double, queue=object)
+    @cython.locals(now=double, due=double, queue=object)
     cpdef add(self, Lane lane, Pending pending, when_complete=*)
+    cpdef _unlist(self, Lane lane)
+    cpdef _arm(self, double now, double due, bint was_long=*)
     @cython.locals(wait=double)
     cpdef double _first_poll(self, double now, Pending head) except? -1
     cpdef finish(self, Waiter waiter)

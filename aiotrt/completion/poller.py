@@ -4,8 +4,9 @@ Rule 1: one hub per event loop, used only on that loop's thread, so it needs no 
 Rule 2: it never blocks. It sleeps on one timer, and when it is awake it makes one query for each line that is due.
 
 Theory of operation. Work on one stream completes in order, so the hub keeps one `Lane` per stream, a first-in-first-out
-line of `_Pending`, and looks only at heads. Each lane has a time at which it is due; the lanes stand in a heap by that
-time, and the timer is set for the first. When to look is decided in `prediction`, which is pure; this file carries it out.
+queue of `Pending`, and polls only heads. Each lane that has one is listed, with the time at which it is due; the timer is
+set for the first. There are as many lanes as slots, so a list is searched in less time than a heap is kept in order. When to
+poll is decided in `prediction`, which is pure; this file carries it out.
 
 A query has three answers. True: the head is complete, its callback runs, and the next becomes the head. False: not yet,
 or "ask later". An exception: that work failed, and its callback is told why; what follows from a `DeviceError` is the
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import threading
 import time
@@ -28,8 +28,8 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
-from heapq import heappop, heappush
 from math import inf
+from operator import attrgetter
 from typing import Final
 
 from aiotrt.completion.lane import Lane, Pending
@@ -66,6 +66,7 @@ TURN: Final = 50e-6
 #: Seconds of one poll after which those who await what it completed are woken by the loop's next iteration.
 WAKES: Final = 100e-6
 PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
+_DUE: Final = attrgetter("due")
 
 
 class Hub:
@@ -101,9 +102,8 @@ class Hub:
         #: What the timer must be read with when it has fired, if it must be.
         self._read: Callable[[], object] | None = getattr(self._timer, "read", None)
         self._lateness = Lateness()
-        self._heap: list[tuple[float, int, Lane]] = []
-        self._order = itertools.count()  # breaks ties in the heap, first come first served
-        self._armed: float | None = None  # when the timer is set to fire
+        self.lanes: list[Lane] = []  # those with something pending
+        self._armed = inf  # when the timer is set to fire
         self._slept = 0.0
         self._soon: asyncio.Handle | None = None
         self.is_polling = False
@@ -149,7 +149,7 @@ class Hub:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
-        self._heap.clear()
+        self.lanes.clear()
 
     # Watching...
 
@@ -195,17 +195,18 @@ class Hub:
                 "nothing looks at this model's events any more: it was closed or forgotten while it was in use; keep it "
                 "until its calls and leases have ended"
             )
-        now = self._clock()
-        pending.submitted = now
+        pending.submitted = now = self._clock()
         if when_complete is not None and self.progress is PREDICT:  # the others say how to poll
             pending.notified = inf
         queue = lane.pending
         queue.append(pending)
         if len(queue) == 1:
-            lane.entry = entry = (self._first_poll(now, pending), next(self._order), lane)
-            heappush(self._heap, entry)
-            if not self.is_polling:
-                self._arm(now)
+            lane.due = due = self._first_poll(now, pending)
+            if not lane.is_listed:  # it is while its last one is being completed
+                lane.is_listed = True
+                self.lanes.append(lane)
+            if not self.is_polling and self._soon is None:
+                self._arm(now, due)
         if pending.notified:
             assert when_complete is not None
             # Weakly: the device's thread may be the last to drop this, and the request has its caller's inputs.
@@ -214,6 +215,13 @@ class Hub:
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
         lane.forget()
+        self._unlist(lane)
+
+    def _unlist(self, lane: Lane) -> None:
+        if lane.is_listed:
+            lane.is_listed = False
+            with contextlib.suppress(ValueError):  # the hub is closed
+                self.lanes.remove(lane)
 
     def _notify(self, lane: Lane, reference: weakref.ref[Pending]) -> None:
         """On whichever thread: the device says that it is complete."""
@@ -227,7 +235,7 @@ class Hub:
 
     def _notified(self, lane: Lane) -> None:
         if lane.pending and not self._closed:
-            self._enlist(lane, self._clock())
+            lane.due = self._clock()
             if self._soon is None:
                 self._poll()
 
@@ -241,9 +249,9 @@ class Hub:
             except BlockingIOError:  # set again between becoming readable and being read
                 return
         self.wakes += 1
-        if self._armed is not None:
+        if self._armed < inf:
             self._lateness.learn(self._slept, self._clock() - self._armed)
-            self._armed = None
+            self._armed = inf
         if self._soon is None:  # else the loop is about to poll
             self._poll()
 
@@ -254,25 +262,19 @@ class Hub:
             return
         clock = self._clock
         start = now = clock()
-        heap = self._heap
-        due: list[tuple[float, int, Lane]] = []
+        lanes = self.lanes
+        # Collected first and polled after: what is due again at once is polled next time, or the loop would get no turn.
+        due = [lane for lane in lanes if lane.due <= now]
+        if len(due) > 1:
+            due.sort(key=_DUE)
+        number = 0
         self.is_polling = True
         try:
-            while heap and heap[0][0] <= now:
-                entry = heap[0]
-                if entry[2].entry is entry:
-                    due.append(entry)
-                heappop(heap)  # only now: an interrupt must find it in one of the two
-            # Collected first and polled after: a lane that is due again at once goes back into the heap, and must not be
-            # found again in this same poll, or the loop would never get its turn.
-            for number, entry in enumerate(due):
+            for lane in due:
                 if number and clock() - start > TURN:
-                    for other in due[number:]:
-                        heappush(heap, other)  # the first to be polled after the loop's turn
-                    break
-                lane = entry[2]
-                planned = entry[0]
-                lane.entry = None
+                    break  # the others are the first after the loop's turn
+                number += 1
+                planned = lane.due
                 pending = lane.pending
                 left = len(pending)  # only what is pending now: what callbacks submit is polled next time
                 is_first = True
@@ -301,8 +303,7 @@ class Hub:
                         if error is None:
                             lane.polls += 1
                             lane.polled = now
-                            lane.entry = entry = (self._next_poll(now, lane, head, started), next(self._order), lane)
-                            heappush(heap, entry)
+                            lane.due = now if now < lane.spin_until else self._next_poll(now, lane, head, started)
                             break
                     pending.popleft()
                     if error is None:
@@ -322,28 +323,28 @@ class Hub:
                     is_first = False
                     lane.last_done = planned = now
                     lane.polls = lane.overdue = 0
-                    lane.polled = lane.stalled = 0.0
+                    lane.polled = lane.stalled = lane.spin_until = 0.0
                     try:
                         head.on_done(error)
                     except Exception as failure:
                         # One bad callback must not take the others' wake-ups with it.
                         message = "aiotrt: a completion callback raised"
                         self._loop.call_exception_handler({"message": message, "exception": failure})
-                if pending and lane.entry is None:  # if it is empty, the next `add` enlists it
-                    self._enlist(lane, self._first_poll(lane.last_done, pending[0]))
-        except BaseException:
-            # An interrupt, after which the loop may go on, as a notebook's does: what was not polled would never be.
-            for _, _, lane in due:
-                if lane.pending:
-                    self._enlist(lane, now)
-            if self.finished:
-                self._waking = self._waking or self._loop.call_soon(self._wake_others)
-            raise
+                else:
+                    if pending:
+                        lane.due = self._first_poll(lane.last_done, pending[0])
+                    else:
+                        self._unlist(lane)
         finally:
+            # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
             self.is_polling = False
-            if heap:
+            if lanes and self._soon is None:
+                earliest = inf
+                for lane in lanes:
+                    if lane.due < earliest:
+                        earliest = lane.due
                 now = clock()
-                self._arm(now, was_long=now - start > TURN)
+                self._arm(now, earliest, now - start > TURN)
         if self.finished and self._waking is None:
             self._wake(start)
 
@@ -407,7 +408,7 @@ class Hub:
     # When to poll...
 
     def _first_poll(self, now: float, head: Pending) -> float:
-        """Of work that starts now: it is alone in its lane."""
+        """When to poll work that starts now: it is alone in its lane."""
         estimate = head.estimate
         if head.notified > now:
             return _patrol(now, head, now, 0.0)
@@ -423,45 +424,38 @@ class Hub:
         return approach(now, now + wait, now) if self._spin and wait > LONG else now + wait
 
     def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
+        """When to poll the head of this lane again, which is not complete now."""
         if self.progress is not PREDICT:
             return now if self.progress is SPIN else next_look(now, started, started, 0.0)
         if head.notified > now:  # once it was notified, and is not complete, it was recorded again: it is polled, as others
             return _patrol(now, head, started, lane.stalled)
         estimate = head.estimate
         spin = self._spin
-        if not estimate.is_trusted:
-            # A bounded spin from its start on: work that is shorter than the shortest sleep would be found late each time,
-            # and nothing would ever be learned about it.
-            return next_look(now, started, started, spin)
-        predicted = started + estimate.seconds
-        aim = first_look(now, started + estimate.shortest, self._lateness)
-        if aim > now + SHORTEST_SLEEP:
-            return approach(now, aim, started) if spin else aim
-        aim = first_look(now, predicted, self._lateness)
-        if aim > now + SHORTEST_SLEEP:
-            # It was as short as this of late, but mostly it is not: no spinning yet.
-            return min(aim, next_look(now, started, started, 0.0))
-        if lane.polls == 1 and now < predicted and not spin:
-            # The first poll came early, and there is no spinning until the time comes: sleep until just then.
-            return max(predicted, next_look(now, now, now, 0.0))
+        predicted = started
+        # Where nothing is known, a bounded spin from its start on: work that is shorter than the shortest sleep would be
+        # found late each time, and nothing would ever be learned about it.
+        if estimate.is_trusted:
+            predicted += estimate.seconds
+            aim = first_look(now, started + estimate.shortest, self._lateness)
+            if aim > now + SHORTEST_SLEEP:
+                return approach(now, aim, started) if spin else aim
+            aim = first_look(now, predicted, self._lateness)
+            if aim > now + SHORTEST_SLEEP:
+                # It was as short as this of late, but mostly it is not: no spinning yet.
+                return min(aim, next_look(now, started, started, 0.0))
+            if lane.polls == 1 and now < predicted and not spin:
+                # The first poll came early, and there is no spinning until the time comes: sleep until just then.
+                return max(predicted, next_look(now, now, now, 0.0))
+        lane.spin_until = predicted + spin
         return next_look(now, started, predicted, spin)
 
-    def _enlist(self, lane: Lane, due: float) -> None:
-        lane.entry = entry = (due, next(self._order), lane)
-        heappush(self._heap, entry)
-
-    def _arm(self, now: float, *, was_long: bool = False) -> None:
-        heap = self._heap
-        while heap and heap[0][2].entry is not heap[0]:  # forgotten lanes leave stale entries behind
-            heappop(heap)
-        if not heap or self._soon is not None:
-            return
-        due = heap[0][0]
+    def _arm(self, now: float, due: float, was_long: bool = False) -> None:
+        """Poll when this is due: in the loop's next iteration, or when the timer fires."""
         if due <= now:
             # After a long poll, asyncio's timers: a turn begins with what was to be called soon, and ends with them. Who
             # became ready meanwhile is called in between, and waits for this poll and the next, and not for a third.
             self._soon = self._loop.call_later(0.0, self._poll) if was_long else self._loop.call_soon(self._poll)
-        elif self._armed is None or due < self._armed:
+        elif due < self._armed:
             self._armed = due
             self._slept = due - now
             self._timer.set(due - now)
