@@ -24,15 +24,15 @@ TestRuntime = pytest.mark.timeout(300)(Runtime.TestCase)
 
 #: Statements without which the runtime is wrong: module, function, and how they begin.
 DEFECTS = [
-    ("submission", "open_gates", "slot.stream.wait("),
-    ("submission", "Request.order", "follow(slot, self.origin)"),
-    ("submission", "submit_lease", "slot.stream.record(event)"),
-    ("requests", "Requests._finish.resolve", "request.set_result("),
-    ("requests", "Requests._completed", "executor.move(slot, COMPLETE)"),
-    ("executor", "Executor.abandon", "self.machine.withdraw(request)"),
-    ("executor", "Executor.break_down", "self.reject(request, error)"),
+    ("runtime.launch", "open_gates", "slot.stream.wait("),
+    ("runtime.request", "Request.order", "slot.follow(self.origin)"),
+    ("runtime.launch", "submit_lease", "slot.stream.record(event)"),
+    ("runtime.executor", "Executor._finish", "self.move(slot, COPIED, then=resolve)"),
+    ("runtime.executor", "Executor._completed", "self.move(slot, COMPLETE)"),
+    ("runtime.executor", "Executor.abandon", "self.machine.withdraw(request)"),
+    ("runtime.executor", "Executor.break_down", "self.reject(request, error)"),
     ("buffers", "Hold._record_readers", "self.slot.gates.append("),
-    ("completion", "Hub._poll", "self._polling = False"),
+    ("completion.poller", "Hub._poll", "self.is_polling = False"),
 ]
 
 #: How the machine says that something is wrong. Which of them comes first for a defect is a matter of the order of things.

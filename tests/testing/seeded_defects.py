@@ -47,7 +47,7 @@ KINDS: Final = (
     ("event", r"\.record\(|mark_consumed|_trt_|carry\(|_event = "),
     ("keep-alive", r"keep_for_ever|_kept|closer|close\(|retire|slot\.request|_remove\(|nbytes|holders|evict"),
     ("wake-up", (r"set_result|set_exception|reject|call_soon|call_exception|\bwatch\(|_arm|_enlist|on_done|then\(|told\("
-                 r"|passed|_report|_check_idle|_fail|fail\(|break_down|lost_track|await |\.set\(|_poll|_look|_soon|heap"
+                 r"|passed|_report|_check_idle|_fail|fail\(|break_down|lost_track|await |\.set\(|_poll|_soon|lanes|lane.due"
                  r"|cancel|forget|done\(|_idle|replays|lane|error|_alarm|_wake|_pump|_expire|_held")),
     ("hand-over", (r"move\(|withdraw|abandon|_serve|begin|_granted|queued|release|discard|_left|launches|_line|_free"
                    r"|states\[|leave|reclaim|drop|refuse|closing|is_|resume|slot\b|_tickets|_gone|_is_closed|popleft|users"

@@ -82,8 +82,8 @@ def test_a_result_that_changes_later_is_found() -> None:
     ids=["out of patience", "out of time"],
 )
 def test_a_hang_is_found_and_the_waiters_are_named(seconds: str, patience: str, why: str) -> None:
-    lost = "lambda hub, lane: look(hub, lane) if next(looks) < 300 else lane.pending.clear()"
-    broken = ("aiotrt.completion.poller.Hub._look", f"(lambda look, looks: {lost})(Hub._look, iter(range(10**9)))")
+    lost = "lambda hub: poll(hub) if next(polls) < 3000 else None"
+    broken = ("aiotrt.completion.poller.Hub._poll", f"(lambda poll, polls: {lost})(Hub._poll, iter(range(10**9)))")
     started = time.monotonic()
     ended = soaked("--seconds", seconds, "--patience", patience, broken=broken)
     assert ended.returncode == 1, ended.stdout
