@@ -20,6 +20,7 @@ COMPILED: Final = (
     "aiotrt.completion.poller",
     "aiotrt.completion.prediction",
     "aiotrt.completion.waiter",
+    "aiotrt.devices._submitter",
     "aiotrt.runtime.executor",
     "aiotrt.runtime.replay",
     "aiotrt.runtime.request",

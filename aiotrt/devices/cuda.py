@@ -14,10 +14,13 @@ default, and invalidates that capture.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
+import importlib
 import logging
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Self, TypeVar
@@ -25,8 +28,9 @@ from typing import Any, Final, Self, TypeVar
 import torch
 from cuda.bindings import driver, runtime
 
+from aiotrt._impl import IMPLEMENTATION
 from aiotrt.devices.base import BaseDevice, BaseGraph, CaptureError, Copies, Event, Graph, Stream
-from aiotrt.devices.cuda_graphs import CopyingGraph, is_plain
+from aiotrt.devices.cuda_graphs import CopyingGraph, DirectGraph, is_plain
 from aiotrt.errors import AiotrtError, DeviceError
 
 __all__ = ["CudaDevice", "CudaGraph", "CudaStream", "prepare_thread", "query"]
@@ -45,6 +49,7 @@ DEFAULT_STREAMS: Final = frozenset({0, 1, 2})
 #: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
 
+_submitter: Any = None  # the compiled module that submits, in a native build, once there is a device
 _capture_lock: Final = threading.RLock()
 #: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
 _failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
@@ -56,9 +61,11 @@ class CudaEvent(torch.cuda.Event):
 
     Attributes:
         driver: its handle; None until the first record, at which torch creates it.
+        address: the same as a number, 0 until then.
     """
 
     driver: Any = None
+    address: int = 0
 
     def __new__(cls) -> Self:
         return super().__new__(cls)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
@@ -95,7 +102,8 @@ class CudaStream:
         with _faults("recording an event"):
             event.record(self.torch)
         if isinstance(event, CudaEvent):
-            event.driver = driver.CUevent(event.cuda_event)
+            event.address = event.cuda_event
+            event.driver = driver.CUevent(event.address)
         return event
 
     def wait(self, event: Event) -> None:
@@ -199,16 +207,28 @@ class CudaGraph(BaseGraph):
     Args:
         graph: torch's graph, which owns the memory.
         copying: made of it, where that is possible; else torch replays.
+        bare: made of it too, without copies; None if `copying` is, or is ordered.
+        direct: likewise, with copies from and to device memory; None too if the graph has buffers that no node can copy.
         random: what it draws random numbers with, if it does.
         nbytes: what the capture added to the memory that torch reserves.
     """
 
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, copying: CopyingGraph | None, random: _Random | None, nbytes: int
+        self,
+        graph: torch.cuda.CUDAGraph,
+        copying: CopyingGraph | None,
+        random: _Random | None,
+        nbytes: int,
+        bare: DirectGraph | None = None,
+        direct: DirectGraph | None = None,
     ) -> None:
         self.nbytes = nbytes
         self._graph = graph
         self._copying = copying
+        self._bare = bare
+        self._direct = direct
+        if bare is not None and _submitter is not None:
+            self.submit = _native_submit(bare, direct, self.submit)  # type: ignore[method-assign]
         self._random = random
 
     def launch(
@@ -250,37 +270,29 @@ class CudaGraph(BaseGraph):
         results: Sequence[torch.Tensor],
         event: Event,
     ) -> None:
-        copying = self._copying
         # All in one function, since it runs for each call: the same steps as `BaseGraph.submit`, in the same order.
-        if (
-            copying is None
-            or copying.whole is None
-            or (not results and bool(sources))
-            or type(stream) is not CudaStream
-            or type(event) is not CudaEvent
-            or event.driver is None
-        ):
+        graph = self._direct if results else None if sources else self._bare
+        if graph is None or type(stream) is not CudaStream or type(event) is not CudaEvent or event.driver is None:
             super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
             return
+        handle = graph.handle
+        if results:
+            if len(sources) != len(graph.inputs) or len(results) != len(graph.outputs):
+                raise RuntimeError(
+                    f"{len(graph.inputs)} inputs and {len(graph.outputs)} results, not {len(sources)} and {len(results)}"
+                )
+            for port, tensor in zip(graph.inputs + graph.outputs, [*sources, *results]):  # noqa: B905
+                address = tensor.data_ptr()
+                if address != port.now:
+                    if not tensor.is_cuda:  # pinned memory takes another kind of node
+                        super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
+                        return
+                    port.point(handle, address)
         if origin is not None and (
             driver.cuStreamQuery(origin.driver)[0] is not _DONE if type(origin) is CudaStream else not origin.query()
         ):
             origin.record(mark)
             stream.wait(mark)
-        handle = copying.handle
-        if results:
-            before, after = copying.whole
-            if len(sources) != len(before) or len(results) != len(after):
-                raise RuntimeError(f"{len(before)} inputs and {len(after)} results, not {len(sources)} and {len(results)}")
-            copying.is_set = True
-            for port, tensor in zip(before, sources):  # noqa: B905
-                if tensor.data_ptr() != port.now:
-                    port.point(handle, tensor)
-            for port, tensor in zip(after, results):  # noqa: B905
-                if tensor.data_ptr() != port.now:
-                    port.point(handle, tensor)
-        elif copying.is_set:
-            copying.set((), ())
         answer = driver.cuGraphLaunch(handle, stream.driver)
         if answer[0] is not _DONE:
             _check("launching a graph", answer)
@@ -289,9 +301,11 @@ class CudaGraph(BaseGraph):
             _check("recording an event", answer)
 
     def close(self) -> None:
-        if self._copying is not None:
-            self._copying.close()
-            self._copying = None
+        self.__dict__.pop("submit", None)  # a cycle
+        for made in (self._copying, self._bare, self._direct):
+            if made is not None:
+                made.close()
+        self._copying = self._bare = self._direct = None
         self._graph.reset()
 
 
@@ -308,6 +322,7 @@ class CudaDevice(BaseDevice):
     def __init__(self, index: int) -> None:
         super().__init__()
         torch.cuda.init()
+        _load_submitter()
         self.index = index
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
@@ -353,6 +368,9 @@ class CudaDevice(BaseDevice):
             return _not_now(error)
 
     def probe(self, event: Event) -> Callable[[], bool]:
+        if _submitter is not None and isinstance(event, CudaEvent):
+            probe: Callable[[], bool] = _submitter.Probe(event)
+            return probe
         return functools.partial(torch._C._CudaEventBase.query, event)  # type: ignore[arg-type]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -393,8 +411,8 @@ class CudaDevice(BaseDevice):
             with _no_collection(), random.captured():
                 outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
-            copying = _copying(graph, inputs, outputs, ordered=ordered)
-            return CudaGraph(graph, copying, random if random.draws else None, nbytes), outputs
+            copying, bare, direct = _executables(graph, inputs, outputs, ordered=ordered)
+            return CudaGraph(graph, copying, random if random.draws else None, nbytes, bare, direct), outputs
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         return _capture_lock
@@ -531,6 +549,42 @@ def _graph(random: _Random) -> torch.cuda.CUDAGraph:
     return torch.cuda.CUDAGraph()
 
 
+def _load_submitter() -> None:
+    """In a native build, import the compiled module that submits, and give it the driver's functions.
+
+    Raises:
+        ImportError: the driver lacks one of them.
+    """
+    global _submitter  # noqa: PLW0603  # a process has one driver
+    if IMPLEMENTATION != "native" or _submitter is not None:
+        return
+    submitter = importlib.import_module("aiotrt.devices._submitter")
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    addresses = {}
+    for name in submitter.NAMES:
+        try:
+            addresses[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        except AttributeError:
+            raise ImportError(f"the CUDA driver has no {name}: update it, or set AIOTRT_IMPL=python") from None
+    submitter.fill(addresses)
+    _submitter = submitter
+
+
+def _native_submit(bare: DirectGraph, direct: DirectGraph | None, fallback: Callable[..., None]) -> Callable[..., None]:
+    ports = [] if direct is None else [*direct.inputs, *direct.outputs]
+    made = _submitter.Submitter(
+        int(bare.handle),
+        0 if direct is None else int(direct.handle),
+        int(bare.context),
+        [(int(port.node), port.buffer.data_ptr(), port.buffer.nbytes) for port in ports],
+        0 if direct is None else len(direct.inputs),
+        fallback,
+        _fail,
+    )
+    submit: Callable[..., None] = made.submit
+    return submit
+
+
 def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:
     """What a node of a graph calls it by; given a stream, an event that was never recorded is, since torch makes it then."""
     if event is None:
@@ -541,19 +595,33 @@ def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:
     return event.driver
 
 
-def _copying(
+def _executables(
     graph: torch.cuda.CUDAGraph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, ordered: bool
-) -> CopyingGraph | None:
+) -> tuple[CopyingGraph | None, DirectGraph | None, DirectGraph | None]:
+    """What is launched: a graph that makes any copies, one without, and one with those of most calls."""
     try:
         raw = int(graph.raw_cuda_graph())
     except (AttributeError, RuntimeError):  # an older torch; or it was not kept
-        return None
+        return None, None, None
+    made: list[CopyingGraph | DirectGraph] = []
     try:
-        return CopyingGraph(raw, inputs, outputs, _check, ordered=ordered)
+        made.append(copying := CopyingGraph(raw, inputs, outputs, _check, ordered=ordered))
+        if ordered:
+            return copying, None, None
+        made.append(bare := DirectGraph(raw, (), (), _check))
+        if not copying.is_whole:
+            return copying, bare, None
+        return copying, bare, DirectGraph(raw, inputs, outputs, _check)
     except RuntimeError as error:  # a node that no child graph may have
         _log.debug("a graph is replayed by torch: %s", error)
+        for each in made:
+            each.close()
         graph.instantiate()
-        return None
+        return None, None, None
+    except BaseException:
+        for each in made:
+            each.close()
+        raise
 
 
 def _record(
@@ -633,6 +701,11 @@ def _check(doing: str, answer: tuple[Any, ...]) -> tuple[Any, ...]:
     if code in PASSING:
         raise RuntimeError(f"{doing} failed: {status.name} ({code})")
     raise DeviceError(f"the device failed while {doing}", code=code, name=status.name)
+
+
+def _fail(doing: str, status: int) -> None:
+    """Raise the error of a status that the compiled module got."""
+    _check(doing, (driver.CUresult(status),))
 
 
 def _code(error: BaseException) -> tuple[int, str]:

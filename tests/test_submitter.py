@@ -1,0 +1,256 @@
+"""The compiled module that submits, against a stand-in driver: what it asks of the driver, in which order, what it refuses.
+
+`tests/gpu/test_submitter.py` compares it with the plain form on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.standin.driver import Driver, Kind, Logged, missing, submitter
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"compiling: {missing()}")
+
+BARE, DIRECT, CONTEXT = 11, 12, 13
+STREAM, CALLER, EVENT = 21, 22, 31
+#: Nodes, and the addresses and sizes of the buffers: two inputs and one output.
+PORTS = [(41, 0x1000, 64), (42, 0x2000, 128), (43, 0x3000, 32)]
+
+
+@dataclass
+class Tensor:
+    """What the module asks of a tensor."""
+
+    address: int
+    is_cuda: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass
+class Event:
+    address: int = EVENT
+
+
+class Stream:
+    def __init__(self, handle: int, log: list[tuple[Any, ...]]) -> None:
+        self.handle = handle
+        self._log = log
+
+    def record(self, event: Event) -> None:
+        self._log.append(("record", self.handle, event))
+
+    def wait(self, event: Event) -> None:
+        self._log.append(("wait", self.handle, event))
+
+
+class Bench:
+    """A submitter, and what it did."""
+
+    def __init__(self, driver: Driver, module: Any, *, has_direct: bool = True) -> None:
+        self.driver = driver
+        self.log: list[tuple[Any, ...]] = []
+        self.stream, self.caller = Stream(STREAM, self.log), Stream(CALLER, self.log)
+        self.mark = Event(99)
+        self.event = Event()
+        self.made = module.Submitter(
+            BARE, DIRECT if has_direct else 0, CONTEXT, PORTS if has_direct else [], 2, self._fallback, self._fail
+        )
+
+    def _fallback(self, *arguments: object) -> None:
+        self.log.append(("fallback", *arguments))
+
+    def _fail(self, doing: str, status: int) -> None:
+        raise RuntimeError(f"{doing}: {status}")
+
+    def submit(
+        self, sources: tuple[Tensor, ...] = (), results: tuple[Tensor, ...] = (), origin: Stream | None = None
+    ) -> None:
+        self.made.submit(self.stream, origin, self.mark, (), sources, (), results, self.event)
+
+
+LAUNCH = Logged(Kind.GRAPH_LAUNCH, BARE, STREAM)
+LAUNCH_DIRECT = Logged(Kind.GRAPH_LAUNCH, DIRECT, STREAM)
+RECORD = Logged(Kind.EVENT_RECORD, EVENT, STREAM)
+SOURCES, RESULTS = (Tensor(0xA000), Tensor(0xB000)), (Tensor(0xC000),)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return submitter(tmp_path_factory.mktemp("submitter"))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, module: Any) -> Driver:
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    module.fill(driver.addresses(module.NAMES))
+    return driver
+
+
+@pytest.fixture
+def bench(library: Driver, module: Any) -> Bench:
+    library.take()
+    return Bench(library, module)
+
+
+def copies(sources: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> list[Logged]:
+    """The calls that point the nodes at these."""
+    into = [
+        Logged(Kind.SET_COPY, DIRECT, node, (tensor.address, buffer, nbytes))
+        for tensor, (node, buffer, nbytes) in zip(sources, PORTS, strict=False)
+    ]
+    node, buffer, nbytes = PORTS[2]
+    return [*into, *[Logged(Kind.SET_COPY, DIRECT, node, (buffer, tensor.address, nbytes)) for tensor in results]]
+
+
+def test_a_launch_without_copies_is_two_calls(bench: Bench) -> None:
+    bench.submit()
+    assert bench.driver.take() == [LAUNCH, RECORD]
+    assert bench.log == []
+
+
+def test_copies_are_pointed_at_the_callers_memory_before_the_launch(bench: Bench) -> None:
+    bench.submit(SOURCES, RESULTS)
+    assert bench.driver.take() == [*copies(SOURCES, RESULTS), LAUNCH_DIRECT, RECORD]
+
+
+def test_only_what_changed_is_pointed_anew(bench: Bench) -> None:
+    bench.submit(SOURCES, RESULTS)
+    bench.driver.take()
+    bench.submit(SOURCES, RESULTS)
+    assert bench.driver.take() == [LAUNCH_DIRECT, RECORD]
+    other = Tensor(0xB100)
+    bench.submit((SOURCES[0], other), RESULTS)
+    assert bench.driver.take() == [copies((SOURCES[0], other), ())[1], LAUNCH_DIRECT, RECORD]
+
+
+def test_the_callers_stream_is_waited_for_only_while_it_is_busy(bench: Bench) -> None:
+    bench.submit(origin=bench.caller)
+    assert bench.driver.take() == [Logged(Kind.STREAM_QUERY, CALLER, 0), LAUNCH, RECORD]
+    assert bench.log == []
+    for status in (600, 700, 900):  # not ready, a fault, a capture: what is done instead says what it is
+        bench.driver.answer(Kind.STREAM_QUERY, status)
+        bench.submit(origin=bench.caller)
+        assert bench.driver.take() == [Logged(Kind.STREAM_QUERY, CALLER, 0), LAUNCH, RECORD]
+        assert bench.log == [("record", CALLER, bench.mark), ("wait", STREAM, bench.mark)]
+        bench.log.clear()
+
+
+@pytest.mark.parametrize(
+    ("sources", "results"),
+    [
+        (SOURCES, ()),  # inputs without results: a lease's
+        (SOURCES[:1], RESULTS),
+        (SOURCES, RESULTS * 2),
+        ((SOURCES[0], Tensor(0xB000, is_cuda=False)), RESULTS),
+        (SOURCES, (Tensor(0xC000, is_cuda=False),)),
+    ],
+)
+def test_what_it_cannot_submit_goes_to_the_fallback_whole(
+    bench: Bench, sources: tuple[Tensor, ...], results: tuple[Tensor, ...]
+) -> None:
+    bench.submit(sources, results, bench.caller)
+    assert bench.log == [("fallback", bench.stream, bench.caller, bench.mark, (), sources, (), results, bench.event)]
+    assert not {Kind.GRAPH_LAUNCH, Kind.EVENT_RECORD} & {call.kind for call in bench.driver.take()}
+
+
+def test_a_graph_without_copies_of_its_own_leaves_calls_to_the_fallback(library: Driver, module: Any) -> None:
+    bench = Bench(library, module, has_direct=False)
+    bench.submit(SOURCES, RESULTS)
+    assert bench.log[0][0] == "fallback"
+    library.take()
+    bench.submit()
+    assert library.take() == [LAUNCH, RECORD]
+
+
+def test_an_event_that_was_never_recorded_goes_to_the_fallback(bench: Bench) -> None:
+    bench.event = Event(0)
+    bench.submit()
+    assert bench.log[0][0] == "fallback"
+    assert bench.driver.take() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "doing"),
+    [
+        (Kind.GRAPH_LAUNCH, "launching a graph"),
+        (Kind.EVENT_RECORD, "recording an event"),
+        (Kind.SET_COPY, "setting the address of a copy"),
+    ],
+)
+def test_an_error_is_raised_and_says_what_failed(bench: Bench, kind: Kind, doing: str) -> None:
+    bench.driver.answer(kind, 700)
+    with pytest.raises(RuntimeError, match=f"{doing}: 700"):
+        bench.submit(SOURCES, RESULTS)
+    assert bench.driver.take()[-1].kind == kind, "nothing is asked after an error"
+    bench.submit(SOURCES, RESULTS)
+    calls = bench.driver.take()
+    assert calls[-2:] == [LAUNCH_DIRECT, RECORD]
+    assert kind != Kind.SET_COPY or calls[:3] == copies(SOURCES, RESULTS), "a node that failed is pointed anew"
+
+
+def test_an_input_whose_address_raises_is_the_callers_error(bench: Bench) -> None:
+    class Bad(Tensor):
+        def data_ptr(self) -> int:
+            raise ValueError("no address")
+
+    with pytest.raises(ValueError, match="no address"):
+        bench.submit((SOURCES[0], Bad(0)), RESULTS)
+    assert not {Kind.GRAPH_LAUNCH, Kind.EVENT_RECORD} & {call.kind for call in bench.driver.take()}
+
+
+def test_a_probe_answers_as_the_event_does(bench: Bench, module: Any) -> None:
+    event = Event(0)
+    probe = module.Probe(event)
+    assert probe() is True, "an event that was never recorded is complete"
+    assert bench.driver.take() == []
+    event.address = EVENT
+    for status, answer in ((0, True), (600, False)):
+        bench.driver.answer(Kind.EVENT_QUERY, status)
+        assert probe() is answer
+        assert bench.driver.take() == [Logged(Kind.EVENT_QUERY, EVENT, 0)]
+    bench.driver.answer(Kind.EVENT_QUERY, 719)
+    with pytest.raises(RuntimeError, match="719"):
+        probe()
+
+
+def test_a_probe_keeps_its_event(module: Any) -> None:
+    class Tracked(Event):
+        pass
+
+    event = Tracked()
+    reference = weakref.ref(event)
+    probe = module.Probe(event)
+    del event
+    gc.collect()
+    assert reference() is not None
+    del probe
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_driver_without_one_of_the_functions_is_an_error(module: Any, library: Driver) -> None:
+    addresses = library.addresses(module.NAMES)
+    for name in module.NAMES:
+        with pytest.raises(KeyError, match=name):
+            module.fill({key: value for key, value in addresses.items() if key != name})
+    module.fill(addresses)
+
+
+def test_it_frees_what_it_has(library: Driver, module: Any) -> None:
+    class Fallback:
+        def __call__(self, *_: object) -> None:
+            raise AssertionError
+
+    fallback = Fallback()
+    reference = weakref.ref(fallback)
+    made = [module.Submitter(BARE, DIRECT, CONTEXT, PORTS, 2, fallback, None) for _ in range(1000)]
+    del made, fallback
+    gc.collect()
+    assert reference() is None
