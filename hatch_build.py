@@ -19,8 +19,9 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-#: boundscheck and wraparound keep Python's meaning: a wrong index raises IndexError. Types come from .pxd files alone.
-DIRECTIVES = {"language_level": 3, "annotation_typing": False, "freethreading_compatible": True}
+#: boundscheck and wraparound keep Python's meaning: a wrong index raises IndexError. With nonecheck an attribute of None
+#: raises AttributeError, as in Python, where a typed one would crash. Types come from .pxd files alone.
+DIRECTIVES = {"language_level": 3, "annotation_typing": False, "freethreading_compatible": True, "nonecheck": True}
 
 
 class NativeBuildHook(BuildHookInterface):

@@ -22,6 +22,8 @@ COMPILED: Final = (
     "aiotrt.completion.waiter",
     "aiotrt.devices._submitter",
     "aiotrt.runtime.executor",
+    "aiotrt.runtime.hold",
+    "aiotrt.runtime.programs",
     "aiotrt.runtime.replay",
     "aiotrt.runtime.request",
     "aiotrt.runtime.route",

@@ -13,10 +13,11 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
-from aiotrt.buffers import Buffer, Buffers, Hold
+from aiotrt.buffers import Buffer, Buffers
 from aiotrt.devices import Event
 from aiotrt.errors import AiotrtError, ModelClosedError, UsageError
 from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.hold import Hold
 from aiotrt.tensors import Kind, Shapes, Specs
 
 __all__ = ["Lease"]
@@ -106,7 +107,7 @@ class Lease:
         """
         hold = self._held()
         hold.check_submitted()
-        return hold.launch(is_given=True).event
+        return hold.launch(True).event
 
     async def replay(self) -> Any:
         """Launch, and wait for the results.
@@ -124,7 +125,7 @@ class Lease:
             hold = self._held()
         hold.check()
         executor = hold.executor
-        replay = hold.launch_in_worker() if hold.program.blocking else hold.launch(is_given=False)
+        replay = hold.launch_in_worker() if hold.program.blocking else hold.launch(False)
         executor.replays.add(replay)
         try:
             await replay
@@ -134,6 +135,7 @@ class Lease:
             raise
         finally:
             executor.replays.discard(replay)
+        hold.awaited(replay)
         hold.check()
         return hold.results()
 

@@ -390,7 +390,7 @@ class Model:
             raise self._not_open()
         gatherer = self._gatherer
         counts: dict[str, Any] = {state.value: executor.machine.count(state) for state in State}
-        calls: dict[str, Any] = {"expired": 0, "padding": 0, "batches": {}} | vars(executor.counters)
+        calls: dict[str, Any] = {"expired": 0, "padding": 0, "batches": {}} | executor.counters.as_dict()
         if gatherer is not None:
             calls |= vars(gatherer.counters) | {"batches": dict(sorted(gatherer.counters.batches.items()))}
         return Statistics(

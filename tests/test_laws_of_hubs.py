@@ -677,6 +677,34 @@ async def test_a_timer_that_has_fired_is_read() -> None:
     assert hub.wakes == wakes
 
 
+async def test_lanes_that_are_due_are_polled_in_the_order_of_their_times() -> None:
+    world = World()
+    order: list[float] = []
+
+    def query(seconds: float) -> Callable[[], bool]:
+        def ask() -> bool:
+            order.append(seconds)
+            return True
+
+        return ask
+
+    lengths = (0.003, 0.001, 0.002)
+    for few in (lengths, lengths[:2]):
+        for seconds in few:
+            world.hub.watch(Lane(), query(seconds), lambda _: None, estimate=learned(seconds))
+        world.stall(0.010)
+        await world.advance(0.001)
+        assert order == sorted(few)
+        order.clear()
+
+
+async def test_a_timer_that_fires_without_having_been_set_teaches_nothing() -> None:
+    world = World()
+    before = list(world.hub._lateness.ahead)
+    world.fire()
+    assert world.hub._lateness.ahead == before
+
+
 # --- Where the device tells ---------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from aiotrt.runtime.slots import Event, Grant, Slots
 
 @pytest.mark.parametrize(("count", "preferred"), [(n, i) for n in range(1, 5) for i in range(n)])
 def test_the_preferred_slot_is_found_wherever_it_is(count: int, preferred: int) -> None:
-    slots: Slots[str] = Slots(count)
+    slots: Slots = Slots(count)
     assert slots.request("a", prefer={preferred}) == Grant(preferred, "a")
     others = [i for i in range(count) if i != preferred]
     granted = [slots.request(ticket) for ticket in "bcde"[: len(others)]]
@@ -19,7 +19,7 @@ def test_the_preferred_slot_is_found_wherever_it_is(count: int, preferred: int) 
 
 
 def test_callers_may_leave_from_anywhere_and_the_others_keep_their_order() -> None:
-    slots: Slots[object] = Slots(1)
+    slots: Slots = Slots(1)
     slots.request(object())
     tickets = [object() for _ in range(1000)]
     for ticket in tickets:
@@ -34,7 +34,7 @@ def test_callers_may_leave_from_anywhere_and_the_others_keep_their_order() -> No
 @pytest.mark.parametrize("freed", [0, 1])
 def test_a_freed_slot_goes_to_the_first_in_line_whatever_others_prefer(freed: int) -> None:
     for prefers in itertools.product(((), (0,), (1,), (0, 1)), repeat=3):
-        slots: Slots[str] = Slots(2)
+        slots: Slots = Slots(2)
         holders = [slots.request(ticket) for ticket in "ab"]
         assert holders == [Grant(0, "a"), Grant(1, "b")]
         for ticket, prefer in zip("cde", prefers, strict=True):

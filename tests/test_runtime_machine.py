@@ -31,7 +31,7 @@ DEFECTS = [
     ("runtime.executor", "Executor._completed", "self.move(slot, COMPLETE)"),
     ("runtime.executor", "Executor.abandon", "self.machine.withdraw(request)"),
     ("runtime.executor", "Executor.break_down", "self.reject(request, error)"),
-    ("buffers", "Hold._record_readers", "self.slot.gates.append("),
+    ("runtime.hold", "Hold._record_readers", "self.slot.gates.append("),
     ("completion.poller", "Hub._poll", "self.is_polling = False"),
 ]
 

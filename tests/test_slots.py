@@ -50,7 +50,7 @@ def test_the_table_is_what_the_design_says() -> None:
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(WAYS, Event)))
 def test_every_pair_either_moves_as_the_table_says_or_raises_and_changes_nothing(state: State, event: Event) -> None:
-    slots: Slots[str] = Slots(1)
+    slots: Slots = Slots(1)
     slots.request("a")
     for step in WAYS[state]:
         slots.move(0, step)
@@ -66,7 +66,7 @@ def test_every_pair_either_moves_as_the_table_says_or_raises_and_changes_nothing
 
 
 def test_a_free_slot_is_granted_at_once_and_otherwise_the_ticket_waits() -> None:
-    slots: Slots[str] = Slots(2)
+    slots: Slots = Slots(2)
     assert slots.request("a") == Grant(0, "a")
     assert slots.request("b") == Grant(1, "b")
     assert slots.request("c") is None
@@ -74,7 +74,7 @@ def test_a_free_slot_is_granted_at_once_and_otherwise_the_ticket_waits() -> None
 
 
 def test_a_freed_slot_goes_to_the_first_in_line() -> None:
-    slots: Slots[str] = Slots(1)
+    slots: Slots = Slots(1)
     slots.request("a")
     slots.request("b")
     slots.request("c")
@@ -87,7 +87,7 @@ def test_a_freed_slot_goes_to_the_first_in_line() -> None:
 
 
 def test_one_who_withdrew_is_passed_over() -> None:
-    slots: Slots[int] = Slots(1)
+    slots: Slots = Slots(1)
     for ticket in range(4):
         slots.request(ticket)
     slots.withdraw(1)
@@ -96,14 +96,14 @@ def test_one_who_withdrew_is_passed_over() -> None:
 
 
 def test_a_preferred_slot_is_chosen_among_the_free() -> None:
-    slots: Slots[str] = Slots(3)
+    slots: Slots = Slots(3)
     assert slots.request("a", prefer={2}) == Grant(2, "a")
     assert slots.request("b", prefer={2}) == Grant(0, "b")
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_the_line_is_bounded(bound: int) -> None:
-    slots: Slots[int] = Slots(1, bound)
+    slots: Slots = Slots(1, bound)
     slots.request(-1)
     for ticket in range(bound):
         assert slots.request(ticket) is None
@@ -115,7 +115,7 @@ def test_the_line_is_bounded(bound: int) -> None:
 
 @pytest.mark.parametrize("end", ["served", "withdrawn"])
 def test_who_is_not_bounded_does_not_count_in_line(end: str) -> None:
-    slots: Slots[int] = Slots(1, 1)
+    slots: Slots = Slots(1, 1)
     slots.request(0)
     for ticket in (1, 2, 3):
         assert slots.request(ticket, bounded=False) is None
@@ -135,20 +135,20 @@ def test_who_is_not_bounded_does_not_count_in_line(end: str) -> None:
 
 
 def test_a_fault_of_a_free_slot_takes_it_out_of_the_pool() -> None:
-    slots: Slots[str] = Slots(2)
+    slots: Slots = Slots(2)
     slots.move(0, Event.FAULT)
     assert slots.request("a") == Grant(1, "a")
     assert slots.request("b") is None
 
 
 def test_repr_counts() -> None:
-    slots: Slots[str] = Slots(2)
+    slots: Slots = Slots(2)
     slots.request("a")
     assert repr(slots) == "<Slots 1 free, 1 claimed, 0 waiting>"
 
 
 def test_leaving_the_queue_keeps_memory_proportional_to_those_who_wait() -> None:
-    slots: Slots[object] = Slots(1)
+    slots: Slots = Slots(1)
     slots.request(object())
     staying = object()
     slots.request(staying)
@@ -169,12 +169,12 @@ class Callers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots: Slots[int] = Slots(3, max_waiting=4)
+        self.slots: Slots = Slots(3, max_waiting=4)
         self.line: list[int] = []  # the model: who waits, in order
         self.uncounted: set[int] = set()
         self.holders: dict[int, int] = {}  # slot to ticket
 
-    def take(self, grant: Grant[int] | None) -> None:
+    def take(self, grant: Grant | None) -> None:
         if grant is None:
             return
         if self.line:
@@ -242,7 +242,7 @@ TestCallers = Callers.TestCase
 
 @pytest.mark.parametrize("bound", [1, 2])
 def test_when_all_have_left_the_queue_as_many_may_wait_as_before(bound: int) -> None:
-    slots: Slots[int] = Slots(1, bound)
+    slots: Slots = Slots(1, bound)
     slots.request(0)
     for _ in range(2):
         for ticket in range(1, 1 + bound):

@@ -1,8 +1,11 @@
 # Types for the compiled build. lane.py is the source, and runs without this file.
 
+from aiotrt.completion.prediction cimport Estimate
+
 cdef class Pending:
     cdef object __weakref__
-    cdef public object confirm, estimate, hang_timeout, on_done, query
+    cdef public object confirm, hang_timeout, on_done, query
+    cdef public Estimate estimate
     cdef public double notified, submitted
 
 cdef class Lane:

@@ -1,6 +1,7 @@
 # Types for the compiled build. poller.py is the source, and runs without this file.
 cimport cython
 from aiotrt.completion.lane cimport Lane, Pending
+from aiotrt.completion.prediction cimport Estimate, Lateness
 from aiotrt.completion.waiter cimport Waiter
 
 cdef class Hub:
@@ -9,10 +10,11 @@ cdef class Hub:
     cdef public long polls, wakes
     cdef public bint is_polling, _closed
     cdef public long _users
-    cdef public object _loop, _clock, _spin, _timer, _read, _lateness, _soon, _waking
+    cdef public object _loop, _clock, _timer, _read, _soon, _waking
     cdef public list lanes
-    cdef public double _armed, _slept
-    @cython.locals(lane=Lane, head=Pending, now=double, start=double, started=double, planned=double, earliest=double, ran=double, left=long, number=long, is_first=bint, is_complete=bint)
+    cdef public Lateness _lateness
+    cdef public double _armed, _slept, _spin
+    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, lanes=list, due=list, now=double, start=double, started=double, planned=double, earliest=double, ran=double, left=long, is_first=bint, is_complete=bint)
     cpdef _poll(self)
     @cython.locals(waiter=Waiter, woken=long)
     cpdef _wake(self, double start, long least=*)
@@ -20,6 +22,8 @@ cdef class Hub:
     cpdef add(self, Lane lane, Pending pending, when_complete=*)
     cpdef _unlist(self, Lane lane)
     cpdef _arm(self, double now, double due, bint was_long=*)
-    @cython.locals(wait=double)
+    @cython.locals(wait=double, estimate=Estimate, ahead=list)
     cpdef double _first_poll(self, double now, Pending head) except? -1
+    @cython.locals(estimate=Estimate, spin=double, predicted=double, aim=double)
+    cpdef double _next_poll(self, double now, Lane lane, Pending head, double started) except? -1
     cpdef finish(self, Waiter waiter)

@@ -234,10 +234,9 @@ class Hub:
             self._loop.call_soon_threadsafe(self._notified, lane)
 
     def _notified(self, lane: Lane) -> None:
-        if lane.pending and not self._closed:
-            lane.due = self._clock()
-            if self._soon is None:
-                self._poll()
+        lane.due = self._clock()
+        if self._soon is None:
+            self._poll()
 
     # Polling...
 
@@ -267,13 +266,9 @@ class Hub:
         due = [lane for lane in lanes if lane.due <= now]
         if len(due) > 1:
             due.sort(key=_DUE)
-        number = 0
         self.is_polling = True
         try:
             for lane in due:
-                if number and clock() - start > TURN:
-                    break  # the others are the first after the loop's turn
-                number += 1
                 planned = lane.due
                 pending = lane.pending
                 left = len(pending)  # only what is pending now: what callbacks submit is polled next time
@@ -335,15 +330,17 @@ class Hub:
                         lane.due = self._first_poll(lane.last_done, pending[0])
                     else:
                         self._unlist(lane)
+                    now = clock()
+                if now - start > TURN:
+                    break  # the others are the first after the loop's turn
         finally:
             # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
             self.is_polling = False
-            if lanes and self._soon is None:
+            if lanes:
                 earliest = inf
                 for lane in lanes:
                     if lane.due < earliest:
                         earliest = lane.due
-                now = clock()
                 self._arm(now, earliest, now - start > TURN)
         if self.finished and self._waking is None:
             self._wake(start)

@@ -23,7 +23,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -66,24 +65,38 @@ IN_PLACE_BYTES: Final = 128 << 10
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
 
+_COUNTERS: Final = (
+    "submitted", "completed", "failed", "cancelled", "rejected", "replays", "fallback_runs", "captures", "hits", "misses",
+    "evictions",
+)  # fmt: skip
+
 _forks = 0
 
 
-@dataclass
 class Counters:
-    """What happened so far, in numbers."""
+    """What happened so far, in numbers.
 
-    submitted: int = 0
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    rejected: int = 0
-    replays: int = 0  # launches of programs that are one graph
-    fallback_runs: int = 0  # launches of programs that are not
-    captures: int = 0  # programs built
-    hits: int = 0  # requests whose program was there
-    misses: int = 0  # requests whose program had to be built first
-    evictions: int = 0
+    Attributes:
+        submitted: requests that came in.
+        completed: those that had results, and were still wanted.
+        failed: those that had an error.
+        cancelled: those whose callers left.
+        rejected: those that found the queue full.
+        replays: launches of programs that are one graph.
+        fallback_runs: launches of programs that are not.
+        captures: programs built.
+        hits: requests whose program was there.
+        misses: requests whose program had to be built first.
+        evictions: programs freed, since others needed their place.
+    """
+
+    def __init__(self) -> None:
+        self.submitted = self.completed = self.failed = self.cancelled = self.rejected = 0
+        self.replays = self.fallback_runs = self.captures = self.hits = self.misses = self.evictions = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """All of them, by name."""
+        return {name: getattr(self, name) for name in _COUNTERS}
 
 
 class Executor:
@@ -123,7 +136,7 @@ class Executor:
         self.counters = Counters()
         self.hub = hub
         self.loop = asyncio.get_running_loop()
-        self.machine: Slots[Request] = Slots(slots, max_queue)
+        self.machine: Slots = Slots(slots, max_queue)
         self.fallbacks: dict[str, None] = {}  # reasons, in order of appearance
         self.broken: DeviceError | None = None
         self.closing = False
@@ -137,7 +150,7 @@ class Executor:
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
         self._latest: Slot | None = None  # without overlap: who launched last
         self._idle: asyncio.Future[None] | None = None
-        self._granted: deque[Grant[Request]] = deque()
+        self._granted: deque[Grant] = deque()
         self._serving = False
         self._forks = _forks
         self._route: Route | None = None  # of the call before
@@ -280,7 +293,7 @@ class Executor:
 
     # Being served...
 
-    def _serve(self, grant: Grant[Request]) -> None:
+    def _serve(self, grant: Grant) -> None:
         # A loop, not a recursion: a request that fails at once frees its slot at once, and the line may be long.
         if self._serving:
             self._granted.append(grant)
@@ -398,7 +411,8 @@ class Executor:
         self.hub.add(slot.lane, request, slot.when_complete)
         if origin is not None:
             try:
-                if origin.handle == self.device.current_handle() and not torch.is_inference_mode_enabled():
+                is_current = not was_queued or origin.handle == self.device.current_handle()
+                if is_current and not torch.is_inference_mode_enabled():
                     program.spare = origin.handle, [make() for make in program.makers]
             except DeviceError as error:
                 self.device.fail(error)
@@ -833,9 +847,7 @@ class Executor:
         if not self._overlap:
             self._latest = slot
         device = self.device
-        replay.confirm = partial(device.query, replay.event)
         replay.estimate = program.estimate
-        replay.hang_timeout = self.hang_timeout
         self.hub.add(slot.lane, replay, partial(device.when_complete, replay.event) if device.tells else None)
 
     def lease_completed(self, slot: Slot, number: int, error: BaseException | None) -> None:

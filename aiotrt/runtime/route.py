@@ -42,9 +42,11 @@ class Route:
 
     __slots__ = (
         "_count",
+        "_dtypes",
         "_holds",
         "_index",
-        "_inputs",
+        "_sizes",
+        "_types",
         "holders",
         "kind",
         "nbytes",
@@ -74,9 +76,9 @@ class Route:
         self._holds = device.holds
         self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
         self._count = len(arguments)
-        self._inputs: list[tuple[type, Any, tuple[int, ...]]] = [
-            (type(value), value.dtype, tuple(value.shape)) for value in values
-        ]
+        self._types = [type(value) for value in values]
+        self._dtypes = [value.dtype for value in values]
+        self._sizes = [tuple(value.shape) for value in values]
 
     @property
     def key(self) -> Key:
@@ -98,21 +100,23 @@ class Route:
         if len(values) != self._count:
             return False
         index = self._index
-        for value, (kind, dtype, shape) in zip(values, self._inputs):  # noqa: B905  # as many, and this is the hot path
-            if type(value) is not kind:
+        for i in range(self._count):
+            one: Any = values[i]
+            kind = self._types[i]
+            dtype = self._dtypes[i]
+            if type(one) is not kind:
                 return False
-            one: Any = value
             if kind is not _TENSOR:
-                if one.dtype != dtype or one.shape != shape:
+                if one.dtype != dtype or one.shape != self._sizes[i]:
                     return False
             elif (
                 one.dtype is not dtype
                 or one.layout is not _STRIDED
                 or one.is_nested
-                or one.shape != shape
+                or one.shape != self._sizes[i]
                 or not one.is_contiguous()
                 or one.is_neg()
-                or one.is_conj()
+                or (dtype.is_complex and one.is_conj())
                 or (one.__dict__ and not _HANDSHAKE.isdisjoint(one.__dict__))
                 or (one.get_device() != index if index is not None else not self._holds(one))
             ):
@@ -122,10 +126,10 @@ class Route:
     def still_matches(self, values: Sequence[object]) -> bool:
         """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""
         index = self._index
-        for value, (kind, dtype, shape) in zip(values, self._inputs):  # noqa: B905
-            one: Any = value
-            if one.dtype != dtype or one.shape != shape:
+        for i in range(self._count):
+            one: Any = values[i]
+            if one.dtype != self._dtypes[i] or one.shape != self._sizes[i]:
                 return False
-            if kind is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
+            if self._types[i] is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
                 return False
         return True

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from collections.abc import Container, Mapping
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 __all__ = [
     "BROKEN",
@@ -35,8 +35,6 @@ __all__ = [
     "Slots",
     "State",
 ]
-
-Ticket = TypeVar("Ticket")
 
 
 class _Named(enum.Enum):
@@ -126,14 +124,14 @@ class IllegalTransitionError(AssertionError):
     """A move that `TABLE` does not have: a bug in aiotrt, please report it."""
 
 
-class Grant(NamedTuple, Generic[Ticket]):
+class Grant(NamedTuple):
     """The action "give slot `slot` to `ticket`": the slot is CLAIMED already."""
 
     slot: int
-    ticket: Ticket
+    ticket: Any
 
 
-class Slots(Generic[Ticket]):
+class Slots:
     """N slots and the queue of callers who wait for one.
 
     Args:
@@ -145,7 +143,7 @@ class Slots(Generic[Ticket]):
         self.states: list[State] = [State.FREE] * count
         self.max_waiting = max_waiting
         self._free: list[int] = list(range(count - 1, -1, -1))
-        self._queue: OrderedDict[Ticket, bool] = OrderedDict()  # who waits, in order, and whether they count
+        self._queue: OrderedDict[Any, bool] = OrderedDict()  # who waits, in order, and whether they count
         self._counted = 0
 
     @property
@@ -157,7 +155,7 @@ class Slots(Generic[Ticket]):
         """How many slots are in `state`."""
         return self.states.count(state)
 
-    def request(self, ticket: Ticket, prefer: Container[int] = (), bounded: bool = True) -> Grant[Ticket] | None:
+    def request(self, ticket: Any, prefer: Container[int] = (), bounded: bool = True) -> Grant | None:
         """Ask for a slot.
 
         Args:
@@ -175,8 +173,11 @@ class Slots(Generic[Ticket]):
         free = self._free
         if free:
             at = len(free) - 1
-            if at and free[at] not in prefer:
-                at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)
+            if free[at] not in prefer:
+                for i in range(at - 1, -1, -1):
+                    if free[i] in prefer:
+                        at = i
+                        break
             slot = free.pop(at)
             self.states[slot] = CLAIMED
             return _new(Grant, (slot, ticket))
@@ -187,18 +188,18 @@ class Slots(Generic[Ticket]):
         self._queue[ticket] = bounded
         return None
 
-    def withdraw(self, ticket: Ticket) -> None:
+    def withdraw(self, ticket: Any) -> None:
         """`ticket` leaves the queue, in which it must be."""
         self._counted -= self._queue.pop(ticket)
 
-    def withdraw_all(self) -> list[Ticket]:
+    def withdraw_all(self) -> list[Any]:
         """Everybody leaves the queue; returned in order."""
         left = list(self._queue)
         self._queue.clear()
         self._counted = 0
         return left
 
-    def move(self, slot: int, event: Event) -> Grant[Ticket] | None:
+    def move(self, slot: int, event: Event) -> Grant | None:
         """Apply `event` to `slot`.
 
         Returns:

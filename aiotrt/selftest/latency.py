@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from aiotrt.buffers import Hold
 from aiotrt.devices import Device, Stream
+from aiotrt.runtime.hold import Hold
 from aiotrt.runtime.programs import Program
 from aiotrt.selftest.bench import Bench, together, within
 from aiotrt.selftest.instruments import Latch, StreamClock

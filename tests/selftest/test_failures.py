@@ -121,7 +121,7 @@ def test_results_that_do_not_wait_for_the_device(device: str, tmp_path: Path, mo
 
 
 def test_consumers_that_are_not_waited_for(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotrt.buffers.Hold.consumed", lambda self, stream: None)
+    monkeypatch.setattr("aiotrt.runtime.hold.Hold.consumed", lambda self, stream: None)
     found = failures(verified(tmp_path, device))
     assert found == {"consumers are waited for": "a slot ran again while a consumer of its results had not read them"}
 

@@ -54,17 +54,17 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "Executor.break_down", "self._granted.clear()", 0): (
         "not needed: one grant at a time is under way, and it is taken out before its request can break anything"
     ),
-    ("buffers.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
-    ("buffers.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
-    ("buffers.py", "Hold._completed", "self._unordered = None", 0): "saves waits for an event that is complete",
-    ("buffers.py", "Hold.leave", "self._left = True", 1): (
+    ("hold.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
+    ("hold.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
+    ("hold.py", "Hold._completed", "self._unordered = None", 0): "saves waits for an event that is complete",
+    ("hold.py", "Hold.leave", "self._left = True", 1): (
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
     ("poller.py", "Hub._notify", "del pending", 0): (
         "keeps the request, and so the caller's inputs, from being freed by the device's thread: a race of one instruction"
     ),
-    ("buffers.py", "Hold._check_written", "self._is_written = True", 0): "saves the next launch a look at each input",
+    ("hold.py", "Hold._check_written", "self._is_written = True", 0): "saves the next launch a look at each input",
     ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
     ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("programs.py", "Program.close", "self.graph = None", 0): "frees it: a closed program is dropped right after",

@@ -19,7 +19,7 @@ def line(requests: int) -> dict[str, int]:
     ways: dict[Any, int] = {}
     steps = 0
 
-    def go(slots: Slots[int], phase: tuple[str, ...], moves: tuple[int, ...]) -> int:
+    def go(slots: Slots, phase: tuple[str, ...], moves: tuple[int, ...]) -> int:
         nonlocal steps
         key = tuple(slots.states), tuple(slots._free), tuple(_standing(slots)), phase, moves
         if key in ways:
@@ -37,11 +37,11 @@ def line(requests: int) -> dict[str, int]:
     return {"ways": total, "states": len(ways), "steps": steps}
 
 
-def _standing(slots: Slots[int]) -> list[int]:
+def _standing(slots: Slots) -> list[int]:
     return list(slots._queue)
 
 
-def _possible(slots: Slots[int], phase: tuple[str, ...], moves: tuple[int, ...]) -> list[tuple[str, int, Move | None]]:
+def _possible(slots: Slots, phase: tuple[str, ...], moves: tuple[int, ...]) -> list[tuple[str, int, Move | None]]:
     found: list[tuple[str, int, Move | None]] = []
     for i, where in enumerate(phase):
         if where == "away":
@@ -58,13 +58,13 @@ def _possible(slots: Slots[int], phase: tuple[str, ...], moves: tuple[int, ...])
 
 
 def _after(
-    slots: Slots[int], phase: tuple[str, ...], moves: tuple[int, ...], what: tuple[str, int, Move | None]
-) -> tuple[Slots[int], tuple[str, ...], tuple[int, ...]]:
+    slots: Slots, phase: tuple[str, ...], moves: tuple[int, ...], what: tuple[str, int, Move | None]
+) -> tuple[Slots, tuple[str, ...], tuple[int, ...]]:
     kind, i, move = what
     slots = _copied(slots)
     where, count = list(phase), list(moves)
     waiting = _standing(slots)
-    grant: Grant[int] | None = None
+    grant: Grant | None = None
     if kind == "come":
         grant = slots.request(i)
         where[i] = "in line"
@@ -92,8 +92,8 @@ def _after(
     return slots, tuple(where), tuple(count)
 
 
-def _copied(slots: Slots[int]) -> Slots[int]:
-    other: Slots[int] = Slots(len(slots.states), slots.max_waiting)
+def _copied(slots: Slots) -> Slots:
+    other: Slots = Slots(len(slots.states), slots.max_waiting)
     other.states = list(slots.states)
     other._free = list(slots._free)
     for ticket in _standing(slots):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.buffers import Hold
 from aiotrt.devices import Event
+from aiotrt.runtime.hold import Hold
 from aiotrt.runtime.programs import Program, ProgramCache
 from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedDevice, SimulatedStream, Workers

@@ -1,0 +1,36 @@
+# Types for the compiled build. executor.py is the source, and runs without this file.
+cimport cython
+from aiotrt.completion.poller cimport Hub
+from aiotrt.runtime.programs cimport Program, ProgramCache
+from aiotrt.runtime.replay cimport Replay
+from aiotrt.runtime.request cimport Request, Slot
+from aiotrt.runtime.route cimport Route
+from aiotrt.runtime.slots cimport Slots
+
+cdef class Counters:
+    cdef public long captures, cancelled, completed, evictions, failed, fallback_runs, hits, misses, rejected, replays, submitted
+
+cdef class Executor:
+    cdef object __weakref__
+    cdef public object _granted, _idle, _latest, _likely, _origin, _stop_listening, _workers, broken, complete
+    cdef public Counters counters
+    cdef public object device, fallbacks, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, replays
+    cdef public object specs
+    cdef public list slots
+    cdef public bint _overlap, _serving, closing, is_discarded
+    cdef public long _forks
+    cdef public Hub hub
+    cdef public ProgramCache cache
+    cdef public Route _route
+    cdef public Slots machine
+    cpdef _enter(self, Request request, bint bounded, prefer)
+    @cython.locals(index=long, request=Request, slot=Slot, was_queued=bint)
+    cpdef _serve(self, grant)
+    @cython.locals(route=Route, program=Program, cache=ProgramCache, counters=Counters)
+    cpdef bint _replay(self, Slot slot, Request request, bint was_queued) except -1
+    cpdef _results(self, Program program, origin)
+    @cython.locals(request=Request)
+    cpdef _completed(self, Slot slot, error)
+    @cython.locals(program=Program)
+    cpdef launched(self, Slot slot, Replay replay)
+    cpdef lease_completed(self, Slot slot, long number, error)

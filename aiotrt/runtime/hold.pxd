@@ -1,0 +1,27 @@
+# Types for the compiled build. hold.py is the source, and runs without this file.
+cimport cython
+from aiotrt.runtime.executor cimport Executor
+from aiotrt.runtime.programs cimport Program
+from aiotrt.runtime.replay cimport Replay
+from aiotrt.runtime.request cimport Request, Slot
+
+cdef class Hold:
+    cdef object __weakref__
+    cdef public object kind, _current, _current_mark, _ever_written, _launches, _marks, _ordered, _sources, _state
+    cdef public object consumers
+    cdef public list _spares
+    cdef public bint unified, _is_short, _is_written, _left
+    cdef public Executor executor
+    cdef public Program program
+    cdef public Replay _last, _unordered
+    cdef public Request _request
+    cdef public Slot slot
+    cpdef check(self)
+    @cython.locals(executor=Executor, slot=Slot, replay=Replay)
+    cpdef launch(self, bint is_given)
+    cpdef awaited(self, Replay replay)
+    @cython.locals(executor=Executor, replay=Replay)
+    cpdef _completed(self, error)
+    cpdef results(self)
+    @cython.locals(launch=Replay)
+    cpdef handed_out(self, output)

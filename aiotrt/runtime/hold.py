@@ -1,0 +1,407 @@
+"""A lease's hold on its slot: what was written, launched and consumed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from aiotrt.completion.poller import check_loop
+from aiotrt.devices import Event, Stream
+from aiotrt.errors import AiotrtError, DeviceError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.runtime.executor import Executor
+from aiotrt.runtime.handshake import GraphState
+from aiotrt.runtime.launch import open_gates, submit_lease
+from aiotrt.runtime.programs import Program
+from aiotrt.runtime.replay import Replay
+from aiotrt.runtime.request import Request, Slot
+from aiotrt.runtime.slots import State
+from aiotrt.tensors import DEVICE, Kind, widened
+
+__all__ = ["Hold"]
+
+
+class _Orders(NamedTuple):
+    """What one launch has to do besides: inputs written since the last one (True from the host), and who else reads."""
+
+    sources: dict[int, bool]
+    consumers: dict[int, Stream]
+
+
+_NOTHING: Final = _Orders({}, {})
+
+
+def _nothing(_: BaseException | None) -> None:
+    pass
+
+
+def _nobody_knows() -> None:
+    # For a model that is closed before the loop hears that the lease is gone: without this its buffers were free at once.
+    raise UsageError("the lease was never left, so who reads its buffers is not known")
+
+
+class Hold:
+    """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
+
+    def __init__(self, executor: Executor, slot: Slot, request: Request, program: Program) -> None:
+        self.executor = executor
+        self.slot = slot
+        self.program = program
+        self.kind = request.kind
+        self.unified = executor.device.unified
+        self.consumers: dict[int, Stream] = {}  # streams that read the buffers, by handle
+        self._request = request
+        request.record_readers = self._record_readers
+        self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
+        self._ever_written: set[int] = set()
+        self._is_written = False  # whether every input was
+        self._last: Replay | None = None
+        self._unordered: Replay | None = None  # likewise, while it is not known to be complete
+        self._launches: deque[Replay] = deque()  # pending, in order
+        self._spares: list[Replay] = []  # those that were awaited, and whose events nobody else has
+        self._current: Stream | None = None  # the caller's, at the last launch
+        #: Whether a launch without new inputs and without extra consumers is one graph without copies.
+        self._is_short = program.graph is not None and slot.turn is None and not self.unified and self.kind is DEVICE
+        self._ordered: set[int] = set()  # streams that wait for it, by handle
+        self._current_mark: Event | None = None  # host: the last thing put on the current stream
+        self._marks: dict[int, Event] = {}  # likewise, of what writes each input
+        self._state = GraphState()
+        self._left = False
+
+    def open(self) -> None:
+        """Order the caller's stream after the previous consumers: it may write into buffers that they still read."""
+        if self.slot.gates and not self.unified:
+            current = self.executor.device.current_stream()
+            for gate in self.slot.gates:
+                current.wait(gate)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lease still has its slot."""
+        return not self._left and self.slot.request is self._request and not self._request.is_revoked
+
+    def check(self) -> None:
+        """Raise unless the lease is held, here, on a working model."""
+        executor = self.executor
+        if asyncio._get_running_loop() is not executor.loop:
+            check_loop(executor.loop, "a lease")
+        if self._left:
+            raise UsageError("this lease has ended: its buffers are somebody else's now; take another with model.lease()")
+        if executor.broken is not None:
+            raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
+        if self._request.is_revoked or self.slot.request is not self._request:
+            raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
+
+    def check_submitted(self) -> None:
+        """Raise while a worker thread submits the last launch: the slot is that thread's, and nothing is in order yet."""
+        if self.executor.machine.states[self.slot.index] is State.PREPARING:
+            raise UsageError(
+                "the last launch is not complete: without a graph, a worker submits it; await it or take another lease"
+            )
+
+    def check_launched(self) -> None:
+        """Raise unless something was launched."""
+        if self._last is None:
+            raise UsageError("nothing was launched in this lease yet: call launch() or await replay() first")
+
+    def check_settled(self, what: str) -> None:
+        """Raise unless the last launch is complete, so that the host may touch `what`."""
+        if self._last is not None and not self._is_complete(self._last.event):
+            raise UsageError(
+                f"{what}: the last launch is not complete, and the host must not touch this before it is: await it"
+            )
+
+    def _is_complete(self, event: Event) -> bool:
+        try:
+            return self.executor.device.query(event)
+        except DeviceError:
+            raise
+        except Exception:  # the work itself failed, as whoever awaits it is told; it no longer runs
+            return True
+
+    def wrote(self, index: int, *, host: bool) -> None:
+        """Note that an input was written, and from where."""
+        if not self.unified and self._sources.setdefault(index, host) is not host:
+            assert self.executor.specs.specs is not None
+            name = self.executor.specs.specs[index].name
+            raise UsageError(f"input {name!r} was written from the host and from the device; write all of it from one side")
+        self._ever_written.add(index)
+
+    # The current stream of the host device, where copies between buffers are ordered...
+
+    def on_current(self, index: int, function: Callable[[], None]) -> None:
+        """Put what writes an input on the current stream, and remember that it is there."""
+        stream = self.executor.device.current_stream()
+        stream.run(function)
+        self._current_mark = self._marks[index] = self.executor.device.event()
+        stream.record(self._current_mark)
+
+    def is_current_idle(self) -> bool:
+        """Whether that work is done."""
+        return self._current_mark is None or self._is_complete(self._current_mark)
+
+    def check_arrived(self, index: int, name: str) -> None:
+        """Raise while such work is to write an input: it would overwrite what plain Python writes now."""
+        mark = self._marks.get(index)
+        if mark is not None and not self._is_complete(mark):
+            raise UsageError(
+                f"input {name!r}: what was assigned to it waits for a launch and would overwrite this: "
+                "assign this too, with buffer[...] = value, or await that launch"
+            )
+
+    # Launching...
+
+    def launch(self, is_given: bool) -> Replay:
+        """Launch.
+
+        Args:
+            is_given: whether the caller gets the event; then the current stream waits for it too.
+        """
+        executor, slot = self.executor, self.slot
+        if not self._is_written:
+            self._check_written()
+        orders = _NOTHING
+        if self._sources or self.consumers or self._state.assigned:
+            orders = self._take_orders()
+        replay: Replay | None = None
+        try:
+            if self._spares and not is_given:
+                replay = self._spares.pop()
+                replay.is_done = False
+            else:
+                replay = self._new(is_given)
+            event = replay.event
+            current = self._current
+            if current is None or current.handle != executor.device.current_handle():
+                current = self._current = executor.device.current_stream()
+            if orders is _NOTHING and self._is_short:
+                if slot.gates:
+                    open_gates(slot)
+                graph = self.program.graph
+                assert graph is not None
+                graph.submit(slot.stream, current, slot.mark, (), (), (), (), event)
+            else:
+                executor.follow_latest(slot)
+                self._submit(event, current, orders)
+            self._launched(replay)
+        except Exception as error:
+            # Nothing here keeps what is raised: its traceback has the lease, which must end when its holder forgets it.
+            raise self._failed(error, replay, orders) from error
+        except BaseException as error:  # an interrupt, after which the loop may go on
+            self._failed(error, replay, orders)
+            raise
+        if is_given:  # else it is waited for, and its completion orders all that follows
+            self.order()
+        return replay
+
+    def _new(self, is_given: bool) -> Replay:
+        device = self.executor.device
+        event = device.event()
+        replay = Replay(self.executor.loop, event, device.probe(event), is_given=is_given)
+        replay.confirm = partial(device.query, event)
+        replay.hang_timeout = self.executor.hang_timeout
+        return replay
+
+    def awaited(self, replay: Replay) -> None:
+        """The holder has awaited a replay to its end: use it again, unless its event was handed out."""
+        if not replay.is_given:
+            self._spares.append(replay)
+
+    def order(self) -> None:
+        """Make the current stream wait, on the device, for the last launch."""
+        launch = self._unordered
+        if launch is None:
+            return
+        try:
+            current = self.executor.device.current_stream()
+            if current.handle not in self._ordered:
+                current.wait(launch.event)
+                self._ordered.add(current.handle)
+        except Exception as error:
+            raise self.executor.failed(error, "while the current stream was made to wait for a launch") from error
+
+    def launch_in_worker(self) -> Replay:
+        """Launch in a worker thread, for a program whose launch occupies its thread."""
+        executor, slot = self.executor, self.slot
+        self._check_written()
+        self.check_submitted()
+        if executor.machine.states[slot.index] is State.IN_FLIGHT:
+            raise UsageError("the last launch is not complete: await it before the next")
+        try:
+            replay = self._new(is_given=False)
+            current = executor.device.current_stream()
+        except Exception as error:
+            raise executor.failed(error, "while it was launched") from error
+        event = replay.event
+        orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
+
+        def submit() -> None:
+            executor.device.prepare_thread()
+            self._submit(event, current, orders)
+            current.wait(event)
+
+        def submitted(error: BaseException | None) -> None:
+            if error is not None:
+                replay.failure = self._failed(error, replay, orders)  # if the model broke, `replay` was told
+                return
+            try:
+                executor.pass_turn(slot)
+            except Exception as failure:
+                executor.lost_track(failure)  # which tells `replay` too
+            else:
+                self._launched(replay, ordered=current)
+
+        executor.submit_in_worker(slot, submit, submitted)
+        return replay
+
+    def _failed(self, error: BaseException, replay: Replay | None, orders: _Orders) -> AiotrtError:
+        """Part of the work may be on the stream: the slot is in flight until that has passed. Returns what to raise."""
+        executor = self.executor
+        # The next launch must still copy what was written and wait for who reads.
+        self._sources = orders.sources | self._sources
+        self.consumers = orders.consumers | self.consumers
+        explained = executor.failed(error, "while it was launched")
+        if replay is None or replay in self.slot.lane.pending:
+            return explained
+        if executor.broken is None:
+            try:
+                executor.pass_turn(self.slot)
+                self.slot.stream.record(replay.event)
+                self._launched(replay)
+            except Exception as second:
+                executor.lost_track(second)
+        return explained
+
+    def _take_orders(self) -> _Orders:
+        if self._state.assigned:
+            self.slot.gates += self._state.take()
+        if not (self._sources or self.consumers):
+            return _NOTHING
+        orders = _Orders(self._sources, self.consumers)
+        self._sources, self.consumers = {}, {}
+        return orders
+
+    def _submit(self, event: Event, current: Stream, orders: _Orders) -> None:
+        from_host: Collection[int] = ()
+        consumers: Iterable[Stream] = (current,)
+        if orders is not _NOTHING:
+            from_host = [i for i, written_by_host in orders.sources.items() if written_by_host]
+            consumers = ({current.handle: current} | orders.consumers).values()
+        submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
+
+    def _launched(self, replay: Replay, *, ordered: Stream | None = None) -> None:
+        self._last = self._unordered = replay
+        self._ordered.clear()
+        if ordered is not None:
+            self._ordered.add(ordered.handle)
+        replay.on_done = self._completed
+        if not (self._launches and self._launches[-1] is replay):  # it is after an interrupt
+            self._launches.append(replay)
+        self.executor.launched(self.slot, replay)
+
+    def _completed(self, error: BaseException | None) -> None:
+        """The hub has seen the end of the first launch that is pending."""
+        executor = self.executor
+        replay = self._launches.popleft()
+        try:
+            if self.slot.request is self._request:
+                executor.lease_completed(self.slot, replay.number, error)
+        finally:
+            replay.on_done = _nothing  # a cycle, which would keep the buffers until the next garbage collection
+            if self._unordered is replay:
+                self._unordered = None
+            if not replay.is_done:
+                error = replay.failure or error
+                if error is None:
+                    replay.resolve(None)
+                else:
+                    replay.reject(executor.explain(error, "while it ran"))
+                executor.hub.finish(replay)
+
+    def _check_written(self) -> None:
+        specs = self.executor.specs.specs
+        assert specs is not None
+        if len(self._ever_written) == len(specs):
+            self._is_written = True
+            return
+        for i, spec in enumerate(specs):
+            if i not in self._ever_written:
+                raise UsageError(f"input {spec.name!r} was never written in this lease: write it before the first launch")
+
+    def results(self) -> Any:
+        """The outputs as the lease asked for them."""
+        names, outputs = self.program.names, self.program.outputs
+        if self.kind is DEVICE:
+            if len(outputs) == 1:
+                return self.handed_out(outputs[0])
+            return names.pack([self.handed_out(output) for output in outputs])
+        if self.kind is Kind.NUMPY:
+            return names.pack([widened(self.program.output_view(i), output.dtype) for i, output in enumerate(outputs)])
+        if self.unified:
+            return names.pack(list(outputs))
+        return names.pack(list(self.program.staged_outputs))
+
+    def handed_out(self, output: torch.Tensor) -> torch.Tensor:
+        """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
+        tensor = output.detach()
+        launch = self._unordered
+        if launch is None:
+            tensor._trt_produce_event = self.executor.complete  # type: ignore[attr-defined]
+        else:
+            launch.is_given = True  # so the event stays this launch's
+            tensor._trt_produce_event = launch.event  # type: ignore[attr-defined]
+        tensor._trt_graph_state = self._state  # type: ignore[attr-defined]
+        return tensor
+
+    # Leaving...
+
+    def consumed(self, stream: object) -> None:
+        """See `Lease.consumed`."""
+        device = self.executor.device
+        try:
+            adopted = device.current_stream() if stream is None else device.adopt_stream(stream)
+        except TypeError as error:
+            raise UsageError(str(error)) from error
+        self.consumers[adopted.handle] = adopted
+
+    def leave(self) -> None:
+        """See `Lease`: record who reads, and let go."""
+        self._request.record_readers = None  # a cycle, which would keep the buffers until the next garbage collection
+        if not self._left and self.is_held and self.executor.broken is None:
+            self._left = True
+            try:
+                self._record_readers()
+            except Exception as error:
+                failure = self.executor.failed(error, "while its consumers were recorded")
+                if self.executor.broken is None:
+                    self.executor.reclaim(self.slot)  # as if it were forgotten: who reads is not known now
+                raise failure from error
+            # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
+            self.executor.end_lease(self.slot)
+        self._left = True
+
+    def _record_readers(self) -> None:
+        """Who reads the buffers gates their next use."""
+        current = self.executor.device.current_stream()
+        for stream in ({current.handle: current} | self.consumers).values():
+            self.slot.gates.append(stream.record())
+        self.slot.gates += self._state.take()
+
+    def forget(self) -> bool:
+        """The lease is garbage. Returns whether it still held its slot. Called on any thread, so it only passes on."""
+        if not self.is_held or self.executor.broken is not None:
+            return False
+        self._left = True
+        self._request.record_readers = _nobody_knows
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
+            self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
+        return True
+
+    def describe(self) -> str:
+        """The slot's state, in a word."""
+        return "ended" if not self.is_held else self.executor.machine.states[self.slot.index].value
