@@ -143,7 +143,7 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
     """The runtime's own host copies are checked for races as well, and all models that are opened in here are audited."""
     audit = Audit(device)
     kept = len(memory._kept)
-    select, init, opened, closed = _Selector.select, Executor.__init__, SimulatedGraph.__init__, SimulatedGraph.close
+    select, opened, closed = _Selector.select, SimulatedGraph.__init__, SimulatedGraph.close
 
     def own(view: Any, dtype: torch.dtype, kind: tensors.Kind) -> Any:
         device.host_read(view, "copying results out")
@@ -159,9 +159,10 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
         audit.step()
         return select(self, timeout)
 
-    def audited_init(self: Executor, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        audit.executors.add(self)
+    def audited_executor(*args: Any, **kwargs: Any) -> Executor:
+        executor = Executor(*args, **kwargs)
+        audit.executors.add(executor)
+        return executor
 
     def graph_opened(self: SimulatedGraph, device: SimulatedDevice) -> None:
         opened(self, device)
@@ -188,7 +189,7 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
         mock.patch("aiotrt.runtime.executor.own", own),
         mock.patch("aiotrt.runtime.executor.copy_in", copy_in),
         mock.patch.object(_Selector, "select", audited_select),
-        mock.patch.object(Executor, "__init__", audited_init),
+        mock.patch("aiotrt.model.Executor", audited_executor),
         mock.patch.object(SimulatedGraph, "__init__", graph_opened),
         mock.patch.object(SimulatedGraph, "close", graph_closed),
         opens(ModuleEngine),

@@ -21,7 +21,7 @@ from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
-from tests.tools import TwoOutputs, executor_of, frame, turns
+from tests.tools import TwoOutputs, changed, executor_of, frame, turns
 
 
 async def seen(model: aiotrt.Model, *inputs: Any) -> None:
@@ -197,6 +197,7 @@ def test_closing_waits_for_a_call_on_the_short_path(group: int) -> None:
     under_schedules(group, program)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("size", [1024, 4 << 20])
 def test_large_results_are_copied_by_a_worker_and_small_ones_are_not(size: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
@@ -225,7 +226,7 @@ def test_an_event_is_polled_by_its_probe_and_an_error_of_that_is_confirmed(way: 
                     executor._route = executor._likely = None
                 confirm = mock.Mock(wraps=slot.confirm)
                 query = mock.Mock(side_effect=RuntimeError("an error that is nobody's")) if fails else slot.query
-                with mock.patch.object(slot, "confirm", confirm), mock.patch.object(slot, "query", query):
+                with changed(slot, "confirm", confirm), changed(slot, "query", query):
                     assert right(device.read(await model(x)), 3)
                     assert confirm.called == fails
 

@@ -37,6 +37,17 @@ def held(model: aiotrt.Model) -> Iterator[Latch]:
         latch.open()
 
 
+@contextlib.contextmanager
+def changed(owner: object, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute is another one. `mock.patch` deletes attributes, which compiled classes turn into None."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def executor_of(model: aiotrt.Model) -> Executor:
     """The model's executor."""
     assert model._executor is not None
