@@ -23,6 +23,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 #: raises AttributeError, as in Python, where a typed one would crash. Types come from .pxd files alone.
 DIRECTIVES = {"language_level": 3, "annotation_typing": False, "freethreading_compatible": True, "nonecheck": True}
 
+#: Versions whose compiled closures in typed classes read memory that is not theirs.
+FAULTY = ("3.3.0",)
+
 
 class NativeBuildHook(BuildHookInterface):
     """The hook that pyproject.toml names."""
@@ -54,10 +57,13 @@ class NativeBuildHook(BuildHookInterface):
 
 def compile_modules(root: Path, folder: Path) -> dict[str, Path]:
     """Compile all modules into `folder`. Returns the files that belong in the package, by their path below `root`."""
+    import Cython
     from Cython.Build import cythonize  # first, since setuptools may not be imported before what it replaces
     from setuptools import Distribution, Extension
     from setuptools.command.build_ext import build_ext
 
+    if Cython.__version__ in FAULTY:
+        raise ImportError(f"modules that Cython {Cython.__version__} compiles crash: use another version")
     build = runpy.run_path(str(root / "aiotrt" / "_build.py"))
     flags = [] if os.name == "nt" else ["-O2", "-g0"]
     extensions = []

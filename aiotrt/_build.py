@@ -23,7 +23,6 @@ COMPILED: Final = (
     "aiotrt.devices._submitter",
     "aiotrt.runtime.executor",
     "aiotrt.runtime.hold",
-    "aiotrt.runtime.programs",
     "aiotrt.runtime.replay",
     "aiotrt.runtime.request",
     "aiotrt.runtime.route",

@@ -11,6 +11,15 @@ import pytest
 import uvloop
 
 import aiotrt.completion.poller
+import aiotrt.model
+from aiotrt.runtime.executor import Executor
+
+if aiotrt.__impl__ == "native":
+
+    class _OpenExecutor(Executor):
+        """The compiled class, on whose instances tests may replace methods: extension types are closed."""
+
+    vars(aiotrt.model)["Executor"] = _OpenExecutor
 
 
 def _debug() -> asyncio.AbstractEventLoop:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+import aiotrt.model
 from aiotrt import tensors
 from aiotrt.completion import poller as completion
 from aiotrt.engines.module import ModuleEngine, ModuleExecution
@@ -159,8 +160,10 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
         audit.step()
         return select(self, timeout)
 
+    made: type[Executor] = vars(aiotrt.model)["Executor"]
+
     def audited_executor(*args: Any, **kwargs: Any) -> Executor:
-        executor = Executor(*args, **kwargs)
+        executor = made(*args, **kwargs)
         audit.executors.add(executor)
         return executor
 

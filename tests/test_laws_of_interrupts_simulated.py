@@ -98,6 +98,7 @@ def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, ow
     under_schedules(group, program)
 
 
+@pytest.mark.interpreted
 def test_the_next_request_is_served_after_an_interrupt_that_freed_the_slot() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:

@@ -36,6 +36,7 @@ LAYERS = [
     {"runtime.request", "runtime.replay"},
     {"runtime.launch"},
     {"runtime.executor"},
+    {"runtime.hold"},
     {"batching.batch"},
     {"buffers", "runtime.mapping", "batching.batcher"},
     {"runtime", "completion", "batching"},
@@ -52,8 +53,8 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "buffers", "lease", "model"}
-    | {f"runtime.{name}" for name in ("request", "replay", "executor", "mapping")}
+    "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "lease", "model"}
+    | {f"runtime.{name}" for name in ("request", "replay", "executor", "hold", "mapping")}
     | {"batching.batch", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.

@@ -52,7 +52,7 @@ from aiotrt.completion.waiter import Waiter
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
 
-__all__ = ["Hub", "Lane", "check_loop", "wait"]
+__all__ = ["Hub", "check_loop", "wait"]
 
 POLLS_BEFORE_HANG: Final = 3  # overdue polls needed: one alone proves nothing
 #: A look that is later than this, in seconds, and than this share of its hang timeout, was late since the loop, the process

@@ -1,7 +1,6 @@
 # Types for the compiled build. executor.py is the source, and runs without this file.
 cimport cython
 from aiotrt.completion.poller cimport Hub
-from aiotrt.runtime.programs cimport Program, ProgramCache
 from aiotrt.runtime.replay cimport Replay
 from aiotrt.runtime.request cimport Request, Slot
 from aiotrt.runtime.route cimport Route
@@ -20,17 +19,16 @@ cdef class Executor:
     cdef public bint _overlap, _serving, closing, is_discarded
     cdef public long _forks
     cdef public Hub hub
-    cdef public ProgramCache cache
+    cdef public object cache
     cdef public Route _route
     cdef public Slots machine
     cpdef _enter(self, Request request, bint bounded, prefer)
     @cython.locals(index=long, request=Request, slot=Slot, was_queued=bint)
     cpdef _serve(self, grant)
-    @cython.locals(route=Route, program=Program, cache=ProgramCache, counters=Counters)
+    @cython.locals(route=Route, counters=Counters)
     cpdef bint _replay(self, Slot slot, Request request, bint was_queued) except -1
-    cpdef _results(self, Program program, origin)
+    cpdef _results(self, program, origin)
     @cython.locals(request=Request)
     cpdef _completed(self, Slot slot, error)
-    @cython.locals(program=Program)
     cpdef launched(self, Slot slot, Replay replay)
     cpdef lease_completed(self, Slot slot, long number, error)

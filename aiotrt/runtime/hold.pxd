@@ -1,7 +1,6 @@
 # Types for the compiled build. hold.py is the source, and runs without this file.
 cimport cython
 from aiotrt.runtime.executor cimport Executor
-from aiotrt.runtime.programs cimport Program
 from aiotrt.runtime.replay cimport Replay
 from aiotrt.runtime.request cimport Request, Slot
 
@@ -12,7 +11,7 @@ cdef class Hold:
     cdef public list _spares
     cdef public bint unified, _is_short, _is_written, _left
     cdef public Executor executor
-    cdef public Program program
+    cdef public object program
     cdef public Replay _last, _unordered
     cdef public Request _request
     cdef public Slot slot

@@ -1,7 +1,6 @@
 # Types for the compiled build. request.py is the source, and runs without this file.
 from aiotrt.completion.lane cimport Lane
 from aiotrt.completion.waiter cimport Waiter
-from aiotrt.runtime.programs cimport Program
 from aiotrt.runtime.route cimport Route
 
 cdef class Times:
@@ -18,7 +17,7 @@ cdef class Slot:
     cdef public object confirm, event, mark, on_done, predecessor, query, stream, turn, when_complete
     cdef public list gates
     cdef public Lane lane
-    cdef public Program program
+    cdef public object program
     cdef public Request request
     cdef public long index, launches
     cdef public bint is_forgotten
