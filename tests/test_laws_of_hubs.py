@@ -18,9 +18,6 @@ from aiotrt.completion import poller as completion
 from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.poller import PATROL, POLLS_BEFORE_HANG, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.prediction import (
-    DOZE,
-    DOZES,
-    LONG,
     LONGEST_SLEEP,
     MARGIN,
     OVERDUE_SHARE,
@@ -114,39 +111,13 @@ async def test_work_that_is_sometimes_shorter_is_looked_at_from_then_on_and_clos
     work.watch(Lane(), estimate=varying(0.002, 0.010))
     await world.advance(0.011)
     early = [time - start for time in work.times if time - start < 0.010 - allowed - 1e-9]
-    if spin:
-        assert early[0] == pytest.approx(0.002 - allowed - DOZES * DOZE, abs=1e-9)
-        early = early[DOZES:]
-    # What the short sleeps taught, which were on time, makes it a little later.
-    assert early[0] == pytest.approx(0.002 - allowed, abs=10e-6 if spin else 1e-9)
+    assert early[0] == pytest.approx(0.002 - allowed, abs=1e-9)
     assert early[1] == pytest.approx(0.002, abs=OVERDUE_SHARE * 0.002 + 1e-9)
     gaps = [b - a for a, b in pairwise(early[1:])]
     assert gaps == pytest.approx([OVERDUE_SHARE * time for time in early[1:-1]], abs=4e-6), "neither spinning nor asleep"
     then = next(time - start for time in work.times if time - start > 0.010 - allowed - 1e-9)
     assert then < (0.010 if spin else 0.010 - allowed + 4e-6)
     assert work.seen_at - start < 0.010 + (4e-6 if spin else SHORTEST_SLEEP)
-
-
-@pytest.mark.parametrize("seconds", [0.0002, 0.00029, 0.0004, 0.001, 0.020])
-async def test_the_last_of_a_long_sleep_is_slept_in_short_pieces(seconds: float) -> None:
-    """After a longer one a processor is late, and slow. Where there are none to spare, being awake costs more."""
-    world = World(spin=SPIN_BUDGET)
-    delays, start = noted(world), world.now
-    work = Watched(world, seconds)
-    work.watch(Lane(), estimate=learned(seconds))
-    await world.advance(2 * seconds)
-    last = seconds - Lateness().allowance(seconds)
-    dozes = 0 if last <= LONG else min(DOZES, int(last / DOZE - 0.5))
-    assert delays[0] == pytest.approx(last - dozes * DOZE, abs=1e-9)
-    # Each of them was on time, which makes the next look a little later.
-    assert delays[1:] == pytest.approx([DOZE] * dozes, abs=10e-6)
-    assert work.times[dozes] - start == pytest.approx(last, abs=10e-6), "it is looked at in time all the same"
-
-    spared = World()
-    delays = noted(spared)
-    Work(spared, seconds).watch(Lane(), estimate=learned(seconds))
-    await spared.advance(seconds)
-    assert delays[0] == pytest.approx(last, abs=1e-9)
 
 
 async def test_work_behind_other_work_is_slept_on_too() -> None:

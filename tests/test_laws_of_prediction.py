@@ -8,8 +8,6 @@ import pytest
 
 from aiotrt.completion.prediction import (
     AGREE,
-    DOZE,
-    LONG,
     LONGEST_SLEEP,
     MARGIN,
     RECENT,
@@ -17,7 +15,6 @@ from aiotrt.completion.prediction import (
     SLEEPS,
     Estimate,
     Lateness,
-    approach,
     first_look,
     next_look,
 )
@@ -219,22 +216,6 @@ def test_the_first_look_is_ahead_of_the_prediction_by_the_allowance() -> None:
     assert first_look(7.0, 7.5, lateness) == pytest.approx(7.5 - lateness.allowance(0.5), abs=1e-12)
     assert first_look(7.0, 7.00001, lateness) == 7.0
     assert first_look(7.0, 6.0, lateness) == 7.0
-
-
-@pytest.mark.parametrize(
-    ("wait", "pieces"),
-    [(0.0, 0), (0.49, 0), (1.49, 0), (1.51, 1), (2.49, 1), (2.51, 2), (3.49, 2), (3.51, 3), (4.51, 3), (1000.0, 3)],
-)
-def test_the_last_of_a_long_way_is_slept_in_short_pieces(wait: float, pieces: int) -> None:
-    """None of which is shorter than half of one. It is long by all of it, and not by what is left."""
-    now = 7.0
-    due = now + wait * DOZE
-    assert approach(now, due, due - 2 * LONG) == pytest.approx(due - pieces * DOZE, abs=1e-12)
-
-
-def test_a_way_that_is_not_long_is_slept_in_one_go() -> None:
-    assert approach(0.0, LONG, 0.0) == LONG
-    assert approach(7.0, 7.0 + 1.01 * LONG, 7.0) < 7.0 + LONG / 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from aiotrt.completion.prediction import (
     SHORTEST_SLEEP,
     Estimate,
     Lateness,
-    approach,
     first_look,
     next_look,
 )
@@ -151,9 +150,3 @@ def test_the_shortest_time_is_of_as_many_times_as_it_says(both: bool, first_is_e
     assert estimate.shortest == 0.001
     estimate.between(0.005, 0.005)
     assert estimate.shortest > 0.004
-
-
-def test_a_short_way_is_slept_in_one_go_whatever_the_clock_says() -> None:
-    for started in (0.0, 1000.0):
-        assert approach(started, started + 200e-6, started) == started + 200e-6
-        assert approach(started, started + 2e-3, started) < started + 2e-3

@@ -34,7 +34,6 @@ from typing import Final
 
 from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
-    LONG,
     PREDICT,
     SHORTEST_SLEEP,
     SLEEPS,
@@ -43,7 +42,6 @@ from aiotrt.completion.prediction import (
     Estimate,
     Lateness,
     Progress,
-    approach,
     first_look,
     next_look,
 )
@@ -416,9 +414,7 @@ class Hub:
         wait = estimate.shortest
         ahead = self._lateness.ahead  # as `first_look` does, without two more calls for each launch
         wait -= ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
-        if wait <= 0.0:
-            return now
-        return approach(now, now + wait, now) if self._spin and wait > LONG else now + wait
+        return now + wait if wait > 0.0 else now
 
     def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
         """When to poll the head of this lane again, which is not complete now."""
@@ -435,7 +431,7 @@ class Hub:
             predicted += estimate.seconds
             aim = first_look(now, started + estimate.shortest, self._lateness)
             if aim > now + SHORTEST_SLEEP:
-                return approach(now, aim, started) if spin else aim
+                return aim
             aim = first_look(now, predicted, self._lateness)
             if aim > now + SHORTEST_SLEEP:
                 # It was as short as this of late, but mostly it is not: no spinning yet.

@@ -16,7 +16,5 @@ cdef class Lateness:
     cpdef double allowance(self, double wait) except? -1
 
 cpdef double first_look(double now, double predicted, Lateness lateness) except? -1
-@cython.locals(dozes=int)
-cpdef double approach(double now, double due, double started) except? -1
 @cython.locals(overdue=double)
 cpdef double next_look(double now, double started, double predicted, double spin) except? -1

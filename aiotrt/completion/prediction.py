@@ -11,9 +11,7 @@ one later.
 Where lengths vary it keeps the shortest of late too: the looks begin with that one, go on at intervals while it is too early
 for the estimate, and are close together around it.
 `Lateness` learns how long after its time a timer really wakes the loop, which depends on how long it slept, since idle
-processors wake slowly. The first look is aimed ahead of the prediction by that much, and where there are processors to spare
-the last of the way to it is slept in short pieces: after a longer sleep one wake-up in fifty is some 100 microseconds late,
-and what runs then is slow.
+processors wake slowly. The first look is aimed ahead of the prediction by that much.
 """
 
 from __future__ import annotations
@@ -23,16 +21,13 @@ from bisect import bisect_left
 from math import inf
 from typing import Final
 
-__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "approach", "first_look", "next_look"]
+__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "first_look", "next_look"]
 
 MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
 OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
-LONG: Final = 240e-6  # seconds; up to here a processor that sleeps in one go is as quick
-DOZE: Final = 80e-6  # seconds; a processor that sleeps no longer wakes quickly, and is quick when it does
-DOZES: Final = 3  # how many sleeps of that length come before a look that work is expected to be complete at
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
 RECENT: Final = 256  # times: fewer, and one in a hundred that is short would be forgotten, and seen late
 SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
@@ -88,10 +83,7 @@ class Estimate:
             self.seconds = seconds  # twice in a row: it has changed
         else:
             self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
-        if high < self._since or self._seen + 1 == RECENT:
-            self._see(high)
-        else:
-            self._seen += 1
+        self._see(high)
 
     def at_most(self, seconds: float) -> None:
         """The work was complete at the first look, this long after it started."""
@@ -115,10 +107,7 @@ class Estimate:
             # once in fifty calls would never be looked at early enough to learn it.
             self._shorter = min(self._shorter + 1, 4)
             least *= 1 - min(0.5, 0.003 * 4**self._shorter)
-        if least < self._since or self._seen + 1 == RECENT:
-            self._see(least)
-        else:
-            self._seen += 1
+        self._see(least)
 
     def _see(self, seconds: float) -> None:
         if seconds < self._since:
@@ -168,20 +157,6 @@ class Lateness:
 def first_look(now: float, predicted: float, lateness: Lateness) -> float:
     """When to look first at work predicted to complete at `predicted`; `now` means at the next loop iteration."""
     return max(now, predicted - lateness.allowance(predicted - now))
-
-
-def approach(now: float, due: float, started: float) -> float:
-    """When to wake on the way to a look at `due`, that should be on time: the last of a long way is slept in short pieces.
-
-    Args:
-        now: the time.
-        due: of the look.
-        started: when the work became the head of its stream.
-    """
-    if due - started <= LONG:
-        return due
-    dozes = min(DOZES, int((due - now) / DOZE - 0.5))
-    return due - dozes * DOZE
 
 
 def next_look(now: float, started: float, predicted: float, spin: float) -> float:
