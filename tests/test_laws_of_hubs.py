@@ -128,6 +128,7 @@ async def test_work_behind_other_work_is_slept_on_too() -> None:
     second.watch(lane, estimate=learned(0.020))
     await world.advance(0.040)
     assert len(second.times) < 20
+    assert second.times[0] - start > 0.029
     assert second.seen_at - start < 0.0301
 
 
@@ -674,6 +675,19 @@ async def test_a_timer_that_fires_without_having_been_set_teaches_nothing() -> N
     before = list(world.hub._lateness.ahead)
     world.fire()
     assert world.hub._lateness.ahead == before
+
+
+async def test_a_callback_may_forget_its_own_lane() -> None:
+    world = World()
+    lane = Lane()
+    world.hub.watch(lane, lambda: True, lambda _: world.hub.forget(lane), estimate=learned(0.001))
+    behind = Work(world, 0.0).watch(lane)
+    await world.advance(0.010)
+    assert behind.outcomes == []
+    assert not world.hub.lanes
+    again = Work(world, 0.001).watch(lane)
+    await world.advance(0.010)
+    assert again.outcomes == [None]
 
 
 # --- Where the device tells ---------------------------------------------------------------------------------------------

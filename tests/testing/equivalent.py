@@ -14,32 +14,15 @@ STOPS: Final = "any number that is not above zero means no spinning"
 AS_LONG: Final = "whether a sleep of exactly the shortest is one makes no difference"
 TOO_LONG: Final = "whether just so long is too long makes no difference"
 PAST: Final = "what was due a moment ago is due now"
-BEST: Final = "looks for the best of one"
+AGAIN: Final = "looks once more at the last slot in the list, which it has looked at first"
+SAVES: Final = "saves calls of `_next_poll`, which says the same"
 EITHER: Final = "of two that are equal, either will do"
 ENDS: Final = "an error ends it, whatever is said of completion"
 ANY: Final = "set before it is read"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
-    ("poller.py", "Hub._poll", "False -> True, in: is_complete = False", 0): ENDS,
-    ("poller.py", "Hub._confirmed", "False -> True, in: return (False, error)", 0): ENDS,
-    (
-        "executor.py",
-        "Executor._submit_new",
-        "route.nbytes < IN_PLACE_BYTES -> route.nbytes <= IN_PLACE_BYTES, in: if route.nbytes < IN_PLACE_BYTES:",
-        0,
-    ): "at just this size both ways are as good",
-    (
-        "slots.py",
-        "Slots.request",
-        "at and free[at] not in prefer -> at or free[at] not in prefer, in: if at and free[at] not in prefer:",
-        0,
-    ): BEST,
-    (
-        "slots.py",
-        "Slots.request",
-        "1 -> 2, in: at = next((i for i in range(at, -1, -1) if free[i] in prefer), at)",
-        0,
-    ): "looks once more at the last slot in the list, which it has looked at first",
+    ("slots.py", "Slots.request", "1 -> 0, in: for i in range(at - 1, -1, -1):", 0): AGAIN,
+    ("slots.py", "Slots.request", "1 -> 2, in: for i in range(at - 1, -1, -1):", 1): AGAIN,
     (
         "prediction.py",
         "Estimate.between",
@@ -54,12 +37,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "a share of nothing",
     (
         "prediction.py",
-        "Estimate.between",
-        "high < self._since -> high <= self._since, in: if high < self._since or self._seen + 1 == RECENT:",
-        0,
-    ): "`_see` counts it too, and changes nothing else",
-    (
-        "prediction.py",
         "Estimate.at_most",
         "seconds < self.seconds -> seconds <= self.seconds, in: if seconds < self.seconds:",
         0,
@@ -72,12 +49,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "the step is at its bound before",
     (
         "prediction.py",
-        "Estimate.at_most",
-        "least < self._since -> least <= self._since, in: if least < self._since or self._seen + 1 == RECENT:",
-        0,
-    ): "`_see` counts it too, and changes nothing else",
-    (
-        "prediction.py",
         "Estimate._see",
         "seconds < self._since -> seconds <= self._since, in: if seconds < self._since:",
         0,
@@ -85,18 +56,15 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = len(SLEEPS) + 1", 0): "one bucket that is never used",
     ("poller.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("poller.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
-    (
-        "poller.py",
-        "Hub._poll",
-        "clock() - start > TURN -> clock() - start >= TURN, in: if number and clock() - start > TURN:",
-        0,
-    ): TOO_LONG,
+    ("poller.py", "Hub._poll", "len(due) > 1 -> len(due) >= 1, in: if len(due) > 1:", 0): "to sort one or none does nothing",
+    ("poller.py", "Hub._poll", "1 -> 0, in: if len(due) > 1:", 0): "to sort one or none does nothing",
     (
         "poller.py",
         "Hub._poll",
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
     ): EITHER,
+    ("poller.py", "Hub._poll", "False -> True, in: is_complete = False", 0): ENDS,
     (
         "poller.py",
         "Hub._poll",
@@ -124,13 +92,21 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "poller.py",
         "Hub._poll",
-        "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran, in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0",
+        "now < lane.spin_until -> now <= lane.spin_until, in: lane.due = now if now < lane.spin_until else self._next_poll(now, lane, head, started)",
         0,
-    ): "what ran for just as long as estimated is late by nothing, both ways",
+    ): SAVES,
     (
         "poller.py",
         "Hub._poll",
-        "now - start > TURN -> now - start >= TURN, in: self._arm(now, was_long=now - start > TURN)",
+        "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran, in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0",
+        0,
+    ): "what ran for just as long as estimated is late by nothing, both ways",
+    ("poller.py", "Hub._poll", "now - start > TURN -> now - start >= TURN, in: if now - start > TURN:", 0): TOO_LONG,
+    ("poller.py", "Hub._poll", "lane.due < earliest -> lane.due <= earliest, in: if lane.due < earliest:", 0): EITHER,
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - start > TURN -> now - start >= TURN, in: self._arm(now, earliest, now - start > TURN)",
         0,
     ): TOO_LONG,
     (
@@ -139,6 +115,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
         0,
     ): "those whom the poll before left to the loop are resumed by this poll instead, before all others",
+    ("poller.py", "Hub._confirmed", "False -> True, in: return (False, error)", 0): ENDS,
     (
         "poller.py",
         "Hub._wake_others",
@@ -157,13 +134,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "0.0 -> -1.0, in: return now if self.progress is SPIN else next_look(now, now, now, 0.0)",
         0,
     ): STOPS,
-    ("poller.py", "Hub._first_poll", "wait <= 0.0 -> wait < 0.0, in: if wait <= 0.0:", 0): PAST,
-    (
-        "poller.py",
-        "Hub._first_poll",
-        "wait > LONG -> wait >= LONG, in: return approach(now, now + wait, now) if self._spin and wait > LONG else now + wait",
-        0,
-    ): AS_LONG,
+    ("poller.py", "Hub._first_poll", "wait > 0.0 -> wait >= 0.0, in: return now + wait if wait > 0.0 else now", 0): PAST,
     (
         "poller.py",
         "Hub._next_poll",
@@ -190,6 +161,12 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "at the predicted time both say the same",
     ("poller.py", "Hub._next_poll", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "predicted + spin -> predicted - spin, in: lane.spin_until = predicted + spin",
+        0,
+    ): SAVES,
     (
         "poller.py",
         "Hub._arm",
@@ -228,6 +205,12 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "there is an argument for each, as `parse` has checked",
     (
         "executor.py",
+        "Executor._submit_new",
+        "route.nbytes < IN_PLACE_BYTES -> route.nbytes <= IN_PLACE_BYTES, in: if route.nbytes < IN_PLACE_BYTES:",
+        0,
+    ): "at just this size both ways are as good",
+    (
+        "executor.py",
         "Executor._replay",
         "was_queued and (request.is_done or not route.still_matches(request.values)) -> was_queued or (request.is_done or not route.still_matches(request.values)), in: if program is None or program.graph is None or (was_queued and (request.is_done or not route.still_matches(request.values))):",
         0,
@@ -238,6 +221,8 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "1 -> 2, in: cache.uses = program.used = cache.uses + 1",
         0,
     ): "only the order of uses counts",
+    ("executor.py", "Executor._replay", "return True -> return None", 0): "the long way finds that its slot is broken",
+    ("executor.py", "Executor._replay", "True -> False, in: return True", 0): "the long way finds that its slot is broken",
     ("executor.py", "Executor._detour", "return False -> return None", 0): "None is false too",
     ("executor.py", "Executor._stage", "0 -> 1, in: slot.launches = 0", 0): "launches are told apart by equality",
     ("executor.py", "Executor._stage", "0 -> -1, in: slot.launches = 0", 0): "launches are told apart by equality",
@@ -280,6 +265,4 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
-    ("executor.py", "Executor._replay", "return True -> return None", 0): "the long way finds that its slot is broken",
-    ("executor.py", "Executor._replay", "True -> False, in: return True", 0): "the long way finds that its slot is broken",
 }

@@ -61,8 +61,8 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
-    ("poller.py", "Hub._notify", "del pending", 0): (
-        "keeps the request, and so the caller's inputs, from being freed by the device's thread: a race of one instruction"
+    ("poller.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
+        "saves a call of this for each iteration in which it would say the same"
     ),
     ("hold.py", "Hold._check_written", "self._is_written = True", 0): "saves the next launch a look at each input",
     ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
