@@ -128,7 +128,6 @@ async def test_work_behind_other_work_is_slept_on_too() -> None:
     second.watch(lane, estimate=learned(0.020))
     await world.advance(0.040)
     assert len(second.times) < 20
-    assert second.times[0] - start > 0.029
     assert second.seen_at - start < 0.0301
 
 

@@ -61,6 +61,9 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
+    ("poller.py", "Hub._poll", "lane.due = self._first_poll(lane.last_done, pending[0])", 0): (
+        "saves a poll: `add` has said when, unless other work was before it, and then it is polled at once"
+    ),
     ("poller.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
         "saves a call of this for each iteration in which it would say the same"
     ),
