@@ -223,13 +223,17 @@ class Hub:
 
     def _notify(self, lane: Lane, reference: weakref.ref[Pending]) -> None:
         """On whichever thread: the device says that it is complete."""
-        pending = reference()
-        if pending is None:
+        if not self._noted(reference):
             return
-        pending.notified = self._clock()
-        del pending
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
             self._loop.call_soon_threadsafe(self._notified, lane)
+
+    def _noted(self, reference: weakref.ref[Pending]) -> bool:
+        # A function of its own, so that this thread does not hold the request when the loop's may drop it.
+        pending = reference()
+        if pending is not None:
+            pending.notified = self._clock()
+        return pending is not None
 
     def _notified(self, lane: Lane) -> None:
         lane.due = self._clock()

@@ -265,4 +265,16 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
+    (
+        "poller.py",
+        "Hub._wake",
+        "self._clock() - start > WAKES -> self._clock() - start >= WAKES, in: if woken >= least and self._clock() - start > WAKES:",
+        0,
+    ): TOO_LONG,
+    (
+        "executor.py",
+        "Executor._replay",
+        "not was_queued or origin.handle == self.device.current_handle() -> not was_queued and origin.handle == self.device.current_handle(), in: is_current = not was_queued or origin.handle == self.device.current_handle()",
+        0,
+    ): "results that are not allocated now are allocated by the next launch",
 }

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aiotrt import buffers, lease
-from aiotrt.runtime import executor, slots
+from aiotrt import lease
+from aiotrt.runtime import executor, hold, slots
 from aiotrt.runtime import programs as graphs
 from tests import test_cancellation, test_laws_of_estimates, test_laws_of_handover, test_laws_of_slots, test_lease
 from tests.testing.mutation import rewritten
@@ -124,13 +124,13 @@ DEFECTS: Final = (
         "leaving a lease adds the events that its readers assigned to the slot's gates after it has freed the slot",
         [
             Edit(
-                buffers,
+                hold,
                 "Hold._record_readers",
                 "        self.slot.gates += self._state.take()\n",
                 "",
             ),
             Edit(
-                buffers,
+                hold,
                 "Hold.leave",
                 "            self.executor.end_lease(self.slot)\n",
                 "            self.executor.end_lease(self.slot)\n            self.slot.gates += self._state.take()\n",
@@ -147,12 +147,13 @@ DEFECTS: Final = (
         "an event that `launch` returned is recorded for a later launch as soon as it is complete",
         [
             Edit(
-                buffers,
+                hold,
                 "Hold.launch",
-                "                event = executor.device.event()\n",
-                "                event = executor.device.event()\n"
-                "                if self._last and self._is_complete(self._last.event):\n"
-                "                    event = self._last.event\n",
+                "                replay = self._new(is_given)\n",
+                "                replay = self._new(is_given)\n"
+                "                last = self._last\n"
+                "                if last and self._is_complete(last.event):\n"
+                "                    replay.event, replay.query, replay.confirm = last.event, last.query, last.confirm\n",
             )
         ],
         [

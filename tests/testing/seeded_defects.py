@@ -31,7 +31,8 @@ from tests.testing.search import Finding, Key
 __all__ = ["DEFECTS", "RUNTIME", "kind_of", "mutations"]
 
 RUNTIME: Final = (
-    "runtime.launch", "runtime.request", "runtime.route", "runtime.executor", "lease", "buffers", "runtime.handshake",
+    "runtime.launch", "runtime.request", "runtime.route", "runtime.executor", "runtime.hold", "lease", "buffers",
+    "runtime.handshake",
     "completion.poller", "completion.waiter", "runtime.programs", "runtime.slots", "model", "runtime.mapping",
     "batching.batcher", "batching.batch", "batching.queue",
 )  # fmt: skip
