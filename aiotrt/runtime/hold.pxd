@@ -9,7 +9,7 @@ cdef class Hold:
     cdef public object kind, _current, _current_mark, _ever_written, _launches, _marks, _ordered, _sources, _state
     cdef public object consumers
     cdef public list _spares
-    cdef public bint unified, _is_short, _is_written, _left
+    cdef public bint unified, _is_short, _left
     cdef public Executor executor
     cdef public object program
     cdef public Replay _last, _unordered

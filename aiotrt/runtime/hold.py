@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 
@@ -59,7 +59,6 @@ class Hold:
         request.record_readers = self._record_readers
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
-        self._is_written = False  # whether every input was
         self._last: Replay | None = None
         self._unordered: Replay | None = None  # likewise, while it is not known to be complete
         self._launches: deque[Replay] = deque()  # pending, in order
@@ -163,8 +162,8 @@ class Hold:
             is_given: whether the caller gets the event; then the current stream waits for it too.
         """
         executor, slot = self.executor, self.slot
-        if not self._is_written:
-            self._check_written()
+        if len(self._ever_written) < len(self.program.inputs):
+            self._refuse_unwritten()
         orders = _NOTHING
         if self._sources or self.consumers or self._state.assigned:
             orders = self._take_orders()
@@ -228,7 +227,8 @@ class Hold:
     def launch_in_worker(self) -> Replay:
         """Launch in a worker thread, for a program whose launch occupies its thread."""
         executor, slot = self.executor, self.slot
-        self._check_written()
+        if len(self._ever_written) < len(self.program.inputs):
+            self._refuse_unwritten()
         self.check_submitted()
         if executor.machine.states[slot.index] is State.IN_FLIGHT:
             raise UsageError("the last launch is not complete: await it before the next")
@@ -323,15 +323,11 @@ class Hold:
                     replay.reject(executor.explain(error, "while it ran"))
                 executor.hub.finish(replay)
 
-    def _check_written(self) -> None:
+    def _refuse_unwritten(self) -> NoReturn:
         specs = self.executor.specs.specs
         assert specs is not None
-        if len(self._ever_written) == len(specs):
-            self._is_written = True
-            return
-        for i, spec in enumerate(specs):
-            if i not in self._ever_written:
-                raise UsageError(f"input {spec.name!r} was never written in this lease: write it before the first launch")
+        name = next(spec.name for i, spec in enumerate(specs) if i not in self._ever_written)
+        raise UsageError(f"input {name!r} was never written in this lease: write it before the first launch")
 
     def results(self) -> Any:
         """The outputs as the lease asked for them."""

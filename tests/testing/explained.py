@@ -67,7 +67,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("poller.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
         "saves a call of this for each iteration in which it would say the same"
     ),
-    ("hold.py", "Hold._check_written", "self._is_written = True", 0): "saves the next launch a look at each input",
     ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
     ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("programs.py", "Program.close", "self.graph = None", 0): "frees it: a closed program is dropped right after",
