@@ -105,8 +105,10 @@ def test_an_engine_that_does_not_repeat_itself(device: str, tmp_path: Path, nois
         assert parity.figures["not_repeatable"] == ["y"]
 
 
+@pytest.mark.interpreted
 def test_results_that_do_not_wait_for_the_device(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(open_device(device)), "query", lambda self, event: True)
+    monkeypatch.setattr(type(open_device(device)), "probe", lambda self, event: lambda: True)
     monkeypatch.setattr(type(open_device(device)), "when_complete", lambda self, event, callback: callback())
     free = Executor.free
 
@@ -120,6 +122,7 @@ def test_results_that_do_not_wait_for_the_device(device: str, tmp_path: Path, mo
     assert found["results wait for the device"] == "2 of 2 calls returned while the device was held"
 
 
+@pytest.mark.interpreted
 def test_consumers_that_are_not_waited_for(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotrt.runtime.hold.Hold.consumed", lambda self, stream: None)
     found = failures(verified(tmp_path, device))
@@ -127,6 +130,7 @@ def test_consumers_that_are_not_waited_for(device: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.interpreted
 def test_inputs_that_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotrt.runtime.launch.Request.order", lambda self, slot: None)
     found = failures(verified(tmp_path, "cuda"))
@@ -170,6 +174,7 @@ def test_inputs_that_tell_nobody_apart(device: str, tmp_path: Path) -> None:
     assert "nothing tells callers apart" in callers.detail
 
 
+@pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 def test_slots_that_cancellation_loses(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aiotrt.runtime.executor import Executor
@@ -231,6 +236,7 @@ def test_a_check_that_raises_fails_and_the_others_go_on(
     assert report.results[-1].outcome is Outcome.PASSED
 
 
+@pytest.mark.interpreted
 def test_a_program_that_is_stuck_while_the_device_is_held(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
