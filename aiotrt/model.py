@@ -423,6 +423,37 @@ class Model:
         return executor.specs.specs
 
     @property
+    def outputs(self) -> tuple[TensorSpec, ...] | None:
+        """What a call gives, with batching a batch of them; None where the engine does not declare it, as a module's."""
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        return executor.recipe.engine.outputs
+
+    @property
+    def slots(self) -> int:
+        """How many calls and leases can be on the device at the same time."""
+        executor = self._executor
+        if executor is None:
+            raise self._not_open()
+        return len(executor.slots)
+
+    def observe(self, observer: Callable[[Any], None] | None) -> None:
+        """Call `observer` for each call and lease that comes in, with batching for each item and each batch.
+
+        Args:
+            observer: called on the loop's thread in the caller's context, with the request. The request has the methods of
+                an `asyncio.Future`, which say how it ended, and `times`, which say when. What the observer raises goes to
+                the loop's exception handler, and the request goes on. None to observe nothing any more.
+
+        A model has one observer. Warm-ups are not observed.
+
+        Raises:
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+        """
+        self._usable().observer = observer
+
+    @property
     def is_ready(self) -> bool:
         """Whether a call now could succeed, since it is open, warmed up, not broken and not closing."""
         executor = self._executor

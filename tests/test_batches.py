@@ -546,7 +546,7 @@ async def test_an_observer_is_told_of_items_and_batches(device: str) -> None:
     # Not shed: on a slow machine the last call would be refused before it is in line.
     async with load(device, max_size=4, shed=False, warmup=frame(0)) as model:
         told: list[Any] = []
-        executor_of(model).observer = told.append
+        model.observe(told.append)
         await asyncio.gather(*[model(frame(value)) for value in range(6)])
         items, batches = told[:6], told[6:]
         assert [len(batch.calls) for batch in batches] == [4, 2]

@@ -6,6 +6,7 @@ On a simulated device under adversarial schedules, and audited, as in `test_laws
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_times_of_a_call_are_in_the_order_in_which_things_happened(group: in
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:
             seen: list[Any] = []
-            executor_of(model).observer = seen.append
+            model.observe(seen.append)
             with held_streams(device, *streams_of(model)):
                 calls = [asyncio.ensure_future(model(frame(1)))]
                 while count(model, State.IN_FLIGHT) == 0:
@@ -77,7 +78,7 @@ def test_the_times_of_an_item_say_when_it_went(group: int, stack: bool) -> None:
         batching = aiotrt.Batching(max_size=2, stack=stack)
         async with load(device, slots=1, warmup=frame(0), batching=batching) as model:
             seen: list[Any] = []
-            executor_of(model).observer = seen.append
+            model.observe(seen.append)
             with held_streams(device, *streams_of(model)):
                 calls = [asyncio.ensure_future(model(frame(1)))]
                 while count(model, State.IN_FLIGHT) == 0:
@@ -93,3 +94,57 @@ def test_the_times_of_an_item_say_when_it_went(group: int, stack: bool) -> None:
             assert first.seen == second.seen == 0.0, "of the batch it is known"
 
     under_schedules(group, program)
+
+
+@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=2)])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_observer_that_raises_is_reported_and_costs_nobody_anything(group: int, batching: aiotrt.Batching | None) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        loop = asyncio.get_running_loop()
+        contexts: list[dict[str, Any]] = []
+        audited = loop.get_exception_handler()
+        async with load(device, slots=1, warmup=frame(0), batching=batching) as model:
+
+            def bad(_: Any) -> None:
+                raise RuntimeError("bad observer")
+
+            loop.set_exception_handler(lambda _, context: contexts.append(context))
+            model.observe(bad)
+            results = await asyncio.gather(*[model(frame(value)) for value in range(3)])
+            assert all(map(right, results, range(3)))
+            if batching is None:
+                async with model.lease([SHAPE]):
+                    pass
+            loop.set_exception_handler(audited)
+            assert len(contexts) >= 3
+            assert {str(context["exception"]) for context in contexts} == {"bad observer"}
+            model.observe(None)
+            assert right(await model(frame(5)), 5)
+            statistics = model.statistics()
+            assert statistics.free == 1
+            assert statistics.submitted == statistics.completed + (batching is None)
+
+    under_schedules(group, program)
+
+
+def test_an_interrupt_in_an_observer_loses_no_slot() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+
+            def struck(_: Any) -> None:
+                raise KeyboardInterrupt
+
+            executor = executor_of(model)
+            for is_busy in (False, True):
+                async with contextlib.AsyncExitStack() as stack:
+                    if is_busy:
+                        await stack.enter_async_context(model.lease([SHAPE]))
+                    model.observe(struck)
+                    with pytest.raises(KeyboardInterrupt):
+                        _ = executor.submit((frame(1),), {})
+                    model.observe(None)
+                assert right(await model(frame(2)), 2)
+            statistics = model.statistics()
+            assert statistics.submitted == statistics.completed + statistics.cancelled + 1, "and one lease"
+
+    under_schedules(0, program)

@@ -253,9 +253,8 @@ def test_a_result_says_that_it_is_complete_and_an_observer_when_it_was_seen() ->
         async with load(device, slots=1, warmup=frame(0)) as model:
             x = device.tensor(frame(3))
             await seen(model, x)
-            executor = executor_of(model)
             noted: list[Any] = []
-            executor.observer = noted.append
+            model.observe(noted.append)
             result = await model(x)
             assert device.query(result._trt_produce_event)
             (request,) = noted

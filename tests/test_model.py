@@ -402,3 +402,13 @@ async def test_wait_for_the_event_of_a_launch(device: str) -> None:
                 assert not waiting.done()
                 latch.open()
                 await waiting
+
+
+async def test_a_model_says_how_many_slots_it_has_and_what_it_gives(device: str) -> None:
+    model = aiotrt.load(lambda x: x + 1, device=device, slots=3, warmup=frame(0))
+    for ask in (lambda: model.slots, lambda: model.outputs, lambda: model.observe(None)):
+        with pytest.raises(aiotrt.ModelClosedError, match="is not open"):
+            ask()
+    async with model:
+        assert model.slots == 3
+        assert model.outputs is None, "a function does not declare it"

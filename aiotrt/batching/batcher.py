@@ -22,7 +22,6 @@ from aiotrt.batching.queue import Batching, Deadlines, Pace, Queue, choose_sizes
 from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedError, QueueFullError
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.handshake import ready_events
-from aiotrt.runtime.request import Times
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
 
@@ -150,8 +149,7 @@ class Gatherer:
         self._add(call, bounded)
         self.counters.submitted += 1
         if executor.observer is not None:
-            call.times = Times(time.perf_counter())
-            executor.observer(call)
+            executor.observe(call)
         if call.deadline is not None:
             self._deadlines.add(call)
             self._set_alarm()

@@ -48,6 +48,11 @@ class Engine(Protocol):
     parameters: Parameters
     uncapturable: str | None
 
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...] | None:
+        """What it gives, or None where only a run says."""
+        ...
+
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> Execution:
         """A new execution context for inputs of these names and shapes, whose work goes to `stream`. Blocks.
 

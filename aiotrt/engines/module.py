@@ -35,6 +35,7 @@ class ModuleEngine:
     """
 
     inputs: tuple[TensorSpec, ...] | None = None
+    outputs: tuple[TensorSpec, ...] | None = None
     uncapturable: str | None = None
 
     def __init__(self, source: object, device: Device) -> None:

@@ -276,12 +276,29 @@ class Executor:
             raise self._full() from None
         self.counters.submitted += not request.is_warmup
         if self.observer is not None and not request.is_warmup:
-            request.times = Times(time.perf_counter())
-            self.observer(request)
+            try:
+                self.observe(request)
+            except BaseException:  # an interrupt: nobody will await the request
+                self.counters.cancelled += 1
+                if grant is None:
+                    self.machine.withdraw(request)
+                else:
+                    self.move(self.slots[grant[0]], Move.RELEASE)
+                raise
         if grant is None:
             request.is_queued = True
         else:
             self._serve(grant)
+
+    def observe(self, what: Any) -> None:
+        """Tell the observer of a request, or an item of a batch, that came in. What it raises costs the request nothing."""
+        assert self.observer is not None
+        what.times = Times(time.perf_counter())
+        try:
+            self.observer(what)
+        except Exception as error:
+            message = f"aiotrt: the observer of {self.recipe.engine.name} raised"
+            self.loop.call_exception_handler({"message": message, "exception": error})
 
     def _full(self) -> QueueFullError:
         self.counters.rejected += 1

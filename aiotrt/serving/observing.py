@@ -69,9 +69,7 @@ class Observer:
 
     def observe(self, model: Model) -> None:
         """Look at what this model does from now on."""
-        executor = model._executor
-        assert executor is not None
-        executor.observer = self
+        model.observe(self)
 
     def __call__(self, what: Request | Call) -> None:
         """Something comes in, in its caller's context."""

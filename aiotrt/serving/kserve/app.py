@@ -314,9 +314,9 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
 
 def _outputs(model: Model) -> Sequence[TensorSpec]:
     """What the model gives: engines that come from files all declare it."""
-    # `Model` does not show it. Without the names nobody could ask for an output, since one that is alone comes bare.
-    executor: Any = model._executor
-    specs: Sequence[TensorSpec] = executor.recipe.engine.outputs
+    # Without the names nobody could ask for an output, since one that is alone comes bare.
+    specs = model.outputs
+    assert specs is not None
     return specs
 
 
