@@ -259,9 +259,9 @@ class Model:
 
         Args:
             *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
-                with DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and extents as `inputs` says. A
-                host input must not change before the call returns: from 128 KiB on CUDA reads it where it is, if it was
-                allocated as page-locked and is in plain order; any other one is copied first.
+                with ``__array__`` (a video frame), DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and
+                extents as `inputs` says. A host input must not change before the call returns: from 128 KiB on CUDA reads it
+                where it is, if it was allocated as page-locked and is in plain order; any other one is copied first.
             deadline: with batching, seconds from now after which the result is of no use. An item that still waits then is
                 dropped before it reaches the device.
             priority: with batching, the class: 0 is the most urgent, and 1 what calls have that do not say.

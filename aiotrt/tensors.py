@@ -68,6 +68,7 @@ class Kind(enum.Enum):
 
 # By names of their own too, as in `slots`.
 NUMPY: Final = Kind.NUMPY
+_ON_HOST: Final = 1  # kDLCPU of DLPack
 DEVICE: Final = Kind.DEVICE
 
 
@@ -223,7 +224,7 @@ class InputSpecs:
             extents.append(argument.shape)
             if argument.tensor is not None:
                 kind = DEVICE
-            elif kind is NUMPY and not isinstance(value, np.ndarray):
+            elif kind is NUMPY and not isinstance(value, np.ndarray) and not _is_array(value):
                 kind = Kind.TORCH
             arguments.append(argument)
         shapes = tuple(extents)
@@ -321,11 +322,12 @@ class InputSpecs:
 
     def _argument(self, spec: TensorSpec, value: object) -> Argument:
         """What a value is, its extents aside."""
-        if isinstance(value, np.ndarray):
-            if (dtype := _TORCH_DTYPES.get(value.dtype)) is not spec.dtype:
-                got = str(value.dtype) if dtype is None else _dtype_name(dtype)
-                _refuse(spec, f"dtype {got}", _conversion(value, spec.dtype))
-            return Argument(value.shape, value, host=value)
+        array = value if isinstance(value, np.ndarray) else _as_array(spec.name, value) if _is_array(value) else None
+        if array is not None:
+            if (dtype := _TORCH_DTYPES.get(array.dtype)) is not spec.dtype:
+                got = str(array.dtype) if dtype is None else _dtype_name(dtype)
+                _refuse(spec, f"dtype {got}", _conversion(array, spec.dtype))
+            return Argument(array.shape, value, host=array)
         tensor = _as_tensor(spec.name, value)
         if tensor.dtype is not spec.dtype:
             _refuse(spec, f"dtype {_dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
@@ -519,7 +521,25 @@ def arrange(function: Callable[..., object], names: Sequence[str]) -> tuple[list
     return positions, named
 
 
+def _is_array(value: object) -> bool:
+    """Whether numpy takes this as an array in host memory, though it is none: a video frame, an image."""
+    if isinstance(value, (torch.Tensor, np.generic)) or not hasattr(type(value), "__array__"):
+        return False
+    if hasattr(value, "__cuda_array_interface__"):
+        return False
+    return not hasattr(value, "__dlpack_device__") or int(value.__dlpack_device__()[0]) == _ON_HOST
+
+
+def _as_array(name: str, value: object) -> Array:
+    try:
+        return np.asarray(value)
+    except Exception as error:
+        raise InputError(f"input {name!r}: {type(value).__name__} could not be read as an array: {error}") from error
+
+
 def _shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.dtype]:
+    if _is_array(value):
+        value = _as_array(name, value)
     if isinstance(value, np.ndarray):
         dtype = _TORCH_DTYPES.get(value.dtype)
         if dtype is None:
@@ -549,7 +569,7 @@ def _as_tensor(name: str, value: object) -> torch.Tensor:
     else:
         hint = "pass named inputs as model(**inputs)" if isinstance(value, Mapping) else "convert it with np.asarray(...)"
         raise InputError(
-            f"input {name!r}: expected a numpy array, a torch tensor, or an object with DLPack or "
+            f"input {name!r}: expected a numpy array, a torch tensor, or an object with __array__, DLPack or "
             f"__cuda_array_interface__, got {type(value).__name__}; {hint}"
         )
     if tensor.is_nested or tensor.layout is not torch.strided:

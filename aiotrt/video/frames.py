@@ -77,6 +77,28 @@ class Frame:
         return self._picture.shape
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of `image`."""
+        return np.dtype(np.uint8)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """`image`, for NumPy, torch.as_tensor and models: no copy unless another dtype, or a copy, is asked for."""
+        image = self.image
+        if dtype is not None and image.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"a frame is {image.dtype}, and cannot be {np.dtype(dtype)} without a copy")
+            return image.astype(dtype)
+        return image.copy() if copy else image
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        """`image`, for torch.from_dlpack and others; see `numpy.ndarray.__dlpack__`."""
+        return self.image.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Host memory."""
+        return self.image.__dlpack_device__()
+
+    @property
     def image(self) -> Array:
         """(height, width, 3) bytes, RGB. All readers share it, so do not write to it.
 

@@ -1,0 +1,60 @@
+"""A frame is an array to numpy, torch and models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import aiotrt
+from aiotrt.video.frames import Frame, Held
+
+PICTURE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+
+
+def frame() -> Frame:
+    return Frame("door", 0, Held(PICTURE.copy()))
+
+
+def test_numpy_reads_it_without_a_copy() -> None:
+    one = frame()
+    assert np.asarray(one) is one.image
+    assert np.array(one) is not one.image
+    assert one.shape == (2, 4, 3)
+    assert one.dtype == np.dtype(np.uint8)
+    assert np.array_equal(np.asarray(one, dtype=np.float32), PICTURE.astype(np.float32))
+    with pytest.raises(ValueError, match="without a copy"):
+        one.__array__(np.float32, copy=False)
+
+
+def test_torch_reads_it_without_a_copy() -> None:
+    one = frame()
+    tensor = torch.utils.dlpack.from_dlpack(one)
+    tensor[0, 0, 0] = 99
+    assert one.image[0, 0, 0] == 99
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=2)])
+async def test_a_model_takes_it_and_gives_arrays(batching: aiotrt.Batching | None) -> None:
+    axes = (0, 1) if batching is None else (1, 2)
+    expected = PICTURE.astype(np.float32).mean((0, 1))
+    async with aiotrt.load(lambda x: x.float().mean(axes), device="host", batching=batching) as model:
+        result = await model(frame())
+        assert isinstance(result, np.ndarray)
+        assert np.allclose(result, expected)
+        assert [np.allclose(each, expected) async for each in model.map([frame(), frame()])] == [True, True]
+        with pytest.raises(aiotrt.InputError, match="float32"):
+            await model(PICTURE.astype(np.float32))
+
+
+@pytest.mark.asyncio
+async def test_an_array_that_raises_is_named() -> None:
+    class Bad:
+        def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+            raise OSError("the file is gone")
+
+    async with aiotrt.load(lambda x: x + 1, device="host", warmup=np.zeros(3, np.float32)) as model:
+        with pytest.raises(aiotrt.InputError, match="input 'x': Bad could not be read as an array: the file is gone"):
+            await model(Bad())
+        assert model.statistics().free == model.slots
