@@ -91,6 +91,14 @@ async def test_files_that_are_no_engines(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["theinput", "theoutput"])
+async def test_a_tensor_whose_name_is_not_text(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / "named.onnx", "Relu", {"theinput": 1}, {"theoutput": 1})
+    path.write_bytes(path.read_bytes().replace(name.encode(), b"\xff\xfe" + name[2:].encode()))
+    await cannot_load(path, aiotrt.EngineError, str(path))
+
+
+@pytest.mark.asyncio
 async def test_damaged_files(tmp_path: Path) -> None:
     garbage, text = tmp_path / "garbage.onnx", tmp_path / "text.onnx"
     garbage.write_bytes(np.random.default_rng(0).bytes(5000))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final
 
 from aiotrt.building.files import check_readable, digest
@@ -72,6 +73,20 @@ class Sidecar:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
+#: By field, what a JSON file may hold there.
+_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("engine", "source", "versions", "options"), (dict,)),
+    **dict.fromkeys(("product", "version", "date"), (str,)),
+    **dict.fromkeys(
+        ("compute_capabilities", "profiles", "inputs", "outputs", "mended", "warnings", "layers"), (list, tuple)
+    ),
+    "gpu": (dict, NoneType),
+    "precision": (str, NoneType),
+    "seconds": (int, float),
+    "format": (int,),
+}
+
+
 def sidecar_path(engine: Path) -> Path:
     """Where the record of an engine is."""
     return engine.with_name(engine.name + ".json")
@@ -117,19 +132,25 @@ def check_sidecar(engine: Path, *, product: str | None = None, gpu: Mapping[str,
     return sidecar
 
 
+def _check(field: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise TypeError(f"{field} is {json.dumps(value)[:40]}, and not of type {expected}")
+
+
 def _read(path: Path) -> Sidecar:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in dataclasses.fields(Sidecar)}
         sidecar = Sidecar(**{name: value for name, value in entries.items() if name in known})
-        # What is used of it is there; other entries are only for people to read.
-        (
-            str(sidecar),
-            int(sidecar.engine["size"]),
-            str(sidecar.engine["sha256"]),
-            str(sidecar.source["sha256"]),
-            sidecar.gpu and sidecar.gpu["compute_capability"],
-        )
+        for field, kinds in _KINDS.items():
+            _check(field, getattr(sidecar, field), kinds)
+        _check("engine.size", sidecar.engine["size"], (int,))
+        for name in ("engine", "source"):
+            _check(f"{name}.sha256", getattr(sidecar, name)["sha256"], (str,))
+        for name in ("name", "compute_capability") if sidecar.gpu is not None else ():
+            _check(f"gpu.{name}", sidecar.gpu[name], (str,))  # type: ignore[index]
+        str(sidecar)  # what else is used of it is there
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{path}: the engine's record is damaged or from another version of aiotrt: {error}; "

@@ -65,8 +65,11 @@ class OnnxEngine:
                 f"{path}: ONNX Runtime cannot load this file ({path.stat().st_size:,} bytes){kind}: {error}; "
                 "copy it again, with the files of its weights if it has any, or export it again"
             ) from error
-        self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
-        self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
+        try:
+            self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
+            self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{path}: the name of an input or output is not UTF-8 ({error}); export it again") from error
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> OnnxExecution:
         return OnnxExecution(self.name, self._session, names, [spec.name for spec in self.outputs])

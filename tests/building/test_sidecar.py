@@ -130,3 +130,37 @@ def test_another_product_or_gpu(tmp_path: Path) -> None:
         check_sidecar(make(tmp_path), gpu=HOPPER)
     assert check_sidecar(make(tmp_path, product="tensorrt_rtx"), gpu=HOPPER) is not None
     assert check_sidecar(make(tmp_path, gpu=None), gpu=HOPPER) is not None
+
+
+HOSTILE: tuple[object, ...] = (None, True, 3, -1, 2.5, "text", "size", [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Sidecar)])
+def test_a_record_with_any_other_type_is_damaged_or_right(tmp_path: Path, field: str) -> None:
+    engine = make(tmp_path)
+    entries = json.loads(sidecar_path(engine).read_text())
+    for value in HOSTILE:
+        sidecar_path(engine).write_text(json.dumps(entries | {field: value}))
+        try:
+            read = check_sidecar(engine, product="tensorrt", gpu={"name": "L4", "compute_capability": "8.9"})
+        except EngineError:
+            continue
+        assert read is not None
+        assert str(read)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("engine", "size"), ("engine", "sha256"), ("source", "sha256"), ("source", "file")]
+)
+def test_an_entry_with_any_other_type_is_named(tmp_path: Path, field: str, name: str) -> None:
+    engine = make(tmp_path)
+    entries = json.loads(sidecar_path(engine).read_text())
+    wrong: tuple[object, ...] = (None, True, [], {}, "9" if name == "size" else 9)
+    for value in wrong:
+        changed = entries | {field: entries[field] | {name: value}}
+        sidecar_path(engine).write_text(json.dumps(changed))
+        if name == "file":  # only shown
+            check_sidecar(engine)
+        else:
+            with pytest.raises(EngineError, match=rf"record is damaged.*{field}\.{name} is "):
+                check_sidecar(engine)
