@@ -60,7 +60,7 @@ def read_onnx(path: Path) -> Source:
         import onnx
     except ImportError as error:
         raise MissingDependencyError(
-            f"{path.name}: reading an ONNX file needs the package onnx; pip install 'aiotrt[rtx]' or 'aiotrt[tensorrt]'"
+            f"{path.name}: reading an ONNX file needs the package onnx; pip install 'aiotrt[onnx]'"
         ) from error
     data = path.read_bytes()
     try:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
+import numbers
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -209,9 +210,16 @@ class AsyncFeed:
 
 
 def item_of(value: Any, seconds: float) -> Item:
-    """What an iterable gave: a frame, an array, or a pair of a time in seconds and one of these."""
+    """What an iterable gave: a frame, an array, or a pair of a time in seconds and one of these.
+
+    Raises:
+        ValueError: it is a tuple of another form.
+    """
     time_: float | None = None
     if isinstance(value, tuple):
+        if len(value) != 2 or not (value[0] is None or isinstance(value[0], numbers.Real)):
+            given = ", ".join(type(part).__name__ for part in value)
+            raise ValueError(f"expected a frame, or a pair (seconds, frame), the time first; got a tuple ({given})")
         time_, value = value
     picture: Picture
     if isinstance(value, Frame):

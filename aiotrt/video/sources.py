@@ -322,8 +322,8 @@ def open(  # noqa: A001  # as in `video.open`
 
     Args:
         source: a path; a URL, such as ``rtsp://...``; a camera's number, or its device file; an iterable or asynchronous
-            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair with its time in seconds, of which one
-            that is not finite is none; or a function
+            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair (seconds, array), where a
+            time that is not finite, or None, is none; or a function
             that returns such an iterable, called again whenever the source is begun again. A list, tuple or array is read
             on the loop's thread, any other synchronous iterable in a thread.
         name: what it is called in status and results; by default the file's name or the URL without what is secret in it.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt import video
 from aiotrt.video.frames import Frame, Held
 
 PICTURE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
@@ -58,3 +59,21 @@ async def test_an_array_that_raises_is_named() -> None:
         with pytest.raises(aiotrt.InputError, match="input 'x': Bad could not be read as an array: the file is gone"):
             await model(Bad())
         assert model.statistics().free == model.slots
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("item", "given"), [((PICTURE, 0.5), "ndarray, float"), ((0.5, PICTURE, 1), "float, ndarray, int"), ((), "")]
+)
+async def test_a_pair_in_another_order_is_named(item: tuple[object, ...], given: str) -> None:
+    with pytest.raises(video.SourceError, match=rf"expected .*\(seconds, frame\), the time first; got a tuple \({given}\)"):
+        async with video.open([item], name="door") as frames:
+            async for _ in frames:
+                pass
+
+
+@pytest.mark.asyncio
+async def test_a_pair_of_a_time_and_a_frame() -> None:
+    items = [(0.25, PICTURE), (np.float32(0.5), PICTURE), (None, PICTURE), (float("nan"), PICTURE)]
+    async with video.open(items) as frames:
+        assert [frame.time async for frame in frames][:2] == [0.25, 0.5]
