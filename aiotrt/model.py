@@ -24,7 +24,7 @@ from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
 from aiotrt.building.profiles import ProfileArgument
-from aiotrt.completion.poller import Hub, check_loop
+from aiotrt.completion.poller import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
@@ -524,6 +524,7 @@ class Model:
         if self._is_closed:
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
+            check_asyncio(_name(self._options.source))
             self._opening = _in_background(self._open())
         opening = self._opening
         check_loop(opening.get_loop(), _name(self._options.source))

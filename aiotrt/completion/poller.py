@@ -50,7 +50,7 @@ from aiotrt.completion.waiter import Waiter
 from aiotrt.devices import event_query
 from aiotrt.errors import DeviceHangError, UsageError
 
-__all__ = ["Hub", "check_loop", "wait"]
+__all__ = ["Hub", "check_asyncio", "check_loop", "wait"]
 
 POLLS_BEFORE_HANG: Final = 3  # overdue polls needed: one alone proves nothing
 #: A look that is later than this, in seconds, and than this share of its hang timeout, was late since the loop, the process
@@ -476,9 +476,10 @@ async def wait(event: object) -> None:
     again only after the wait has ended, or the wait is for the new record.
 
     Raises:
-        UsageError: `event` is none of these.
+        UsageError: `event` is none of these, or no asyncio event loop runs here.
         DeviceError: the device broke.
     """
+    check_asyncio("aiotrt.wait")
     query = event_query(event)
     if query():
         return
@@ -530,6 +531,19 @@ def _begin_anew() -> None:
 
 
 os.register_at_fork(after_in_child=_begin_anew)
+
+
+def check_asyncio(what: str) -> None:
+    """Raise unless an asyncio event loop runs on this thread.
+
+    Raises:
+        UsageError: none does: there is no loop, or it is another library's, such as trio's.
+    """
+    if asyncio._get_running_loop() is None:
+        raise UsageError(
+            f"{what} needs asyncio, and no asyncio event loop runs on this thread: start the program with asyncio.run(...) "
+            "or aiotrt.run(...); trio's loop is not supported"
+        )
 
 
 def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:

@@ -259,7 +259,11 @@ def lifespan(
     async def enter(app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         models = Models(sources, close_timeout=close_timeout, registry=registry)
         async with running(models, wait=wait), own(app) if own is not None else contextlib.nullcontext() as state:
-            yield {**(state or {}), "aiotrt": models}
+            app.state.aiotrt = models  # for clients that run the lifespan and do not pass its state on to requests
+            try:
+                yield {**(state or {}), "aiotrt": models}
+            finally:
+                del app.state.aiotrt
 
     return enter
 
@@ -308,11 +312,16 @@ def models_of(connection: HTTPConnection) -> Models:
     """All models of the application that this request or WebSocket came to.
 
     Raises:
-        UsageError: it was started without `lifespan`.
+        UsageError: the application's lifespan has not run, or is another one.
     """
     models = getattr(connection.state, "aiotrt", None)
+    if models is None and (app := connection.scope.get("app")) is not None:
+        models = getattr(app.state, "aiotrt", None)
     if models is None:
-        raise UsageError("the application has no models: create it with lifespan=aiotrt.serving.lifespan(...)")
+        raise UsageError(
+            "the application has no models here: create it with lifespan=aiotrt.serving.lifespan(...), and see that the "
+            "lifespan runs: httpx.ASGITransport does not run it, and a TestClient only inside its 'with' block"
+        )
     assert isinstance(models, Models)
     return models
 

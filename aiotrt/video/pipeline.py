@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from aiotrt.completion.poller import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.video.cancellation import only_own, to_its_end
 from aiotrt.video.frames import Frame
@@ -107,6 +108,7 @@ class Pipeline:
     async def __aenter__(self) -> Self:
         if self._state != "closed":
             raise UsageError("a pipeline can be entered once")
+        check_asyncio("a pipeline")
         self._state = "running"
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="aiotrt-video")
         try:

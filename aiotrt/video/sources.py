@@ -18,6 +18,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from aiotrt.completion.poller import check_asyncio
 from aiotrt.errors import InputError, UsageError
 from aiotrt.video.cancellation import only_own
 from aiotrt.video.decoding import Opening, camera
@@ -135,6 +136,7 @@ class Source:
     async def __aenter__(self) -> Self:
         if self.state is not SourceState.CLOSED:
             raise UsageError(f"source {self.name!r} can be opened once; make another one with video.open")
+        check_asyncio(f"source {self.name!r}")
         await self.start()
         return self
 
