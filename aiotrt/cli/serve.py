@@ -114,7 +114,8 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
 def _model(text: str, arguments: argparse.Namespace) -> ModelSettings:
     from aiotrt.serving.kserve import ModelSettings
 
-    name, _, file = text.rpartition("=")
+    # A name has no "=", and a path may: the first one ends the name, unless all of it is a file.
+    name, _, file = ("", "", text) if "=" not in text or Path(text).is_file() else text.partition("=")
     path = Path(file)
     options: dict[str, Any] = {
         option: getattr(arguments, option)

@@ -87,6 +87,9 @@ class VideoFile(Threaded):
             raise failures[0]
 
 
+_PROTOCOLS: Final = ("file:", "pipe:", "fd:", "tee:")  # of FFmpeg's, those that are written without slashes
+
+
 class _Encoder:
     def __init__(self, path: str, codec: str, width: int, height: int, rate: float, options: dict[str, str]) -> None:
         av = self._av = import_av()
@@ -94,6 +97,8 @@ class _Encoder:
         self._last = -1  # where the last frame stands in the film, in TIME_BASE
         self._at: float | None = None  # its source's last time, and the one that the film's beginning would be
         self._zero = 0.0
+        if ":" in path and "://" not in path and not path.startswith(_PROTOCOLS):
+            path = f"file:{path}"  # else FFmpeg takes what is before the colon for a protocol
         self._file = av.open(path, "w")
         try:
             self._stream = self._file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options)

@@ -371,7 +371,11 @@ def open(  # noqa: A001  # as in `video.open`
         is_remote = is_camera or is_url
         ends = not is_remote or live is False
         location, found = camera(text) if is_camera else (str(text), None)
-        shown = _without_secrets(location) if is_url else location
+        # FFmpeg takes what is before a colon for a protocol. Text that names no file may mean one, as pipe:0 does.
+        has_colon = ":" in location and not is_remote and not location.startswith("file:")
+        if has_colon and (isinstance(source, os.PathLike) or Path(location).exists()):
+            location = f"file:{location}"
+        shown = _without_secrets(location) if is_url else str(text)
         title = name = name or (f"camera {text}" if isinstance(text, int) else shown if is_url else Path(shown).name)
         opening = Opening(
             location, shown, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
