@@ -9,7 +9,7 @@ import pytest
 
 from aiotrt.cli.serve import _model
 
-OPTIONS = {"device": None, "slots": None, "max_queue": None, "threads": None, "batching": False, "shape": []}
+OPTIONS: dict[str, object] = {"device": None, "slots": None, "max_queue": None, "threads": None, "batching": False, "shape": []}
 
 
 @pytest.mark.parametrize(
