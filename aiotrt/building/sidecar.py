@@ -73,17 +73,12 @@ class Sidecar:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-#: By field, what a JSON file may hold there.
+#: What a JSON file may hold in the fields that are used; the others are only for people to read.
 _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
-    **dict.fromkeys(("engine", "source", "versions", "options"), (dict,)),
-    **dict.fromkeys(("product", "version", "date"), (str,)),
-    **dict.fromkeys(
-        ("compute_capabilities", "profiles", "inputs", "outputs", "mended", "warnings", "layers"), (list, tuple)
-    ),
+    "engine": (dict,),
+    "source": (dict,),
+    "product": (str,),
     "gpu": (dict, NoneType),
-    "precision": (str, NoneType),
-    "seconds": (int, float),
-    "format": (int,),
 }
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from aiotrt.cli.serve import _model
 
-OPTIONS: dict[str, object] = {"device": None, "slots": None, "max_queue": None, "threads": None, "batching": False, "shape": []}
+UNSET = ("device", "slots", "max_queue", "threads")
+OPTIONS: dict[str, object] = {**dict.fromkeys(UNSET), "batching": False, "shape": []}
 
 
 @pytest.mark.parametrize(
