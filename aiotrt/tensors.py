@@ -523,11 +523,14 @@ def arrange(function: Callable[..., object], names: Sequence[str]) -> tuple[list
 
 def _is_array(value: object) -> bool:
     """Whether numpy takes this as an array in host memory, though it is none: a video frame, an image."""
-    if isinstance(value, (torch.Tensor, np.generic)) or not hasattr(type(value), "__array__"):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) or not hasattr(type(value), "__array__"):
         return False
-    if hasattr(value, "__cuda_array_interface__"):
+    try:
+        if hasattr(value, "__cuda_array_interface__"):
+            return False
+        return not hasattr(value, "__dlpack_device__") or int(value.__dlpack_device__()[0]) == _ON_HOST
+    except Exception:  # reading it through DLPack fails too, and says why
         return False
-    return not hasattr(value, "__dlpack_device__") or int(value.__dlpack_device__()[0]) == _ON_HOST
 
 
 def _as_array(name: str, value: object) -> Array:

@@ -702,3 +702,16 @@ def test_inputs_that_the_caller_drops_at_once_are_read_all_the_same(group: int) 
             await settle(model, 2)
 
     under_schedules(group, program)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_lease_that_replays_for_long_makes_no_more_events(graphs: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0), graphs=graphs) as model, model.lease([SHAPE]) as slot:
+            slot.inputs[0][...] = frame(1)
+            await slot.replay()
+            with mock.patch.object(SimulatedDevice, "event", side_effect=AssertionError("one more event")):
+                for _ in range(20):
+                    assert right(device.read(await slot.replay()), 1)
+
+    under_schedules(0, program)

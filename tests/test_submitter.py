@@ -1,6 +1,6 @@
 """The compiled module that submits, against a stand-in driver: what it asks of the driver, in which order, what it refuses.
 
-`tests/gpu/test_submitter.py` compares it with the plain form on a GPU.
+On a GPU, `tests/gpu` runs it against the real driver wherever the compiled build runs.
 """
 
 from __future__ import annotations

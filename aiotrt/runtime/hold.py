@@ -169,11 +169,7 @@ class Hold:
             orders = self._take_orders()
         replay: Replay | None = None
         try:
-            if self._spares and not is_given:
-                replay = self._spares.pop()
-                replay.is_done = False
-            else:
-                replay = self._new(is_given)
+            replay = self._take(is_given)
             event = replay.event
             current = self._current
             if current is None or current.handle != executor.device.current_handle():
@@ -198,7 +194,12 @@ class Hold:
             self.order()
         return replay
 
-    def _new(self, is_given: bool) -> Replay:
+    def _take(self, is_given: bool) -> Replay:
+        """Return a replay to launch: one that was awaited, unless the caller gets the event, which must be a new one."""
+        if self._spares and not is_given:
+            replay = self._spares.pop()
+            replay.is_done = False
+            return replay
         device = self.executor.device
         event = device.event()
         replay = Replay(self.executor.loop, event, device.probe(event), is_given=is_given)
@@ -233,7 +234,7 @@ class Hold:
         if executor.machine.states[slot.index] is State.IN_FLIGHT:
             raise UsageError("the last launch is not complete: await it before the next")
         try:
-            replay = self._new(is_given=False)
+            replay = self._take(is_given=False)
             current = executor.device.current_stream()
         except Exception as error:
             raise executor.failed(error, "while it was launched") from error
@@ -377,7 +378,7 @@ class Hold:
                 if self.executor.broken is None:
                     self.executor.reclaim(self.slot)  # as if it were forgotten: who reads is not known now
                 raise failure from error
-            # Only now: from here on somebody else may launch the slot, and waits for these gates on the device.
+            # Last: another caller may launch the slot from here on, and waits for these gates on the device.
             self.executor.end_lease(self.slot)
         self._left = True
 

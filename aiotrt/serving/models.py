@@ -263,7 +263,8 @@ def lifespan(
             try:
                 yield {**(state or {}), "aiotrt": models}
             finally:
-                del app.state.aiotrt
+                if getattr(app.state, "aiotrt", None) is models:  # else the application was started once more meanwhile
+                    del app.state.aiotrt
 
     return enter
 

@@ -78,8 +78,8 @@ class Frame:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """That of `image`."""
-        return np.dtype(np.uint8)
+        """That of `image`, without converting anything: decoded pictures are bytes."""
+        return self.image.dtype if self.is_converted else np.dtype(np.uint8)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """`image`, for NumPy, torch.as_tensor and models: no copy unless another dtype, or a copy, is asked for."""

@@ -36,6 +36,18 @@ async def test_a_client_that_passes_no_state_finds_the_models() -> None:
         assert (await client.get("/sum")).json() == [1.0, 2.0, 3.0]
 
 
+async def test_an_application_that_is_started_twice_at_once_ends_twice() -> None:
+    app = application()
+    first, second = app.router.lifespan_context(app), app.router.lifespan_context(app)
+    await first.__aenter__()
+    await second.__aenter__()
+    await first.__aexit__(None, None, None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        assert (await client.get("/sum")).json() == [1.0, 2.0, 3.0]
+    await second.__aexit__(None, None, None)
+    assert not hasattr(app.state, "aiotrt")
+
+
 async def test_a_client_that_runs_no_lifespan_is_told_so() -> None:
     app = application()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:

@@ -149,11 +149,12 @@ DEFECTS: Final = (
             Edit(
                 hold,
                 "Hold.launch",
-                "                replay = self._new(is_given)\n",
-                "                replay = self._new(is_given)\n"
-                "                last = self._last\n"
-                "                if last and self._is_complete(last.event):\n"
-                "                    replay.event, replay.query, replay.confirm = last.event, last.query, last.confirm\n",
+                "            replay = self._take(is_given)\n            event = replay.event\n",
+                "            replay = self._take(is_given)\n"
+                "            last = self._last\n"
+                "            if last and self._is_complete(last.event):\n"
+                "                replay.event, replay.query, replay.confirm = last.event, last.query, last.confirm\n"
+                "            event = replay.event\n",
             )
         ],
         [

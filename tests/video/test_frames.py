@@ -77,3 +77,24 @@ async def test_a_pair_of_a_time_and_a_frame() -> None:
     items = [(0.25, PICTURE), (np.float32(0.5), PICTURE), (None, PICTURE), (float("nan"), PICTURE)]
     async with video.open(items) as frames:
         assert [frame.time async for frame in frames][:2] == [0.25, 0.5]
+
+
+@pytest.mark.asyncio
+async def test_an_array_whose_device_cannot_be_asked_is_an_input_error() -> None:
+    class Lies:
+        def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+            raise OSError("gone")
+
+        def __dlpack__(self, **_: object) -> object:
+            raise OSError("gone")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise OSError("gone")
+
+    async with aiotrt.load(lambda x: x + 1, device="host", warmup=np.zeros(3, np.float32)) as model:
+        with pytest.raises(aiotrt.InputError, match="input 'x': Lies could not be read"):
+            await model(Lies())
+
+
+def test_a_frame_of_other_numbers_says_so() -> None:
+    assert Frame("door", 0, Held(PICTURE.astype(np.float32))).dtype == np.dtype(np.float32)

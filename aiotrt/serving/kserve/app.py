@@ -314,7 +314,7 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
 
 def _outputs(model: Model) -> Sequence[TensorSpec]:
     """What the model gives: engines that come from files all declare it."""
-    # Without the names nobody could ask for an output, since one that is alone comes bare.
+    # A client asks for outputs by name, and a single output comes bare, so its name is known from here alone.
     specs = model.outputs
     assert specs is not None
     return specs
