@@ -36,6 +36,8 @@ from benchmarks.waits import CALL, EXECUTOR, FLOOR, POLLER
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS = [name for name in ALL if name != "loop_lag"]  # whose rows on the host device are its own
+#: The parts that a plain run measures too. The proof measures all.
+PLAIN = {"stages", "pipeline", "endurance", "tensorrt"}
 
 #: What every file has, and every row.
 FILE = {"benchmark": str, "date": str, "machine": dict, "device": str, "quick": bool, "idle_lag": dict, "rows": list}
@@ -72,7 +74,7 @@ def quickly(name: str, folder: Path, *more: str) -> int:
     return suite.main([name, "--device", "host", "--quick", "--out", str(folder), *more])
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in PLAIN else pytest.mark.proof) for name in PARTS])
 def test_a_part_runs_and_writes_what_can_be_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quickly(name, tmp_path) == 0
     record = tables.load(tmp_path / f"{name}-host.json")
@@ -85,6 +87,7 @@ def test_a_part_runs_and_writes_what_can_be_read(name: str, tmp_path: Path, caps
         assert all(len(line) == len(table.headings) for line in table.rows)
 
 
+@pytest.mark.proof
 def test_the_loops_lag_on_the_host_device(tmp_path: Path) -> None:
     before = os.sched_getaffinity(0)
     assert quickly("loop_lag", tmp_path) == 0
@@ -93,6 +96,7 @@ def test_the_loops_lag_on_the_host_device(tmp_path: Path) -> None:
         assert [len(table.rows) for table in tables.tables_of(tables.load(path))] == [3]
 
 
+@pytest.mark.proof
 def test_several_parts_run_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["stages", "tensorrt", "--device", "host", "--quick", "--out", str(tmp_path)]) == 0
     check(tables.load(tmp_path / "stages-host.json"))

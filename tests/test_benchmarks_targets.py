@@ -302,7 +302,9 @@ def test_the_summary_says_what_meets_its_target() -> None:
 # The prototype...
 
 
-@pytest.mark.parametrize("way", list(PROTOTYPES))
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.proof if way.endswith("compiled") else ()) for way in PROTOTYPES]
+)
 @pytest.mark.parametrize("loop", list(loops()))
 @pytest.mark.timeout(240)  # compiling takes its time
 def test_the_prototype_waits_for_the_work(way: str, loop: str) -> None:

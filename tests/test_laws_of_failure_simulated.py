@@ -163,8 +163,8 @@ FAULT_LAWS = {
 }
 
 
-#: Every call and every kind is in the plain run, with a third of the uses.
-SHARES = 3
+#: Every call and every kind is in the plain run, with a quarter of the uses.
+SHARES = 4
 
 
 @pytest.mark.parametrize("group", range(SHARES))

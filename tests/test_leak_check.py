@@ -58,7 +58,7 @@ def test_nothing_is_leaked():
     asyncio.run(main())
 """
 #: Modules between the first and the last: real ones, so that there is something to freeze.
-BETWEEN = ("test_prediction.py", "test_slots.py")
+BETWEEN = ("test_prediction.py", "test_waiters.py")
 LEAKING = ["test_a_hub_keeps_a_user", "test_a_model_is_never_closed", "test_a_socket_in_a_cycle_is_never_closed"]
 
 

@@ -33,7 +33,7 @@ def refused(error: type[AiotrtError], model: Path, out: Path, *says: str, **opti
     assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else []) == before
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.proof), "fp16"])
 @pytest.mark.parametrize("name", models.OCR)
 def test_the_three_models_of_pp_ocr(name: str, precision: str, tmp_path: Path) -> None:
     """With dynamic shapes; the classifier as it stands is refused, for two of its dimensions share the name "?"."""

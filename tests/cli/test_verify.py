@@ -294,6 +294,7 @@ def test_without_rich_there_is_json(
     verified(capsys, 0, path, "--device", "host")
 
 
+@pytest.mark.proof
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     path = models.relu(tmp_path / "a.onnx")
     terminal, end = pty.openpty()
@@ -316,7 +317,10 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     assert out.decode().endswith("all that applies passed\n")
 
 
-@pytest.mark.parametrize("check", ["results wait for the device", "endurance", "latency"])
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(name, marks=pytest.mark.proof) for name in ("results wait for the device", "latency")] + ["endurance"],
+)
 def test_ctrl_c_is_status_130(tmp_path: Path, check: str) -> None:
     command = [*MODULE, "verify", str(models.relu(tmp_path / "a.onnx")), "--device", "host", "-v", "-q"]
     command += ["--replays", "100000000" if check == "endurance" else "10", "--duration", "1000", "--inputs", "1"]

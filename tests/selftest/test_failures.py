@@ -175,6 +175,7 @@ def test_inputs_that_tell_nobody_apart(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.proof
 @pytest.mark.filterwarnings("ignore:.*was never closed:ResourceWarning")
 def test_slots_that_cancellation_loses(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aiotrt.runtime.executor import Executor

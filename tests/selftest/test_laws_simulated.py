@@ -61,7 +61,9 @@ def _latch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laws, "Latch", SimulatedLatch)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(check, marks=pytest.mark.proof if check is laws.callers else ()) for check in CHECKS]
+)
 def test_the_laws_hold(check: Callable[[Bench], Awaitable[Finding]]) -> None:
     for seed in range(10):
         assert checked(check, seed).detail

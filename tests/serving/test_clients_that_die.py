@@ -131,7 +131,9 @@ async def one_round(client: Served, model: aiotrt.Model, shape: tuple[int, ...],
     assert model.statistics().waiting == 0
 
 
-@pytest.mark.parametrize("batching", [False, True], ids=["one by one", "batches"])
+@pytest.mark.parametrize(
+    "batching", [pytest.param(False, marks=pytest.mark.proof, id="one by one"), pytest.param(True, id="batches")]
+)
 async def test_half_of_the_clients_die(tmp_path: Path, batching: bool) -> None:
     options = {"device": "host", "slots": SLOTS} | ({"batching": {"max_size": 4}} if batching else {})
     path = onnx_models.save(
