@@ -415,7 +415,7 @@ class Hub:
             return now if self.progress is SPIN else next_look(now, now, now, 0.0)
         if not estimate.is_trusted:
             return next_look(now, now, now, self._spin)
-        wait = estimate.shortest
+        wait = estimate.first
         ahead = self._lateness.ahead  # as `first_look` does, without two more calls for each launch
         wait -= ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
         return now + wait if wait > 0.0 else now
@@ -433,7 +433,7 @@ class Hub:
         # found late each time, and nothing would ever be learned about it.
         if estimate.is_trusted:
             predicted += estimate.seconds
-            aim = first_look(now, started + estimate.shortest, self._lateness)
+            aim = first_look(now, started + estimate.first, self._lateness)
             if aim > now + SHORTEST_SLEEP:
                 return aim
             aim = first_look(now, predicted, self._lateness)

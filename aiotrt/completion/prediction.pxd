@@ -2,11 +2,12 @@
 cimport cython
 
 cdef class Estimate:
-    cdef public double seconds, shortest, _before, _since
+    cdef public double seconds, shortest, first, _before, _since
     cdef public bint is_trusted
     cdef public int _late, _seen, _shorter
     cpdef between(self, double low, double high)
     cpdef at_most(self, double seconds)
+    @cython.locals(near=double)
     cdef _see(self, double seconds)
 
 cdef class Lateness:

@@ -28,6 +28,9 @@ SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking
 OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
+#: A length within this of the estimate, in seconds or as a share of it, gets no poll of its own: see `Estimate.first`.
+NEAR: Final = 40e-6
+NEAR_SHARE: Final = 0.1
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
 RECENT: Final = 256  # times: fewer, and one in a hundred that is short would be forgotten, and seen late
 SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
@@ -54,16 +57,17 @@ class Estimate:
 
     Attributes:
         seconds: the estimate; 0.0 until something was learned.
-        shortest: the least of late, of the last `RECENT` times at least and of no more than twice as many. The first look is
-            for that one, since work that is shorter than expected and slept on is seen late, by all the difference.
+        shortest: the least of late, of the last `RECENT` times at least and of no more than twice as many.
+        first: what the first poll is for. The shortest, since work that is shorter than expected and slept on is seen late,
+            by all the difference; the estimate where that is little, since each poll before it takes another wake-up.
         is_trusted: whether the last time agreed with it. One that is not must not be slept on: after a stall it may be a
             thousand times too long, and the next caller would wait as long.
     """
 
-    __slots__ = ("_before", "_late", "_seen", "_shorter", "_since", "is_trusted", "seconds", "shortest")
+    __slots__ = ("_before", "_late", "_seen", "_shorter", "_since", "first", "is_trusted", "seconds", "shortest")
 
     def __init__(self) -> None:
-        self.seconds = self.shortest = 0.0
+        self.seconds = self.shortest = self.first = 0.0
         self.is_trusted = False
         self._late = 0  # looks in a row that came too late to say when
         self._before = self._since = inf  # the least of the `RECENT` times before, and of those after them
@@ -117,6 +121,10 @@ class Estimate:
         if self._seen == RECENT:
             self._before, self._since = self._since, inf
             self._seen = self._shorter = 0
+        near = self.seconds - self.shortest
+        # One that was complete before the shortest is shorter by nobody knows how much: polls must come earlier to find out.
+        is_near = self._shorter == 0 and (near <= NEAR or near <= NEAR_SHARE * self.seconds)
+        self.first = self.seconds if is_near else self.shortest
 
 
 class Lateness:
