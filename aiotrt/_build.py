@@ -5,6 +5,7 @@ The build hook runs this file by itself, so it imports the standard library only
 
 from __future__ import annotations
 
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 #: The modules that a native build compiles: all of them, or none. Types for the compiler are in `.pxd` files beside them.
 COMPILED: Final = (
+    *(("aiotrt.completion._timerfd",) if sys.platform == "linux" else ()),
     "aiotrt.completion.lane",
     "aiotrt.completion.poller",
     "aiotrt.completion.prediction",

@@ -120,9 +120,7 @@ class Lease:
         Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
         a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
         """
-        hold = self._hold
-        if hold is None:
-            hold = self._held()
+        hold = self._hold or self._held()
         hold.check()
         executor = hold.executor
         replay = hold.launch_in_worker() if hold.program.blocking else hold.launch(False)

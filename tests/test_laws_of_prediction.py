@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 import pytest
 
 from aiotrt.completion.prediction import (
@@ -12,7 +10,7 @@ from aiotrt.completion.prediction import (
     MARGIN,
     RECENT,
     SHORTEST_SLEEP,
-    SLEEPS,
+    SHORT,
     Estimate,
     Lateness,
     first_look,
@@ -150,7 +148,7 @@ def test_a_look_that_is_late_but_not_early_teaches_the_shortest_no_more_than_the
 
 def needed(lateness: Lateness, sleep: float) -> float:
     """How much earlier to set a timer that is to sleep this long, in that sleep's own bucket."""
-    return lateness.ahead[bisect_left(SLEEPS, sleep)]
+    return lateness.ahead[sum(sleep > SHORT * 4**i for i in range(7))]
 
 
 def test_sleeps_are_told_apart_by_factors_of_four() -> None:

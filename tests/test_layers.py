@@ -61,7 +61,7 @@ RESERVED = {
 PURE = {
     "errors": set(),
     "runtime.slots": {"enum", "collections", "typing"},
-    "completion.prediction": {"bisect", "enum", "math", "typing"},
+    "completion.prediction": {"enum", "math", "typing"},
     "batching.queue": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
 }
 

@@ -6,24 +6,25 @@ from aiotrt.completion.waiter cimport Waiter
 
 cdef class Hub:
     cdef object __weakref__
-    cdef public object progress, finished
+    cdef public object progress
     cdef public long polls, wakes
     cdef public bint is_polling, _closed
     cdef public long _users
     cdef public object _loop, _clock, _timer, _read, _soon, _waking
-    cdef public list lanes
+    cdef public list finished, lanes
     cdef public Lateness _lateness
     cdef public double _armed, _slept, _spin
-    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, lanes=list, due=list, now=double, start=double, started=double, planned=double, earliest=double, ran=double, left=long, is_first=bint, is_complete=bint)
+    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, waiter=Waiter, lanes=list, due=list, finished=list, now=double, start=double, started=double, planned=double, earliest=double, polled=double, ran=double, left=long, is_first=bint, is_complete=bint)
     cpdef _poll(self)
+    @cython.locals(timeout=object, started=double)
+    cpdef _incomplete(self, Lane lane, Pending head, double now, double planned)
     @cython.locals(waiter=Waiter, woken=long)
     cpdef _wake(self, double start, long least=*)
     @cython.locals(now=double, due=double, queue=object)
     cpdef add(self, Lane lane, Pending pending, when_complete=*)
-    cpdef _unlist(self, Lane lane)
     cpdef _arm(self, double now, double due, bint was_long=*)
-    @cython.locals(wait=double, estimate=Estimate, ahead=list)
+    @cython.locals(wait=double, estimate=Estimate)
     cpdef double _first_poll(self, double now, Pending head) except? -1
-    @cython.locals(estimate=Estimate, spin=double, predicted=double, aim=double)
+    @cython.locals(estimate=Estimate, spin=double, predicted=double, wait=double, aim=double)
     cpdef double _next_poll(self, double now, Lane lane, Pending head, double started) except? -1
     cpdef finish(self, Waiter waiter)

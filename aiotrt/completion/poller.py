@@ -25,7 +25,6 @@ import os
 import threading
 import time
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -36,7 +35,6 @@ from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
     PREDICT,
     SHORTEST_SLEEP,
-    SLEEPS,
     SPIN,
     SPIN_BUDGET,
     Estimate,
@@ -147,6 +145,8 @@ class Hub:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
+        for lane in self.lanes:
+            lane.is_listed = False
         self.lanes.clear()
 
     # Watching...
@@ -213,13 +213,9 @@ class Hub:
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
         lane.forget()
-        self._unlist(lane)
-
-    def _unlist(self, lane: Lane) -> None:
         if lane.is_listed:
             lane.is_listed = False
-            with contextlib.suppress(ValueError):  # the hub is closed
-                self.lanes.remove(lane)
+            self.lanes.remove(lane)
 
     def _notify(self, lane: Lane, reference: weakref.ref[Pending]) -> None:
         """On whichever thread: the device says that it is complete."""
@@ -278,41 +274,38 @@ class Hub:
                 while left and pending:
                     left -= 1
                     head = pending[0]
-                    started = head.submitted
-                    if started < lane.last_done:
-                        started = lane.last_done
                     self.polls += 1
-                    is_complete = False
                     error: BaseException | None = None
                     try:
                         is_complete = head.query()
                     except (KeyboardInterrupt, SystemExit):
                         raise  # the loop's business; the event is polled again
                     except BaseException as failure:
-                        error = failure
-                        if head.confirm is not None:
-                            is_complete, error = self._confirmed(head.confirm)
+                        is_complete, error = self._confirmed(head, failure)
                     now = clock()
                     if not is_complete and error is None:
-                        timeout = head.hang_timeout
-                        if timeout is not None and (now - started > timeout or now - planned > STALL):
-                            error = self._hung(lane, head, now, started, planned)
+                        if now >= lane.spin_until:
+                            error = self._incomplete(lane, head, now, planned)
+                        else:
+                            lane.due = now
                         if error is None:
                             lane.polls += 1
                             lane.polled = now
-                            lane.due = now if now < lane.spin_until else self._next_poll(now, lane, head, started)
                             break
                     pending.popleft()
                     if error is None:
+                        started = head.submitted
+                        if started < lane.last_done:
+                            started = lane.last_done
                         ran = lane.ran = now - started
                         estimate = head.estimate
                         if head.notified:  # before this poll, unless the word is still on its way
                             lane.late = max(0.0, now - max(head.notified, started))
                             estimate.between(ran - lane.late, ran - lane.late)
                         elif lane.polls:
-                            polled = max(started, lane.polled)
-                            lane.late = now - polled
-                            estimate.between(lane.polled - started, ran)
+                            polled = lane.polled
+                            lane.late = now - polled if polled > started else ran
+                            estimate.between(polled - started, ran)
                         else:
                             lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
                             if is_first:  # else its predecessor ended at some time before, and nobody knows when it began
@@ -330,8 +323,9 @@ class Hub:
                 else:
                     if pending:
                         lane.due = self._first_poll(lane.last_done, pending[0])
-                    else:
-                        self._unlist(lane)
+                    elif lane.is_listed:  # unless a callback forgot it
+                        lane.is_listed = False
+                        lanes.remove(lane)
                     now = clock()
                 if now - start > TURN:
                     break  # the others are the first after the loop's turn
@@ -339,21 +333,43 @@ class Hub:
             # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
             self.is_polling = False
             if lanes:
-                earliest = inf
-                for lane in lanes:
-                    if lane.due < earliest:
-                        earliest = lane.due
+                earliest = lanes[0].due
+                if len(lanes) > 1:
+                    for lane in lanes:
+                        if lane.due < earliest:
+                            earliest = lane.due
                 self._arm(now, earliest, now - start > TURN)
-        if self.finished and self._waking is None:
-            self._wake(start)
+        finished = self.finished
+        if finished and self._waking is None:
+            if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:
+                self._wake(start)
+            else:
+                waiter = finished.pop()
+                waiter.wake()
 
-    def _confirmed(self, confirm: Callable[[], bool]) -> tuple[bool, BaseException | None]:
+    def _confirmed(self, head: Pending, failure: BaseException) -> tuple[bool, BaseException | None]:
+        """Return whether the event is complete, and its error, after its query raised."""
+        if head.confirm is None:
+            return False, failure
         try:
-            return confirm(), None
+            return head.confirm(), None
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             return False, error
+
+    def _incomplete(self, lane: Lane, head: Pending, now: float, planned: float) -> DeviceHangError | None:
+        """Set when to poll a head again that is not complete; or return the error, if it hangs."""
+        started = head.submitted
+        if started < lane.last_done:
+            started = lane.last_done
+        timeout = head.hang_timeout
+        if timeout is not None and (now - started > timeout or now - planned > STALL):
+            error = self._hung(lane, head, now, started, planned)
+            if error is not None:
+                return error
+        lane.due = self._next_poll(now, lane, head, started)
+        return None
 
     def finish(self, waiter: Waiter) -> None:
         """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""
@@ -416,8 +432,7 @@ class Hub:
         if not estimate.is_trusted:
             return next_look(now, now, now, self._spin)
         wait = estimate.first
-        ahead = self._lateness.ahead  # as `first_look` does, without two more calls for each launch
-        wait -= ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
+        wait -= self._lateness.allowance(wait)
         return now + wait if wait > 0.0 else now
 
     def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
@@ -433,14 +448,19 @@ class Hub:
         # found late each time, and nothing would ever be learned about it.
         if estimate.is_trusted:
             predicted += estimate.seconds
-            aim = first_look(now, started + estimate.first, self._lateness)
-            if aim > now + SHORTEST_SLEEP:
-                return aim
-            aim = first_look(now, predicted, self._lateness)
-            if aim > now + SHORTEST_SLEEP:
-                # It was as short as this of late, but mostly it is not: no spinning yet.
-                return min(aim, next_look(now, started, started, 0.0))
-            if lane.polls == 1 and now < predicted and not spin:
+            wait = predicted - now
+            if wait > SHORTEST_SLEEP:
+                wait -= self._lateness.allowance(wait)
+                if estimate.first < estimate.seconds:
+                    aim = first_look(now, started + estimate.first, self._lateness)
+                    if aim > now + SHORTEST_SLEEP:
+                        return aim
+                    if wait > SHORTEST_SLEEP:
+                        # It was as short as this of late, but mostly it is not: no spinning yet.
+                        return min(now + wait, next_look(now, started, started, 0.0))
+                elif wait > SHORTEST_SLEEP:
+                    return now + wait
+            if not lane.polls and now < predicted and not spin:
                 # The first poll came early, and there is no spinning until the time comes: sleep until just then.
                 return max(predicted, next_look(now, now, now, 0.0))
         lane.spin_until = predicted + spin

@@ -12,8 +12,9 @@ cdef class Estimate:
 
 cdef class Lateness:
     cdef public list _mean, _deviation, ahead, _seen
-    @cython.locals(bucket=int, seen=int, rate=double, error=double)
+    @cython.locals(bucket=int, longest=double, seen=int, rate=double, error=double)
     cpdef learn(self, double sleep, double late)
+    @cython.locals(ahead=list, bucket=int, longest=double, sleep=double)
     cpdef double allowance(self, double wait) except? -1
 
 cpdef double first_look(double now, double predicted, Lateness lateness) except? -1

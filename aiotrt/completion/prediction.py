@@ -17,7 +17,6 @@ processors wake slowly. The first look is aimed ahead of the prediction by that 
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left
 from math import inf
 from typing import Final
 
@@ -33,7 +32,8 @@ NEAR: Final = 40e-6
 NEAR_SHARE: Final = 0.1
 AGREE: Final = 1.5  # times longer or shorter than estimated that still agrees with the estimate
 RECENT: Final = 256  # times: fewer, and one in a hundred that is short would be forgotten, and seen late
-SLEEPS: Final = tuple(100e-6 * 4**i for i in range(7))  # seconds; the longest of each bucket of `Lateness`, but the last's
+SHORT: Final = 100e-6  # seconds; the longest sleep of the first bucket of `Lateness`, and four times as long for each next
+BUCKETS: Final = 7  # of them, and another for all that is longer
 LONGEST_SLEEP: Final = 5e-3  # seconds; the longest that a completion of overdue work may go unseen
 MOST_LATE: Final = 8  # looks in a row that came too late to say when; more than these count as these
 EARLIER: Final = tuple(1 - min(0.5, 0.003 * 2**late) for late in range(MOST_LATE + 1))  # times the estimate, after so many
@@ -137,7 +137,7 @@ class Lateness:
     __slots__ = ("_deviation", "_mean", "_seen", "ahead")
 
     def __init__(self, initial: float = 20e-6) -> None:
-        buckets = len(SLEEPS) + 1
+        buckets = BUCKETS + 1
         self._mean = [initial] * buckets
         self._deviation = [initial / 2] * buckets
         self.ahead = [initial + 1.5 * initial / 2 + MARGIN] * buckets  # seconds ahead of time, from the two above
@@ -145,7 +145,11 @@ class Lateness:
 
     def learn(self, sleep: float, late: float) -> None:
         """A timer set to sleep this long woke this late."""
-        bucket = bisect_left(SLEEPS, sleep)
+        bucket = 0
+        longest = SHORT
+        while sleep > longest and bucket < BUCKETS:
+            longest *= 4
+            bucket += 1
         late = min(late, 10e-3)  # a stall of the whole loop says nothing about timers
         # The first few count for more, so that what it started from is soon forgotten.
         self._seen[bucket] = seen = self._seen[bucket] + 1
@@ -157,9 +161,18 @@ class Lateness:
 
     def allowance(self, wait: float) -> float:
         """How much earlier than in `wait` seconds to set a timer."""
-        # A sleep that is so much shorter may be in another bucket, and it is there that it teaches.
         ahead = self.ahead
-        return ahead[bisect_left(SLEEPS, wait - ahead[bisect_left(SLEEPS, wait)])]
+        bucket = 0
+        longest = SHORT
+        while wait > longest and bucket < BUCKETS:
+            longest *= 4
+            bucket += 1
+        # A sleep that is so much shorter may be in another bucket, and it is there that it teaches.
+        sleep = wait - ahead[bucket]
+        while bucket and sleep <= longest / 4:
+            longest /= 4
+            bucket -= 1
+        return ahead[bucket]
 
 
 def first_look(now: float, predicted: float, lateness: Lateness) -> float:

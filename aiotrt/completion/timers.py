@@ -1,24 +1,25 @@
 """One-shot timers with sub-millisecond resolution, for an asyncio or uvloop event loop.
 
 The loops' own timers round to a millisecond: asyncio's selector rounds up, so a shorter sleep takes one, and libuv rounds
-to the nearest, so a shorter one does not sleep at all. `TimerFd` arms a Linux timerfd that the loop watches like a socket;
-`ThreadTimer` does the same with a sleeping thread, where there is no timerfd.
+to the nearest, so a shorter one does not sleep at all. `TimerFd` arms a Linux timerfd that the loop watches like a socket.
+Elsewhere work of less than some milliseconds is seen late, by the resolution of the loop's own timers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import functools
+import importlib
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-__all__ = ["ThreadTimer", "Timer", "TimerFd", "open_timer"]
+from aiotrt._impl import IMPLEMENTATION
+
+__all__ = ["LoopTimer", "Timer", "TimerFd", "open_timer"]
 
 
 class Timer(Protocol):
@@ -33,15 +34,6 @@ class Timer(Protocol):
         ...
 
 
-class _TimeSpec(ctypes.Structure):
-    _fields_ = (
-        ("interval_seconds", ctypes.c_long),
-        ("interval_nanoseconds", ctypes.c_long),
-        ("seconds", ctypes.c_long),
-        ("nanoseconds", ctypes.c_long),
-    )
-
-
 class TimerFd:
     """A timerfd on the monotonic clock, watched by the loop. The callback must read it.
 
@@ -54,16 +46,21 @@ class TimerFd:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
-        self._spec = _TimeSpec()
+        self._time = (
+            ctypes.c_long * 4
+        )()  # a struct itimerspec: seconds and nanoseconds of the interval, and until it fires
+        self._reference = ctypes.byref(self._time)
         self._fd = _libc_timerfd_create()
         self.read: Callable[[], object] = functools.partial(os.read, self._fd, 8)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         loop.add_reader(self._fd, callback)
 
     def set(self, delay: float) -> None:
-        nanoseconds = max(1, int(delay * 1e9))  # zero would disarm it, and the wake-up would be lost
-        self._spec.seconds, self._spec.nanoseconds = divmod(nanoseconds, 1_000_000_000)
-        if _libc.timerfd_settime(self._fd, 0, ctypes.byref(self._spec), None) != 0:
+        nanoseconds = int(delay * 1e9)
+        if nanoseconds < 1:
+            nanoseconds = 1  # zero would disarm it, and the wake-up would be lost
+        self._time[2], self._time[3] = divmod(nanoseconds, 1_000_000_000)
+        if _timerfd_settime(self._fd, 0, self._reference, None):
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
     def close(self) -> None:
@@ -74,53 +71,38 @@ class TimerFd:
             self._close_fd()
 
 
-class ThreadTimer:
-    """A thread that sleeps on a condition and then calls the loop."""
+class LoopTimer:
+    """The loop's own timer, where there is no timerfd."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
         self._callback = callback
-        self._condition = threading.Condition()
-        self._due: float | None = None
-        self._closed = False
-        threading.Thread(target=self._run, name="aiotrt-timer", daemon=True).start()
+        self._handle: asyncio.TimerHandle | None = None
 
     def set(self, delay: float) -> None:
-        with self._condition:
-            self._due = time.monotonic() + delay
-            self._condition.notify()
+        self.close()
+        self._handle = self._loop.call_later(delay, self._callback)
 
     def close(self) -> None:
-        with self._condition:
-            self._closed = True
-            self._condition.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                while not self._closed and (self._due is None or (left := self._due - time.monotonic()) > 0):
-                    self._condition.wait(None if self._due is None else left)
-                if self._closed:
-                    return
-                self._due = None
-            with contextlib.suppress(RuntimeError):  # the loop was closed under us; close() follows or never will
-                self._loop.call_soon_threadsafe(self._fire)
-
-    def _fire(self) -> None:
-        if not self._closed:
-            self._callback()
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 def open_timer(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> Timer:
-    """The best timer that this system and this loop offer."""
-    if hasattr(_libc, "timerfd_create"):
-        return TimerFd(loop, callback)
-    return ThreadTimer(loop, callback)
+    """Return the timer with the best resolution that this system and this build have."""
+    if _timerfd_settime is None:
+        return LoopTimer(loop, callback)
+    if IMPLEMENTATION == "native":
+        timer: Timer = importlib.import_module("aiotrt.completion._timerfd").TimerFd(loop, callback)
+        return timer
+    return TimerFd(loop, callback)
 
 
 # PyDLL, not CDLL: it keeps the interpreter lock, since neither call can block and giving the lock away for a microsecond
 # can cost milliseconds when another thread wants it. os.timerfd_create exists only from Python 3.13.
 _libc: Final = ctypes.PyDLL(None, use_errno=True)
+_timerfd_settime: Final[Any] = getattr(_libc, "timerfd_settime", None)
 
 
 def _libc_timerfd_create() -> int:

@@ -1,7 +1,6 @@
 # Types for the compiled build. executor.py is the source, and runs without this file.
 cimport cython
 from aiotrt.completion.poller cimport Hub
-from aiotrt.runtime.replay cimport Replay
 from aiotrt.runtime.request cimport Request, Slot
 from aiotrt.runtime.route cimport Route
 from aiotrt.runtime.slots cimport Slots
@@ -11,9 +10,9 @@ cdef class Counters:
 
 cdef class Executor:
     cdef object __weakref__
-    cdef public object _granted, _idle, _latest, _likely, _origin, _stop_listening, _workers, broken, complete
+    cdef public object _granted, _idle, _likely, _origin, _stop_listening, _workers, broken, complete
     cdef public Counters counters
-    cdef public object device, fallbacks, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, replays
+    cdef public object device, fallbacks, latest, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, replays
     cdef public object specs
     cdef public list slots
     cdef public bint _overlap, _serving, closing, is_discarded
@@ -30,5 +29,6 @@ cdef class Executor:
     cpdef _results(self, program, origin)
     @cython.locals(request=Request)
     cpdef _completed(self, Slot slot, error)
-    cpdef launched(self, Slot slot, Replay replay)
+    @cython.locals(counters=Counters)
+    cpdef count(self, program)
     cpdef lease_completed(self, Slot slot, long number, error)

@@ -148,7 +148,7 @@ class Executor:
         #: request says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
-        self._latest: Slot | None = None  # without overlap: who launched last
+        self.latest: Slot | None = None  # without overlap: who launched last
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant] = deque()
         self._serving = False
@@ -613,7 +613,7 @@ class Executor:
         request = slot.request
         assert request is not None
         if not self._overlap:
-            self._latest = slot
+            self.latest = slot
         request.query = slot.query
         request.confirm = slot.confirm
         request.on_done = slot.on_done
@@ -832,7 +832,7 @@ class Executor:
 
     def follow_latest(self, slot: Slot) -> None:
         """Without overlap, make this slot's next launch wait, on the device, for the last launch of another."""
-        latest = self._latest
+        latest = self.latest
         slot.predecessor = None if latest is None or latest is slot else latest.turn
 
     def pass_turn(self, slot: Slot) -> None:
@@ -847,41 +847,15 @@ class Executor:
 
     # Leases...
 
-    def launched(self, slot: Slot, replay: Replay) -> None:
-        """A lease submitted work and recorded its event after it: the slot is in flight until that completes."""
-        program = slot.program
-        assert program is not None
-        state = self.machine.states[slot.index]
-        if state is BROKEN:
-            return
-        if state is not DRAINING:  # it is, when the lease ended while a worker thread submitted for it
-            self.machine.move(slot.index, LAUNCH)
-        if program.captured:
-            self.counters.replays += 1
-        else:
-            self.counters.fallback_runs += 1
-        slot.launches = replay.number = slot.launches + 1
-        if not self._overlap:
-            self._latest = slot
-        device = self.device
-        replay.estimate = program.estimate
-        self.hub.add(slot.lane, replay, partial(device.when_complete, replay.event) if device.tells else None)
-
     def lease_completed(self, slot: Slot, number: int, error: BaseException | None) -> None:
-        """The hub has seen the end of a launch of the lease that has this slot."""
-        state = self.machine.states[slot.index]
-        if state is BROKEN:
-            return
+        """A launch of the lease that has this slot has failed, or ended after the lease."""
         if isinstance(error, DeviceError):
             self.failed_on_device(error)
-        elif number != slot.launches:
-            return  # an earlier launch of several; the last one's completion is the slot's
-        elif state is IN_FLIGHT:
-            self.machine.move(slot.index, COMPLETE)
-        elif state is DRAINING and slot.is_forgotten:
-            self._drain(slot)
-        else:
-            self.move(slot, COMPLETE)
+        elif number == slot.launches:  # else it is an earlier launch of several
+            if self.machine.states[slot.index] is DRAINING and slot.is_forgotten:
+                self._drain(slot)
+            else:
+                self.move(slot, COMPLETE)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
         """A lease's launch that occupies its thread."""

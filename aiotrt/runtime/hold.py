@@ -20,7 +20,7 @@ from aiotrt.runtime.launch import open_gates, submit_lease
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.replay import Replay
 from aiotrt.runtime.request import Request, Slot
-from aiotrt.runtime.slots import State
+from aiotrt.runtime.slots import BROKEN, COMPLETE, DRAINING, IN_FLIGHT, LAUNCH, State
 from aiotrt.tensors import DEVICE, Kind, widened
 
 __all__ = ["Hold"]
@@ -34,6 +34,8 @@ class _Orders(NamedTuple):
 
 
 _NOTHING: Final = _Orders({}, {})
+
+HANDED_OUT: Final = 2  # attributes of a tensor that `Hold.handed_out` made
 
 
 def _nothing(_: BaseException | None) -> None:
@@ -64,12 +66,14 @@ class Hold:
         self._launches: deque[Replay] = deque()  # pending, in order
         self._spares: list[Replay] = []  # those that were awaited, and whose events nobody else has
         self._current: Stream | None = None  # the caller's, at the last launch
-        #: Whether a launch without new inputs and without extra consumers is one graph without copies.
-        self._is_short = program.graph is not None and slot.turn is None and not self.unified and self.kind is DEVICE
+        #: What a launch without new inputs and without extra consumers is, where that is one graph without copies.
+        self._graph = program.graph if slot.turn is None and not self.unified and self.kind is DEVICE else None
+        self._tells = executor.device.tells
         self._ordered: set[int] = set()  # streams that wait for it, by handle
         self._current_mark: Event | None = None  # host: the last thing put on the current stream
         self._marks: dict[int, Event] = {}  # likewise, of what writes each input
         self._state = GraphState()
+        self._kept: torch.Tensor | None = None  # what the last complete launch handed out, of a program with one output
         self._left = False
 
     def open(self) -> None:
@@ -87,14 +91,22 @@ class Hold:
     def check(self) -> None:
         """Raise unless the lease is held, here, on a working model."""
         executor = self.executor
-        if asyncio._get_running_loop() is not executor.loop:
-            check_loop(executor.loop, "a lease")
+        if (
+            self._left
+            or self._request.is_revoked
+            or executor.broken is not None
+            or asyncio._get_running_loop() is not executor.loop
+        ):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        executor = self.executor
+        check_loop(executor.loop, "a lease")
         if self._left:
             raise UsageError("this lease has ended: its buffers are somebody else's now; take another with model.lease()")
         if executor.broken is not None:
             raise ModelBrokenError(f"{executor.recipe.engine.name} is broken: {executor.broken}") from executor.broken
-        if self._request.is_revoked or self.slot.request is not self._request:
-            raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
+        raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
 
     def check_submitted(self) -> None:
         """Raise while a worker thread submits the last launch: the slot is that thread's, and nothing is in order yet."""
@@ -174,12 +186,10 @@ class Hold:
             current = self._current
             if current is None or current.handle != executor.device.current_handle():
                 current = self._current = executor.device.current_stream()
-            if orders is _NOTHING and self._is_short:
+            if orders is _NOTHING and self._graph is not None:
                 if slot.gates:
                     open_gates(slot)
-                graph = self.program.graph
-                assert graph is not None
-                graph.submit(slot.stream, current, slot.mark, (), (), (), (), event)
+                self._graph.submit(slot.stream, current, slot.mark, (), (), (), (), event)
             else:
                 executor.follow_latest(slot)
                 self._submit(event, current, orders)
@@ -203,6 +213,7 @@ class Hold:
         device = self.executor.device
         event = device.event()
         replay = Replay(self.executor.loop, event, device.probe(event), is_given=is_given)
+        replay.estimate = self.program.estimate
         replay.confirm = partial(device.query, event)
         replay.hang_timeout = self.executor.hang_timeout
         return replay
@@ -296,22 +307,41 @@ class Hold:
         submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
     def _launched(self, replay: Replay, *, ordered: Stream | None = None) -> None:
+        """Work was submitted and the replay's event recorded after it: the slot is in flight until that completes."""
+        executor, slot, program = self.executor, self.slot, self.program
         self._last = self._unordered = replay
-        self._ordered.clear()
+        if self._ordered:
+            self._ordered.clear()
         if ordered is not None:
             self._ordered.add(ordered.handle)
         replay.on_done = self._completed
         if not (self._launches and self._launches[-1] is replay):  # it is after an interrupt
             self._launches.append(replay)
-        self.executor.launched(self.slot, replay)
+        state = executor.machine.states[slot.index]
+        if state is BROKEN:
+            return
+        if state is not DRAINING:  # it is, when the lease ended while a worker thread submitted for it
+            executor.machine.move(slot.index, LAUNCH)
+        executor.count(program)
+        slot.launches = replay.number = slot.launches + 1
+        if slot.turn is not None:
+            executor.latest = slot
+        executor.hub.add(slot.lane, replay, partial(executor.device.when_complete, replay.event) if self._tells else None)
 
     def _completed(self, error: BaseException | None) -> None:
-        """The hub has seen the end of the first launch that is pending."""
-        executor = self.executor
+        """The hub, which is polling, has seen the end of the first launch that is pending."""
+        executor, slot = self.executor, self.slot
         replay = self._launches.popleft()
         try:
-            if self.slot.request is self._request:
-                executor.lease_completed(self.slot, replay.number, error)
+            if slot.request is self._request:
+                state = executor.machine.states[slot.index]
+                if error is None and state is IN_FLIGHT:
+                    if (
+                        replay.number == slot.launches
+                    ):  # else it is an earlier one of several; the last one's end is the slot's
+                        executor.machine.move(slot.index, COMPLETE)
+                elif state is not BROKEN:
+                    executor.lease_completed(slot, replay.number, error)
         finally:
             replay.on_done = _nothing  # a cycle, which would keep the buffers until the next garbage collection
             if self._unordered is replay:
@@ -319,10 +349,10 @@ class Hold:
             if not replay.is_done:
                 error = replay.failure or error
                 if error is None:
-                    replay.resolve(None)
+                    replay.is_done = True
                 else:
                     replay.reject(executor.explain(error, "while it ran"))
-                executor.hub.finish(replay)
+                executor.hub.finished.append(replay)
 
     def _refuse_unwritten(self) -> NoReturn:
         specs = self.executor.specs.specs
@@ -332,11 +362,19 @@ class Hold:
 
     def results(self) -> Any:
         """The outputs as the lease asked for them."""
+        kept = self._kept
+        if kept is not None and self._unordered is None and len(kept.__dict__) == HANDED_OUT:
+            return kept  # as before, unless its holder has put more on it
         names, outputs = self.program.names, self.program.outputs
         if self.kind is DEVICE:
-            if len(outputs) == 1:
-                return self.handed_out(outputs[0])
-            return names.pack([self.handed_out(output) for output in outputs])
+            if len(outputs) > 1:
+                return names.pack([self.handed_out(output) for output in outputs])
+            tensor = self.handed_out(outputs[0])
+            if (
+                self._graph is not None and self._unordered is None
+            ):  # without a graph, the next launch may have another tensor
+                self._kept = tensor
+            return tensor
         if self.kind is Kind.NUMPY:
             return names.pack([widened(self.program.output_view(i), output.dtype) for i, output in enumerate(outputs)])
         if self.unified:
