@@ -5,9 +5,11 @@ cdef class Estimate:
     cdef public double seconds, shortest, first, _before, _since
     cdef public bint is_trusted
     cdef public int _late, _seen, _shorter
+    @cython.locals(seconds=double, before=double, agrees=bint)
     cpdef between(self, double low, double high)
+    @cython.locals(least=double)
     cpdef at_most(self, double seconds)
-    @cython.locals(near=double)
+    @cython.locals(estimate=double, near=double)
     cdef _see(self, double seconds)
 
 cdef class Lateness:

@@ -82,11 +82,15 @@ class Estimate:
         """
         self._late = 0
         seconds = (low + high) / 2
-        was_trusted, self.is_trusted = self.is_trusted, self.seconds / AGREE <= seconds <= self.seconds * AGREE
-        if self.seconds == 0.0 or not (was_trusted or self.is_trusted):
+        before = self.seconds
+        agrees = before / AGREE <= seconds <= before * AGREE
+        if before == 0.0 or not (agrees or self.is_trusted):
             self.seconds = seconds  # twice in a row: it has changed
+        elif seconds < before:
+            self.seconds = before + 0.3 * (seconds - before)
         else:
-            self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)
+            self.seconds = before + 0.1 * (seconds - before)
+        self.is_trusted = agrees
         self._see(high)
 
     def at_most(self, seconds: float) -> None:
@@ -121,10 +125,13 @@ class Estimate:
         if self._seen == RECENT:
             self._before, self._since = self._since, inf
             self._seen = self._shorter = 0
-        near = self.seconds - self.shortest
+        estimate = self.seconds
+        near = estimate - self.shortest
         # One that was complete before the shortest is shorter by nobody knows how much: polls must come earlier to find out.
-        is_near = self._shorter == 0 and (near <= NEAR or near <= NEAR_SHARE * self.seconds)
-        self.first = self.seconds if is_near else self.shortest
+        if self._shorter or (near > NEAR and near > NEAR_SHARE * estimate):
+            self.first = self.shortest
+        else:
+            self.first = estimate
 
 
 class Lateness:

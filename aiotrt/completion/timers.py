@@ -46,9 +46,7 @@ class TimerFd:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
-        self._time = (
-            ctypes.c_long * 4
-        )()  # a struct itimerspec: seconds and nanoseconds of the interval, and until it fires
+        self._time = (ctypes.c_long * 4)()  # a struct itimerspec: of the interval, and until it fires
         self._reference = ctypes.byref(self._time)
         self._fd = _libc_timerfd_create()
         self.read: Callable[[], object] = functools.partial(os.read, self._fd, 8)

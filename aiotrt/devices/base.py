@@ -217,8 +217,8 @@ class Device(Protocol):
         """Uninitialised device memory, allocated in the current stream's order."""
         ...
 
-    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """What `empty` does with these arguments, as a function to be called often."""
+    def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Return `empty` for the shape and dtype of this tensor, as a function to be called often."""
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -391,8 +391,8 @@ class BaseDevice(ABC):
     def probe(self, event: Event) -> Callable[[], bool]:
         return partial(self.query, event)
 
-    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        return partial(self.empty, tuple(shape), dtype)
+    def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return partial(self.empty, tuple(like.shape), like.dtype)
 
     def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
         raise NotImplementedError(f"{self!r} must be asked")

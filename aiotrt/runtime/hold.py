@@ -336,9 +336,7 @@ class Hold:
             if slot.request is self._request:
                 state = executor.machine.states[slot.index]
                 if error is None and state is IN_FLIGHT:
-                    if (
-                        replay.number == slot.launches
-                    ):  # else it is an earlier one of several; the last one's end is the slot's
+                    if replay.number == slot.launches:  # else it is an earlier launch of several
                         executor.machine.move(slot.index, COMPLETE)
                 elif state is not BROKEN:
                     executor.lease_completed(slot, replay.number, error)
@@ -370,9 +368,7 @@ class Hold:
             if len(outputs) > 1:
                 return names.pack([self.handed_out(output) for output in outputs])
             tensor = self.handed_out(outputs[0])
-            if (
-                self._graph is not None and self._unordered is None
-            ):  # without a graph, the next launch may have another tensor
+            if self._graph is not None and self._unordered is None:  # without a graph, a launch may replace the tensor
                 self._kept = tensor
             return tensor
         if self.kind is Kind.NUMPY:

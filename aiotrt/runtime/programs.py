@@ -114,7 +114,7 @@ class Program:
         self.spare: tuple[int, Tensors] | None = None
         self.used = 0
         self.graph: Graph | None = steps[0] if self.captured else None  # type: ignore[assignment]
-        self.makers = [device.maker(output.shape, output.dtype) for output in outputs]
+        self.makers = [device.maker(output) for output in outputs]
         self.staged_inputs: list[torch.Tensor | None] = [None] * len(inputs)  # pinned; the buffers themselves if unified
         self.staged_outputs: list[torch.Tensor | None] = [None] * len(outputs)
         self.input_views: list[Array | None] = [None] * len(inputs)  # numpy views of the above

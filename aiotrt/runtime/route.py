@@ -100,27 +100,29 @@ class Route:
         if len(values) != self._count:
             return False
         index = self._index
-        for i in range(self._count):
-            one: Any = values[i]
-            kind = self._types[i]
-            dtype = self._dtypes[i]
-            if type(one) is not kind:
-                return False
-            if kind is not _TENSOR:
-                if one.dtype != dtype or one.shape != self._sizes[i]:
+        try:
+            for i in range(self._count):
+                one: Any = values[i]
+                kind = self._types[i]
+                dtype = self._dtypes[i]
+                if type(one) is not kind:
                     return False
-            elif (
-                one.dtype is not dtype
-                or one.layout is not _STRIDED
-                or one.is_nested
-                or one.shape != self._sizes[i]
-                or not one.is_contiguous()
-                or one.is_neg()
-                or (dtype.is_complex and one.is_conj())
-                or (one.__dict__ and not _HANDSHAKE.isdisjoint(one.__dict__))
-                or (one.get_device() != index if index is not None else not self._holds(one))
-            ):
-                return False
+                if kind is not _TENSOR:
+                    if one.dtype != dtype or one.shape != self._sizes[i]:
+                        return False
+                elif (
+                    one.dtype is not dtype
+                    or one.shape != self._sizes[i]
+                    or not one.is_contiguous()
+                    or one.is_neg()
+                    or (dtype.is_complex and one.is_conj())
+                    or (one.__dict__ and not _HANDSHAKE.isdisjoint(one.__dict__))
+                    or (index is not None and one.get_device() != index)
+                    or (index is None and (one.layout is not _STRIDED or not self._holds(one)))
+                ):
+                    return False
+        except RuntimeError:  # a nested tensor has no shape, and one that is sparse by rows no order
+            return False
         return True
 
     def still_matches(self, values: Sequence[object]) -> bool:

@@ -130,9 +130,9 @@ class FaultInjector:
         """As the device; cannot fail otherwise."""
         return self._wrap(self.device.adopt_stream(_unwrap(stream)))
 
-    def maker(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
         """As the device; each call counts as an `empty`."""
-        return functools.partial(self.empty, tuple(shape), dtype)
+        return functools.partial(self.empty, tuple(like.shape), like.dtype)
 
     def probe(self, event: Event) -> Callable[[], bool]:
         """As the device; each call counts as a `query`."""

@@ -56,7 +56,6 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ),
     ("hold.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
     ("hold.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
-    ("hold.py", "Hold._completed", "self._unordered = None", 0): "saves waits for an event that is complete",
     ("hold.py", "Hold.leave", "self._left = True", 1): (
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"

@@ -64,6 +64,7 @@ MODULES: Final = (
 #: Tests in real time on the host device, for what the simulator does not reach: loading, threads and files of its own.
 ON_THE_HOST: Final = (
     "tests.test_lifecycle",
+    "tests.test_asyncio_only",
     "tests.test_engine_functions",
     "tests.test_model",
     "tests.test_lease",
