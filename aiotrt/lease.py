@@ -134,7 +134,6 @@ class Lease:
         finally:
             executor.replays.discard(replay)
         hold.awaited(replay)
-        hold.check()
         return hold.results()
 
     def consumed(self, stream: object = None) -> None:

@@ -261,7 +261,10 @@ class Hub:
         start = now = clock()
         lanes = self.lanes
         # Collected first and polled after: what is due again at once is polled next time, or the loop would get no turn.
-        due = [lane for lane in lanes if lane.due <= now]
+        due = []
+        for lane in lanes:
+            if lane.due <= now:
+                due.append(lane)
         if len(due) > 1:
             due.sort(key=_DUE)
         self.is_polling = True
@@ -282,8 +285,7 @@ class Hub:
                         raise  # the loop's business; the event is polled again
                     except BaseException as failure:
                         is_complete, error = self._confirmed(head, failure)
-                    now = clock()
-                    if not is_complete and error is None:
+                    if not is_complete and error is None:  # as it was at the latest time that was read before the query
                         if now >= lane.spin_until:
                             error = self._incomplete(lane, head, now, planned)
                         else:
@@ -292,6 +294,7 @@ class Hub:
                             lane.polls += 1
                             lane.polled = now
                             break
+                    now = clock()
                     pending.popleft()
                     if error is None:
                         started = head.submitted

@@ -95,7 +95,7 @@ class Hold:
             self._left
             or self._request.is_revoked
             or executor.broken is not None
-            or asyncio._get_running_loop() is not executor.loop
+            or asyncio._get_running_loop() is not executor.loop  # last: before Python 3.13 this is a system call
         ):
             self._refuse()
 
@@ -359,7 +359,9 @@ class Hold:
         raise UsageError(f"input {name!r} was never written in this lease: write it before the first launch")
 
     def results(self) -> Any:
-        """The outputs as the lease asked for them."""
+        """The outputs as the lease asked for them. Raises as `check` does, though not of another loop or thread."""
+        if self._left or self._request.is_revoked or self.executor.broken is not None:
+            self._refuse()
         kept = self._kept
         if kept is not None and self._unordered is None and len(kept.__dict__) == HANDED_OUT:
             return kept  # as before, unless its holder has put more on it
