@@ -8,6 +8,8 @@ from aiotrt.completion.prediction import (
     AGREE,
     LONGEST_SLEEP,
     MARGIN,
+    NEAR,
+    NEAR_SHARE,
     RECENT,
     SHORT,
     SHORTEST_SLEEP,
@@ -144,6 +146,38 @@ def test_a_look_that_is_late_but_not_early_teaches_the_shortest_no_more_than_the
     exactly(estimate, 1.0, 1.0)
     estimate.at_most(estimate.shortest)
     assert estimate.shortest == estimate.seconds == pytest.approx(0.997)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shortest", "is_near"),
+    [
+        (NEAR, 0.0, True),  # within so many seconds, whatever the share
+        (1.01 * NEAR, 0.0, False),
+        (10.0, 10.0 - 10.0 * NEAR_SHARE, True),  # or within a share, whatever the seconds
+        (10.0, 9.99 - 10.0 * NEAR_SHARE, False),
+        (3 * NEAR, 2.5 * NEAR, True),
+    ],
+)
+def test_the_first_poll_is_for_the_shortest_where_that_is_far_from_the_estimate(
+    seconds: float, shortest: float, is_near: bool
+) -> None:
+    estimate = Estimate()
+    exactly(estimate, seconds, seconds)
+    estimate.shortest = estimate._since = shortest
+    estimate.between(seconds, seconds)
+    assert (estimate.seconds, estimate.shortest) == (seconds, shortest)
+    assert estimate.first == (seconds if is_near else shortest)
+
+
+def test_the_first_poll_is_for_the_shortest_once_that_was_complete_before_it() -> None:
+    """However near it is: by how much it was shorter, only an earlier poll can find out."""
+    estimate = Estimate()
+    exactly(estimate, 1.0, 1.0)
+    assert estimate.first == estimate.seconds
+    estimate.at_most(0.999 * estimate.shortest)
+    assert estimate.seconds > estimate.first == estimate.shortest
+    exactly(estimate, *[1.0] * RECENT)
+    assert estimate.first == estimate.seconds > 0.999
 
 
 def needed(lateness: Lateness, sleep: float) -> float:

@@ -264,7 +264,7 @@ class Hub:
         due = []
         for lane in lanes:
             if lane.due <= now:
-                due.append(lane)
+                due.append(lane)  # noqa: PERF401  # a comprehension has a scope of its own, which no types reach
         if len(due) > 1:
             due.sort(key=_DUE)
         self.is_polling = True
