@@ -73,7 +73,7 @@ class _Event(HostEvent):
     def synchronize(self) -> None:
         record = self.last
         if record is not None:
-            self._time.block_until(record.is_reached.is_set, "an event")
+            self._time.block_until(lambda: record.is_reached, "an event")
             self.query()
 
 
@@ -121,7 +121,7 @@ class _Stream(HostStream):
             if not isinstance(head, _Record):
                 self._is_running = True
                 self._time.enable(self.name, self._run)
-            elif head.is_reached.is_set():
+            elif head.is_reached:
                 self._queue.popleft()
             else:
                 return

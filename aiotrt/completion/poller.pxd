@@ -8,9 +8,9 @@ cdef class Hub:
     cdef object __weakref__
     cdef public object progress
     cdef public long polls, wakes
-    cdef public bint is_polling, _closed
+    cdef public bint is_polling, _closed, _is_told
     cdef public long _users
-    cdef public object _loop, _clock, _timer, _read, _soon, _waking
+    cdef public object _loop, _clock, _timer, _read, _soon, _told, _waking
     cdef public list finished, lanes
     cdef public Lateness _lateness
     cdef public double _armed, _slept, _spin

@@ -20,11 +20,11 @@ due, and the look that follows is the same. Until then it is looked at now and t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -103,6 +103,9 @@ class Hub:
         self._slept = 0.0
         self._soon: asyncio.Handle | None = None
         self.is_polling = False
+        #: The lanes of which the device has told, on whichever thread, and whether the loop is to look there.
+        self._told: deque[Lane] = deque()
+        self._is_told = False
         self.finished: list[Waiter] = []  # done, and those who await them were not woken yet
         self._waking: asyncio.Handle | None = None  # wakes those that a poll left to the loop
         self._users = 0
@@ -221,8 +224,13 @@ class Hub:
         """On whichever thread: the device says that it is complete."""
         if not self._noted(reference):
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
-            self._loop.call_soon_threadsafe(self._notified, lane)
+        self._told.append(lane)
+        if not self._is_told:  # else the loop has not looked yet, and finds this one too
+            self._is_told = True
+            try:
+                self._loop.call_soon_threadsafe(self._notified)
+            except RuntimeError:  # the loop is closed: nobody waits there any more
+                pass
 
     def _noted(self, reference: weakref.ref[Pending]) -> bool:
         # A function of its own, so that this thread does not hold the request when the loop's may drop it.
@@ -231,8 +239,12 @@ class Hub:
             pending.notified = self._clock()
         return pending is not None
 
-    def _notified(self, lane: Lane) -> None:
-        lane.due = self._clock()
+    def _notified(self) -> None:
+        self._is_told = False  # first: who is told of from here on calls this again
+        now = self._clock()
+        told = self._told
+        while told:
+            told.popleft().due = now
         if self._soon is None:
             self._poll()
 
@@ -483,7 +495,7 @@ class Hub:
 
 def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
     """When to poll work whose end the device will notify: for a notification that was lost, and when it is overdue."""
-    if head.hang_timeout is None:
+    if head.hang_timeout is None or started + stalled + head.hang_timeout >= now + PATROL:
         return now + PATROL
     return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
 

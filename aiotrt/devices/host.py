@@ -48,7 +48,7 @@ class HostEvent:
         record = self.last
         if record is None:
             return True
-        if not record.is_reached.is_set():
+        if not record.is_reached:
             return False
         if record.error is not None:
             raise record.error
@@ -57,18 +57,18 @@ class HostEvent:
     def synchronize(self) -> None:
         record = self.last
         if record is not None:
-            record.is_reached.wait()
+            record.wait()
             if record.error is not None:
                 raise record.error
 
 
 class _Record:
-    """One recording of an event."""
+    """One recording of an event. A call makes one, so it has no `threading.Event` of its own, which takes longer to make."""
 
     __slots__ = ("_callbacks", "_lock", "error", "is_reached")
 
     def __init__(self) -> None:
-        self.is_reached = threading.Event()
+        self.is_reached = False
         self.error: BaseException | None = None  # of the work before it
         self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class _Record:
         """The stream is there; tell everybody."""
         self.error = error
         with self._lock:
-            self.is_reached.set()
+            self.is_reached = True
         # Let go of: who waited refers to the event, and so to this, and its memory would wait for a garbage collection.
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
@@ -86,10 +86,17 @@ class _Record:
     def when_reached(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the stream's thread when it is there, or at once if it is."""
         with self._lock:  # or the stream could come by between the question and the entry
-            if not self.is_reached.is_set():
+            if not self.is_reached:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    def wait(self) -> None:
+        """Block until the stream is there."""
+        if not self.is_reached:
+            reached = threading.Event()
+            self.when_reached(reached.set)
+            reached.wait()
 
 
 class HostStream:
@@ -148,6 +155,21 @@ class HostStream:
 
         self._work.put(call)
 
+    def run_and_record(self, function: Callable[[], object], event: Event) -> None:
+        """Submit what `run` and `record` do, as one piece of work."""
+        assert isinstance(event, HostEvent), event
+        self._check_open()
+        record = event.last = _Record()
+
+        def call(failure: _Failure) -> None:
+            try:
+                function()
+            except BaseException as error:
+                failure.put(error)
+            record.reach(failure.take())
+
+        self._work.put(call)
+
     def synchronize(self) -> None:
         if not self._stop.alive:  # what is queued behind the end is never reached
             self._thread.join()
@@ -189,7 +211,7 @@ class _Failure:
 
 
 def _block(record: _Record) -> None:
-    record.is_reached.wait()
+    record.wait()
 
 
 def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
@@ -211,22 +233,42 @@ class HostGraph(BaseGraph):
     def __init__(self, body: Callable[[], Sequence[torch.Tensor]], outputs: list[torch.Tensor]) -> None:
         self._body = body
         self._outputs = outputs
-        self._last: threading.Event | None = None  # set when the last launch has ended
+        self._stream: HostStream | None = None  # of the last launch
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
     def replay(self, stream: Stream) -> None:
-        earlier, self._last = self._last, threading.Event()
-        ended = self._last
+        self._follow(stream)
+        stream.run(self._run)
 
-        def run() -> None:
-            if earlier is not None:
-                earlier.wait()  # a graph never overlaps itself, on whatever streams it is launched
+    def submit(
+        self,
+        stream: Stream,
+        origin: Stream | None,
+        mark: Event,
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> None:
+        if origin is not None or sources or results or not isinstance(stream, HostStream):
+            super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
+            return
+        self._follow(stream)
+        stream.run_and_record(self._run, event)  # one piece of work: each that the stream's thread takes costs a switch
+
+    def _follow(self, stream: Stream) -> None:
+        """A graph never overlaps itself: make this stream wait for the last launch, if that was on another one."""
+        assert isinstance(stream, HostStream), stream
+        last, self._stream = self._stream, stream
+        if last is not None and last is not stream:
             try:
-                write_back(self._outputs, self._body())
-            finally:
-                ended.set()
+                stream.wait(last.record())
+            except UsageError:  # it is closed, and ends when its work has
+                stream.run(last.synchronize)
 
-        stream.run(run)
+    def _run(self) -> None:
+        write_back(self._outputs, self._body())
 
     def close(self) -> None:
         pass

@@ -15,7 +15,7 @@ cdef class Executor:
     cdef public object device, fallbacks, latest, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, replays
     cdef public object specs
     cdef public list slots
-    cdef public bint _overlap, _serving, closing, is_discarded
+    cdef public bint _overlap, _serving, _unified, closing, is_discarded
     cdef public long _forks
     cdef public Hub hub
     cdef public object cache

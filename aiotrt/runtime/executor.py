@@ -147,6 +147,7 @@ class Executor:
         #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, the
         #: request says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
+        self._unified = self.device.unified
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
         self.latest: Slot | None = None  # without overlap: who launched last
         self._idle: asyncio.Future[None] | None = None
@@ -214,7 +215,7 @@ class Executor:
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        if not named and specs is self.specs.specs and not self.device.unified and self._overlap:
+        if not named and specs is self.specs.specs and self._overlap and not (self._unified and request.kind is DEVICE):
             likely = shapes, kind
             if likely == self._likely and not request.is_marked and Route.suits(values, arguments):
                 route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
@@ -381,8 +382,11 @@ class Executor:
             or (was_queued and (request.is_done or not route.still_matches(request.values)))
         ):
             return self._detour(request)
+        inputs: Sequence[Any] = program.inputs
         sources: Sequence[Any] = request.values
         if route.on_host:
+            if self._unified and slot.gates:  # a consumer may still be reading what would be written
+                return self._detour(request)
             staged: list[Any] = list(sources)
             for i in route.on_host:
                 view = program.input_views[i]
@@ -393,14 +397,17 @@ class Executor:
             sources = staged
         origin = request.origin if request.kind is DEVICE else None
         results: Any
-        if origin is not None:
+        if self._unified:
+            inputs = sources = results = ()  # staging and device buffers are one
+        elif origin is not None:
             spare, program.spare = program.spare, None
             results = spare[1] if spare is not None and spare[0] == origin.handle else self._results(program, origin)
             request.results = results
         else:
             results = program.staged_outputs
-            if None in results:
-                return self._detour(request)
+            for view in program.output_views:
+                if view is None:
+                    return self._detour(request)
         slot.program = program
         cache = self.cache
         cache.uses = program.used = cache.uses + 1
@@ -410,7 +417,7 @@ class Executor:
             open_gates(slot)
         try:
             program.graph.submit(
-                slot.stream, request.origin, slot.mark, program.inputs, sources, program.outputs, results, slot.event
+                slot.stream, request.origin, slot.mark, inputs, sources, program.outputs, results, slot.event
             )
         except DeviceError as error:
             self.device.fail(error)
@@ -671,14 +678,26 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
-        if request.route is not None and error is None and state is IN_FLIGHT and request.kind is DEVICE:
+        if request.route is not None and error is None and state is IN_FLIGHT:
             # The short path's end: the slot goes on, and then the caller is told.
-            results = request.results
-            complete = self.complete
-            for result in results:
-                result._trt_produce_event = complete  # type: ignore[attr-defined]
-            assert slot.program is not None
-            packed = results[0] if len(results) == 1 else slot.program.names.pack(results)
+            program = slot.program
+            assert program is not None
+            results: Sequence[Any] = request.results
+            if request.kind is DEVICE:
+                complete = self.complete
+                for result in results:
+                    result._trt_produce_event = complete
+            else:
+                views = [program.output_view(i) for i in range(len(program.outputs))]
+                if sum([view.nbytes for view in views]) > COPY_ON_LOOP_BYTES:
+                    self._copy_out(slot, request)
+                    return
+                try:
+                    results = [own(view, output.dtype, request.kind) for view, output in zip(views, program.outputs)]  # noqa: B905
+                except Exception as failure:  # out of memory: without this the slot would be in flight for ever
+                    self._copied(slot, None, failure)
+                    return
+            packed = results[0] if len(results) == 1 else program.names.pack(results)
             if request.times is not None:
                 self._observe(slot, request.times)
             grant = self.machine.move(slot.index, COPIED)

@@ -174,7 +174,10 @@ class Program:
     def output_view(self, i: int) -> Array:
         """A host view of output `i`, once it is complete."""
         if self._device.unified:
-            return numpy_view(self.outputs[i])  # a launch may have replaced the tensor
+            output = self.outputs[i]
+            if output is not self.staged_outputs[i]:  # a launch has replaced the tensor
+                self.staged_outputs[i] = output
+                self.output_views[i] = numpy_view(output)
         view = self.output_views[i]
         assert view is not None
         return view
