@@ -182,8 +182,8 @@ def test_the_first_poll_is_for_the_shortest_once_that_was_complete_before_it() -
 
 def needed(lateness: Lateness, sleep: float) -> float:
     """How much earlier to set a timer that is to sleep this long, in that sleep's own bucket."""
-    ahead: list[float] = lateness.ahead
-    return ahead[sum(sleep > SHORT * 4**i for i in range(7))]
+    shorter = [i for i in range(7) if sleep > SHORT * 4**i]
+    return lateness.ahead[len(shorter)]
 
 
 def test_sleeps_are_told_apart_by_factors_of_four() -> None:

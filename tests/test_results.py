@@ -52,6 +52,46 @@ async def test_results_are_of_the_kind_that_went_in(device: str) -> None:
                 np.testing.assert_array_equal(as_array(result), x * 2)
 
 
+class _Kept(torch.nn.Module):
+    """Returns a parameter, which has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data.add_(x)
+        return self.weight
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: torch.complex(x, x + 1).conj(), [1 - 2j, 2 - 3j, 3 - 4j]),
+        (lambda x: torch.complex(x, x + 1).conj().imag, [-2.0, -3.0, -4.0]),
+        (lambda x: x.to(torch.bfloat16), [1.0, 2.0, 3.0]),
+        (lambda x: x.flip(0), [3.0, 2.0, 1.0]),
+        (lambda x: x.repeat(3000)[-3:], [1.0, 2.0, 3.0]),
+        (lambda x: x > 1, [False, True, True]),
+        (lambda x: x, [1.0, 2.0, 3.0]),
+    ],
+    ids=["conj", "neg", "bfloat16", "strided", "part", "bool", "input"],
+)
+async def test_small_results_of_every_kind_are_right(device: str, function: Any, expected: list[Any]) -> None:
+    x = np.asarray([1, 2, 3], np.float32)
+    async with aiotrt.load(function, device=device, slots=1) as model:
+        for _ in range(3):
+            assert (await model(x)).tolist() == expected
+
+
+@pytest.mark.asyncio
+async def test_a_result_with_a_gradient_is_copied() -> None:
+    async with aiotrt.load(_Kept(), device="host", slots=1) as model:
+        first, second = [await model(np.ones(3, np.float32)) for _ in range(2)]
+    assert (second - first).tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("outputs", ["torch", "device"])
 async def test_another_tasks_inference_mode_is_not_that_of_the_results(
