@@ -20,9 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Final, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 
 from aiotrt.errors import DeviceError
@@ -33,11 +32,6 @@ T = TypeVar("T")
 
 #: What to copy, each to where and from where.
 Copies: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-#: Results of this size are copied by numpy, which keeps the interpreter lock. torch hands it back for every copy, and two
-#: switches of threads take longer than to copy as much.
-SMALL_BYTES: Final = 4 << 10
 
 
 class Event(Protocol):
@@ -416,14 +410,7 @@ class BaseDevice(ABC):
 def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
     """Put new results where readers look for them: into the fixed tensors, or in their place if their shape changed."""
     for i, tensor in enumerate(new):
-        output = outputs[i]
-        if tensor.shape != output.shape or tensor.dtype != output.dtype:
+        if tensor.shape == outputs[i].shape and tensor.dtype == outputs[i].dtype:
+            outputs[i].copy_(tensor)
+        else:
             outputs[i] = tensor.clone()
-            continue
-        if not output.is_cuda and output.nbytes <= SMALL_BYTES:
-            try:
-                np.copyto(output.numpy(), tensor.numpy())
-                continue
-            except (RuntimeError, TypeError):  # a lazy flag, a gradient, or a dtype that numpy lacks
-                pass
-        output.copy_(tensor)
