@@ -26,7 +26,6 @@ from aiotrt.completion.prediction import (
     Estimate,
     Lateness,
     Progress,
-    first_look,
 )
 from aiotrt.completion.waiter import Waiter
 from aiotrt.errors import DeviceHangError
@@ -536,7 +535,7 @@ async def test_a_lane_that_has_seen_nothing_says_so() -> None:
     assert (lane.last_done, lane.ran, lane.late) == (0.0, 0.0, 0.0)
 
 
-async def test_a_first_poll_is_aimed_as_the_pure_function_says() -> None:
+async def test_a_first_poll_is_ahead_of_the_estimate_by_the_allowance() -> None:
     world = World()
     hub = world.hub
     for _ in range(100):  # short sleeps end late, longer ones do not
@@ -544,7 +543,8 @@ async def test_a_first_poll_is_aimed_as_the_pure_function_says() -> None:
         hub._lateness.learn(300e-6, 5e-6)
     for wait in range(1, 400):
         pending = Pending(lambda: False, lambda _: None, learned(wait * 1e-6), None)
-        expected = first_look(world.now, world.now + pending.estimate.shortest, hub._lateness)
+        seconds = pending.estimate.seconds
+        expected = world.now + max(0.0, seconds - hub._lateness.allowance(seconds))
         assert hub._first_poll(world.now, pending) == pytest.approx(expected, abs=1e-9)
 
 
@@ -565,6 +565,60 @@ async def test_who_awaits_is_resumed_at_the_end_of_the_poll() -> None:
     loop.call_soon(order.append, "the next handle")
     await asyncio.sleep(0)
     assert order == ["resumed", "the next handle"]
+
+
+def resumed_by(world: World, count: int) -> list[int]:
+    """Watch so much work, complete at the next poll; returns the list of who was resumed, by number."""
+    resumed: list[int] = []
+
+    def watch(number: int) -> None:
+        waiter = Waiter(asyncio.get_running_loop(), lambda: True, lambda _: None, Estimate(), None)
+        waiter.add_done_callback(lambda _: resumed.append(number))
+
+        def done(_: BaseException | None) -> None:
+            waiter.resolve(None)
+            world.hub.finish(waiter)
+
+        world.hub.watch(Lane(), lambda: True, done, estimate=learned(0.001))
+
+    for number in range(count):
+        watch(number)
+    world.now += 0.002
+    return resumed
+
+
+async def test_all_who_await_what_one_poll_completes_are_resumed_at_its_end() -> None:
+    world = World()
+    resumed = resumed_by(world, 3)
+    asyncio.get_running_loop().call_soon(world.fire)
+    counted = []
+    asyncio.get_running_loop().call_soon(lambda: counted.append(len(resumed)))
+    await asyncio.sleep(0)
+    assert counted == [3]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_poll_inside_a_task_resumes_nobody_itself(count: int) -> None:
+    """As a debugger's or a nested loop's may be: another task cannot be entered then."""
+    world = World()
+    resumed = resumed_by(world, count)
+    world.fire()
+    assert resumed == []
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert resumed == list(range(count))
+
+
+async def test_a_callback_may_close_the_hub() -> None:
+    world = World()
+    lane = Lane()
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    world.hub.watch(lane, lambda: True, lambda _: world.hub.close(), estimate=learned(0.001))
+    await world.advance(0.002)
+    world.hub.forget(lane)
+    assert not world.hub.lanes
+    assert not failures
 
 
 async def test_who_awaits_is_resumed_after_an_interrupt_though_nothing_is_pending_any_more() -> None:

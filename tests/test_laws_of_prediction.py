@@ -15,7 +15,6 @@ from aiotrt.completion.prediction import (
     SHORTEST_SLEEP,
     Estimate,
     Lateness,
-    first_look,
     next_look,
 )
 
@@ -244,11 +243,22 @@ def test_the_allowance_is_what_the_sleep_needs_that_is_really_slept() -> None:
     assert lateness.allowance(1e-3) == pytest.approx(162.5e-6)
 
 
-def test_the_first_look_is_ahead_of_the_prediction_by_the_allowance() -> None:
+@pytest.mark.parametrize("bucket", range(1, 8))
+def test_the_allowance_is_of_the_bucket_that_the_sleep_ends_up_in(bucket: int) -> None:
+    """However far below the wait that is; a sleep as long as a bucket's longest belongs to that bucket."""
+    longest = [SHORT * 4**i for i in range(7)]
     lateness = Lateness()
-    assert first_look(7.0, 7.5, lateness) == pytest.approx(7.5 - lateness.allowance(0.5), abs=1e-12)
-    assert first_look(7.0, 7.00001, lateness) == 7.0
-    assert first_look(7.0, 6.0, lateness) == 7.0
+    for sleep, below in [(longest[bucket - 1], bucket - 1), (1.2 * longest[bucket - 1], bucket), (longest[0] / 2, 0)]:
+        wait = 2 * longest[bucket - 1]
+        lateness.ahead = [float(i) for i in range(8)]
+        lateness.ahead[bucket] = wait - sleep
+        assert wait - lateness.ahead[bucket] == pytest.approx(sleep, rel=1e-12)
+        assert lateness.allowance(wait) == lateness.ahead[below]
+    for between in range(bucket):
+        wait = 2 * longest[bucket - 1]
+        lateness.ahead = [float(i) for i in range(8)]
+        lateness.ahead[bucket] = wait - 0.5 * longest[between]
+        assert lateness.allowance(wait) == lateness.ahead[between]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,32 @@ def load(device: VirtualHost, *, slots: int = 2, **options: Any) -> aiotrt.Model
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_results_on_the_device_are_the_callers_own_however_often(group: int) -> None:
+    async def program(device: VirtualHost, choose: random.Random) -> None:
+        async with load(device, slots=1, outputs="device") as model:
+            results = [await model(frame(value)) for value in range(4)]
+            for value, result in enumerate(results):
+                assert right(result, value)
+
+    under_schedules(group, program)
+
+
+def above(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_results_of_another_shape_each_time_are_right(group: int) -> None:
+    async def program(device: VirtualHost, choose: random.Random) -> None:
+        async with aiotrt.load(above, device=device, slots=1, warmup=np.zeros(6, np.float32)) as model:
+            for count in (3, 3, 3, 5, 1, 1):
+                x = np.asarray([1.0] * count + [-1.0] * (6 - count), np.float32)
+                assert (await model(x)).tolist() == [1.0] * count
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_concurrent_calls_get_their_own_results(group: int) -> None:
     async def program(device: VirtualHost, choose: random.Random) -> None:
         slots = choose.randint(1, 3)

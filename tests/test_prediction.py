@@ -11,7 +11,6 @@ from aiotrt.completion.prediction import (
     SHORTEST_SLEEP,
     Estimate,
     Lateness,
-    first_look,
     next_look,
 )
 
@@ -77,11 +76,6 @@ def test_a_stalled_loop_teaches_lateness_little() -> None:
     assert lateness.allowance(1e-3) < 2e-3
 
 
-@given(seconds, seconds)
-def test_the_first_look_is_never_in_the_past(now: float, duration: float) -> None:
-    assert now <= first_look(now, now + duration, Lateness()) <= now + duration
-
-
 @given(started=seconds, waited=seconds, estimate=seconds)
 def test_overdue_looks_are_bounded_by_a_share_of_the_time_waited(started: float, waited: float, estimate: float) -> None:
     now = started + waited
@@ -97,15 +91,15 @@ def test_spinning_ends_with_its_budget() -> None:
 
 def test_short_work_is_slept_on_from_the_start() -> None:
     """Else nothing would ever be learned about short sleeps, and a processor would go into looking."""
-    assert first_look(0.0, 62e-6, Lateness()) > 0.0
+    assert Lateness().allowance(62e-6) < 62e-6
 
 
 def test_what_a_shorter_sleep_taught_counts_for_the_wait_that_it_came_from() -> None:
     lateness = Lateness(initial=90e-6)
     for _ in range(100):
-        due = first_look(0.0, 250e-6, lateness)
+        due = 250e-6 - lateness.allowance(250e-6)
         lateness.learn(due, 15e-6)
-    assert 250e-6 - first_look(0.0, 250e-6, lateness) < 30e-6
+    assert lateness.allowance(250e-6) < 30e-6
 
 
 def test_the_first_sleeps_teach_fast() -> None:
@@ -119,7 +113,7 @@ def test_a_stall_at_the_first_sleep_is_soon_forgotten() -> None:
     lateness = Lateness()
     lateness.learn(1e-3, 3600.0)
     for _ in range(20):
-        due = first_look(0.0, 1e-3, lateness)
+        due = max(0.0, 1e-3 - lateness.allowance(1e-3))
         assert due > 0.0
         lateness.learn(due, 20e-6)
     assert lateness.allowance(1e-3) < 0.5e-3

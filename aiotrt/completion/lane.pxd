@@ -11,6 +11,6 @@ cdef class Pending:
 cdef class Lane:
     cdef object __weakref__
     cdef public object pending
-    cdef public bint is_listed
+    cdef public bint is_listed, is_polled
     cdef public double due, last_done, late, polled, ran, spin_until, stalled
-    cdef public long overdue, polls
+    cdef public long overdue

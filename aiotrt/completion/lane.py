@@ -51,26 +51,27 @@ class Lane:
         due: when to poll.
         is_listed: whether the hub has it among its lanes.
         spin_until: until when each iteration of the loop polls; 0.0 if none does.
-        polls: how often the head was found not complete.
+        is_polled: whether the head was found not complete.
         polled: when that was last.
         overdue: how often that was after its hang timeout.
         stalled: seconds of the head's time that do not count towards it: see `poller.STALL`.
     """
 
     __slots__ = (
-        "due", "is_listed", "last_done", "late", "overdue", "pending", "polled", "polls", "ran", "spin_until", "stalled",
+        "due", "is_listed", "is_polled", "last_done", "late", "overdue", "pending", "polled", "ran", "spin_until", "stalled",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.pending: deque[Pending] = deque()
         self.last_done = self.ran = self.late = 0.0
         self.due = 0.0
-        self.is_listed = False
-        self.polls = self.overdue = 0
+        self.is_listed = self.is_polled = False
+        self.overdue = 0
         self.polled = self.stalled = self.spin_until = 0.0
 
     def forget(self) -> None:
         """Drop everything pending; its callbacks never run."""
         self.pending.clear()
-        self.polls = self.overdue = 0
+        self.is_polled = False
+        self.overdue = 0
         self.stalled = self.spin_until = 0.0

@@ -25,6 +25,6 @@ cdef class Hub:
     cpdef _arm(self, double now, double due, bint was_long=*)
     @cython.locals(wait=double, estimate=Estimate)
     cpdef double _first_poll(self, double now, Pending head) except? -1
-    @cython.locals(estimate=Estimate, spin=double, predicted=double, wait=double, aim=double)
+    @cython.locals(estimate=Estimate, spin=double, predicted=double, wait=double)
     cpdef double _next_poll(self, double now, Lane lane, Pending head, double started) except? -1
     cpdef finish(self, Waiter waiter)

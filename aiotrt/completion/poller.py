@@ -40,7 +40,6 @@ from aiotrt.completion.prediction import (
     Estimate,
     Lateness,
     Progress,
-    first_look,
     next_look,
 )
 from aiotrt.completion.timers import Timer, open_timer
@@ -298,12 +297,10 @@ class Hub:
                     except BaseException as failure:
                         is_complete, error = self._confirmed(head, failure)
                     if not is_complete and error is None:  # as it was at the latest time that was read before the query
-                        if now >= lane.spin_until:
+                        if now >= lane.spin_until:  # else it stays due
                             error = self._incomplete(lane, head, now, planned)
-                        else:
-                            lane.due = now
                         if error is None:
-                            lane.polls += 1
+                            lane.is_polled = True
                             lane.polled = now
                             break
                     now = clock()
@@ -317,7 +314,7 @@ class Hub:
                         if head.notified:  # before this poll, unless the word is still on its way
                             lane.late = max(0.0, now - max(head.notified, started))
                             estimate.between(ran - lane.late, ran - lane.late)
-                        elif lane.polls:
+                        elif lane.is_polled:
                             polled = lane.polled
                             lane.late = now - polled if polled > started else ran
                             estimate.between(polled - started, ran)
@@ -327,7 +324,8 @@ class Hub:
                                 estimate.at_most(ran)
                     is_first = False
                     lane.last_done = planned = now
-                    lane.polls = lane.overdue = 0
+                    lane.is_polled = False
+                    lane.overdue = 0
                     lane.polled = lane.stalled = lane.spin_until = 0.0
                     try:
                         head.on_done(error)
@@ -466,16 +464,12 @@ class Hub:
             wait = predicted - now
             if wait > SHORTEST_SLEEP:
                 wait -= self._lateness.allowance(wait)
-                if estimate.first < estimate.seconds:
-                    aim = first_look(now, started + estimate.first, self._lateness)
-                    if aim > now + SHORTEST_SLEEP:
-                        return aim
-                    if wait > SHORTEST_SLEEP:
-                        # It was as short as this of late, but mostly it is not: no spinning yet.
-                        return min(now + wait, next_look(now, started, started, 0.0))
-                elif wait > SHORTEST_SLEEP:
-                    return now + wait
-            if not lane.polls and now < predicted and not spin:
+                if wait > SHORTEST_SLEEP:
+                    if estimate.first == estimate.seconds:
+                        return now + wait
+                    # It was as short as this of late, but mostly it is not: no spinning yet.
+                    return min(now + wait, next_look(now, started, started, 0.0))
+            if not lane.is_polled and now < predicted and not spin:
                 # The first poll came early, and there is no spinning until the time comes: sleep until just then.
                 return max(predicted, next_look(now, now, now, 0.0))
         lane.spin_until = predicted + spin
@@ -495,7 +489,7 @@ class Hub:
 
 def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
     """When to poll work whose end the device will notify: for a notification that was lost, and when it is overdue."""
-    if head.hang_timeout is None or started + stalled + head.hang_timeout >= now + PATROL:
+    if head.hang_timeout is None:
         return now + PATROL
     return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
 

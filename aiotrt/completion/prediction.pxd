@@ -19,6 +19,5 @@ cdef class Lateness:
     @cython.locals(ahead=list, bucket=int, longest=double, sleep=double)
     cpdef double allowance(self, double wait) except? -1
 
-cpdef double first_look(double now, double predicted, Lateness lateness) except? -1
 @cython.locals(overdue=double)
 cpdef double next_look(double now, double started, double predicted, double spin) except? -1

@@ -20,7 +20,7 @@ import enum
 from math import inf
 from typing import Final
 
-__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "first_look", "next_look"]
+__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "next_look"]
 
 MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
@@ -180,11 +180,6 @@ class Lateness:
             longest /= 4
             bucket -= 1
         return ahead[bucket]
-
-
-def first_look(now: float, predicted: float, lateness: Lateness) -> float:
-    """When to look first at work predicted to complete at `predicted`; `now` means at the next loop iteration."""
-    return max(now, predicted - lateness.allowance(predicted - now))
 
 
 def next_look(now: float, started: float, predicted: float, spin: float) -> float:

@@ -678,26 +678,14 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
-        if request.route is not None and error is None and state is IN_FLIGHT:
+        if request.route is not None and error is None and state is IN_FLIGHT and request.kind is DEVICE:
             # The short path's end: the slot goes on, and then the caller is told.
-            program = slot.program
-            assert program is not None
-            results: Sequence[Any] = request.results
-            if request.kind is DEVICE:
-                complete = self.complete
-                for result in results:
-                    result._trt_produce_event = complete
-            else:
-                views = [program.output_view(i) for i in range(len(program.outputs))]
-                if sum([view.nbytes for view in views]) > COPY_ON_LOOP_BYTES:
-                    self._copy_out(slot, request)
-                    return
-                try:
-                    results = [own(view, output.dtype, request.kind) for view, output in zip(views, program.outputs)]  # noqa: B905
-                except Exception as failure:  # out of memory: without this the slot would be in flight for ever
-                    self._copied(slot, None, failure)
-                    return
-            packed = results[0] if len(results) == 1 else program.names.pack(results)
+            results = request.results
+            complete = self.complete
+            for result in results:
+                result._trt_produce_event = complete  # type: ignore[attr-defined]
+            assert slot.program is not None
+            packed = results[0] if len(results) == 1 else slot.program.names.pack(results)
             if request.times is not None:
                 self._observe(slot, request.times)
             grant = self.machine.move(slot.index, COPIED)

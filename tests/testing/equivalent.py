@@ -19,22 +19,12 @@ SAVES: Final = "saves calls of `_next_poll`, which says the same"
 EITHER: Final = "of two that are equal, either will do"
 ENDS: Final = "an error ends it, whatever is said of completion"
 ANY: Final = "set before it is read"
+WAKES_SAME: Final = "saves a call of `_wake`, which does the same"
+HUNG: Final = "saves a call of `_hung`, which decides"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("slots.py", "Slots.request", "1 -> 0, in: for i in range(at - 1, -1, -1):", 0): AGAIN,
     ("slots.py", "Slots.request", "1 -> 2, in: for i in range(at - 1, -1, -1):", 1): AGAIN,
-    (
-        "prediction.py",
-        "Estimate.between",
-        "0.0 -> -1.0, in: if self.seconds == 0.0 or not (was_trusted or self.is_trusted):",
-        0,
-    ): "an estimate of nothing is never trusted",
-    (
-        "prediction.py",
-        "Estimate.between",
-        "seconds < self.seconds -> seconds <= self.seconds, in: self.seconds += (0.3 if seconds < self.seconds else 0.1) * (seconds - self.seconds)",
-        0,
-    ): "a share of nothing",
     (
         "prediction.py",
         "Estimate.at_most",
@@ -53,7 +43,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "seconds < self._since -> seconds <= self._since, in: if seconds < self._since:",
         0,
     ): EITHER,
-    ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = len(SLEEPS) + 1", 0): "one bucket that is never used",
     ("poller.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("poller.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     ("poller.py", "Hub._poll", "len(due) > 1 -> len(due) >= 1, in: if len(due) > 1:", 0): "to sort one or none does nothing",
@@ -64,37 +53,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
         0,
     ): EITHER,
-    ("poller.py", "Hub._poll", "False -> True, in: is_complete = False", 0): ENDS,
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - started > timeout -> now - started >= timeout, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
-        0,
-    ): "saves a call of `_hung`, which decides",
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - started -> now + started, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
-        0,
-    ): "saves a call of `_hung`, which decides",
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - planned > STALL -> now - planned >= STALL, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
-        0,
-    ): "saves a call of `_hung`, which decides",
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - planned -> now + planned, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
-        0,
-    ): "saves a call of `_hung`, which decides",
-    (
-        "poller.py",
-        "Hub._poll",
-        "now < lane.spin_until -> now <= lane.spin_until, in: lane.due = now if now < lane.spin_until else self._next_poll(now, lane, head, started)",
-        0,
-    ): SAVES,
     (
         "poller.py",
         "Hub._poll",
@@ -109,12 +67,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "now - start > TURN -> now - start >= TURN, in: self._arm(now, earliest, now - start > TURN)",
         0,
     ): TOO_LONG,
-    (
-        "poller.py",
-        "Hub._poll",
-        "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
-        0,
-    ): "those whom the poll before left to the loop are resumed by this poll instead, before all others",
     ("poller.py", "Hub._confirmed", "False -> True, in: return (False, error)", 0): ENDS,
     (
         "poller.py",
@@ -141,25 +93,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "0.0 -> -1.0, in: return now if self.progress is SPIN else next_look(now, started, started, 0.0)",
         0,
     ): STOPS,
-    (
-        "poller.py",
-        "Hub._next_poll",
-        "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
-        0,
-    ): AS_LONG,
-    (
-        "poller.py",
-        "Hub._next_poll",
-        "aim > now + SHORTEST_SLEEP -> aim >= now + SHORTEST_SLEEP, in: if aim > now + SHORTEST_SLEEP:",
-        1,
-    ): AS_LONG,
-    ("poller.py", "Hub._next_poll", "0.0 -> -1.0, in: return min(aim, next_look(now, started, started, 0.0))", 0): STOPS,
-    (
-        "poller.py",
-        "Hub._next_poll",
-        "now < predicted -> now <= predicted, in: if lane.polls == 1 and now < predicted and (not spin):",
-        0,
-    ): "at the predicted time both say the same",
     ("poller.py", "Hub._next_poll", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
     (
         "poller.py",
@@ -251,18 +184,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES -> sum((view.nbytes for view in views)) >= COPY_ON_LOOP_BYTES, in: if sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES:",
         0,
     ): "at just this size both ways are as good",
-    (
-        "executor.py",
-        "Executor.launched",
-        "slot.launches + 1 -> slot.launches - 1, in: slot.launches = replay.number = slot.launches + 1",
-        0,
-    ): "launches are told apart by equality",
-    (
-        "executor.py",
-        "Executor.launched",
-        "1 -> 2, in: slot.launches = replay.number = slot.launches + 1",
-        0,
-    ): "launches are told apart by equality",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
     (
@@ -277,4 +198,129 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "not was_queued or origin.handle == self.device.current_handle() -> not was_queued and origin.handle == self.device.current_handle(), in: is_current = not was_queued or origin.handle == self.device.current_handle()",
         0,
     ): "results that are not allocated now are allocated by the next launch",
+    (
+        "prediction.py",
+        "Estimate.between",
+        "0.0 -> -1.0, in: if before == 0.0 or not (agrees or self.is_trusted):",
+        0,
+    ): "an estimate of nothing is never trusted",
+    (
+        "prediction.py",
+        "Estimate.between",
+        "seconds < before -> seconds <= before, in: if seconds < before:",
+        0,
+    ): "a share of nothing",
+    ("prediction.py", "Lateness.__init__", "1 -> 2, in: buckets = BUCKETS + 1", 0): "one bucket that is never used",
+    (
+        "prediction.py",
+        "Lateness.allowance",
+        "wait > longest -> wait >= longest, in: while wait > longest and bucket < BUCKETS:",
+        0,
+    ): "the second loop goes back to the bucket before",
+    (
+        "poller.py",
+        "Hub._notify",
+        "True -> False, in: self._is_told = True",
+        0,
+    ): "the loop is called for each lane, and the first call finds all of them",
+    ("poller.py", "Hub._poll", "now >= lane.spin_until -> now > lane.spin_until, in: if now >= lane.spin_until:", 0): SAVES,
+    (
+        "poller.py",
+        "Hub._poll",
+        "polled > started -> polled >= started, in: lane.late = now - polled if polled > started else ran",
+        0,
+    ): EITHER,
+    ("poller.py", "Hub._poll", "0 -> -1, in: earliest = lanes[0].due", 0): "of several, all are compared",
+    (
+        "poller.py",
+        "Hub._poll",
+        "len(lanes) > 1 -> len(lanes) >= 1, in: if len(lanes) > 1:",
+        0,
+    ): "to compare one with itself does nothing",
+    ("poller.py", "Hub._poll", "1 -> 0, in: if len(lanes) > 1:", 0): "to compare one with itself does nothing",
+    (
+        "poller.py",
+        "Hub._poll",
+        "len(finished) > 1 -> len(finished) >= 1, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
+        0,
+    ): WAKES_SAME,
+    (
+        "poller.py",
+        "Hub._poll",
+        "1 -> 0, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
+        0,
+    ): WAKES_SAME,
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - start > WAKES -> now - start >= WAKES, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
+        0,
+    ): WAKES_SAME,
+    (
+        "poller.py",
+        "Hub._poll",
+        "now - start -> now + start, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
+        0,
+    ): WAKES_SAME,
+    ("poller.py", "Hub._confirmed", "False -> True, in: return (False, failure)", 0): ENDS,
+    (
+        "poller.py",
+        "Hub._incomplete",
+        "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
+        0,
+    ): EITHER,
+    (
+        "poller.py",
+        "Hub._incomplete",
+        "now - started > timeout -> now - started >= timeout, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): HUNG,
+    (
+        "poller.py",
+        "Hub._incomplete",
+        "now - started -> now + started, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): HUNG,
+    (
+        "poller.py",
+        "Hub._incomplete",
+        "now - planned > STALL -> now - planned >= STALL, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): HUNG,
+    (
+        "poller.py",
+        "Hub._incomplete",
+        "now - planned -> now + planned, in: if timeout is not None and (now - started > timeout or now - planned > STALL):",
+        0,
+    ): HUNG,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > SHORTEST_SLEEP -> wait >= SHORTEST_SLEEP, in: if wait > SHORTEST_SLEEP:",
+        0,
+    ): AS_LONG,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > SHORTEST_SLEEP -> wait >= SHORTEST_SLEEP, in: if wait > SHORTEST_SLEEP:",
+        1,
+    ): AS_LONG,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "0.0 -> -1.0, in: return min(now + wait, next_look(now, started, started, 0.0))",
+        0,
+    ): STOPS,
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "now < predicted -> now <= predicted, in: if not lane.is_polled and now < predicted and (not spin):",
+        0,
+    ): "at the predicted time both say the same",
+    (
+        "executor.py",
+        "Executor._replay",
+        "self._unified and slot.gates -> self._unified or slot.gates, in: if self._unified and slot.gates:",
+        0,
+    ): "the long way gives the same result",
 }

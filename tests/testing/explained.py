@@ -54,6 +54,13 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "Executor.break_down", "self._granted.clear()", 0): (
         "not needed: one grant at a time is under way, and it is taken out before its request can break anything"
     ),
+    ("hold.py", "Hold.results", "self._kept = tensor", 0): "saves making the same tensor for each launch",
+    (
+        "poller.py",
+        "Hub._notify",
+        "self._is_told = True",
+        0,
+    ): "the loop is called for each lane, and the first call finds all",
     ("hold.py", "Hold.order", "self._ordered.add(current.handle)", 0): "saves a second wait for the same event",
     ("hold.py", "Hold._launched", "self._ordered.add(ordered.handle)", 0): "saves a second wait for the same event",
     ("hold.py", "Hold.leave", "self._left = True", 1): (
