@@ -368,6 +368,28 @@ async def test_work_is_overdue_past_its_timeout_and_hung_when_it_was_found_so_th
     assert isinstance(work.outcomes[0], DeviceHangError)
 
 
+@pytest.mark.parametrize("overdue", range(POLLS_BEFORE_HANG))
+async def test_how_often_the_work_before_was_overdue_is_nothing_to_the_next(overdue: int) -> None:
+    world = World()
+    lane = Lane()
+    first = Work(world, None).watch(lane, estimate=learned(5.0), hang_timeout=5.0)
+    world.now += 5.001
+    for _ in range(overdue):
+        lane.due = world.now
+        world.fire()
+    first._until = world.now
+    lane.due = world.now
+    world.fire()
+    assert first.outcomes == [None]
+    second = Work(world, None).watch(lane, estimate=learned(5.0), hang_timeout=5.0)
+    world.now += 5.001
+    for _ in range(POLLS_BEFORE_HANG):
+        assert second.outcomes == []
+        lane.due = world.now
+        world.fire()
+    assert isinstance(second.outcomes[0], DeviceHangError)
+
+
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("stalls", [(0.5,), (2.3,), (4.2,), (0.1, 0.2, 2.5, 4.0)])
 async def test_while_the_machine_stands_still_no_work_is_overdue(stalls: tuple[float, ...], told: bool) -> None:
