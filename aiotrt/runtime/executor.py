@@ -215,7 +215,7 @@ class Executor:
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        if not named and specs is self.specs.specs and self._overlap and not (self._unified and request.kind is DEVICE):
+        if not named and specs is self.specs.specs and self._overlap:
             likely = shapes, kind
             if likely == self._likely and not request.is_marked and Route.suits(values, arguments):
                 route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)

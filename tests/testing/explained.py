@@ -54,6 +54,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "Executor.break_down", "self._granted.clear()", 0): (
         "not needed: one grant at a time is under way, and it is taken out before its request can break anything"
     ),
+    ("programs.py", "Program.output_view", "self.staged_outputs[i] = output", 0): "saves making the same view for each call",
     ("hold.py", "Hold.results", "self._kept = tensor", 0): "saves making the same tensor for each launch",
     (
         "poller.py",
