@@ -493,8 +493,13 @@ def _blame(source: str) -> Iterator[None]:
 
 
 def settled(outputs: Tensors, inputs: Tensors) -> Tensors:
-    """Outputs in plain row-major order, in memory of their own: a result that is a view of an input would change with it."""
+    """Return the outputs in plain row-major order, without lazy flags, in memory of their own.
+
+    A result that is a view of an input would change with it. A lazy conjugate would be wrong on the host: torch
+    conjugates it there, before the copy has ended.
+    """
     taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    outputs = [tensor.resolve_conj().resolve_neg() for tensor in outputs]
     return [
         tensor.clone(memory_format=torch.contiguous_format)
         if tensor.untyped_storage().data_ptr() in taken
