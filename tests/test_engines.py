@@ -133,6 +133,47 @@ async def test_onnx_models_with_other_things_than_tensors(tmp_path: Path) -> Non
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("BFLOAT16", torch.bfloat16),
+        ("FLOAT8E4M3FN", torch.float8_e4m3fn),
+        ("FLOAT8E4M3FNUZ", torch.float8_e4m3fnuz),
+        ("FLOAT8E5M2", torch.float8_e5m2),
+        ("FLOAT8E5M2FNUZ", torch.float8_e5m2fnuz),
+    ],
+)
+async def test_onnx_models_of_dtypes_that_numpy_lacks(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.DataType.Value(name)
+    nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Cast", ["x"], ["wide"], to=FLOAT)]
+    nodes.append(helper.make_node("Add", ["wide", "z"], ["sum"]))
+    x, z = (helper.make_tensor_value_info("x", kind, ["n"]), helper.make_tensor_value_info("z", FLOAT, ["n"]))
+    y, total = (helper.make_tensor_value_info("y", kind, ["n"]), helper.make_tensor_value_info("sum", FLOAT, ["n"]))
+    path = tmp_path / "a.onnx"
+    graph = helper.make_graph(nodes, "graph", [x, z], [y, total])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), path)
+    async with aiotrt.load(path, device="host", slots=2) as model:
+        assert [(spec.name, spec.dtype) for spec in model.inputs or ()] == [("x", dtype), ("z", torch.float32)]
+        for values in ([1.0, -2.5, 3.0], [0.5], [4.0, 8.0]):
+            narrow, one = torch.tensor(values).to(dtype), torch.ones(len(values))
+            same, summed = await model(narrow, one)
+            assert same.dtype is dtype
+            assert same.view(torch.uint8).tolist() == narrow.view(torch.uint8).tolist()
+            assert summed.tolist() == (narrow.float() + 1).tolist()
+        with pytest.raises(aiotrt.InputError, match="'x'"):
+            await model(np.ones(3, np.float32), np.ones(3, np.float32))
+
+
+@pytest.mark.asyncio
+async def test_onnx_models_of_dtypes_that_torch_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.onnx", "DequantizeLinear", {"x": onnx.TensorProto.INT4, "scale": FLOAT}, {"y": FLOAT})
+    model = onnx.load(path)
+    model.opset_import[0].version = 21
+    onnx.save(model, path)
+    await cannot_load(path, aiotrt.EngineError, str(path), "'x' has type tensor(int4)")
+
+
+@pytest.mark.asyncio
 async def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     await cannot_load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,13 @@ _DTYPES: Final = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
     "tensor(int8)": torch.int8, "tensor(int16)": torch.int16, "tensor(int32)": torch.int32, "tensor(int64)": torch.int64,
     "tensor(uint8)": torch.uint8, "tensor(uint16)": torch.uint16, "tensor(uint32)": torch.uint32,
-    "tensor(uint64)": torch.uint64, "tensor(bool)": torch.bool,
+    "tensor(uint64)": torch.uint64, "tensor(bool)": torch.bool, "tensor(bfloat16)": torch.bfloat16,
+    "tensor(float8e4m3fn)": torch.float8_e4m3fn, "tensor(float8e4m3fnuz)": torch.float8_e4m3fnuz,
+    "tensor(float8e5m2)": torch.float8_e5m2, "tensor(float8e5m2fnuz)": torch.float8_e5m2fnuz,
+}  # fmt: skip
+#: The dtypes that numpy lacks, and their numbers in ONNX's `TensorProto.DataType`.
+_WITHOUT_NUMPY: Final = {
+    torch.bfloat16: 16, torch.float8_e4m3fn: 17, torch.float8_e4m3fnuz: 18, torch.float8_e5m2: 19, torch.float8_e5m2fnuz: 20,
 }  # fmt: skip
 
 
@@ -72,7 +79,10 @@ class OnnxEngine:
             raise EngineError(f"{path}: the name of an input or output is not UTF-8 ({error}); export it again") from error
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> OnnxExecution:
-        return OnnxExecution(self.name, self._session, names, [spec.name for spec in self.outputs])
+        outputs = {spec.name: spec.dtype for spec in self.outputs}
+        if _WITHOUT_NUMPY.keys().isdisjoint({*outputs.values(), *(spec.dtype for spec in self.inputs or ())}):
+            return OnnxExecution(self.name, self._session, names, list(outputs))
+        return _ValueExecution(self.name, self._session, names, outputs)
 
     def close(self) -> None:
         self._session = None
@@ -101,6 +111,38 @@ class OnnxExecution:
 
     def close(self) -> None:
         self._session = None
+
+
+class _ValueExecution(OnnxExecution):
+    """Likewise, with inputs or outputs of dtypes that numpy lacks: by way of ONNX Runtime's own values."""
+
+    def __init__(self, name: str, session: Any, inputs: Sequence[str], outputs: Mapping[str, torch.dtype]) -> None:
+        from onnxruntime import OrtValue
+
+        super().__init__(name, session, inputs, list(outputs))
+        self._dtypes = outputs
+        self._value: Any = OrtValue
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        feed = {}
+        for name, tensor in zip(self._inputs, inputs, strict=True):
+            array, number = numpy_view(tensor), _WITHOUT_NUMPY.get(tensor.dtype)
+            if number is None:
+                feed[name] = self._value.ortvalue_from_numpy(array)
+            else:
+                feed[name] = self._value.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.itemsize}"), number)
+        try:
+            results = self._session.run_with_ort_values(self._outputs, feed)
+        except Exception as error:
+            raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
+        return {name: _copied(value, self._dtypes[name]) for name, value in zip(self._outputs, results, strict=True)}
+
+
+def _copied(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    # Of these dtypes ONNX Runtime gives away an address, a size and a shape, and no array.
+    tensor = torch.empty(value.shape(), dtype=dtype)
+    ctypes.memmove(tensor.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
+    return tensor
 
 
 def _spec(path: Path, node: Any) -> TensorSpec:
