@@ -255,13 +255,10 @@ class InputSpecs:
     def check(self, name: str, value: object) -> Argument:
         """Check a value for the input `name`, extents aside: that is for assignments to part of an input."""
         spec = next(spec for spec in self.known() if spec.name == name)
-        shape, dtype = _shape_and_dtype(name, value)
+        _, dtype = _shape_and_dtype(name, value)
         if dtype != spec.dtype:
             _refuse(spec, f"dtype {_dtype_name(dtype)}", _conversion(value, spec.dtype))
-        argument = self._argument(spec, value)
-        if 0 in shape:
-            _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
-        return argument
+        return self._argument(spec, value)
 
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
         """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
@@ -342,8 +339,8 @@ class InputSpecs:
     def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
         if not spec.fits(shape):
             self._refuse_shape(spec, shape)
-        if min(shape, default=1) < 1:
-            _refuse(spec, f"shape {shape}, which has no elements", "pass at least one")
+        if min(shape, default=0) < 0:
+            _refuse(spec, f"shape {shape}", "no dimension can be negative")
 
     def _refuse_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
         if len(shape) != len(spec.shape):

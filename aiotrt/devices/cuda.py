@@ -637,6 +637,8 @@ def _record(
         random.begun()
         try:
             outputs = list(body())
+            if not any(output.numel() for output in outputs):
+                torch.zeros(1, device="cuda")  # torch warns of a graph with nothing in it, as this one may be
         except BaseException:
             # Ending it takes the stream out of capture mode. It fails too when the capture was invalidated; and torch
             # warns of a graph with nothing in it, as this one may be.
