@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ from aiotrt.video.reports import Kind, SourceError
 __all__ = ["Decoded", "Decoder", "Opening", "camera", "import_av"]
 
 DAMAGED_IN_A_ROW: Final = 256  # packets, before a source is given up
+LATE: Final = 0.05  # seconds after the start at which the first picture after a seek shows that it went too far
 MISSING: Final = 0.5  # seconds at the end of a file that is as long as it says; its last frame may stand for a while
 
 
@@ -48,6 +50,8 @@ class Opening:
         start: seconds from the beginning where reading begins.
         threads: that the codec may use.
         low_delay: no frames held back for threads to work on.
+        stream: which of its videos, from 0; None for the one that FFmpeg takes for the best, which is never cover art.
+        max_pixels: that a picture may have for FFmpeg to take memory for it.
     """
 
     location: str
@@ -59,31 +63,84 @@ class Opening:
     start: float = 0.0
     threads: int = 2
     low_delay: bool = False
+    stream: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored picture is to be shown: transposed first, then flipped.
+
+    Attributes:
+        is_transposed: whether rows become columns.
+        flips_rows: whether the first row becomes the last.
+        flips_columns: likewise.
+    """
+
+    is_transposed: bool = False
+    flips_rows: bool = False
+    flips_columns: bool = False
+
+    @classmethod
+    def of(cls, frame: Any) -> Orientation:
+        """As the frame's display matrix says, which phones write; a turn that is no quarter turn is not made."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return UPRIGHT
+        # A point (x, y) is shown at (a x + c y, b x + d y); see FFmpeg's libavutil/display.h.
+        a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix))
+        if a and d and not (b or c):
+            return cls(flips_rows=d < 0, flips_columns=a < 0)
+        if b and c and not (a or d):
+            return cls(is_transposed=True, flips_rows=b < 0, flips_columns=c < 0)
+        return UPRIGHT
+
+    def show(self, pixels: Array) -> Array:
+        """Return the pixels as they are to be shown: a copy, unless they are stored so."""
+        if self == UPRIGHT:
+            return pixels
+        shown = pixels.transpose(1, 0, 2) if self.is_transposed else pixels
+        if self.flips_rows:
+            shown = shown[::-1]
+        if self.flips_columns:
+            shown = shown[:, ::-1]
+        return np.ascontiguousarray(shown)
+
+
+UPRIGHT: Final = Orientation()
 
 
 class Decoded:
-    """A decoded picture, in the codec's own memory and format."""
+    """A decoded picture, in the codec's own memory and format.
+
+    Args:
+        frame: PyAV's.
+        aspect: the width of a stored pixel by its height.
+    """
 
     _local: Final = threading.local()  # a reformatter for each thread: making one takes longer than using it
 
-    def __init__(self, frame: Any) -> None:
+    def __init__(self, frame: Any, aspect: float = 1.0) -> None:
         self._frame = frame
+        self._orientation = Orientation.of(frame)
+        self.pixel_aspect = 1 / aspect if self._orientation.is_transposed else aspect
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, 3)."""
-        return self._frame.height, self._frame.width, 3
+        """(height, width, 3), as it is to be shown."""
+        height, width = self._frame.height, self._frame.width
+        return (width, height, 3) if self._orientation.is_transposed else (height, width, 3)
 
     def array(self) -> Array:
-        """A view of what FFmpeg converted to RGB; rows may be padded."""
+        """A view of what FFmpeg converted to RGB, with padded rows, or a copy, if the picture was not stored upright."""
         reformatter = getattr(self._local, "reformatter", None)
         if reformatter is None:
             reformatter = self._local.reformatter = import_av().video.reformatter.VideoReformatter()
         # One thread: FFmpeg would otherwise start one for each processor, for every frame.
         plane = reformatter.reformat(self._frame, format="rgb24", threads=1).planes[0]
-        height, width, channels = self.shape
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * channels]
-        pixels = rows.reshape(height, width, channels)
+        height, width = self._frame.height, self._frame.width
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        pixels = self._orientation.show(rows.reshape(height, width, 3))
         pixels.flags.writeable = False
         return pixels
 
@@ -108,19 +165,21 @@ class Decoder:
         self._damaged_in_a_row = 0
         self._count = 0
         self._last = 0.0  # seconds: the last picture's time
+        self._is_sought = False  # and nothing has been decoded since
         if opening.hardware is not None and opening.hardware not in (known := av.codec.hwaccel.hwdevices_available()):
             raise SourceError(
                 f"hardware={opening.hardware!r}: PyAV has no such decoder; it has {', '.join(known) or 'none'}"
             )
         container = self._container = self._opened()
         try:
-            if not container.streams.video:
-                raise SourceError(f"{opening.title}: there is no video in it")
-            stream = self._stream = container.streams.video[0]
+            stream = self._stream = self._chosen()
             stream.thread_type = "SLICE" if opening.low_delay else "AUTO"
             stream.thread_count = opening.threads
             self._expected = stream.frames if not opening.start else 0
+            #: Seconds, by the container's clock, at which a file begins: a recording's clock need not begin at 0.
+            self._origin = (container.start_time or 0) / 1e6 if self.is_finite else 0.0
             self._until = _end(container)
+            self._aspect = float(stream.sample_aspect_ratio or 1.0)
             self.rate = float(stream.average_rate) if stream.average_rate else None
             if opening.start:
                 self._seek()
@@ -129,10 +188,24 @@ class Decoder:
             container.close()
             raise
 
+    def _chosen(self) -> Any:
+        """The stream to decode."""
+        opening, videos = self._opening, self._container.streams.video
+        if not videos:
+            raise SourceError(f"{opening.title}: there is no video in it")
+        if opening.stream is None:
+            return self._container.streams.best("video") or videos[0]
+        if opening.stream >= len(videos):
+            raise SourceError(f"{opening.title}: it has {len(videos)} video streams, and no stream={opening.stream}")
+        return videos[opening.stream]
+
     def _opened(self) -> Any:
         """The container, decoding in hardware if that was asked for and can be."""
         av, opening = self._av, self._opening
-        arguments = {"format": opening.format, "options": dict(opening.options), "timeout": opening.timeout}
+        options = dict(opening.options)
+        if opening.max_pixels is not None:  # opening decodes a picture to learn of it, as large as that may be
+            options.setdefault("max_pixels", str(opening.max_pixels))
+        arguments = {"format": opening.format, "options": options, "timeout": opening.timeout}
         try:
             if opening.hardware is not None:
                 try:
@@ -162,7 +235,7 @@ class Decoder:
         return context.height, context.width
 
     def read(self) -> tuple[Decoded, float | None] | None:
-        """The next picture, and its time in seconds; None at the end.
+        """The next picture, and its time in seconds, in a file since its beginning; None at the end.
 
         Raises:
             SourceError: the source went away, or so much of it is damaged that it is given up.
@@ -170,14 +243,19 @@ class Decoder:
         while True:
             while self._ready:
                 frame = self._ready.popleft()
+                time = None if frame.time is None else frame.time - self._origin
+                if self._is_sought and time is not None:
+                    self._is_sought = False
+                    if time > self._opening.start + LATE and self._rewind():
+                        continue
                 if frame.is_corrupt:
                     self._damaged("a picture is damaged")
-                # Without a start, all: live streams begin before 0.
-                elif frame.time is None or not self._opening.start or frame.time >= self._opening.start:
+                # Without a start, all: live streams begin before 0. The origin is rounded to microseconds.
+                elif time is None or not self._opening.start or time >= self._opening.start - 1e-3:
                     self._count += 1
                     self._damaged_in_a_row = 0
-                    self._last = max(self._last, frame.time or 0.0)
-                    return Decoded(frame), frame.time
+                    self._last = max(self._last, time or 0.0)
+                    return Decoded(frame, self._aspect), time
             if not self._decode():
                 self._ended()
                 return None
@@ -232,9 +310,20 @@ class Decoder:
 
     def _seek(self) -> None:
         try:
-            self._container.seek(round(self._opening.start * 1_000_000))
+            self._container.seek(round((self._opening.start + self._origin) * 1_000_000))
+            self._is_sought = True
         except (self._av.FFmpegError, OSError) as error:
             self.notes.append((Kind.SEEK, f"cannot begin at {self._opening.start} s: {self._words(error)}"))
+
+    def _rewind(self) -> bool:
+        """Begin at the beginning, since a seek went too far, as in transport streams; what is too early is skipped."""
+        try:
+            self._container.seek(round(self._origin * 1_000_000))
+        except (self._av.FFmpegError, OSError):
+            return False
+        self._ready.clear()
+        self._packets = self._container.demux(self._stream)
+        return True
 
     def close(self) -> None:
         """Let it go."""
@@ -242,10 +331,10 @@ class Decoder:
 
 
 def _end(container: Any) -> float | None:
-    """Seconds, where a file says that it ends; None if it does not, or if that may be its sound's end."""
+    """Seconds that a file says it lasts; None if it does not say, or if that may be its sound's end."""
     if container.duration is None or len(container.streams) > 1:
         return None
-    return float((container.start_time or 0) + container.duration) / 1e6
+    return float(container.duration) / 1e6
 
 
 def camera(device: int | str) -> tuple[str, str]:

@@ -19,13 +19,20 @@ class Picture(Protocol):
         """(height, width, 3), without converting anything."""
         ...
 
+    @property
+    def pixel_aspect(self) -> float:
+        """The width of a pixel by its height, as it is to be shown."""
+        ...
+
     def array(self) -> Array:
         """The pixels, RGB; may convert, which takes a while."""
         ...
 
 
 class Held:
-    """Pixels that are an array already."""
+    """Pixels that are an array already, and square."""
+
+    pixel_aspect = 1.0
 
     def __init__(self, array: Array) -> None:
         self._array = array
@@ -46,7 +53,8 @@ class Frame:
     Attributes:
         source: the source's name.
         index: which one it is of those that the source gave, from 0; what a policy dropped leaves gaps.
-        time: seconds, by the source's own clock (its presentation timestamp); None if it says none.
+        time: seconds, of a file since its beginning, else by the source's own clock (its presentation timestamp); None if it
+            says none.
         received: seconds by the pipeline's clock, when it was decoded.
         decode_seconds: what reading and decoding it took.
     """
@@ -75,6 +83,11 @@ class Frame:
     def shape(self) -> tuple[int, ...]:
         """(height, width, 3), without converting anything."""
         return self._picture.shape
+
+    @property
+    def pixel_aspect(self) -> float:
+        """The width of a pixel by its height. Where that is not 1.0, the picture is to be shown wider or narrower than it is."""
+        return self._picture.pixel_aspect
 
     @property
     def dtype(self) -> np.dtype[Any]:

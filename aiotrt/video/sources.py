@@ -317,6 +317,7 @@ def open(  # noqa: A001  # as in `video.open`
     container: str | None = None,
     options: Mapping[str, str] | None = None,
     max_pixels: int = 1 << 26,
+    stream: int | None = None,
 ) -> Source:
     """A source of frames: ``async with video.open(...) as frames``, then ``async for frame in frames``.
 
@@ -336,7 +337,7 @@ def open(  # noqa: A001  # as in `video.open`
         fps: of an iterable whose frames bear no time.
         reconnect: try again when it breaks, with growing delays; by default live URLs and cameras are, for ever. One that
             says how long it is ends at its end.
-        start: seconds from the beginning, of a file.
+        start: seconds from the beginning of a file, whatever its clock says there.
         limit: end after so many frames.
         timeout: seconds to open, and for one read, before a URL or camera counts as broken.
         hardware: decode with such a device ("cuda", "vaapi", ...) where PyAV and the codec can, else in software.
@@ -344,6 +345,9 @@ def open(  # noqa: A001  # as in `video.open`
         container: its format, where FFmpeg must be told.
         options: FFmpeg's own.
         max_pixels: larger pictures are left out and counted.
+        stream: which of a file's videos, from 0; by default the one that FFmpeg takes for the best, never cover art.
+
+    Pictures are turned upright and mirrored as the file says, as phones store them.
 
     Raises:
         InputError: an option is out of range.
@@ -359,7 +363,11 @@ def open(  # noqa: A001  # as in `video.open`
     for option, number in (("timeout", timeout), ("fps", fps), ("max_pixels", max_pixels)):
         if number is not None and not number > 0:
             raise InputError(f"{option} must be positive, got {number!r}")
-    for option, number in (("limit", limit), ("threads", threads)):  # 0 threads: as many as FFmpeg thinks best
+    for option, number in (
+        ("limit", limit),
+        ("threads", threads),
+        ("stream", stream),
+    ):  # 0 threads: as many as FFmpeg thinks best
         if number is not None and number < 0:
             raise InputError(f"{option} must be at least 0, got {number!r}")
     connect: Callable[[], Awaitable[Feed]]
@@ -378,16 +386,22 @@ def open(  # noqa: A001  # as in `video.open`
         shown = _without_secrets(location) if is_url else str(text)
         title = name = name or (f"camera {text}" if isinstance(text, int) else shown if is_url else Path(shown).name)
         opening = Opening(
-            location, shown, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote
+            location, shown, container or found, options or {}, hardware, timeout, start, threads, low_delay=is_remote,
+            stream=stream, max_pixels=max_pixels,
         )  # fmt: skip
         most = max_pixels
 
         async def connect_decoder() -> Feed:
             feed = await DecoderFeed.open(opening, title)
             height, width = feed.decoder.size()
+            wrong = None
             if height * width > most:  # before the memory for it is taken
+                wrong = f"pictures of {width} by {height} are over max_pixels={most:,}"
+            elif not (height and width) and not is_remote:
+                wrong = f"its pictures have no size that can be read: they are damaged, or over max_pixels={most:,}"
+            if wrong is not None:
                 await feed.aclose()
-                raise SourceError(f"{title}: pictures of {width} by {height} are over max_pixels={most:,}")
+                raise SourceError(f"{title}: {wrong}")
             return feed
 
         connect = connect_decoder
