@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from aiotrt.building.builder import BuildOptions, build, device_index, gpu_record, make_recipe
-from aiotrt.building.files import shortened
+from aiotrt.building.files import check_private, make_private, shortened
 from aiotrt.building.network import Recipe
 from aiotrt.building.products import Product, find_product
 from aiotrt.building.progress import Report
@@ -58,7 +58,7 @@ def cached_engine(
     """The engine for an ONNX file, built if it is not there yet. Blocks: for worker threads.
 
     Of several processes that ask at once, one builds and the others wait for it. An engine in the cache that is damaged is
-    built again.
+    built again. A folder is made for this user alone.
 
     Args:
         onnx: the model's file.
@@ -70,7 +70,7 @@ def cached_engine(
 
     Raises:
         InputError: as for `aiotrt.build`.
-        EngineError: as for `aiotrt.build`, or the cache cannot be written to.
+        EngineError: as for `aiotrt.build`; or the cache cannot be written to, or others may write to it.
         MissingDependencyError: as for `aiotrt.build`.
     """
     path = Path(onnx)
@@ -79,6 +79,7 @@ def cached_engine(
     folder = cache_directory() if directory is None else Path(directory)
     model = read_onnx(path).sha256()
     engine = folder / f"{shortened(path.stem, 80)}-{_key(model, product, gpu_record(device_index(device)), recipe)}.engine"
+    check_private(folder)
     if _is_good(engine, model):
         return engine
     with _only_one(path, engine):
@@ -104,7 +105,7 @@ def _only_one(path: Path, engine: Path) -> Iterator[None]:
         raise MissingDependencyError("the cache of built engines needs filelock; pip install filelock") from error
     lock = FileLock(engine.with_suffix(".lock"))
     try:
-        engine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # engines are code: nobody else may swap them
+        make_private(engine.parent)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from aiotrt.errors import EngineError
 
-__all__ = ["Write", "check_readable", "digest", "foreign", "replacing", "shortened"]
+__all__ = [
+    "Write", "check_private", "check_readable", "digest", "foreign", "make_private", "replacing", "shortened",
+]  # fmt: skip
 
 Write: TypeAlias = Callable[[bytes | memoryview], None]
 
@@ -42,6 +45,37 @@ def check_readable(path: Path) -> None:
         raise EngineError(f"{path}: there is no such file") from None
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder for this user alone, and those above it that are missing.
+
+    Raises:
+        OSError: as for `Path.mkdir`.
+    """
+    for missing in reversed([above for above in (folder, *folder.parents) if not above.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_private(folder: Path) -> None:
+    """Refuse a folder in which another user may swap what aiotrt keeps there: engines and kernels are code.
+
+    Raises:
+        EngineError: it belongs to another user than this one and root, or everybody may write to it.
+    """
+    try:
+        status = folder.stat()
+    except OSError:  # it is made, or what is wrong is said when it is written to
+        return
+    if os.name != "posix":
+        return
+    remedy = "engines are code. Set AIOTRT_CACHE_DIR to a folder of your own"
+    if status.st_uid not in (os.geteuid(), 0):
+        raise EngineError(f"{folder}: it belongs to another user, who may swap the engines in it, and {remedy}")
+    if status.st_mode & stat.S_IWOTH:
+        raise EngineError(
+            f"{folder}: everybody may write to it and swap the engines in it, and {remedy}, or chmod 700 this one"
+        )
 
 
 def foreign(head: bytes) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from aiotrt.building.cache import cache_directory
-from aiotrt.building.files import replacing
+from aiotrt.building.files import check_private, make_private, replacing
 from aiotrt.engines.tensorrt_api import RuntimeCache, RuntimeConfig
 from aiotrt.errors import EngineError
 
@@ -48,10 +48,13 @@ class Kernels:
         """Contexts made with `config` use these."""
         self._cache = config.create_runtime_cache()
         try:
+            check_private(self._file.parent)
             kept = self._file.read_bytes()
             os.utime(self._file)  # used now
         except FileNotFoundError:
             pass
+        except EngineError as error:
+            _log.warning("%s; kernels are compiled again", error)
         except OSError as error:
             _log.warning("%s: cannot be read: %s; its kernels are compiled again", self._file, error.strerror)
         else:
@@ -76,7 +79,8 @@ class Kernels:
             if compiled == self._kept:
                 return
             try:
-                self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(self._file.parent)
+                check_private(self._file.parent)
                 with replacing(self._file) as write:
                     write(compiled)
                 _make_room(self._file)

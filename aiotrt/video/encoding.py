@@ -15,6 +15,7 @@ from aiotrt.video.sinks import Draw, Result, Threaded
 
 __all__ = ["VideoFile"]
 
+LONGEST: Final = 3600.0  # seconds that a frame may stand: a longer gap is a clock that was set
 TIME_BASE: Final = Fraction(1, 90_000)  # seconds; common rates are whole numbers of it
 
 
@@ -26,8 +27,9 @@ class VideoFile(Threaded):
             sources whose files would be one, the second one's results are refused; see `path_of`.
         draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
         codec: FFmpeg's name of the encoder.
-        rate: frames a second where frames bear no time, and where their time goes back, as that of a source which came
-            again may: such a frame follows the last one at once, and the next ones at their distance from it.
+        rate: frames a second where frames bear no time, and where their time goes back, or ahead by an hour, as that of a
+            clock that was set, or of a source that came again: such a frame follows the last one at once, and the next ones
+            at their distance from it.
         options: FFmpeg's own, of the encoder.
 
     Frames are encoded at the first one's size; a frame of another size is scaled to it.
@@ -116,10 +118,12 @@ class _Encoder:
     def write(self, image: Any, at: float | None) -> None:
         ticks = self._last + round(1 / self._rate / TIME_BASE) if self._last >= 0 else 0
         if at is not None and math.isfinite(at):
-            if self._at is None or at < self._at:  # of a source that came back, or whose last time was wild
+            # Of a source that came back, or whose clock was set. An MP4 cannot have a frame that lasts for 13 hours.
+            if self._at is None or not 0 <= at - self._at < LONGEST:
                 self._zero = at - float(ticks * TIME_BASE)
+            else:
+                ticks = max(round((at - self._zero) / TIME_BASE), self._last + 1)
             self._at = at
-            ticks = max(round((at - self._zero) / TIME_BASE), self._last + 1)
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         if (frame.width, frame.height) != (self._stream.width, self._stream.height):
             if abs(frame.width - self._stream.width) <= 1 and abs(frame.height - self._stream.height) <= 1:

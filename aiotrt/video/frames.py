@@ -86,7 +86,7 @@ class Frame:
 
     @property
     def pixel_aspect(self) -> float:
-        """The width of a pixel by its height. Where that is not 1.0, the picture is to be shown wider or narrower than it is."""
+        """The width of a pixel by its height. Where it is not 1.0, the picture is to be shown wider or narrower."""
         return self._picture.pixel_aspect
 
     @property

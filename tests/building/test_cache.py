@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aiotrt.building import build, cache_directory, cached_engine, check_sidecar, sidecar_path
+from aiotrt.building.files import check_private, make_private
 from aiotrt.errors import EngineError, InputError
 from tests.building import models
 
@@ -48,6 +49,41 @@ def go(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
+
+
+def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:
+    cache.mkdir(mode=0o777)
+    cache.chmod(0o777)
+    with pytest.raises(EngineError, match=rf"{cache}: everybody may write to it .*AIOTRT_CACHE_DIR.* chmod 700"):
+        cached_engine(models.ocr("classifier"))
+    assert list(cache.iterdir()) == []
+    cache.chmod(0o1777)  # as /tmp is: in it, others may make what is not there yet
+    with pytest.raises(EngineError, match="everybody may write to it"):
+        cached_engine(models.ocr("classifier"))
+
+
+def test_a_cache_of_another_user_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    owner = cache.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    if owner == 0:  # root's is everybody's
+        check_private(cache)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "stat", lambda self: os.stat_result((0o40700, 0, 0, 0, 999, 0, 0, 0, 0, 0)))
+            with pytest.raises(EngineError, match="belongs to another user"):
+                check_private(cache)
+    else:
+        with pytest.raises(EngineError, match="belongs to another user"):
+            check_private(cache)
+
+
+def test_folders_above_the_cache_are_made_for_this_user_too(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_private(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / part).stat().st_mode & 0o777 for part in ("a", "a/b", "a/b/c")] == [0o700] * 3
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
