@@ -103,7 +103,7 @@ async def test_a_lease_with_unknown_outputs(device: str, outputs: Any) -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     "shapes",
-    [5, "2x3", [(2, "3")], [(2, 3), (2, 3)], (2, 3, 4), {"z": (2, 3)}, (0, 3), (-1, 3)],
+    [5, "2x3", [(2, "3")], [(2, 3), (2, 3)], (2, 3, 4), {"z": (2, 3)}, (-1, 3), (2, -3)],
     ids=str,
 )
 async def test_a_lease_with_wrong_shapes(device: str, shapes: object) -> None:

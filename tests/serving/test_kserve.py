@@ -354,7 +354,7 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
             (400, "not JSON", {"content": json.dumps(request_of()).replace("1.0", "NaN")}),
             (400, "not JSON", {"content": b"[" * 10_000}),
             (400, "input 'x': expected x: float32 (*, 3)", {"json": request_of(shape=[2, 3, 1])}),
-            (400, "input 'x': expected x: float32 (*, 3)", {"json": request_of(shape=[0, 3], data=[])}),
+            (400, "input 'x': expected x: float32 (*, 3)", {"json": request_of(shape=[0, 4], data=[])}),
             (400, "float64", {"json": request_of(datatype="FP64")}),
             (400, "the model's inputs are x: float32 (*, 3)", {"json": request_of(name="z")}),
             (400, "the model's inputs are", {"json": {"inputs": request_of()["inputs"] + request_of(name="z")["inputs"]}}),
