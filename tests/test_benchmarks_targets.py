@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,7 +248,7 @@ def test_a_way_that_fails_is_reported_and_left_out(
     assert list(record["failed"]) == [f"one: 1000 us, asyncio, {EXECUTOR}"]
     printed = capsys.readouterr().out
     assert "no threads today" in printed
-    assert f"not measured: {PROTOTYPE_CALL}, {PROTOTYPE_LEASE}: there is no compiler" in printed
+    assert re.search(r"not measured: prototype call.*, prototype lease.*: there is no compiler", printed)
 
 
 @pytest.mark.parametrize("words", [["--count", "0"], ["--device", "cuda"], ["--only", "speed"], ["--out", "/proc/nowhere"]])

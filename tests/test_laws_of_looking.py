@@ -168,13 +168,17 @@ def test_a_finalizer_may_release_a_hub_in_the_middle_of_whatever_is_done_with_hu
 
     asyncio.run(acquire_two())
     first, second = hubs
-    close = first._timer.close
+    timer = first._timer
 
-    def closing() -> None:
-        close()
-        second.release()
+    class Closing:
+        def set(self, delay: float) -> None:
+            timer.set(delay)
 
-    first._timer.close = closing  # type: ignore[method-assign]
+        def close(self) -> None:
+            timer.close()
+            second.release()
+
+    first._timer = Closing()
     asyncio.run(acquire(Progress.PREDICT))  # which drops those of the loop that is closed
     assert first._closed
     assert second._closed
