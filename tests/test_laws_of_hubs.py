@@ -619,6 +619,52 @@ async def test_all_who_await_what_one_poll_completes_are_resumed_at_its_end() ->
     assert counted == [3]
 
 
+@pytest.mark.parametrize("call", [2, 3, 4])
+async def test_who_awaits_is_resumed_after_an_interrupt_at_any_reading_of_the_clock(call: int) -> None:
+    """At the poll's beginning, when the event was found complete, and when nothing is pending any more."""
+    world = World()
+    resumed = resumed_by(world, 1)
+    readings = 0
+
+    def clock() -> float:
+        nonlocal readings
+        readings += 1
+        if readings == call:
+            raise KeyboardInterrupt
+        return world.now
+
+    world.hub._clock = clock
+    with pytest.raises(KeyboardInterrupt):
+        world.fire()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert resumed == [0]
+
+
+async def test_an_interrupt_before_the_callback_of_a_waiter_leaves_it_to_the_loop() -> None:
+    world = World()
+    resumed: list[Any] = []
+
+    class Interrupted(Waiter):
+        interrupts = 1
+
+        def wake(self) -> None:
+            if Interrupted.interrupts:
+                Interrupted.interrupts -= 1
+                raise KeyboardInterrupt
+            super().wake()
+
+    waiter = Interrupted(asyncio.get_running_loop(), lambda: True, lambda _: None, Estimate(), None)
+    waiter.add_done_callback(resumed.append)
+    waiter.resolve(None)
+    world.hub.finished.append(waiter)
+    with mock.patch("asyncio.current_task", return_value=None), pytest.raises(KeyboardInterrupt):
+        world.hub._wake(world.now)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert resumed == [waiter]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 async def test_a_poll_inside_a_task_resumes_nobody_itself(count: int) -> None:
     """As a debugger's or a nested loop's may be: another task cannot be entered then."""

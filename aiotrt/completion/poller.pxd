@@ -14,7 +14,7 @@ cdef class Hub:
     cdef public list finished, lanes
     cdef public Lateness _lateness
     cdef public double _armed, _slept, _spin
-    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, waiter=Waiter, lanes=list, due=list, finished=list, now=double, start=double, started=double, planned=double, earliest=double, polled=double, ran=double, left=long, is_first=bint, is_complete=bint)
+    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, lanes=list, due=list, now=double, start=double, started=double, planned=double, earliest=double, polled=double, ran=double, left=long, is_first=bint, is_complete=bint)
     cpdef _poll(self)
     @cython.locals(timeout=object, started=double)
     cpdef _incomplete(self, Lane lane, Pending head, double now, double planned)

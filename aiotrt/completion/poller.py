@@ -269,17 +269,18 @@ class Hub:
         if self._closed:
             return
         clock = self._clock
-        start = now = clock()
         lanes = self.lanes
-        # Collected first and polled after: what is due again at once is polled next time, or the loop would get no turn.
-        due = []
-        for lane in lanes:
-            if lane.due <= now:
-                due.append(lane)  # noqa: PERF401  # a comprehension has a scope of its own, which no types reach
-        if len(due) > 1:
-            due.sort(key=_DUE)
+        start = now = inf  # an interrupt before the clock is read: then the loop polls again at once
         self.is_polling = True
         try:
+            start = now = clock()
+            # Collected first and polled after: what is due again at once is polled next time, or the loop would get no turn.
+            due = []
+            for lane in lanes:
+                if lane.due <= now:
+                    due.append(lane)  # noqa: PERF401  # a comprehension has a scope of its own, which no types reach
+            if len(due) > 1:
+                due.sort(key=_DUE)
             for lane in due:
                 planned = lane.due
                 pending = lane.pending
@@ -342,6 +343,10 @@ class Hub:
                     now = clock()
                 if now - start > TURN:
                     break  # the others are the first after the loop's turn
+        except BaseException:  # an interrupt: without this, a task whose work is complete might wait forever
+            if self.finished and self._waking is None:
+                self._waking = self._loop.call_soon(self._wake_others)
+            raise
         finally:
             # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
             self.is_polling = False
@@ -352,13 +357,8 @@ class Hub:
                         if lane.due < earliest:
                             earliest = lane.due
                 self._arm(now, earliest, now - start > TURN)
-        finished = self.finished
-        if finished and self._waking is None:
-            if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:
-                self._wake(start)
-            else:
-                waiter = finished.pop()
-                waiter.wake()
+        if self.finished and self._waking is None:
+            self._wake(start)
 
     def _confirmed(self, head: Pending, failure: BaseException) -> tuple[bool, BaseException | None]:
         """Return whether the event is complete, and its error, after its query raised."""
@@ -405,8 +405,8 @@ class Hub:
                 for waiter in finished:
                     if woken >= least and self._clock() - start > WAKES:
                         break
-                    woken += 1
                     waiter.wake()
+                    woken += 1  # only now: an interrupt may come before its callback is called
         finally:  # an interrupt too: the others must not wait for ever
             if woken < len(finished):
                 self.finished = finished[woken:] + self.finished

@@ -127,7 +127,7 @@ class Estimate:
             self._seen = self._shorter = 0
         estimate = self.seconds
         near = estimate - self.shortest
-        # One that was complete before the shortest is shorter by nobody knows how much: polls must come earlier to find out.
+        # Work that was complete before the shortest time is shorter by an unknown amount: only earlier polls can measure it.
         if self._shorter or (near > NEAR and near > NEAR_SHARE * estimate):
             self.first = self.shortest
         else:

@@ -114,7 +114,7 @@ class OnnxExecution:
 
 
 class _ValueExecution(OnnxExecution):
-    """Likewise, with inputs or outputs of dtypes that numpy lacks: by way of ONNX Runtime's own values."""
+    """One caller of a session with inputs or outputs of dtypes that numpy lacks; passes ONNX Runtime's own values."""
 
     def __init__(self, name: str, session: Any, inputs: Sequence[str], outputs: Mapping[str, torch.dtype]) -> None:
         from onnxruntime import OrtValue

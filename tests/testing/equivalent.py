@@ -19,7 +19,6 @@ SAVES: Final = "saves calls of `_next_poll`, which says the same"
 EITHER: Final = "of two that are equal, either will do"
 ENDS: Final = "an error ends it, whatever is said of completion"
 ANY: Final = "set before it is read"
-WAKES_SAME: Final = "saves a call of `_wake`, which does the same"
 HUNG: Final = "saves a call of `_hung`, which decides"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
@@ -238,30 +237,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "to compare one with itself does nothing",
     ("poller.py", "Hub._poll", "1 -> 0, in: if len(lanes) > 1:", 0): "to compare one with itself does nothing",
-    (
-        "poller.py",
-        "Hub._poll",
-        "len(finished) > 1 -> len(finished) >= 1, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
-        0,
-    ): WAKES_SAME,
-    (
-        "poller.py",
-        "Hub._poll",
-        "1 -> 0, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
-        0,
-    ): WAKES_SAME,
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - start > WAKES -> now - start >= WAKES, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
-        0,
-    ): WAKES_SAME,
-    (
-        "poller.py",
-        "Hub._poll",
-        "now - start -> now + start, in: if len(finished) > 1 or now - start > WAKES or asyncio.current_task(self._loop) is not None:",
-        0,
-    ): WAKES_SAME,
     ("poller.py", "Hub._confirmed", "False -> True, in: return (False, failure)", 0): ENDS,
     (
         "poller.py",
@@ -323,4 +298,16 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "self._unified and slot.gates -> self._unified or slot.gates, in: if self._unified and slot.gates:",
         0,
     ): "the long way gives the same result",
+    (
+        "poller.py",
+        "Hub._poll",
+        "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
+        0,
+    ): "the loop makes a call that finds nobody to resume",
+    (
+        "poller.py",
+        "Hub._poll",
+        "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
+        1,
+    ): "those whom the poll before left to the loop are resumed by this poll instead, before all others",
 }
