@@ -17,7 +17,10 @@ PACKAGE = Path(aiotrt.__file__).parent
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
     {"errors", "_build", "_impl"},
-    {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors"},
+    {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors.kind"},
+    {"tensors.conversion", "tensors.output_names", "tensors.parameters", "tensors.structure"},
+    {"tensors.reading", "tensors.tensor_spec"},
+    {"tensors.argument", "tensors.input_specs", "tensors"},
     {"completion.lane", "completion.timers"},
     {"completion.waiter"},
     {"building.files", "building.log"},

@@ -33,7 +33,7 @@ def keep_for_ever(what: object) -> None:
 
 
 def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    if torch.is_inference_mode_enabled():  # some other task's, maybe: see `tensors.own`
+    if torch.is_inference_mode_enabled():  # some other task's, maybe: see `tensors.conversion.own`
         with torch.inference_mode(False):
             return _empty(device, outputs)
     return [device.empty(output.shape, output.dtype) for output in outputs]

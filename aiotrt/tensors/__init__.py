@@ -1,0 +1,35 @@
+"""Tensors at the border: what a model takes, whether a value is that, and how it crosses.
+
+Everything a caller passes becomes an `Argument` here or an `InputError` that names the input, what was expected and what
+came. Everything a caller gets is made here too, in the kind that went in.
+"""
+
+from aiotrt.tensors.argument import Argument
+from aiotrt.tensors.conversion import number, numpy_view, own, widened
+from aiotrt.tensors.input_specs import InputSpecs
+from aiotrt.tensors.kind import DEVICE, NUMPY, Kind
+from aiotrt.tensors.output_names import OutputNames
+from aiotrt.tensors.parameters import Parameters, arrange
+from aiotrt.tensors.structure import examples, flatten
+from aiotrt.tensors.tensor_spec import Key, Shapes, Specs, TensorSpec
+
+__all__ = [
+    "DEVICE",
+    "NUMPY",
+    "Argument",
+    "InputSpecs",
+    "Key",
+    "Kind",
+    "OutputNames",
+    "Parameters",
+    "Shapes",
+    "Specs",
+    "TensorSpec",
+    "arrange",
+    "examples",
+    "flatten",
+    "number",
+    "numpy_view",
+    "own",
+    "widened",
+]
