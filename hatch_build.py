@@ -56,7 +56,11 @@ class NativeBuildHook(BuildHookInterface):
 
 
 def compile_modules(root: Path, folder: Path) -> dict[str, Path]:
-    """Compile all modules into `folder`. Returns the files that belong in the package, by their path below `root`."""
+    """Compile all modules into one shared library. Returns the files that belong in the package, by their path below `root`.
+
+    One library, because each has pages of its own for code and data, and after a sleep of the process the first use of a
+    page costs as much as hundreds of instructions.
+    """
     import Cython
     from Cython.Build import cythonize  # first, since setuptools may not be imported before what it replaces
     from setuptools import Distribution, Extension
@@ -71,6 +75,7 @@ def compile_modules(root: Path, folder: Path) -> dict[str, Path]:
         stem = name.replace(".", "/")
         source = next(f"{stem}{suffix}" for suffix in (".py", ".pyx") if (root / f"{stem}{suffix}").is_file())
         extensions.append(Extension(name, [source], extra_compile_args=flags))
+    library = folder / build["LIBRARY"]
     with contextlib.chdir(root):  # so that tracebacks name files by their path in the project
         extensions = cythonize(
             extensions, build_dir=str(folder / "c"), force=True, quiet=True, compiler_directives=DIRECTIVES
@@ -80,13 +85,14 @@ def compile_modules(root: Path, folder: Path) -> dict[str, Path]:
         command.parallel = os.cpu_count()
         command.ensure_finalized()
         command.run()
-    files = {}
-    for name in build["COMPILED"]:
-        files[command.get_ext_filename(name)] = Path(command.get_ext_fullpath(name))
+        objects = [str(file) for file in sorted((folder / "o").rglob("*.o*"))]
+        exported = [f"PyInit_{name.rpartition('.')[2]}" for name in build["COMPILED"]]
+        command.compiler.link_shared_object(
+            objects, str(library), library_dirs=command.library_dirs, export_symbols=exported, build_temp=command.build_temp
+        )
     record = folder / build["RECORD"]
     record.write_text(json.dumps(build["record"](root / "aiotrt")) + "\n", encoding="utf-8")
-    files[f"aiotrt/{build['RECORD']}"] = record
-    return files
+    return {f"aiotrt/{file.name}": file for file in (library, record)}
 
 
 def compile_in_place(root: Path) -> None:

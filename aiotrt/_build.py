@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
-__all__ = ["COMPILED", "RECORD", "record"]
+__all__ = ["COMPILED", "LIBRARY", "RECORD", "record"]
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,9 @@ COMPILED: Final = (
     "aiotrt.runtime.route",
     "aiotrt.runtime.slots",
 )
+
+#: The shared library that has all of them.
+LIBRARY: Final = f"_native{EXTENSION_SUFFIXES[0]}"
 
 #: The file that a native build writes into the package, one for each kind of Python: a checkout may have several.
 RECORD: Final = f"_native{EXTENSION_SUFFIXES[0].rpartition('.')[0]}.json"

@@ -1,10 +1,11 @@
 """Choose the implementation: the modules of `COMPILED` as extension modules ("native"), or as plain Python ("python").
 
-Both are made from the same `.py` files. `aiotrt/__init__.py` imports this module before any other of the package, so the
-choice is made once and holds for all of them. ``AIOTRT_IMPL=native`` or ``AIOTRT_IMPL=python`` in the environment asks for
-one. Without it, native runs where there are extension modules, and python where there are none.
+Both are made from the same `.py` files; the extension modules are in one shared library. `aiotrt/__init__.py` imports this
+module before any other of the package, so the choice is made once and holds for all of them. ``AIOTRT_IMPL=native`` or
+``AIOTRT_IMPL=python`` in the environment asks for one. Without it, native runs where the library is, and python where it is
+not.
 
-Extension modules that are incomplete, of another version, older than their sources or broken raise `ImplementationError`.
+A library that is of another version, older than its sources or broken raises `ImplementationError`.
 aiotrt never falls back to plain Python silently, because a program would become slower with no sign of why.
 """
 
@@ -13,16 +14,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec, SourceFileLoader
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal
 
-from aiotrt._build import COMPILED, RECORD, __version__, record
+from aiotrt._build import COMPILED, LIBRARY, RECORD, __version__, record
 
 __all__ = ["IMPLEMENTATION", "Implementation", "ImplementationError"]
 
@@ -36,38 +37,23 @@ class ImplementationError(ImportError):
     """The implementation that was asked for, or the one that is installed, cannot run."""
 
 
-def _file(root: Path, name: str, suffix: str) -> Path:
-    return root.joinpath(*name.split(".")[1:-1], name.rpartition(".")[2] + suffix)
-
-
-def _extensions(root: Path) -> dict[str, Path]:
-    """Find the extension modules that this Python would import."""
-    candidates = ((name, _file(root, name, suffix)) for name in COMPILED for suffix in reversed(EXTENSION_SUFFIXES))
-    return {name: file for name, file in candidates if file.is_file()}
-
-
-def _choose(asked: str, root: Path, extensions: Mapping[str, Path]) -> Implementation:
-    """Choose the implementation and check that it is complete.
+def _choose(asked: str, root: Path) -> Implementation:
+    """Choose the implementation, and check that it was compiled from these sources.
 
     Args:
         asked: the value of `VARIABLE`, empty where it is not set.
         root: the package's folder.
-        extensions: the extension modules there.
     """
+    is_compiled = (root / LIBRARY).is_file()
     if asked not in ("", "native", "python"):
         raise ImplementationError(f"{VARIABLE} must be native or python, got {asked!r}")
-    if asked == "python" or not (asked or extensions):
+    if asked == "python" or not (asked or is_compiled):
         return "python"
-    if not extensions:
+    if not is_compiled:
         python = ".".join(map(str, sys.version_info[:2]))
         raise ImplementationError(
             f"{VARIABLE}=native, but aiotrt {__version__} has no compiled modules for Python {python} here: "
             f"unset {VARIABLE}, or install aiotrt with AIOTRT_BUILD=native and a C compiler (in a checkout: make native)"
-        )
-    missing = [name for name in COMPILED if name not in extensions]
-    if missing:
-        raise ImplementationError(
-            f"aiotrt is compiled in part: {', '.join(extensions)} compiled, {', '.join(missing)} not: {REMEDY}"
         )
     try:
         built = json.loads((root / RECORD).read_text(encoding="utf-8"))
@@ -85,25 +71,15 @@ def _choose(asked: str, root: Path, extensions: Mapping[str, Path]) -> Implement
 
 
 class _Finder(MetaPathFinder):
-    """Find the modules of `COMPILED` in the chosen implementation. Python itself always prefers extension modules."""
-
-    def __init__(self, root: Path, implementation: Implementation, extensions: Mapping[str, Path]) -> None:
-        self._root = root
-        self._implementation = implementation
-        self._extensions = extensions
+    """Find the modules of `COMPILED` in the shared library."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname not in COMPILED:
             return None
-        if self._implementation == "native":
-            file = self._extensions[fullname]
-            return spec_from_file_location(fullname, file, loader=_NativeLoader(fullname, str(file)))
-        file = _file(self._root, fullname, ".py")
-        if not file.is_file():
-            raise ImplementationError(f"{fullname} exists compiled only, and aiotrt runs as plain Python", name=fullname)
-        return spec_from_file_location(fullname, file, loader=SourceFileLoader(fullname, str(file)))
+        library = Path(__file__).with_name(LIBRARY)
+        return spec_from_file_location(fullname, library, loader=_NativeLoader(fullname, str(library)))
 
 
 class _NativeLoader(ExtensionFileLoader):
@@ -133,10 +109,9 @@ class _NativeLoader(ExtensionFileLoader):
 
 def _install() -> Implementation:
     root = Path(__file__).parent
-    extensions = _extensions(root)
-    implementation = _choose(os.environ.get(VARIABLE, ""), root, extensions)
-    if extensions:
-        sys.meta_path.insert(0, _Finder(root, implementation, extensions))
+    implementation = _choose(os.environ.get(VARIABLE, ""), root)
+    if implementation == "native":
+        sys.meta_path.insert(0, _Finder())
     return implementation
 
 

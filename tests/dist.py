@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from aiotrt._build import COMPILED, RECORD, __version__
+from aiotrt._build import LIBRARY, RECORD, __version__
 
 ROOT: Final = Path(__file__).parents[1]
 DIST: Final = ROOT / "dist"
@@ -69,9 +69,8 @@ def build(source: Path, kind: str, implementation: str = "") -> Path:
 def check(file: Path, names: Iterable[str], *, native: bool) -> None:
     """Check the names of the files in a distribution."""
     names = set(names)
-    extensions = {name for name in names if EXTENSION.search(name)}
-    compiled = {name.partition(".")[0].replace("/", ".") for name in extensions}
-    assert compiled == (set(COMPILED) if native else set()), f"{file.name} holds the extension modules {sorted(extensions)}"
+    libraries = {name for name in names if EXTENSION.search(name)}
+    assert libraries == ({f"aiotrt/{LIBRARY}"} if native else set()), f"{file.name} holds the libraries {sorted(libraries)}"
     assert (f"aiotrt/{RECORD}" in names) == native, f"{file.name}: {RECORD}"
     leftovers = sorted(name for name in names if LEFTOVERS.search(name))
     assert not leftovers, f"{file.name} holds {leftovers}"
