@@ -121,20 +121,14 @@ class Lease:
         a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
         """
         hold = self._hold or self._held()
-        hold.check()
-        executor = hold.executor
-        replay = hold.launch_in_worker() if hold.program.blocking else hold.launch(False)
-        executor.replays.add(replay)
+        replay = hold.replay()
         try:
             await replay
         except asyncio.CancelledError:
             with contextlib.suppress(AiotrtError):  # of which whoever uses the lease next is told
                 hold.order()  # the launch goes on
             raise
-        finally:
-            executor.replays.discard(replay)
-        hold.awaited(replay)
-        return hold.results()
+        return hold.awaited(replay)
 
     def consumed(self, stream: object = None) -> None:
         """Name a stream that reads this slot's buffers, so that the slot's next launch waits for it too.

@@ -301,10 +301,12 @@ class Model:
             named["priority"] = priority
         request = executor.submit(inputs, named)
         try:
-            return await request
+            result = await request
         except (asyncio.CancelledError, GeneratorExit):
             executor.abandon(request)
             raise
+        executor.recycle(request)
+        return result
 
     def lease(self, shapes: object = None, *, outputs: Literal["numpy", "torch", "device"] | None = None) -> Lease:
         """Hold a slot: ``async with model.lease() as slot``. Zero copy, both ways.

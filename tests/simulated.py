@@ -114,7 +114,7 @@ class Audit:
             states = set(executor.machine.states)
             assert executor.machine.waiting == 0, "somebody waits at a closed model"
             assert all(slot.request is None or slot.request.done() for slot in executor.slots), "nobody told them"
-            assert not executor.replays, "a replay is never told"
+            assert not executor.submitting, "a replay is never told"
             if executor.broken is not None:
                 kept = True
                 assert states == {State.BROKEN}, f"broken, and has slots that are {states}"

@@ -21,8 +21,11 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 class World:
     """Virtual time: `advance` turns the clock, fires the timer, and gives the loop its turns."""
 
-    def __init__(self, progress: Progress = Progress.PREDICT, spin: float = 0.0, late: float = 0.0) -> None:
+    def __init__(
+        self, progress: Progress = Progress.PREDICT, spin: float = 0.0, late: float = 0.0, turn: float = 3e-6
+    ) -> None:
         self.now = 100.0
+        self._turn = turn  # how long an iteration of the loop takes
         self.due: float | None = None
         self.fired = 0
         self._late = late
@@ -37,8 +40,8 @@ class World:
     async def advance(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
-            if self.hub._soon is not None:  # it wants the loop's next turn; a turn takes a few microseconds
-                self.now += 3e-6
+            if self.hub._soon is not None:  # it wants the loop's next iteration
+                self.now += self._turn
                 await asyncio.sleep(0)
             elif self.due is not None and self.due + self._late <= end:
                 self.now, self.due = self.due + self._late, None
@@ -78,7 +81,9 @@ class Work:
         self._error = error
         self.outcomes: list[BaseException | None] = []
         self.seen_at = 0.0
+        self.ran = self.late = 0.0  # as its lane says when it is done
         self.queries = 0
+        self._lane: Lane | None = None
 
     def query(self) -> bool:
         self.queries += 1
@@ -91,8 +96,11 @@ class Work:
     def done(self, error: BaseException | None) -> None:
         self.outcomes.append(error)
         self.seen_at = self._world.now
+        assert self._lane is not None
+        self.ran, self.late = self._lane.ran, self._lane.late
 
     def watch(self, lane: Lane, **options: Any) -> Work:
+        self._lane = lane
         self._world.hub.watch(lane, self.query, self.done, **options)
         return self
 

@@ -10,19 +10,17 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion import poller
 from aiotrt.runtime.slots import State
 from aiotrt.testing import FaultKind, Scripted, SimulatedDevice
 from tests.simulated import Striker, held_streams, run_simulated
 from tests.test_laws_of_turns_simulated import BOTH, stubborn
 from tests.test_laws_simulated import right
-from tests.tools import Affine, count, executor_of, frame, turns, until
+from tests.tools import Affine, count, executor_of, frame, turns, until, woken_by_the_loop
 from tests.virtual_devices import VirtualDevice, held, held_slots, later, load, on_both, read, run_on
 
 #: How a reader of a lease's output says that it reads.
@@ -227,7 +225,7 @@ def test_a_lease_that_is_granted_and_cancelled_in_one_iteration_frees_its_slot(w
 
     async def program(device: VirtualDevice) -> None:
         # No poll wakes the lease's task itself: the loop does, in the iteration after the grant.
-        with mock.patch.object(poller, "WAKES", -1.0):
+        with woken_by_the_loop():
             await granted_and_cancelled(device)
 
     async def granted_and_cancelled(device: VirtualDevice) -> None:
@@ -320,7 +318,7 @@ def test_a_cancellation_at_any_iteration_leaves_the_slot_to_the_next(where: str,
                     break
                 assert step < SOON
 
-    with mock.patch.object(poller, "WAKES", -1.0) if woken == "by the loop" else contextlib.nullcontext():
+    with woken_by_the_loop() if woken == "by the loop" else contextlib.nullcontext():
         run_on(where, program, [Scripted()])
     assert (True, State.IN_FLIGHT) in met, "it was never cancelled in the queue"
     if "lease" not in kind or woken == "by the loop":  # else its task runs in the poll in which it is granted

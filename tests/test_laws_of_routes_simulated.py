@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES
+from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES, MOST_SPARES
 from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
@@ -284,3 +284,90 @@ def test_a_slot_whose_program_has_no_staging_yet_gets_it(missing: str) -> None:
             assert staged[0] is not None
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_request_that_has_ended_refers_to_nothing_and_is_used_again(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            executor = executor_of(model)
+            (request,) = executor._spares
+            for _ in range(3):
+                with held_streams(device, *streams_of(model)):
+                    call = asyncio.ensure_future(model(x))
+                    await turns()
+                    assert executor._spares == []
+                    assert executor.slots[0].request is request
+                assert right(device.read(await call), 1)
+                assert executor._spares == [request]
+                assert (list(request.values), list(request.results), request._value) == ([], [], None)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_request_that_somebody_observes_is_not_used_again(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            executor = executor_of(model)
+            executor._spares.clear()
+            observed: list[Any] = []
+            executor.observer = observed.append
+            for _ in range(3):
+                assert right(device.read(await model(x)), 1)
+            assert len(set(map(id, observed))) == 3
+            assert executor._spares == []
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_only_requests_of_the_present_signature_are_used_again(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, warmup=frame(0), overlap=True) as model:
+            x, other = device.tensor(frame(1)), device.tensor(frame(2)[:1])
+            await seen(model, x)
+            executor = executor_of(model)
+            with held_streams(device, *streams_of(model)):
+                call = asyncio.ensure_future(model(x))
+                await turns()
+            await seen(model, other)
+            assert right(device.read(await call), 1)
+            assert executor._spares
+            assert all(request.route is executor._route for request in executor._spares)
+            assert right(device.read(await model(other)), 2)
+
+    under_schedules(group, program)
+
+
+def test_no_more_requests_are_kept_than_a_bound() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            await asyncio.gather(*[model(x) for _ in range(MOST_SPARES + 3)])
+            assert len(executor_of(model)._spares) == MOST_SPARES
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_graph_is_prepared_for_the_next_results(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        prepared: list[int] = []
+
+        def prepare(self: SimulatedGraph, results: Any) -> None:
+            prepared.extend(result.data_ptr() for result in results)
+
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            x = device.tensor(frame(1))
+            await seen(model, x)
+            with mock.patch.object(SimulatedGraph, "prepare", prepare):
+                results = [await model(x) for _ in range(3)]
+            assert prepared[:-1] == [result.data_ptr() for result in results[1:]]
+
+    under_schedules(group, program)

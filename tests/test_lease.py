@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import warnings
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion import poller
 from aiotrt.runtime.slots import State
-from tests.tools import Affine, Latch, TwoOutputs, count, executor_of, frame, held, turns, until
+from tests.tools import Affine, Latch, TwoOutputs, count, executor_of, frame, held, turns, until, woken_by_the_loop
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
 
@@ -373,17 +372,17 @@ async def test_a_lease_that_two_wait_to_enter_is_one_lease(device: str) -> None:
 
 async def test_granted_and_cancelled_in_the_same_turn_loses_no_slot(device: str) -> None:
     """The grant of a lease resolves its future. The cancellation comes before the task that waits for it has run."""
-    wakes = mock.patch.object(poller, "WAKES", -1.0)  # so that no poll wakes the task itself
     async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
         async with model.lease():
             waiting = asyncio.ensure_future(model.lease().__aenter__())
             await turns()
             assert model.statistics().waiting == 1
-            wakes.start()
+            stack = contextlib.ExitStack()
+            stack.enter_context(woken_by_the_loop())
         # Leaving released the slot. Where its last readers delay the grant, a poll sees it before the task runs.
-        await until(lambda: count(model, State.CLAIMED) == 1)
+        with stack:
+            await until(lambda: count(model, State.CLAIMED) == 1)
         assert model.statistics().waiting == 0
-        wakes.stop()
         assert not waiting.done(), "the task has run: this is not the state to be tested"
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -130,6 +130,39 @@ def test_only_what_changed_is_pointed_anew(bench: Bench) -> None:
     assert bench.driver.take() == [copies((SOURCES[0], other), ())[1], LAUNCH_DIRECT, RECORD]
 
 
+def test_what_was_prepared_is_not_pointed_again(bench: Bench) -> None:
+    bench.submit(SOURCES, RESULTS)
+    bench.driver.take()
+    following = (Tensor(0xC100),)
+    bench.made.prepare(following)
+    assert bench.driver.take() == copies((), following)
+    bench.submit(SOURCES, following)
+    assert bench.driver.take() == [LAUNCH_DIRECT, RECORD]
+
+
+def test_other_results_than_were_prepared_are_pointed_at_again(bench: Bench) -> None:
+    bench.made.prepare((Tensor(0xC100),))
+    bench.driver.take()
+    bench.submit(SOURCES, RESULTS)
+    assert bench.driver.take() == [*copies(SOURCES, RESULTS), LAUNCH_DIRECT, RECORD]
+
+
+def test_nothing_is_prepared_without_a_graph_for_it(library: Driver, module: Any) -> None:
+    for results, has_direct in ((RESULTS, False), ((*RESULTS, *RESULTS), True)):
+        library.take()
+        Bench(library, module, has_direct=has_direct).made.prepare(results)
+        assert library.take() == []
+
+
+def test_preparing_that_fails_is_an_error_and_is_done_again(bench: Bench) -> None:
+    bench.driver.answer(Kind.SET_COPY, 700)
+    with pytest.raises(RuntimeError, match="setting the address of a copy: 700"):
+        bench.made.prepare(RESULTS)
+    bench.driver.take()
+    bench.submit(SOURCES, RESULTS)
+    assert bench.driver.take() == [*copies(SOURCES, RESULTS), LAUNCH_DIRECT, RECORD]
+
+
 def test_the_callers_stream_is_waited_for_only_while_it_is_busy(bench: Bench) -> None:
     bench.submit(origin=bench.caller)
     assert bench.driver.take() == [Logged(Kind.STREAM_QUERY, CALLER, 0), LAUNCH, RECORD]

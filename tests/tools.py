@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Final
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,9 +21,18 @@ from aiotrt.selftest.instruments import Latch
 
 __all__ = [
     "Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "free_port", "held", "interruptible", "turns", "until",
+    "woken_by_the_loop",
 ]  # fmt: skip
 
 _RESTORE: Final = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@contextlib.contextmanager
+def woken_by_the_loop() -> Iterator[None]:
+    """Inside, no poll resumes a task itself: the loop does, in the next iteration."""
+    answers = itertools.cycle([object(), None])  # first to the poll, as inside a task, and then to the loop's callback
+    with mock.patch("asyncio.current_task", side_effect=answers):
+        yield
 
 
 @contextlib.contextmanager

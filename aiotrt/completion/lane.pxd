@@ -1,5 +1,6 @@
 # Types for the compiled build. lane.py is the source, and runs without this file.
 
+cimport cython
 from aiotrt.completion.prediction cimport Estimate
 
 cdef class Pending:
@@ -11,6 +12,10 @@ cdef class Pending:
 cdef class Lane:
     cdef object __weakref__
     cdef public object pending
-    cdef public bint is_listed, is_polled
-    cdef public double due, last_done, late, polled, ran, spin_until, stalled
+    cdef public bint is_first, is_listed, is_polled
+    cdef public Estimate estimate
+    cdef public double due, last_done, notified, polled, spin_until, stalled, started
     cdef public long overdue
+    @cython.locals(estimate=Estimate, ran=double)
+    cpdef learn(self)
+    cpdef begin(self)

@@ -43,11 +43,10 @@ class Pending:
 class Lane:
     """The pending events of one stream, in order. Only the first one, the head, is polled.
 
+    What is known of a head stays until the next one begins, so that the estimate can learn after the callers were resumed.
+
     Attributes:
         pending: them.
-        last_done: when the last one was seen to be complete.
-        ran: for how many seconds it had run by then.
-        late: how many of them may have passed since it was complete: since the poll before, or what is above the estimate.
         due: when to poll.
         is_listed: whether the hub has it among its lanes.
         spin_until: until when each iteration of the loop polls; 0.0 if none does.
@@ -55,17 +54,63 @@ class Lane:
         polled: when that was last.
         overdue: how often that was after its hang timeout.
         stalled: seconds of the head's time that do not count towards it: see `poller.STALL`.
+        last_done: when the last one was seen to be complete.
+        started: when that one became the head.
+        notified: its `Pending.notified`.
+        is_first: whether no other one was complete in the same poll.
+        estimate: what has yet to learn of it; None where nothing has.
     """
 
     __slots__ = (
-        "due", "is_listed", "is_polled", "last_done", "late", "overdue", "pending", "polled", "ran", "spin_until", "stalled",
+        "due", "estimate", "is_first", "is_listed", "is_polled", "last_done", "notified", "overdue", "pending", "polled",
+        "spin_until", "stalled", "started",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.pending: deque[Pending] = deque()
-        self.last_done = self.ran = self.late = 0.0
+        self.last_done = self.started = self.notified = 0.0
         self.due = 0.0
-        self.is_listed = self.is_polled = False
+        self.is_listed = self.is_polled = self.is_first = False
+        self.overdue = 0
+        self.polled = self.stalled = self.spin_until = 0.0
+        self.estimate: Estimate | None = None
+
+    @property
+    def ran(self) -> float:
+        """For how many seconds the last one had run when it was seen to be complete; valid while its `on_done` runs."""
+        return self.last_done - self.started
+
+    @property
+    def late(self) -> float:
+        """How many of them may have passed since it was complete: since the poll before, or what is above the estimate.
+
+        Valid as `ran` is.
+        """
+        if self.notified:  # before the poll, unless the notification was still on its way
+            return max(0.0, self.last_done - max(self.notified, self.started))
+        if self.is_polled:
+            return self.last_done - max(self.polled, self.started)
+        expected = 0.0 if self.estimate is None else self.estimate.seconds
+        return self.ran - expected if 0.0 < expected < self.ran else 0.0
+
+    def learn(self) -> None:
+        """Teach the estimate how long the last one took, once."""
+        estimate, self.estimate = self.estimate, None
+        if estimate is None:
+            return
+        ran = self.last_done - self.started
+        if self.notified:
+            estimate.between(ran - self.late, ran - self.late)
+        elif self.is_polled:
+            estimate.between(self.polled - self.started, ran)
+        elif self.is_first:  # else its predecessor completed before this poll, at an unknown time
+            estimate.at_most(ran)
+
+    def begin(self) -> None:
+        """There is a new head."""
+        if self.estimate is not None:
+            self.learn()
+        self.is_polled = False
         self.overdue = 0
         self.polled = self.stalled = self.spin_until = 0.0
 

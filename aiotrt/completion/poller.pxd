@@ -13,13 +13,13 @@ cdef class Hub:
     cdef public object _loop, _clock, _timer, _read, _soon, _told, _waking
     cdef public list finished, lanes
     cdef public Lateness _lateness
-    cdef public double _armed, _slept, _spin
-    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, lanes=list, due=list, now=double, start=double, started=double, planned=double, earliest=double, polled=double, ran=double, left=long, is_first=bint, is_complete=bint)
+    cdef public double _armed, _left, _slept, _spin
+    @cython.locals(lane=Lane, head=Pending, estimate=Estimate, lanes=list, due=list, now=double, start=double, started=double, planned=double, earliest=double, left=long, repeats=long, is_first=bint, is_complete=bint)
     cpdef _poll(self)
     @cython.locals(timeout=object, started=double)
     cpdef _incomplete(self, Lane lane, Pending head, double now, double planned)
-    @cython.locals(waiter=Waiter, woken=long)
-    cpdef _wake(self, double start, long least=*)
+    @cython.locals(finished=list)
+    cpdef _wake(self, double start)
     @cython.locals(now=double, due=double, queue=object)
     cpdef add(self, Lane lane, Pending pending, when_complete=*)
     cpdef _arm(self, double now, double due, bint was_long=*)

@@ -33,10 +33,12 @@ from typing import Final
 
 from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
+    LONGEST_SPIN,
     PREDICT,
     SHORTEST_SLEEP,
     SPIN,
     SPIN_BUDGET,
+    SPIN_SHARE,
     Estimate,
     Lateness,
     Progress,
@@ -60,6 +62,10 @@ STALL_SHARE: Final = 0.1
 TURN: Final = 50e-6
 #: Seconds of one poll after which those who await what it completed are woken by the loop's next iteration.
 WAKES: Final = 100e-6
+#: Where no more than this many seconds pass from poll to poll, the loop has nothing else to do. Then each poll of a spin
+#: makes so many queries more, since an iteration of the loop takes longer than a query.
+IDLE: Final = 10e-6
+REPEATS: Final = 3
 PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
 _DUE: Final = attrgetter("due")
 
@@ -102,6 +108,7 @@ class Hub:
         self._slept = 0.0
         self._soon: asyncio.Handle | None = None
         self.is_polling = False
+        self._left = -inf  # when the last poll ended, but for its last query
         #: The lanes of which the device has told, on whichever thread, and whether the loop is to look there.
         self._told: deque[Lane] = deque()
         self._is_told = False
@@ -201,6 +208,7 @@ class Hub:
         queue = lane.pending
         queue.append(pending)
         if len(queue) == 1:
+            lane.begin()
             lane.due = due = self._first_poll(now, pending)
             if not lane.is_listed:  # it is while its last one is being completed
                 lane.is_listed = True
@@ -279,8 +287,11 @@ class Hub:
             for lane in lanes:
                 if lane.due <= now:
                     due.append(lane)  # noqa: PERF401  # a comprehension has a scope of its own, which no types reach
+            repeats = 0
             if len(due) > 1:
                 due.sort(key=_DUE)
+            elif start - self._left < IDLE:
+                repeats = REPEATS
             for lane in due:
                 planned = lane.due
                 pending = lane.pending
@@ -298,49 +309,43 @@ class Hub:
                     except BaseException as failure:
                         is_complete, error = self._confirmed(head, failure)
                     if not is_complete and error is None:  # as it was at the latest time that was read before the query
-                        if now >= lane.spin_until:  # else it stays due
+                        if now >= lane.spin_until:
                             error = self._incomplete(lane, head, now, planned)
+                        elif repeats:  # it stays due
+                            repeats -= 1
+                            left += 1
+                            now = clock()
+                            continue
                         if error is None:
                             lane.is_polled = True
                             lane.polled = now
                             break
                     now = clock()
                     pending.popleft()
+                    started = head.submitted
+                    lane.started = started if started > lane.last_done else lane.last_done  # noqa: FURB136  # a call
                     if error is None:
-                        started = head.submitted
-                        if started < lane.last_done:
-                            started = lane.last_done
-                        ran = lane.ran = now - started
-                        estimate = head.estimate
-                        if head.notified:  # before this poll, unless the word is still on its way
-                            lane.late = max(0.0, now - max(head.notified, started))
-                            estimate.between(ran - lane.late, ran - lane.late)
-                        elif lane.is_polled:
-                            polled = lane.polled
-                            lane.late = now - polled if polled > started else ran
-                            estimate.between(polled - started, ran)
-                        else:
-                            lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0
-                            if is_first:  # else its predecessor ended at some time before, and nobody knows when it began
-                                estimate.at_most(ran)
+                        lane.estimate = head.estimate
+                        lane.notified = head.notified
+                        lane.is_first = is_first
                     is_first = False
                     lane.last_done = planned = now
-                    lane.is_polled = False
-                    lane.overdue = 0
-                    lane.polled = lane.stalled = lane.spin_until = 0.0
                     try:
                         head.on_done(error)
                     except Exception as failure:
                         # One bad callback must not take the others' wake-ups with it.
                         message = "aiotrt: a completion callback raised"
                         self._loop.call_exception_handler({"message": message, "exception": failure})
+                    if pending:
+                        lane.begin()
                 else:
                     if pending:
                         lane.due = self._first_poll(lane.last_done, pending[0])
                     elif lane.is_listed:  # unless a callback forgot it
                         lane.is_listed = False
                         lanes.remove(lane)
-                    now = clock()
+                    if lanes:
+                        now = clock()
                 if now - start > TURN:
                     break  # the others are the first after the loop's turn
         except BaseException:  # an interrupt: without this, a task whose work is complete might wait forever
@@ -350,6 +355,7 @@ class Hub:
         finally:
             # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
             self.is_polling = False
+            self._left = now
             if lanes:
                 earliest = lanes[0].due
                 if len(lanes) > 1:
@@ -359,6 +365,9 @@ class Hub:
                 self._arm(now, earliest, now - start > TURN)
         if self.finished and self._waking is None:
             self._wake(start)
+        for lane in due:
+            if lane.estimate is not None:
+                lane.learn()
 
     def _confirmed(self, head: Pending, failure: BaseException) -> tuple[bool, BaseException | None]:
         """Return whether the event is complete, and its error, after its query raised."""
@@ -391,30 +400,27 @@ class Hub:
         else:
             waiter.wake_soon()
 
-    def _wake(self, start: float, least: int = 0) -> None:
-        """Wake who awaits what polls have completed, in that order.
+    def _wake(self, start: float) -> None:
+        """Wake the tasks that await what polls have completed, in that order.
 
-        Directly, which saves an iteration of the loop, until this has taken its time since `start`, and `least` of them in
-        any case; the others in the next iteration. Never inside a task, in which no other one can be resumed.
+        Directly, which saves an iteration of the loop: the first task, and others until `WAKES` has passed since `start`.
+        The others in the next iteration, and all of them inside a task, since there no other task can be resumed.
         """
         finished = self.finished
-        self.finished = []
-        woken = 0
         try:
             if asyncio.current_task(self._loop) is None:
-                for waiter in finished:
-                    if woken >= least and self._clock() - start > WAKES:
+                while finished:
+                    finished[0].wake()
+                    del finished[0]  # only now: an interrupt may come before its callback is called
+                    if finished and self._clock() - start > WAKES:
                         break
-                    waiter.wake()
-                    woken += 1  # only now: an interrupt may come before its callback is called
         finally:  # an interrupt too: the others must not wait for ever
-            if woken < len(finished):
-                self.finished = finished[woken:] + self.finished
-                self._waking = self._waking or self._loop.call_soon(self._wake_others)
+            if finished and self._waking is None:
+                self._waking = self._loop.call_soon(self._wake_others)
 
     def _wake_others(self) -> None:
         self._waking = None
-        self._wake(self._clock(), 1)
+        self._wake(self._clock())
 
     def _hung(self, lane: Lane, head: Pending, now: float, started: float, due: float) -> DeviceHangError | None:
         """What to say of work that is not complete, and was to be polled when it was `due`: nothing, or that it hangs."""
@@ -462,7 +468,7 @@ class Hub:
         if estimate.is_trusted:
             predicted += estimate.seconds
             wait = predicted - now
-            if wait > SHORTEST_SLEEP:
+            if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):
                 wait -= self._lateness.allowance(wait)
                 if wait > SHORTEST_SLEEP:
                     if estimate.first == estimate.seconds:

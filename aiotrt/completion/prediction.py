@@ -26,6 +26,10 @@ MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop ite
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
 OVERDUE_SHARE: Final = 0.03  # of the time already waited: the longest sleep between overdue looks
 OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so that work a little late is seen soon
+#: After a poll that came early, spin rather than sleep again if this share of the work's length is left, and no more than
+#: this many seconds: to wake up once more costs the caller more than the processor time is worth.
+SPIN_SHARE: Final = 0.03
+LONGEST_SPIN: Final = 200e-6
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
 #: A length within this of the estimate, in seconds or as a share of it, gets no poll of its own: see `Estimate.first`.
 NEAR: Final = 40e-6

@@ -181,6 +181,13 @@ cdef class Submitter:
         if status != SUCCESS:
             self._fail("recording an event", status)
 
+    def prepare(self, results):
+        """See `Graph.prepare`."""
+        cdef Py_ssize_t i
+        if self._direct != NULL and len(results) == self._count - self._inputs:
+            for i in range(self._inputs, self._count):
+                self._point(&self._ports[i], results[i - self._inputs])
+
     cdef bint _point(self, Port* port, tensor) except -1:
         """Copy from or to this memory; False if a copy of this kind cannot."""
         cdef unsigned long long address = tensor.data_ptr()

@@ -141,6 +141,13 @@ class Graph(Protocol):
         """
         ...
 
+    def prepare(self, results: Sequence[torch.Tensor]) -> None:
+        """Do ahead what `submit` would do for these results, which are probably the next ones.
+
+        May be called while launches are in flight, which it does not change.
+        """
+        ...
+
     def close(self) -> None:
         """Free it. The last launch must have completed."""
         ...
@@ -344,6 +351,9 @@ class BaseGraph(ABC):
         after = list(zip(results, outputs, strict=True)) if results else ()
         self.launch(stream, list(zip(inputs, sources, strict=True)), after)
         stream.record(event)
+
+    def prepare(self, results: Sequence[torch.Tensor]) -> None:  # noqa: B027  # nothing is to be done for most
+        """Do ahead what `submit` would do for these results."""
 
 
 class BaseDevice(ABC):

@@ -228,7 +228,8 @@ class CudaGraph(BaseGraph):
         self._bare = bare
         self._direct = direct
         if bare is not None and _submitter is not None:
-            self.submit = _native_submit(bare, direct, self.submit)  # type: ignore[method-assign]
+            native = _native(bare, direct, self.submit)
+            self.submit, self.prepare = native.submit, native.prepare  # type: ignore[method-assign]
         self._random = random
 
     def launch(
@@ -300,8 +301,18 @@ class CudaGraph(BaseGraph):
         if answer[0] is not _DONE:
             _check("recording an event", answer)
 
+    def prepare(self, results: Sequence[torch.Tensor]) -> None:
+        # An update of an executable graph holds from its next launch on.
+        graph = self._direct
+        if graph is not None:
+            for port, tensor in zip(graph.outputs, results, strict=True):
+                address = tensor.data_ptr()
+                if address != port.now and tensor.is_cuda:
+                    port.point(graph.handle, address)
+
     def close(self) -> None:
-        self.__dict__.pop("submit", None)  # a cycle
+        for name in ("submit", "prepare"):
+            self.__dict__.pop(name, None)  # a cycle
         for made in (self._copying, self._bare, self._direct):
             if made is not None:
                 made.close()
@@ -572,9 +583,9 @@ def _load_submitter() -> None:
     _submitter = submitter
 
 
-def _native_submit(bare: DirectGraph, direct: DirectGraph | None, fallback: Callable[..., None]) -> Callable[..., None]:
+def _native(bare: DirectGraph, direct: DirectGraph | None, fallback: Callable[..., None]) -> Any:
     ports = [] if direct is None else [*direct.inputs, *direct.outputs]
-    made = _submitter.Submitter(
+    return _submitter.Submitter(
         int(bare.handle),
         0 if direct is None else int(direct.handle),
         int(bare.context),
@@ -583,8 +594,6 @@ def _native_submit(bare: DirectGraph, direct: DirectGraph | None, fallback: Call
         fallback,
         _fail,
     )
-    submit: Callable[..., None] = made.submit
-    return submit
 
 
 def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:

@@ -12,9 +12,10 @@ cdef class Executor:
     cdef object __weakref__
     cdef public object _granted, _idle, _likely, _origin, _stop_listening, _workers, broken, complete
     cdef public Counters counters
-    cdef public object device, fallbacks, latest, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, replays
+    cdef public object device, fallbacks, latest, first_shapes, hang_timeout, loop, observer, on_failure, outputs, recipe, submitting
     cdef public object specs
-    cdef public list slots
+    cdef public list _spares, slots
+    cpdef recycle(self, Request request)
     cdef public bint _overlap, _serving, _unified, closing, is_discarded
     cdef public long _forks
     cdef public Hub hub

@@ -65,6 +65,9 @@ IN_PLACE_BYTES: Final = 128 << 10
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
 
+#: Requests that are kept for the next calls.
+MOST_SPARES: Final = 64
+
 _COUNTERS: Final = (
     "submitted", "completed", "failed", "cancelled", "rejected", "replays", "fallback_runs", "captures", "hits", "misses",
     "evictions",
@@ -142,7 +145,7 @@ class Executor:
         self.closing = False
         self.is_discarded = False
         self.hang_timeout = hang_timeout
-        self.replays: set[Replay] = set()  # of leases, pending
+        self.submitting: set[Replay] = set()  # launches of leases that a worker thread submits
         self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
         #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, the
         #: request says, and when, its `times`.
@@ -155,6 +158,7 @@ class Executor:
         self._serving = False
         self._forks = _forks
         self._route: Route | None = None  # of the call before
+        self._spares: list[Request] = []  # requests of that route which have ended
         self._likely: tuple[Shapes, Kind] | None = None  # of the last call that had no route, and might have
         self._origin: Stream | None = None  # the current stream of the call before
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
@@ -190,8 +194,12 @@ class Executor:
         route = self._route
         if route is None or named or not route.matches(values):
             return self._submit_new(values, named, bounded)
-        request = Request(self.loop, (), route.specs, route.shapes, self.outputs or route.kind)
-        request.route = route
+        if self._spares:
+            request = self._spares.pop()
+            request.is_done = False
+        else:
+            request = Request(self.loop, (), route.specs, route.shapes, self.outputs or route.kind)
+            request.route = route
         request.values = values
         if route.on_device or request.kind is DEVICE:
             origin = self._origin
@@ -221,9 +229,18 @@ class Executor:
                 route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
                 if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
                     self._route = route
+                    self._spares.clear()
             self._likely = likely
         self._enter(request, bounded, self.cache.holders(request.key))
         return request
+
+    def recycle(self, request: Request) -> None:
+        """Use a request for another call of its signature: it was awaited to its result, and nothing else refers to it."""
+        spares, route = self._spares, request.route
+        if route is not None and route is self._route and request.times is None and len(spares) < MOST_SPARES:
+            request.values = request.results = ()
+            request._value = None
+            spares.append(request)
 
     def lease(self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
         """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does."""
@@ -437,7 +454,9 @@ class Executor:
             try:
                 is_current = not was_queued or origin.handle == self.device.current_handle()
                 if is_current and not torch.is_inference_mode_enabled():
-                    program.spare = origin.handle, [make() for make in program.makers]
+                    spares = [make() for make in program.makers]
+                    program.graph.prepare(spares)
+                    program.spare = origin.handle, spares
             except DeviceError as error:
                 self.device.fail(error)
             except Exception as error:  # out of memory, say: the next launch does it anew, and is told
@@ -1012,7 +1031,10 @@ class Executor:
             self.break_down(DeviceError(f"a failed launch could not be followed up: {error}"))
 
     def _fail_others(self, error: AiotrtError) -> None:
-        for replay in self.replays:
+        replays = list(self.submitting)
+        for slot in self.slots:
+            replays += [pending for pending in slot.lane.pending if isinstance(pending, Replay)]
+        for replay in replays:
             if not replay.is_done:
                 replay.set_exception(error)
         for told in self.on_failure:

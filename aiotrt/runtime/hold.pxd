@@ -16,6 +16,7 @@ cdef class Hold:
     cdef public Request _request
     cdef public Slot slot
     cpdef check(self)
+    cpdef replay(self)
     @cython.locals(executor=Executor, slot=Slot, replay=Replay)
     cpdef launch(self, bint is_given)
     cpdef awaited(self, Replay replay)

@@ -167,6 +167,11 @@ class Hold:
 
     # Launching...
 
+    def replay(self) -> Replay:
+        """Launch, for a holder that awaits the replay and then calls `awaited`."""
+        self.check()
+        return self.launch_in_worker() if self.program.blocking else self.launch(False)
+
     def launch(self, is_given: bool) -> Replay:
         """Launch.
 
@@ -218,10 +223,11 @@ class Hold:
         replay.hang_timeout = self.executor.hang_timeout
         return replay
 
-    def awaited(self, replay: Replay) -> None:
-        """The holder has awaited a replay to its end: use it again, unless its event was handed out."""
+    def awaited(self, replay: Replay) -> Any:
+        """Return the results of a replay that was awaited to its end. It is used again, unless its event was handed out."""
         if not replay.is_given:
             self._spares.append(replay)
+        return self.results()
 
     def order(self) -> None:
         """Make the current stream wait, on the device, for the last launch."""
@@ -251,6 +257,7 @@ class Hold:
             raise executor.failed(error, "while it was launched") from error
         event = replay.event
         orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
+        executor.submitting.add(replay)
 
         def submit() -> None:
             executor.device.prepare_thread()
@@ -259,14 +266,15 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is not None:
-                replay.failure = self._failed(error, replay, orders)  # if the model broke, `replay` was told
-                return
-            try:
-                executor.pass_turn(slot)
-            except Exception as failure:
-                executor.lost_track(failure)  # which tells `replay` too
+                replay.failure = self._failed(error, replay, orders)  # if the model broke, `replay` has failed with it
             else:
-                self._launched(replay, ordered=current)
+                try:
+                    executor.pass_turn(slot)
+                except Exception as failure:
+                    executor.lost_track(failure)  # `replay` fails too
+                else:
+                    self._launched(replay, ordered=current)
+            executor.submitting.discard(replay)  # last: from here on it is in its slot's lane, or has ended
 
         executor.submit_in_worker(slot, submit, submitted)
         return replay

@@ -41,12 +41,9 @@ class Route:
     """
 
     __slots__ = (
-        "_count",
-        "_dtypes",
         "_holds",
         "_index",
-        "_sizes",
-        "_types",
+        "_signature",
         "holders",
         "kind",
         "nbytes",
@@ -75,10 +72,7 @@ class Route:
         self.nbytes = sum(argument.host.nbytes for argument in arguments if argument.host is not None)
         self._holds = device.holds
         self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
-        self._count = len(arguments)
-        self._types = [type(value) for value in values]
-        self._dtypes = [value.dtype for value in values]
-        self._sizes = [tuple(value.shape) for value in values]
+        self._signature = [(type(value), value.dtype, tuple(value.shape)) for value in values]
 
     @property
     def key(self) -> Key:
@@ -97,22 +91,20 @@ class Route:
 
     def matches(self, values: Sequence[object]) -> bool:
         """Whether these inputs are of this signature."""
-        if len(values) != self._count:
+        if len(values) != len(self._signature):
             return False
         index = self._index
+        one: Any
         try:
-            for i in range(self._count):
-                one: Any = values[i]
-                kind = self._types[i]
-                dtype = self._dtypes[i]
+            for one, (kind, dtype, size) in zip(values, self._signature):  # noqa: B905  # of the same length
                 if type(one) is not kind:
                     return False
                 if kind is not _TENSOR:
-                    if one.dtype != dtype or one.shape != self._sizes[i]:
+                    if one.dtype != dtype or one.shape != size:
                         return False
                 elif (
                     one.dtype is not dtype
-                    or one.shape != self._sizes[i]
+                    or one.shape != size
                     or not one.is_contiguous()
                     or one.is_neg()
                     or (dtype.is_complex and one.is_conj())
@@ -128,10 +120,10 @@ class Route:
     def still_matches(self, values: Sequence[object]) -> bool:
         """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""
         index = self._index
-        for i in range(self._count):
-            one: Any = values[i]
-            if one.dtype != self._dtypes[i] or one.shape != self._sizes[i]:
+        one: Any
+        for one, (kind, dtype, size) in zip(values, self._signature, strict=True):
+            if one.dtype != dtype or one.shape != size:
                 return False
-            if self._types[i] is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
+            if kind is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
                 return False
         return True

@@ -16,7 +16,7 @@ from aiotrt.devices import Device, Event, Graph, open_device
 from aiotrt.devices.base import Copies
 from aiotrt.devices.cuda import CudaGraph, CudaStream
 from aiotrt.tensors import Argument
-from tests.tools import Latch, executor_of, turns
+from tests.tools import Latch, executor_of, held, turns
 
 pytestmark = pytest.mark.gpu
 
@@ -128,6 +128,31 @@ def test_launches_in_flight_keep_their_addresses(bench: Bench) -> None:
         bench.graph.launch(bench.stream, [(bench.a, source)], [(result, bench.y)])
     bench.stream.synchronize()
     assert [result[-1].item() for result in results] == [2.0 * i for i in range(100)]
+
+
+@pytest.mark.asyncio
+async def test_the_next_results_are_prepared_while_a_launch_is_in_flight() -> None:
+    """A launch writes the results that it was submitted with, whatever its graph was pointed at since."""
+    async with aiotrt.load(lambda x: 3 * x + 1, device="cuda", slots=1, warmup=on_device(0)) as model:
+        x = on_device(0)
+        await model(x)
+        await model(x)  # from here on by the short path
+        one = on_device(1)
+        with held(model) as latch:
+            call = asyncio.ensure_future(model(one))
+            await turns()
+            program = executor_of(model).slots[0].program
+            assert program is not None
+            assert program.spare is not None, "no results for the next call"
+            (spare,) = program.spare[1]
+            spare.fill_(-1.0)
+            latch.open()
+            assert (await call)[0].item() == 4.0
+        torch.cuda.synchronize()
+        assert spare[0].item() == -1.0, "the launch wrote what was meant for the next one"
+        following = await model(on_device(2))
+        assert following.data_ptr() == spare.data_ptr()
+        assert following[0].item() == 7.0
 
 
 def test_a_graph_that_draws_is_replayed_by_torch(bench: Bench) -> None:

@@ -46,18 +46,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("poller.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
     ("poller.py", "Hub._poll", "len(due) > 1 -> len(due) >= 1, in: if len(due) > 1:", 0): "to sort one or none does nothing",
     ("poller.py", "Hub._poll", "1 -> 0, in: if len(due) > 1:", 0): "to sort one or none does nothing",
-    (
-        "poller.py",
-        "Hub._poll",
-        "started < lane.last_done -> started <= lane.last_done, in: if started < lane.last_done:",
-        0,
-    ): EITHER,
-    (
-        "poller.py",
-        "Hub._poll",
-        "0.0 < estimate.seconds < ran -> 0.0 < estimate.seconds <= ran, in: lane.late = ran - estimate.seconds if 0.0 < estimate.seconds < ran else 0.0",
-        0,
-    ): "what ran for just as long as estimated is late by nothing, both ways",
     ("poller.py", "Hub._poll", "now - start > TURN -> now - start >= TURN, in: if now - start > TURN:", 0): TOO_LONG,
     ("poller.py", "Hub._poll", "lane.due < earliest -> lane.due <= earliest, in: if lane.due < earliest:", 0): EITHER,
     (
@@ -67,12 +55,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): TOO_LONG,
     ("poller.py", "Hub._confirmed", "False -> True, in: return (False, error)", 0): ENDS,
-    (
-        "poller.py",
-        "Hub._wake_others",
-        "1 -> 2, in: self._wake(self._clock(), 1)",
-        0,
-    ): "one more is within what an iteration may take",
     (
         "poller.py",
         "Hub._hung",
@@ -186,12 +168,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
     (
-        "poller.py",
-        "Hub._wake",
-        "self._clock() - start > WAKES -> self._clock() - start >= WAKES, in: if woken >= least and self._clock() - start > WAKES:",
-        0,
-    ): TOO_LONG,
-    (
         "executor.py",
         "Executor._replay",
         "not was_queued or origin.handle == self.device.current_handle() -> not was_queued and origin.handle == self.device.current_handle(), in: is_current = not was_queued or origin.handle == self.device.current_handle()",
@@ -223,12 +199,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         0,
     ): "the loop is called for each lane, and the first call finds all of them",
     ("poller.py", "Hub._poll", "now >= lane.spin_until -> now > lane.spin_until, in: if now >= lane.spin_until:", 0): SAVES,
-    (
-        "poller.py",
-        "Hub._poll",
-        "polled > started -> polled >= started, in: lane.late = now - polled if polled > started else ran",
-        0,
-    ): EITHER,
     ("poller.py", "Hub._poll", "0 -> -1, in: earliest = lanes[0].due", 0): "of several, all are compared",
     (
         "poller.py",
@@ -277,12 +247,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "poller.py",
         "Hub._next_poll",
-        "wait > SHORTEST_SLEEP -> wait >= SHORTEST_SLEEP, in: if wait > SHORTEST_SLEEP:",
-        1,
-    ): AS_LONG,
-    (
-        "poller.py",
-        "Hub._next_poll",
         "0.0 -> -1.0, in: return min(now + wait, next_look(now, started, started, 0.0))",
         0,
     ): STOPS,
@@ -310,4 +274,52 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "self.finished and self._waking is None -> self.finished or self._waking is None, in: if self.finished and self._waking is None:",
         1,
     ): "those whom the poll before left to the loop are resumed by this poll instead, before all others",
+    (
+        "poller.py",
+        "Hub._poll",
+        "started > lane.last_done -> started >= lane.last_done, in: lane.started = started if started > lane.last_done else lane.last_done",
+        0,
+    ): "the two are the same then",
+    (
+        "poller.py",
+        "Hub._poll",
+        "start - self._left < IDLE -> start - self._left <= IDLE, in: if start - self._left < IDLE:",
+        0,
+    ): "exactly so long is as good a bound",
+    (
+        "poller.py",
+        "Hub._poll",
+        "0 -> 1, in: repeats = 0",
+        0,
+    ): "one query more, where the loop has other work or several lanes are due",
+    (
+        "poller.py",
+        "Hub._wake",
+        "self._clock() - start > WAKES -> self._clock() - start >= WAKES, in: if finished and self._clock() - start > WAKES:",
+        0,
+    ): "exactly so long is as good a bound",
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds) -> wait > SHORTEST_SLEEP or (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds), in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
+        0,
+    ): "a wait that short is shorter than any allowance",
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > SHORTEST_SLEEP -> wait >= SHORTEST_SLEEP, in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
+        0,
+    ): "a wait that short is shorter than any allowance",
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > LONGEST_SPIN -> wait >= LONGEST_SPIN, in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
+        0,
+    ): "exactly so long is as good a bound",
+    (
+        "poller.py",
+        "Hub._next_poll",
+        "wait > SPIN_SHARE * estimate.seconds -> wait >= SPIN_SHARE * estimate.seconds, in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
+        0,
+    ): "exactly so long is as good a bound",
 }
