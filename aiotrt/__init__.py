@@ -24,6 +24,7 @@ from aiotrt.errors import (
     ModelClosedError,
     OverloadedError,
     QueueFullError,
+    ResourceError,
     UsageError,
 )
 from aiotrt.lease import Lease
@@ -58,6 +59,7 @@ __all__ = [
     "ModelClosedError",
     "OverloadedError",
     "QueueFullError",
+    "ResourceError",
     "Statistics",
     "Stream",
     "TensorSpec",

@@ -9,7 +9,6 @@ import sys
 import threading
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from types import TracebackType
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from aiotrt._impl import IMPLEMENTATION
+from aiotrt._workers import Workers
 from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
@@ -99,7 +99,9 @@ def load(
             tensors.
         graph_cache_entries: how many graphs are kept, over all slots and shapes; at least one per slot.
         graph_cache_bytes: how many bytes of device memory they may keep; a graph in use is never evicted.
-        hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit.
+        hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit. It holds
+            too for the engine's first run for new shapes with its capture, while the model is warmed up or called: raise it
+            for a module that compiles itself for longer.
         progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
             iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
         threads: how many threads one run of a host engine may use.
@@ -567,6 +569,8 @@ class Model:
                 raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
+        except GeneratorExit:
+            raise  # the loop was closed and nothing can be awaited any more: `__del__` discards the executor
         except BaseException:
             self._refuse(self._executor, drain=False)
             await self._close(self._executor)
@@ -616,17 +620,19 @@ class Model:
 
     async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, batch: int | None = None) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
-        async with self._warmup_lock:
-            requests: list[Request] = []
-            try:
-                requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
-                for request in requests:
-                    await request
-                    if batch is not None:
-                        assert request.slot is not None
-                        assert request.slot.program is not None
-                        check_extents(request.slot.program, batch)
-            finally:
+        await self._warmup_lock.acquire()
+        requests: list[Request] = []
+        try:
+            requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
+            for request in requests:
+                await request
+                if batch is not None:
+                    assert request.slot is not None
+                    assert request.slot.program is not None
+                    check_extents(request.slot.program, batch)
+        finally:
+            if not executor.loop.is_closed():  # else a garbage collection ends this, and no task can be woken
+                self._warmup_lock.release()
                 # All are held until all were granted, so that each slot had its turn.
                 for request in requests:
                     request.cancel()
@@ -800,7 +806,7 @@ async def _in_thread(function: Callable[[], T]) -> T:
 
 def _start_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """The same, whoever waits for it: a thread of its own, not one of somebody else's pool."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="aiotrt-load")
+    pool = Workers(1, "aiotrt-load")
     try:
         return asyncio.get_running_loop().run_in_executor(pool, function)
     finally:

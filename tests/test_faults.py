@@ -9,7 +9,6 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -24,7 +23,7 @@ from aiotrt.errors import DeviceError
 from aiotrt.runtime.slots import Event as Move
 from aiotrt.runtime.slots import State
 from aiotrt.tensors import Kind
-from tests.tools import Affine, count, executor_of, frame, held, turns, until
+from tests.tools import Affine, count, executor_of, frame, held, no_threads, turns, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -288,34 +287,12 @@ async def test_running_out_of_host_memory_for_results_fails_that_call_only(monke
         assert (await model(frame(1)))[0, 0] == 4
 
 
-async def test_a_job_for_which_no_thread_can_be_started_is_given_up() -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+async def test_a_call_for_which_no_thread_can_be_started_fails_alone() -> None:
     async with aiotrt.load(Affine(), device=Faulty(), slots=1) as model:
-        with (
-            mock.patch.object(threading.Thread, "start", refuse),
-            pytest.raises(aiotrt.EngineError, match="RuntimeError while it was prepared: can't start new thread"),
-        ):
+        with no_threads(), pytest.raises(aiotrt.ResourceError, match="no worker thread could be started: can't start new"):
             await model(frame(1))
         assert count(model, State.FREE) == 1
         assert (await model(frame(1)))[0, 0] == 4
-        assert model.statistics().captures == 1
-
-
-async def test_a_job_that_a_thread_has_already_is_done_once() -> None:
-    class Pool(ThreadPoolExecutor):
-        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            super().submit(function, *args, **kwargs).result(30)
-            raise RuntimeError("can't start new thread")  # one more of them
-
-    class Few(Faulty):
-        def workers(self, count: int) -> Any:
-            return Pool(count)
-
-    async with aiotrt.load(Affine(), device=Few(), slots=1) as model:
-        assert (await model(frame(1)))[0, 0] == 4
-        await until(lambda: executor_of(model)._is_idle())
         assert model.statistics().captures == 1
 
 

@@ -483,7 +483,7 @@ def test_an_error_that_nobody_foresaw_is_told_and_takes_nobody_else_with_it(grou
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: int) -> None:
-    """As the standard library does it: the job stands in the pool's line all the same, and may be come to later."""
+    """A pool refuses a job while it has no thread, and so never the retirement of a program: a thread has built that."""
 
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         submit = Workers.submit
@@ -491,10 +491,9 @@ def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: i
         uses = itertools.count()
 
         def submitting(self: Workers, function: Any, *args: Any) -> Any:
-            future = submit(self, function, *args)
-            if next(uses) in strikes:
-                raise RuntimeError("can't start new thread")
-            return future
+            if function.__name__ == "run" and next(uses) in strikes:
+                raise aiotrt.ResourceError("no worker thread could be started: can't start new thread")
+            return submit(self, function, *args)
 
         slots = choose.randint(1, 2)
         async with load(device, slots=slots, graph_cache_entries=choose.choice([1, 4])) as model:
@@ -507,7 +506,7 @@ def test_if_no_thread_can_be_started_one_call_fails_and_nothing_is_lost(group: i
                 await settle(model, slots)
             for i, result in enumerate(results):
                 if isinstance(result, BaseException):
-                    assert isinstance(result, aiotrt.EngineError)
+                    assert isinstance(result, aiotrt.ResourceError)
                     assert "can't start new thread" in str(result)
                 else:
                     assert right(result, i)
@@ -696,7 +695,6 @@ def test_a_loop_that_is_closed_under_pending_work_frees_nothing_that_is_in_use(s
         loop.run_until_complete(cancel_all())
         assert model is not None
         busy = count(model, State.FREE) < 3
-        preparing = count(model, State.PREPARING) + count(model, State.DRAINING)
         loop.close()
         if choose.random() < 0.5:
             device.run_until_idle()
@@ -704,7 +702,7 @@ def test_a_loop_that_is_closed_under_pending_work_frees_nothing_that_is_in_use(s
         gc.collect()
         assert len(memory._kept) > kept or not busy
         device.run_until_idle()
-        assert preparing == 0 or len(memory._kept) > kept
+        assert len(memory._kept) == kept  # the device is done with it
         device.time.end()
         device.check()
     del memory._kept[kept:]

@@ -192,7 +192,7 @@ async def test_a_child_process_begins_with_no_hubs_and_with_a_lock_that_nobody_h
     hub, hubs, lock = Hub.acquire(), dict(completion._hubs), completion._hubs_lock
     try:
         completion._begin_anew()
-        assert completion._hubs == {}
+        assert not completion._hubs
         assert completion._hubs_lock is not lock
         other = Hub.acquire()
         assert other is not hub

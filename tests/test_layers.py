@@ -17,6 +17,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
     {"errors", "_build", "_impl"},
+    {"_workers"},
     {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors.kind"},
     {"tensors.conversion", "tensors.output_names", "tensors.parameters", "tensors.structure"},
     {"tensors.reading", "tensors.tensor_spec"},
@@ -34,6 +35,7 @@ LAYERS = [
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},
     {"runtime.handshake"},
+    {"runtime.alarm"},
     {"runtime.memory"},
     {"runtime.route"},
     {"runtime.request", "runtime.replay"},
@@ -57,7 +59,7 @@ RESERVED = {
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
     "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "lease", "model"}
-    | {f"runtime.{name}" for name in ("request", "replay", "executor", "hold", "mapping")}
+    | {f"runtime.{name}" for name in ("alarm", "request", "replay", "executor", "hold", "mapping")}
     | {"batching.batch", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.

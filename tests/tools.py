@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 from unittest import mock
@@ -20,8 +21,8 @@ from aiotrt.runtime.slots import State
 from aiotrt.selftest.instruments import Latch
 
 __all__ = [
-    "Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "free_port", "held", "interruptible", "turns", "until",
-    "woken_by_the_loop",
+    "Affine", "Latch", "TwoOutputs", "count", "executor_of", "frame", "free_port", "held", "interruptible", "no_threads",
+    "turns", "until", "woken_by_the_loop",
 ]  # fmt: skip
 
 _RESTORE: Final = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
@@ -57,6 +58,17 @@ def changed(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """Inside, the system starts no thread."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with mock.patch.object(threading.Thread, "start", refuse):
+        yield
 
 
 def executor_of(model: aiotrt.Model) -> Executor:

@@ -157,7 +157,9 @@ class Gatherer:
         return call
 
     def abandon(self, call: Call) -> None:
-        """The caller no longer waits; nothing happens if the call has ended."""
+        """The caller no longer waits; nothing happens if the call has ended, or its loop was closed."""
+        if self._executor.loop.is_closed():
+            return
         if call.place is not None:
             self._queue.remove(call)
         elif call.batch is not None:

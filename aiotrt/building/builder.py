@@ -7,13 +7,13 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
 import torch
 
+from aiotrt._workers import Workers
 from aiotrt.building.files import Write, replacing
 from aiotrt.building.network import Plan, Recipe, build_plan, check_targets
 from aiotrt.building.products import Product, find_product
@@ -187,7 +187,7 @@ def _run(
     Raised in the builder's own thread, it would come up inside one of TensorRT's callbacks and end the process.
     """
     monitor = make_monitor(product.module, report)
-    with ThreadPoolExecutor(1, "aiotrt-build") as executor:
+    with Workers(1, "aiotrt-build") as executor:
         future = executor.submit(build_plan, product, path, model, recipe, monitor, device, write)
         try:
             future.result()

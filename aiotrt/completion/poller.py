@@ -538,7 +538,8 @@ async def wait(event: object) -> None:
         hub.release()
 
 
-_hubs: Final[dict[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = {}
+# Weakly: their users hold them, and a hub that was kept here would keep the pending calls of a loop that was closed.
+_hubs: Final[weakref.WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = weakref.WeakValueDictionary()
 # A finalizer that runs inside it, of a model whose loop is closed, takes it again to release that model's hub.
 _hubs_lock = threading.RLock()
 

@@ -17,13 +17,14 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
+from aiotrt._workers import Workers
 from aiotrt.errors import DeviceError
 
 __all__ = ["BaseDevice", "BaseGraph", "CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "write_back"]
@@ -164,6 +165,7 @@ class Device(Protocol):
             stream's own (host), so that work without a graph must be submitted from a worker thread.
         tells: whether it says by itself when an event is complete (host), or must be asked (cuda); see `when_complete`.
         fault: the fault that broke the device, if one did.
+        captures: how many captures have ended in the process, where each waits for the one before; else always 0.
     """
 
     name: str
@@ -172,6 +174,9 @@ class Device(Protocol):
     submits_from_threads: bool
     tells: bool
     fault: DeviceError | None
+
+    @property
+    def captures(self) -> int: ...
 
     def stream(self) -> Stream:
         """A new stream that never synchronises implicitly with the default stream."""
@@ -283,7 +288,7 @@ class Device(Protocol):
         ...
 
     def workers(self, count: int) -> Executor:
-        """A pool of `count` worker threads for what blocks."""
+        """A pool of `count` daemon threads for what blocks. `submit` raises ResourceError where it has no thread at all."""
         ...
 
     def is_on_stream(self) -> bool:
@@ -361,6 +366,7 @@ class BaseDevice(ABC):
 
     fault: DeviceError | None = None
     tells = False
+    captures = 0
 
     def __init__(self) -> None:
         self._callbacks: dict[object, Callable[[DeviceError], None]] = {}
@@ -414,7 +420,7 @@ class BaseDevice(ABC):
         return contextlib.nullcontext()
 
     def workers(self, count: int) -> Executor:
-        return ThreadPoolExecutor(count, thread_name_prefix="aiotrt-worker")
+        return Workers(count)
 
 
 def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:

@@ -425,6 +425,7 @@ class CudaDevice(BaseDevice):
                 outputs = _record(graph, stream, body, random)
             nbytes = max(0, torch.cuda.memory_reserved(self.index) - reserved)
             copying, bare, direct = _executables(graph, inputs, outputs, ordered=ordered)
+            CudaDevice.captures += 1
             return CudaGraph(graph, copying, random if random.draws else None, nbytes, bare, direct), outputs
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:

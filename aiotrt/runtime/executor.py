@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
@@ -40,11 +41,13 @@ from aiotrt.errors import (
     ModelBrokenError,
     ModelClosedError,
     QueueFullError,
+    ResourceError,
     UsageError,
 )
+from aiotrt.runtime.alarm import Alarm
 from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, ready_events, wants_consumed
 from aiotrt.runtime.launch import copy_in, has_passed, open_gates, pass_turn, retire, submit_request
-from aiotrt.runtime.memory import allocate, keep_for_ever
+from aiotrt.runtime.memory import allocate, keep, release_when_idle
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
 from aiotrt.runtime.replay import Replay
 from aiotrt.runtime.request import Request, Slot, Times
@@ -67,6 +70,10 @@ COPY_ON_LOOP_BYTES: Final = 1 << 20
 
 #: Requests that are kept for the next calls.
 MOST_SPARES: Final = 64
+
+#: What is late in a worker thread, as `DeviceHangError` says it.
+BUILD: Final = "the engine's first run for these shapes, or its capture, did not end"
+LAUNCH_LATE: Final = "a launch without a graph did not return"
 
 _COUNTERS: Final = (
     "submitted", "completed", "failed", "cancelled", "rejected", "replays", "fallback_runs", "captures", "hits", "misses",
@@ -174,7 +181,7 @@ class Executor:
                 slot.stream.close()
             raise
         self._workers = self.device.workers(slots + 1)  # last: shutting it down could block the loop
-        self._stop_listening = self.device.on_fault(self._device_failed)
+        self._stop_listening = self.device.on_fault(partial(_device_failed, weakref.ref(self)))
         if self.device.fault is not None:
             self.break_down(self.device.fault)
 
@@ -276,6 +283,8 @@ class Executor:
 
     def abandon(self, request: Request) -> None:
         """The caller no longer waits, and says so once. What is queued is withdrawn; what is on the device drains."""
+        if self.loop.is_closed():
+            return  # a garbage collection ended the caller: `discard` follows, and nothing is launched any more
         slot = request.slot
         if request.is_queued:
             request.is_queued = False
@@ -504,7 +513,7 @@ class Executor:
             self._prepared(slot, request, program)
         else:
             self.move(slot, Move.PREPARE)
-            self.work(slot, lambda: self._build(slot, request, program, ()), self._built)
+            self.work(slot, lambda: self._build(slot, request, program, ()), self._built, BUILD)
 
     def _build(
         self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[tuple[Program, Sequence[Event]]]
@@ -529,7 +538,7 @@ class Executor:
         request = slot.request
         assert request is not None
         if self.machine.states[slot.index] is BROKEN:
-            keep_for_ever(program)
+            keep(program)
             return
         if isinstance(error, torch.OutOfMemoryError):
             evicted = self.cache.evict(self.busy(slot), None)
@@ -538,7 +547,7 @@ class Executor:
                 have = self.cache.get(slot.index, request.key)
                 # The gates as they are now: their slots are free, and whoever gets one next opens them.
                 gated = [(old, list(self.slots[old.slot].gates)) for old in evicted]
-                self.work(slot, lambda: self._build(slot, request, have, gated), self._built)
+                self.work(slot, lambda: self._build(slot, request, have, gated), self._built, BUILD)
                 return
         if program is not None:
             try:
@@ -585,7 +594,7 @@ class Executor:
         if program.blocking:
             self.move(slot, Move.PREPARE)
             slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
-            self.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted)
+            self.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted, LAUNCH_LATE)
             return
         nbytes = 0  # of host inputs
         for argument in request.arguments:
@@ -887,7 +896,7 @@ class Executor:
         """A lease's launch that occupies its thread."""
         self.move(slot, Move.PREPARE)
         slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
-        self.work(slot, job, lambda slot, _, error: then(error))
+        self.work(slot, job, lambda slot, _, error: then(error), LAUNCH_LATE)
 
     def end_lease(self, slot: Slot) -> None:
         """The holder lets go of its slot. Its consumer-done events are among the slot's gates already."""
@@ -907,18 +916,11 @@ class Executor:
             self._drain(slot)
 
     def _drain(self, slot: Slot) -> None:
-        alarm: asyncio.TimerHandle | None = None
-        if self.hang_timeout is not None:
-            hang = f"a lease was forgotten, and the device was not idle within hang_timeout={self.hang_timeout:g} s"
-            alarm = self.loop.call_later(self.hang_timeout, self.break_down, DeviceHangError(hang))
-
         def drained(slot: Slot, _: None, error: BaseException | None) -> None:
-            if alarm is not None:
-                alarm.cancel()
             slot.is_forgotten = False
             self.resume(slot, error, "while a forgotten lease was reclaimed")
 
-        self.work(slot, self.device.synchronize, drained)
+        self.work(slot, self.device.synchronize, drained, "a lease was forgotten, and the device was not idle")
 
     # Moving slots...
 
@@ -943,34 +945,40 @@ class Executor:
             if self._idle is not None:
                 self._check_idle()
 
-    def work(self, slot: Slot, job: Callable[[], Any], then: Callable[[Slot, Any, BaseException | None], object]) -> None:
-        """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job."""
-        todo = [job]
+    def work(
+        self,
+        slot: Slot,
+        job: Callable[[], Any],
+        then: Callable[[Slot, Any, BaseException | None], object],
+        late: str = "a call's inputs or results were not copied",
+    ) -> None:
+        """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job.
+
+        It counts as hung after `hang_timeout`; the error says that `late`.
+        """
+        alarm = Alarm(self.loop, self.device, self.hang_timeout, late, self.break_down)
+
+        def done(slot: Slot, result: Any, error: BaseException | None) -> None:
+            alarm.cancel()
+            then(slot, result, error)
 
         def run() -> None:
             result, error = None, None
-            try:
-                job = todo.pop()
-            except IndexError:
-                return  # it was given up
             try:
                 result = job()
             except BaseException as failure:
                 error = failure
             try:
-                self.loop.call_soon_threadsafe(then, slot, result, error)
+                self.loop.call_soon_threadsafe(done, slot, result, error)
             except RuntimeError:
-                # The loop was closed under pending work. Nobody is left to tell, so keep what may still be in use.
-                keep_for_ever((self, result))
+                # The loop was closed under pending work: nothing is told, and what the job made may still be in use.
+                keep(self)
+                release_when_idle(self, self.device)
 
         try:
             self._workers.submit(run)
-        except RuntimeError as error:
-            # No thread could be started. It stands in the pool's line all the same, and must not be done when somebody else
-            # has the slot.
-            with contextlib.suppress(IndexError):  # a thread that was there before is doing it
-                todo.pop()
-                self.loop.call_soon(then, slot, None, error)
+        except ResourceError as error:
+            self.loop.call_soon(done, slot, None, error)
 
     def evict(self, newest: Program) -> None:
         """Free what is over the cache's bounds now that `newest` is in it."""
@@ -987,8 +995,7 @@ class Executor:
             self.device.prepare_thread()  # it may be this thread's first job, and destroying an event takes a context
             retire(program, gates)
 
-        with contextlib.suppress(RuntimeError):  # no thread could be started: it waits for one of those there are
-            self._workers.submit(job)
+        self._workers.submit(job)
 
     def busy(self, besides: Slot) -> list[int]:
         """The slots that somebody has, besides this one."""
@@ -1009,7 +1016,7 @@ class Executor:
         if self.broken is not None:
             return
         self.broken = error
-        keep_for_ever(self)  # the device may still write to any of this
+        keep(self)  # the device may still write to any of this
         waiting = [grant.ticket for grant in self._granted] + self.machine.withdraw_all()
         self._granted.clear()
         for slot in self.slots:
@@ -1138,9 +1145,12 @@ class Executor:
         """The model was garbage collected without having been closed. On any thread, so it only lets go."""
         self.closing = self.is_discarded = True
         self._stop_listening()
-        self._workers.shutdown(wait=False)
         if not self._is_idle():
-            keep_for_ever(self)  # the device may still be using its memory
+            keep(self)  # the device may still be using its memory
+            with contextlib.suppress(ResourceError):
+                # In a pool of its own: a garbage collection has ended this one's threads.
+                self.device.workers(1).submit(release_when_idle, self, self.device)
+        self._workers.shutdown(wait=False)
         if self.loop.is_closed():
             self.hub.release()
         else:
@@ -1158,6 +1168,13 @@ class Executor:
         for slot in self.slots:
             slot.stream.close()
         self.recipe.engine.close()
+
+
+def _device_failed(executor: weakref.ref[Executor], error: DeviceError) -> None:
+    # Weakly: the device outlives its models, and must not keep one whose loop was closed under pending calls.
+    found = executor()
+    if found is not None:
+        found._device_failed(error)
 
 
 def _count_fork() -> None:

@@ -1,4 +1,4 @@
-"""Device memory of callers' own, and memory that must never be freed."""
+"""Device memory of callers' own, and memory that must not be freed while a device may write to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from aiotrt.devices import Device, Stream
 
-__all__ = ["allocate", "keep_for_ever"]
+__all__ = ["allocate", "keep", "release_when_idle"]
 
 _kept: Final[list[object]] = []
 
@@ -27,9 +27,20 @@ def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) ->
     return device.call(origin, partial(_empty, device, outputs))
 
 
-def keep_for_ever(what: object) -> None:
-    """Never free what a device may still write to: a leak is better than a dangling pointer."""
+def keep(what: object) -> None:
+    """Keep what a device may still write to: a leak is better than a dangling pointer."""
     _kept.append(what)
+
+
+def release_when_idle(what: object, device: Device) -> None:
+    """Stop keeping `what` when the device has completed all work submitted so far. Blocks: for worker threads.
+
+    Raises:
+        DeviceError: the device broke; `what` is kept permanently.
+    """
+    device.prepare_thread()
+    device.synchronize()
+    _kept.remove(what)
 
 
 def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -50,8 +50,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._workers = device.workers(8)
         super().__init__(_Selector(self))
         # The hub of this loop must use its clock and its timers: real ones would sleep.
-        for progress in Progress:
-            hub = completion.Hub(self, progress=progress, clock=self.time, timer=_LoopTimer, spin=SPIN_BUDGET)
+        self._hubs = [
+            completion.Hub(self, progress=progress, clock=self.time, timer=_LoopTimer, spin=SPIN_BUDGET)
+            for progress in Progress
+        ]
+        for hub in self._hubs:
             completion.Hub.install(hub)
 
     def time(self) -> float:

@@ -9,12 +9,12 @@ import math
 import numbers
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from aiotrt._workers import Workers
 from aiotrt.video.decoding import Decoder, Opening
 from aiotrt.video.frames import Frame, Held, Picture
 from aiotrt.video.reports import Kind
@@ -68,7 +68,7 @@ class _Worker:
     def __init__(self, name: str, patience: float) -> None:
         self._name = name
         self._patience = patience
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"aiotrt-{name}")
+        self._pool = Workers(1, f"aiotrt-{name}")
 
     async def call(self, function: Callable[[], T]) -> T:
         """Call it in the thread. Cancelled, it runs on alone."""

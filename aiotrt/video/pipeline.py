@@ -7,10 +7,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from aiotrt._workers import Workers
 from aiotrt.completion.poller import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.video.cancellation import only_own, to_its_end
@@ -96,7 +96,7 @@ class Pipeline:
                     self._sinks.append(sink)
                 mine.append(sink)
             self._lanes[source.name] = Lane(self, source, _policy_of(source, policy), mine, sink_buffer)
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Workers | None = None
         self._opened: list[Sink] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
@@ -110,7 +110,7 @@ class Pipeline:
             raise UsageError("a pipeline can be entered once")
         check_asyncio("a pipeline")
         self._state = "running"
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="aiotrt-video")
+        self._pool = Workers(self._threads, "aiotrt-video")
         try:
             self.runner: Runner = runner_of(self._models, self._pool, self._clock, self._in_flight)
             self.limit = self._in_flight or self.runner.capacity

@@ -13,13 +13,13 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from aiotrt._workers import Workers
 from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.detection import Detections
 from aiotrt.video.frames import Array, Frame
@@ -113,11 +113,11 @@ class Threaded(Sink):
     """A sink that works in a thread of its own, one result after the other."""
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Workers | None = None
 
     async def open(self) -> None:
         """Get ready."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aiotrt-sink")
+        self._pool = Workers(1, "aiotrt-sink")
         await self._in_thread(self.begin)
 
     async def write(self, result: Result) -> None:

@@ -16,7 +16,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("launch.py", "has_passed", "_ignore(error)", 0): LOGS,
     ("launch.py", "await_gates", "_ignore(error)", 0): LOGS,
     ("launch.py", "_ignore", "_log.debug('a consumer failed: %r', error)", 0): LOGS,
-    ("executor.py", "Executor._built", "keep_for_ever(program)", 0): (
+    ("executor.py", "Executor._built", "keep(program)", 0): (
         "a build ends when the device is done with it, so dropping it frees nothing that is in use; kept because destroying "
         "a graph on a broken device can block, which the simulator does not model"
     ),
@@ -47,7 +47,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("executor.py", "Executor._check_idle", "self._idle = None", 0): (
         "not needed: only closing waits for it, and a model that was idle while it closed never works again"
     ),
-    ("executor.py", "Executor.work.run", "keep_for_ever((self, result))", 0): (
+    ("executor.py", "Executor.work.run", "keep(self)", 0): (
         "not needed: a slot with a worker is not free, so `discard` keeps the executor; and a build that came too late is "
         "complete on the device"
     ),

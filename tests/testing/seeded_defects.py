@@ -46,7 +46,7 @@ KINDS: Final = (
     ("wait", r"\.wait\((?!\[)|\.order\(|follow\(|synchronize\(|await_gates|prepare_thread|hold\.open"),
     ("gate", r"gates|open_gates|consum|_state\.take|ready_events|bound_inputs|when_passed|_events"),
     ("event", r"\.record\(|mark_consumed|_trt_|carry\(|_event = "),
-    ("keep-alive", r"keep_for_ever|_kept|closer|close\(|retire|slot\.request|_remove\(|nbytes|holders|evict"),
+    ("keep-alive", r"keep\(|_kept|release_when_idle|closer|close\(|retire|slot\.request|_remove\(|nbytes|holders|evict"),
     ("wake-up", (r"set_result|set_exception|reject|call_soon|call_exception|\bwatch\(|_arm|_enlist|on_done|then\(|told\("
                  r"|passed|_report|_check_idle|_fail|fail\(|break_down|lost_track|await |\.set\(|_poll|_soon|lanes|lane.due"
                  r"|cancel|forget|done\(|_idle|replays|lane|error|_alarm|_wake|_pump|_expire|_held")),
