@@ -19,7 +19,7 @@
     │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is kept for ever,
     │                               because the device may still be using it
     ├── ResourceError               the process has no thread or file descriptor left for this; at load: no model exists; in
-    │                               a call: that call failed alone, the model is usable; at close: call `aclose` again
+    │                               a call: that call failed alone, the model is usable
     └── MissingDependencyError (ImportError)   a package is not installed; the message says which and how
 
 Messages name the thing, what was expected, what came, and what to do next.
@@ -140,8 +140,7 @@ class ResourceError(AiotrtError):
     """The process has no thread or no file descriptor left.
 
     Raised by `load`: no model exists and nothing is left behind. Raised by a call: that call failed, by itself, and the
-    model is usable. Raised by `aclose`: the model takes no calls and is not freed yet; call `aclose` again. Close files and
-    connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``).
+    model is usable. Close files and connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``).
     """
 
 

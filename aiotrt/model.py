@@ -23,12 +23,13 @@ from aiotrt._workers import Workers
 from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
+from aiotrt.building.files import unreadable
 from aiotrt.building.profiles import ProfileArgument
 from aiotrt.completion.poller import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
-from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, UsageError
+from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, ResourceError, UsageError
 from aiotrt.lease import Lease
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.mapping import map_in_order
@@ -119,6 +120,8 @@ def load(
         EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
         MissingDependencyError: a package is missing that this engine or device needs.
         UsageError: there is no such device.
+        DeviceHangError: a run for `warmup`, or its capture, took longer than `hang_timeout`.
+        ResourceError: the process has no thread or file descriptor left.
     """
     bounds: tuple[tuple[str, object, int], ...] = (
         ("slots", slots, 1), ("threads", threads, 1), ("max_queue", max_queue, 0),
@@ -560,7 +563,7 @@ class Model:
             self._executor = self._make_executor(device, engine)
         except BaseException:
             self._is_closed = True
-            await _in_thread(engine.close)
+            await _start_freeing(engine.close)
             raise
         try:
             if options.batching is not None:
@@ -659,7 +662,7 @@ class Model:
             if self._gatherer is not None:
                 self._gatherer.close()
         if self._freeing is None:
-            self._freeing = _start_thread(executor.free)
+            self._freeing = _start_freeing(executor.free)
         await _outlast(self._freeing, executor)
         self._executor = self._gatherer = None
 
@@ -734,7 +737,10 @@ class _Loading:
         options = self._options
         name = usual_device(options.source) if options.device == "auto" else options.device
         device = open_device(name)
-        engine = open_engine(options.source, device, options.engine)
+        try:
+            engine = open_engine(options.source, device, options.engine)
+        except OSError as error:
+            raise unreadable(_name(options.source), error) from error
         with self._lock:
             self._engine = engine
             if self._is_abandoned:
@@ -811,6 +817,16 @@ def _start_thread(function: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(pool, function)
     finally:
         pool.shutdown(wait=False)  # what it was given still runs
+
+
+def _start_freeing(function: Callable[[], None]) -> asyncio.Future[None]:
+    try:
+        return _start_thread(function)
+    except ResourceError:  # here, then: the device is done with all of it, and the process needs its threads back
+        function()
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
 
 def _is_shape(value: object) -> bool:

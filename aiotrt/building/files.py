@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from aiotrt.errors import EngineError
+from aiotrt.errors import EngineError, ResourceError
 
 __all__ = [
     "Write", "check_private", "check_readable", "digest", "foreign", "make_private", "replacing", "shortened",
+    "unreadable",
 ]  # fmt: skip
 
 Write: TypeAlias = Callable[[bytes | memoryview], None]
@@ -34,6 +36,7 @@ def check_readable(path: Path) -> None:
 
     Raises:
         EngineError: it is missing, a directory, empty, or may not be read.
+        ResourceError: no file descriptor is left.
     """
     try:
         if path.is_dir():
@@ -44,7 +47,13 @@ def check_readable(path: Path) -> None:
     except FileNotFoundError:
         raise EngineError(f"{path}: there is no such file") from None
     except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: object, error: OSError) -> EngineError | ResourceError:
+    """The error that a user gets for one of the system's."""
+    kind = ResourceError if error.errno in (errno.EMFILE, errno.ENFILE) else EngineError
+    return kind(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def make_private(folder: Path) -> None:

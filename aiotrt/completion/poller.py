@@ -47,7 +47,7 @@ from aiotrt.completion.prediction import (
 from aiotrt.completion.timers import Timer, open_timer
 from aiotrt.completion.waiter import Waiter
 from aiotrt.devices import event_query
-from aiotrt.errors import DeviceHangError, UsageError
+from aiotrt.errors import DeviceHangError, ResourceError, UsageError
 
 __all__ = ["Hub", "check_asyncio", "check_loop", "wait"]
 
@@ -121,13 +121,22 @@ class Hub:
 
     @classmethod
     def acquire(cls, progress: Progress = PREDICT) -> Hub:
-        """The running loop's hub for this way of finding completion, opened on first use; give it back with `release`."""
+        """The running loop's hub for this way of finding completion, opened on first use; give it back with `release`.
+
+        Raises:
+            ResourceError: there is no file descriptor for its timer.
+        """
         loop = asyncio.get_running_loop()
         _drop_hubs_of_closed_loops()
         with _hubs_lock:
             hub = _hubs.get((loop, progress))
             if hub is None:
-                hub = _hubs[loop, progress] = cls(loop, progress=progress)
+                try:
+                    hub = _hubs[loop, progress] = cls(loop, progress=progress)
+                except OSError as error:
+                    raise ResourceError(
+                        f"the event loop's timer could not be opened: {error}; close files, or raise the limit (ulimit -n)"
+                    ) from error
             hub._users += 1
             return hub
 

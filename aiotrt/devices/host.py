@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from aiotrt.devices.base import BaseDevice, BaseGraph, Event, Graph, Stream, write_back
-from aiotrt.errors import UsageError
+from aiotrt.errors import ResourceError, UsageError
 
 __all__ = ["HostDevice", "HostEvent", "HostGraph", "HostStream"]
 
@@ -118,7 +118,10 @@ class HostStream:
         # Daemonic, and holding only the queue: a stream that nobody closed must not keep the interpreter alive, and must
         # end when it is garbage.
         self._thread = threading.Thread(target=_serve, args=(self._work,), name=self.name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise ResourceError(f"no thread could be started for a stream: {error}; too many threads are running") from error
         self._stop = weakref.finalize(self, self._work.put, None)
 
     @property

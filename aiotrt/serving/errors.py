@@ -21,6 +21,7 @@ from aiotrt.errors import (
     ModelClosedError,
     OverloadedError,
     QueueFullError,
+    ResourceError,
 )
 
 __all__ = [
@@ -64,6 +65,7 @@ _STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (ModelBrokenError, 503, "model_broken"),
     (ModelClosedError, 503, "model_closed"),
     (DeviceError, 503, "device_error"),
+    (ResourceError, 503, "no_resources"),
     (TimeoutError, 504, "deadline_exceeded"),
     (EngineError, 500, "engine_error"),
     (AiotrtError, 500, "server_error"),
