@@ -686,8 +686,8 @@ class Model:
     def _lease_shapes(self, executor: Executor, shapes: object) -> Shapes:
         specs = executor.specs
         if shapes is None:
-            if specs.specs is not None and all(None not in spec.shape for spec in specs.specs):
-                return tuple(tuple(extent or 0 for extent in spec.shape) for spec in specs.specs)
+            if specs.specs is not None and all(spec.shape is not None and None not in spec.shape for spec in specs.specs):
+                return tuple(tuple(extent or 0 for extent in spec.shape or ()) for spec in specs.specs)
             usual = executor.first_shapes
             if usual is None:
                 raise InputError("the inputs' shapes are not known yet: pass shapes=, or load with warmup=")

@@ -451,7 +451,7 @@ async def test_nothing_is_stacked_and_a_call_is_what_it_is_without_batching(devi
     async with load(device, TwoOutputs(), stack=False, slots=2, warmup=warmup) as model:
         assert model.statistics().captures == 2, "one for each slot: there are no sizes"
         assert model.inputs is not None
-        assert [len(spec.shape) for spec in model.inputs] == [2, 2]
+        assert [len(spec.shape or ()) for spec in model.inputs] == [2, 2]
         results = await asyncio.gather(*[model(frame(value), y=frame(2)) for value in range(20)])
         for value, (total, product) in enumerate(results):
             assert np.array_equal(total, frame(value + 2))

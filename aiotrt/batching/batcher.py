@@ -407,7 +407,7 @@ class Gatherer:
         accepted = self._executor.specs.specs
         if accepted is not None and specs is self.specs.specs:
             return accepted
-        return tuple(TensorSpec(spec.name, (None, *spec.shape), spec.dtype) for spec in specs)
+        return tuple(TensorSpec(spec.name, spec.shape and (None, *spec.shape), spec.dtype) for spec in specs)
 
     def _full(self, hint: str) -> QueueFullError:
         return QueueFullError(
@@ -425,11 +425,15 @@ class Gatherer:
 def _of_items(name: str, specs: Specs) -> Specs:
     """What items must be, so that batches are this."""
     for spec in specs:
-        if not spec.shape:
+        if spec.shape == ():
             raise EngineError(f"{name}: input {spec.name!r} has no extents, so it cannot be batched; load without batching=")
     return tuple(
         TensorSpec(
-            spec.name, spec.shape[1:], spec.dtype, spec.minimum and spec.minimum[1:], spec.maximum and spec.maximum[1:]
+            spec.name,
+            spec.shape and spec.shape[1:],
+            spec.dtype,
+            spec.minimum and spec.minimum[1:],
+            spec.maximum and spec.maximum[1:],
         )
         for spec in specs
     )
@@ -437,7 +441,7 @@ def _of_items(name: str, specs: Specs) -> Specs:
 
 def _extents(specs: Specs) -> tuple[int, int | None]:
     """The smallest and the largest batch that all inputs allow."""
-    fixed = [spec.shape[0] for spec in specs if spec.shape[0] is not None]
+    fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
     least = max([1, *fixed, *(spec.minimum[0] for spec in specs if spec.minimum)])
     most = min([*fixed, *(spec.maximum[0] for spec in specs if spec.maximum)], default=None)
     return least, most

@@ -175,7 +175,7 @@ def describe_loaded(path: Path, *, allow_host_code: bool = False) -> dict[str, A
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
+    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": spec.shape and list(spec.shape)}
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

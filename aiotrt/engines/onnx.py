@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from aiotrt.building.files import foreign
+from aiotrt.building.ranks import unranked
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError, MissingDependencyError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec, numpy_view
@@ -73,10 +74,15 @@ class OnnxEngine:
                 "copy it again, with the files of its weights if it has any, or export it again"
             ) from error
         try:
-            self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node) for node in self._session.get_inputs())
-            self.outputs = tuple(_spec(path, node) for node in self._session.get_outputs())
+            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+            # ONNX Runtime has no extents for a scalar, and none for a tensor of any rank.
+            any_rank = set() if all(node.shape for node in (*inputs, *outputs)) else unranked(path)
+            self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node, any_rank) for node in inputs)
+            self.outputs = tuple(_spec(path, node, any_rank) for node in outputs)
         except UnicodeDecodeError as error:
             raise EngineError(f"{path}: the name of an input or output is not UTF-8 ({error}); export it again") from error
+        except ValueError as error:
+            raise EngineError(f"{path}: its inputs and outputs cannot be read: {error}; export it again") from error
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> OnnxExecution:
         outputs = {spec.name: spec.dtype for spec in self.outputs}
@@ -145,9 +151,11 @@ def _copied(value: Any, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
-def _spec(path: Path, node: Any) -> TensorSpec:
+def _spec(path: Path, node: Any, any_rank: Collection[str]) -> TensorSpec:
     dtype = _DTYPES.get(node.type)
     if dtype is None:
         raise EngineError(f"{path}: {node.name!r} has type {node.type}, which a tensor cannot hold")
-    shape = tuple(extent if isinstance(extent, int) else None for extent in node.shape or ())
+    shape = None
+    if node.shape or node.name not in any_rank:
+        shape = tuple(extent if isinstance(extent, int) else None for extent in node.shape or ())
     return TensorSpec(node.name, shape, dtype)

@@ -177,7 +177,7 @@ def _given(file: str, specs: Specs, given: Mapping[str, Sequence[Shape]]) -> lis
 
 def _shape(file: str, spec: TensorSpec, shape: Shape | None) -> Shape:
     if shape is None:
-        if None not in spec.shape:
+        if spec.shape is not None and None not in spec.shape:
             return tuple(extent or 0 for extent in spec.shape)
         raise InputError(
             f"{file}: the shape of input {spec} is open, and no profile says which to take; "
@@ -191,6 +191,8 @@ def _shape(file: str, spec: TensorSpec, shape: Shape | None) -> Shape:
 
 
 def _example(spec: TensorSpec) -> str:
+    if spec.shape is None:
+        return "1x64"
     space = 320 if len(spec.shape) == 4 else 64  # images, or sequences
     return "x".join(str(extent or (1 if i == 0 else space)) for i, extent in enumerate(spec.shape))
 

@@ -214,6 +214,7 @@ class InputSpecs:
             _refuse(spec, f"shape {shape}", "no dimension can be negative")
 
     def _refuse_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> NoReturn:
+        assert spec.shape is not None
         if len(shape) != len(spec.shape):
             hint = ""
             if self._of_items:

@@ -24,24 +24,28 @@ class TensorSpec:
 
     Attributes:
         name: the engine's own name for it.
-        shape: one entry per dimension; None where the extent may differ from call to call.
+        shape: one entry per dimension; None where the extent may differ from call to call. None for any rank.
         dtype: the torch dtype.
         minimum: the smallest allowed extents, where the engine declares them.
         maximum: the largest allowed extents, where the engine declares them.
     """
 
     name: str
-    shape: tuple[int | None, ...]
+    shape: tuple[int | None, ...] | None
     dtype: torch.dtype
     minimum: tuple[int, ...] | None = None
     maximum: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        extents = ", ".join("*" if extent is None else str(extent) for extent in self.shape)
+        extents = "..."
+        if self.shape is not None:
+            extents = ", ".join("*" if extent is None else str(extent) for extent in self.shape)
         return f"{self.name}: {dtype_name(self.dtype)} ({extents})"
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape is within the spec."""
+        if self.shape is None:
+            return True
         if len(shape) != len(self.shape):
             return False
         for want, got in zip(self.shape, shape, strict=True):

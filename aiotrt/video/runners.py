@@ -99,7 +99,7 @@ class _OneModel:
 
     def _takes_frames(self) -> bool:
         inputs = self._model.inputs
-        return inputs is not None and len(inputs) == 1 and inputs[0].dtype is torch.uint8 and len(inputs[0].shape) == 3
+        return inputs is not None and len(inputs) == 1 and inputs[0].dtype is torch.uint8 and len(inputs[0].shape or ()) == 3
 
     async def _by_lease(self, frame: Frame) -> Outcome:
         started = self._clock()

@@ -461,7 +461,7 @@ def executed(engine: TensorRTEngine) -> TensorRTExecution:
     where = open_device("host")
     stream = where.stream()
     assert engine.inputs is not None
-    shape = engine.inputs[0].maximum or tuple(extent or 1 for extent in engine.inputs[0].shape)
+    shape = engine.inputs[0].maximum or tuple(extent or 1 for extent in engine.inputs[0].shape or ())
     execution = engine.execution(where, stream, ["x"], (shape,))
     execution([torch.zeros(shape)])
     stream.close()

@@ -279,7 +279,8 @@ class _Server:
     async def _opened(self, name: str, model: Model) -> None:
         is_item = name in self._batching
         self._outputs[name] = [
-            replace(spec, shape=spec.shape[1:], minimum=None, maximum=None) if is_item else spec for spec in _outputs(model)
+            replace(spec, shape=spec.shape and spec.shape[1:], minimum=None, maximum=None) if is_item else spec
+            for spec in _outputs(model)
         ]
 
 
@@ -308,7 +309,7 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "datatype": "UNKNOWN" if datatype is None else datatype.name,
-        "shape": [-1 if extent is None else extent for extent in spec.shape],
+        "shape": [-1 if extent is None else extent for extent in spec.shape or ()],
     }
 
 
