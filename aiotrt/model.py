@@ -77,7 +77,8 @@ def load(
 
     Args:
         source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
-            into a cache on CUDA, and ONNX Runtime runs on the host; a `torch.nn.Module` on the model's device; a
+            into a cache on CUDA, and ONNX Runtime runs on the host, with the files of its weights in its folder, which may
+            be symbolic links out of it; a `torch.nn.Module` on the model's device; a
             `torch.export.ExportedProgram`; or a function over device tensors.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.

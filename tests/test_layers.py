@@ -25,7 +25,7 @@ LAYERS = [
     {"completion.lane", "completion.timers"},
     {"completion.waiter"},
     {"building.files", "building.log"},
-    {"building.products", "building.progress", "building.ranks", "building.profiles", "building.source", "building.sidecar"},
+    {"building.products", "building.progress", "building.proto", "building.profiles", "building.source", "building.sidecar"},
     {"building.network"},
     {"building.builder"},
     {"building.cache"},

@@ -9,13 +9,13 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, TypeAlias
 
 from aiotrt.errors import EngineError, ResourceError
 
 __all__ = [
-    "Write", "check_private", "check_readable", "digest", "foreign", "make_private", "replacing", "shortened",
+    "Write", "check_private", "check_readable", "digest", "foreign", "is_inside", "make_private", "replacing", "shortened",
     "unreadable",
 ]  # fmt: skip
 
@@ -54,6 +54,15 @@ def unreadable(path: object, error: OSError) -> EngineError | ResourceError:
     """The error that a user gets for one of the system's."""
     kind = ResourceError if error.errno in (errno.EMFILE, errno.ENFILE) else EngineError
     return kind(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def is_inside(location: str) -> bool:
+    """Whether a file that an ONNX model names is in the model's folder: as it is written, and not where a link leads.
+
+    Caches of downloads are full of links, and those are the user's own; a model comes from anywhere.
+    """
+    parts = PurePosixPath(location).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts
 
 
 def make_private(folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aiotrt.building.files import check_readable, digest, foreign
+from aiotrt.building.files import check_readable, digest, foreign, is_inside
 from aiotrt.errors import EngineError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[Path, ...]:
             continue
         entry: dict[str, Any] = {item.key: item.value for item in tensor.external_data}
         location = str(entry.get("location", ""))
-        parts = PurePosixPath(location).parts
-        # As it is written, not where it leads: caches of downloads are full of links, and those are the user's own.
-        if not parts or parts[0] == "/" or ".." in parts:
+        if not is_inside(location):
             raise EngineError(
                 f"{path}: the weights {tensor.name!r} are said to be in {location!r}, outside the model's folder"
             )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from aiotrt.building.files import foreign
-from aiotrt.building.ranks import unranked
+from aiotrt.building.files import foreign, is_inside
+from aiotrt.building.proto import external_locations, unranked
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError, MissingDependencyError
 from aiotrt.tensors import Parameters, Shapes, TensorSpec, numpy_view
@@ -65,7 +67,7 @@ class OnnxEngine:
         # Idle pool threads would otherwise spin for a while after each run, and take the processor from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session: Any = _session(path, options)
         except Exception as error:  # the binding raises many unrelated classes for one and the same: a bad file
             with path.open("rb") as file:
                 kind = foreign(file.read(64))
@@ -149,6 +151,35 @@ def _copied(value: Any, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(value.shape(), dtype=dtype)
     ctypes.memmove(tensor.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
     return tensor
+
+
+def _session(path: Path, options: Any) -> Any:
+    from onnxruntime import InferenceSession
+
+    try:
+        return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception:
+        if not (linked := _linked_files(path)):
+            raise
+    # ONNX Runtime refuses links out of the folder, which caches of downloads are full of, and takes what they lead to.
+    with contextlib.ExitStack() as stack:
+        contents = []
+        for file in linked.values():
+            opened = stack.enter_context(file.open("rb"))
+            contents.append(stack.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)))
+        options.add_external_initializers_from_files_in_memory(list(linked), contents, list(map(len, contents)))
+        return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _linked_files(path: Path) -> dict[str, Path]:
+    """The files with weights that are links out of the model's folder, by the names that the model gives them."""
+    try:
+        locations = external_locations(path)
+    except (OSError, ValueError):  # of which ONNX Runtime has said more
+        return {}
+    files = {location: path.parent / location for location in locations if is_inside(location)}
+    folder = path.parent.resolve()
+    return {name: file for name, file in files.items() if file.is_file() and folder not in file.resolve().parents}
 
 
 def _spec(path: Path, node: Any, any_rank: Collection[str]) -> TensorSpec:

@@ -8,7 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 
 import aiotrt
-from aiotrt.building.ranks import unranked
+from aiotrt.building.proto import external_locations, unranked
+from aiotrt.building.source import read_onnx
+from tests.building import models
 
 pytestmark = pytest.mark.asyncio
 
@@ -64,3 +66,58 @@ async def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match="no protocol buffer"):
         unranked(path)
+
+
+def linked(folder: Path) -> Path:
+    """A model whose weights are a link out of its folder, as caches of downloads have them."""
+    (folder / "blobs").mkdir()
+    (folder / "snapshot").mkdir()
+    path = models.external(folder / "snapshot" / "a.onnx")
+    weights = path.with_name("weights.bin")
+    weights.rename(folder / "blobs" / "1")
+    weights.symlink_to(folder / "blobs" / "1")
+    return path
+
+
+async def test_weights_may_be_links_out_of_the_folder(tmp_path: Path) -> None:
+    path = linked(tmp_path)
+    assert external_locations(path) == {"weights.bin"}
+    x = np.arange(64, dtype=np.float32)[None]
+    async with aiotrt.load(path, device="host") as model:
+        assert np.array_equal(await model(x), x)
+    path.with_name("weights.bin").unlink()
+    with pytest.raises(aiotrt.EngineError, match=r"weights\.bin"):
+        _ = await aiotrt.load(path, device="host")
+
+
+@pytest.mark.parametrize("location", ["../blobs/1", "{folder}/blobs/1"])
+async def test_weights_that_the_model_names_outside_its_folder_are_refused(tmp_path: Path, location: str) -> None:
+    path = linked(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location.format(folder=tmp_path)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(aiotrt.EngineError, match="cannot load this file"):
+        _ = await aiotrt.load(path, device="host")
+    with pytest.raises(aiotrt.EngineError, match="outside the model's folder"):
+        read_onnx(path)
+
+
+async def test_files_of_constants_in_nodes_and_subgraphs_are_found(tmp_path: Path) -> None:
+    def constant(name: str, location: str) -> onnx.NodeProto:
+        tensor = helper.make_tensor(name, TensorProto.FLOAT, [1], [1.0])
+        tensor.ClearField("float_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="offset", value="0")
+        tensor.external_data.add(key="location", value=location)
+        return helper.make_node("Constant", [], [name], value=tensor)
+
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    branch = helper.make_graph([constant("y", "inner.bin")], "branch", [], [y])
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    nodes = [constant("k", "outer.bin"), helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)]
+    graph = helper.make_graph(nodes, "graph", [condition], [y])
+    path = tmp_path / "a.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    assert external_locations(path) == {"inner.bin", "outer.bin"}
