@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
 from typing import Any, Final, Literal, NoReturn, Self, TypeVar
@@ -24,7 +24,7 @@ from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
 from aiotrt.building.files import unreadable
-from aiotrt.building.profiles import ProfileArgument
+from aiotrt.building.profiles import Examples, ProfileArgument
 from aiotrt.completion.poller import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
@@ -110,7 +110,8 @@ def load(
         runtime: the TensorRT to build and run a file with; None for what is installed and reads it. The host has no use
             for this, nor for the next two.
         precision: to build an ``.onnx`` file with on CUDA; see `build`.
-        profiles: to build an ``.onnx`` file with on CUDA; see `build`.
+        profiles: to build an ``.onnx`` file with on CUDA; see `build`. None derives one from `warmup` where shapes are open,
+            unless there is a `preprocess`: the engine takes the examples' shapes and those between them.
         sha256: the file's checksum in hexadecimal, checked before anything looks into the file. Engines are code: pin those
             that come from elsewhere.
         allow_host_code: whether code for the host inside an engine may run.
@@ -739,7 +740,10 @@ class _Loading:
         name = usual_device(options.source) if options.device == "auto" else options.device
         device = open_device(name)
         try:
-            engine = open_engine(options.source, device, options.engine)
+            engine_options = options.engine
+            if options.preprocess is None and is_file(options.source):  # else the examples are not the engine's inputs
+                engine_options = replace(engine_options, examples=_example_shapes(options.warmup, options.batching))
+            engine = open_engine(options.source, device, engine_options)
         except OSError as error:
             raise unreadable(_name(options.source), error) from error
         with self._lock:
@@ -845,6 +849,22 @@ def _as_shapes(specs: InputSpecs, values: Sequence[object], named: Mapping[str, 
     if not all(_is_shape(value) for value in (*values, *named.values())):
         return None
     return specs.shapes(values, named)
+
+
+def _example_shapes(warmup: object, batching: Batching | None) -> Examples:
+    """What the engine is built for, where the caller gives examples and no profiles."""
+    shapes = []
+    if not _is_empty(warmup):
+        for values, named in examples(warmup):
+            if len(values) > 1 and _is_shape(values):
+                values = (values,)  # the shape of a single input
+            shapes.append((tuple(map(_shape_of, values)), {name: _shape_of(value) for name, value in named.items()}))
+    return Examples(tuple(shapes), batching.max_size if batching is not None and batching.stack else None)
+
+
+def _shape_of(value: object) -> tuple[int, ...]:
+    """Of an example, or of a shape; nothing for what is neither, of which whoever warms up is told more."""
+    return tuple(value) if _is_shape(value) else tuple(getattr(value, "shape", ()))  # type: ignore[arg-type]
 
 
 def _is_empty(warmup: object) -> bool:

@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -17,6 +19,8 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.building.profiles import Examples
+from aiotrt.devices.host import HostDevice
 from tests.building.models import external
 from tests.tools import Affine, frame
 
@@ -279,3 +283,29 @@ async def test_a_failed_model_says_so_from_then_on(tmp_path: Path) -> None:
     with pytest.raises(aiotrt.ModelClosedError, match=r"gone\.onnx is closed"):
         await model(frame(1))
     await model.aclose()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"warmup": [np.zeros((1, 3), np.float32), (torch.zeros(2, 3),)]}, Examples(((((1, 3),), {}), (((2, 3),), {})))),
+        ({"warmup": [(2, 3)]}, Examples(((((2, 3),), {}),))),
+        ({"warmup": {"x": np.zeros(3)}, "batching": aiotrt.Batching(max_size=4)}, Examples((((), {"x": (3,)}),), 4)),
+        ({"warmup": [object(), 3]}, Examples(((((),), {}), (((),), {})))),
+        ({}, Examples(())),
+        ({"warmup": [np.zeros((1, 3))], "preprocess": lambda x: x}, None),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_builder_is_told_of_the_examples(tmp_path: Path, options: Any, wanted: object) -> None:
+    class Gpu(HostDevice):
+        torch_device = torch.device("cuda")
+
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"model")
+    with (
+        mock.patch("aiotrt.engines.cached_engine", side_effect=aiotrt.EngineError("told")) as builder,
+        pytest.raises(aiotrt.EngineError, match="told"),
+    ):
+        _ = await aiotrt.load(path, device=Gpu(), **options)
+    assert builder.call_args.kwargs["examples"] == wanted

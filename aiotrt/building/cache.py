@@ -19,6 +19,7 @@ from aiotrt.building.builder import BuildOptions, build, device_index, gpu_recor
 from aiotrt.building.files import check_private, make_private, shortened
 from aiotrt.building.network import Recipe
 from aiotrt.building.products import Product, find_product
+from aiotrt.building.profiles import Examples, profile_of
 from aiotrt.building.progress import Report
 from aiotrt.building.sidecar import FORMAT, check_sidecar
 from aiotrt.building.source import read_onnx
@@ -53,6 +54,7 @@ def cached_engine(
     device: int | str | torch.device | None = None,
     directory: str | PathLike[str] | None = None,
     progress: bool | Report | None = None,
+    examples: Examples | None = None,
     **options: Unpack[BuildOptions],
 ) -> Path:
     """The engine for an ONNX file, built if it is not there yet. Blocks: for worker threads.
@@ -66,6 +68,7 @@ def cached_engine(
         device: as for `aiotrt.build`.
         directory: where engines are kept; by default `cache_directory`.
         progress: as for `aiotrt.build`.
+        examples: what to derive a profile from, where there are no `profiles`.
         options: as for `aiotrt.build`.
 
     Raises:
@@ -75,9 +78,15 @@ def cached_engine(
     """
     path = Path(onnx)
     product = find_product(runtime, path)
+    source = read_onnx(path)
+    if options.get("profiles") is None and examples is not None:
+        profile = profile_of(source.shapes or (), examples)
+        if profile is not None:
+            options["profiles"] = profile
+            _log.info("%s: no profiles=, so the engine takes the shapes of warmup= and those between: %s", path, profile)
     recipe = make_recipe(product, **options)
     folder = cache_directory() if directory is None else Path(directory)
-    model = read_onnx(path).sha256()
+    model = source.sha256()
     engine = folder / f"{shortened(path.stem, 80)}-{_key(model, product, gpu_record(device_index(device)), recipe)}.engine"
     check_private(folder)
     if _is_good(engine, model):

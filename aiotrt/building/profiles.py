@@ -12,13 +12,29 @@ from typing import NoReturn, TypeAlias
 
 from aiotrt.errors import InputError
 
-__all__ = ["Dynamic", "OpenShapesError", "Profile", "ProfileArgument", "Range", "check_profiles", "normal_profiles"]
+__all__ = [
+    "Dynamic", "Examples", "OpenShapesError", "Profile", "ProfileArgument", "Range", "check_profiles", "normal_profiles",
+    "profile_of",
+]  # fmt: skip
 
 Shape: TypeAlias = Sequence[int]
 #: What a caller writes: an input's smallest, usual and largest shape, or one shape that is all three.
 ProfileArgument: TypeAlias = Mapping[str, "Sequence[Shape] | Shape"]
 Range: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile: TypeAlias = dict[str, Range]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The shapes of the example inputs that a model is warmed up with.
+
+    Attributes:
+        shapes: of each example, those given by position and those given by name.
+        batch: the largest batch, where the examples are single items of batches.
+    """
+
+    shapes: tuple[tuple[tuple[tuple[int, ...], ...], Mapping[str, tuple[int, ...]]], ...]
+    batch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,32 @@ def normal_profiles(profiles: Iterable[ProfileArgument] | ProfileArgument | None
             raise InputError(f"profile {number}: expected a dict of input names to shapes, got {profile!r}")
         normal.append({str(name): _range(number, name, shapes) for name, shapes in profile.items()})
     return normal
+
+
+def profile_of(inputs: Sequence[Dynamic], examples: Examples) -> Profile | None:
+    """The profile that allows the examples, and all shapes between them; its usual shapes are the first example's.
+
+    Returns:
+        None if no shape is open, or if the examples do not say what all open shapes may be.
+    """
+    needed = [item for item in inputs if item.needs_profile]
+    if not needed or not examples.shapes:
+        return None
+    profile: Profile = {}
+    for item in needed:
+        given: list[tuple[int, ...]] = []
+        for by_position, by_name in examples.shapes:
+            index = inputs.index(item)
+            shape = by_position[index] if index < len(by_position) else by_name.get(item.name)
+            if shape is None or len(shape) + (examples.batch is not None) != len(item.shape):
+                return None
+            given.append(shape)
+        low, usual, high = tuple(map(min, *given, given[0])), given[0], tuple(map(max, *given, given[0]))
+        if examples.batch is not None:
+            least, most = (1, examples.batch) if item.shape[0] is None else (item.shape[0], item.shape[0])
+            low, usual, high = (least, *low), (most, *usual), (most, *high)
+        profile[item.name] = low, usual, high
+    return profile
 
 
 def check_profiles(model: str, inputs: Sequence[Dynamic], profiles: Sequence[Profile]) -> None:

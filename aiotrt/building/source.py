@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiotrt.building.files import check_readable, digest, foreign, is_inside
+from aiotrt.building.profiles import Dynamic
 from aiotrt.errors import EngineError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -41,6 +42,18 @@ class Source:
         """What the caller must give; old exporters list the weights among the inputs too."""
         weights = {tensor.name for tensor in self.model.graph.initializer}
         return [value for value in self.model.graph.input if value.name not in weights]
+
+    @property
+    def shapes(self) -> list[Dynamic] | None:
+        """The inputs as profiles see them; None if one has no rank."""
+        shapes = []
+        for value in self.inputs:
+            tensor = value.type.tensor_type
+            if not tensor.HasField("shape"):
+                return None
+            extents = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
+            shapes.append(Dynamic(value.name, extents, tuple(d.dim_param or None for d in tensor.shape.dim)))
+        return shapes
 
     def sha256(self) -> str:
         """Of the file and of the files its weights are in."""

@@ -14,7 +14,7 @@ import torch
 from aiotrt.building import cached_engine, check_sidecar
 from aiotrt.building.builder import device_index, gpu_record
 from aiotrt.building.files import check_readable, digest
-from aiotrt.building.profiles import ProfileArgument
+from aiotrt.building.profiles import Examples, ProfileArgument
 from aiotrt.devices.base import Device
 from aiotrt.engines.base import Engine, Execution
 from aiotrt.engines.module import ModuleEngine
@@ -34,6 +34,7 @@ class EngineOptions:
         allow_host_code: whether code for the host inside an engine may run.
         precision: to build with.
         profiles: to build with.
+        examples: what a profile is derived from, where there is none.
     """
 
     threads: int = 1
@@ -42,6 +43,7 @@ class EngineOptions:
     allow_host_code: bool = False
     precision: str | None = None
     profiles: Iterable[ProfileArgument] | ProfileArgument | None = None
+    examples: Examples | None = None
 
 
 def is_file(source: object) -> TypeGuard[str | os.PathLike[str]]:
@@ -84,7 +86,12 @@ def open_engine(source: object, device: Device, options: EngineOptions) -> Engin
 
             return OnnxEngine(path, options.threads)
         built = cached_engine(
-            path, runtime=options.runtime, device=device.torch_device, precision=options.precision, profiles=options.profiles
+            path,
+            runtime=options.runtime,
+            device=device.torch_device,
+            precision=options.precision,
+            profiles=options.profiles,
+            examples=options.examples,
         )
         return _open_tensorrt(built, device, EngineOptions(runtime=options.runtime))
     if suffix in (".engine", ".plan"):

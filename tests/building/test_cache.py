@@ -12,6 +12,7 @@ import pytest
 
 from aiotrt.building import build, cache_directory, cached_engine, check_sidecar, sidecar_path
 from aiotrt.building.files import check_private, make_private
+from aiotrt.building.profiles import Examples
 from aiotrt.errors import EngineError, InputError
 from tests.building import models
 
@@ -227,3 +228,21 @@ def test_errors_of_the_model_are_the_models(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(EngineError, match="empty"):
         cached_engine(path)
+
+
+def test_without_profiles_the_examples_say_which_shapes_the_engine_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = models.relu(tmp_path / "a.onnx", ("n", 3))
+    with pytest.raises(InputError, match="is open: say which"):
+        cached_engine(path)
+    with caplog.at_level("INFO", "aiotrt.building"):
+        engine = cached_engine(path, examples=Examples(((((2, 3),), {}), (((5, 3),), {}))))
+    assert "no profiles=, so the engine takes the shapes of warmup= and those between" in caplog.text
+    sidecar = check_sidecar(engine)
+    assert sidecar is not None
+    assert [{name: [tuple(shape) for shape in shapes] for name, shapes in p.items()} for p in sidecar.profiles] == [
+        {"x": [(2, 3), (2, 3), (5, 3)]}
+    ]
+    assert cached_engine(path, profiles={"x": ((2, 3), (2, 3), (5, 3))}) == engine
+    assert cached_engine(path, examples=Examples(((((4, 3),), {}),))) != engine

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiotrt.building.profiles import Dynamic, check_profiles, normal_profiles
+from aiotrt.building.profiles import Dynamic, Examples, check_profiles, normal_profiles, profile_of
 from aiotrt.errors import InputError
 
 IMAGES = Dynamic("x", (None, 3, None, None), ("N", None, None, None))
@@ -95,3 +95,34 @@ def test_values_may_be_anything_in_order() -> None:
     check({"size": ((0, -1), (4, 4), (8, 8))}, SHAPE)
     assert "has 2 dimensions, and the smallest shape has 1" in refused({"size": ((1,), (2,), (3,))}, SHAPE)
     assert "smallest <= usual" in refused({"size": ((5, 5), (4, 4), (8, 8))}, SHAPE)
+
+
+# --- from examples ------------------------------------------------------------------------------------------------------
+
+
+def derived(*shapes: Any, batch: int | None = None, inputs: Any = (IMAGES, STATIC)) -> Any:
+    profile = profile_of(inputs, Examples(tuple(shapes), batch))
+    if profile is not None:
+        check_profiles("m.onnx", inputs, [profile])
+    return profile
+
+
+def test_a_profile_takes_the_examples_and_what_is_between_them() -> None:
+    first, second = ((2, 3, 32, 640), (1, 8)), ((1, 3, 48, 320), (1, 8))
+    assert derived((first, {}), (second, {})) == {"x": ((1, 3, 32, 320), (2, 3, 32, 640), (2, 3, 48, 640))}
+    assert derived(((), {"mask": (1, 8), "x": (1, 3, 8, 8)})) == {"x": ((1, 3, 8, 8),) * 3}
+
+
+def test_a_profile_of_items_takes_all_batches() -> None:
+    items: Any = (((3, 32, 640), (8,)), {})
+    assert derived(items, batch=4) == {"x": ((1, 3, 32, 640), (4, 3, 32, 640), (4, 3, 32, 640))}
+    fixed = Dynamic("x", (2, None), (None, None))
+    assert derived((((5,),), {}), batch=4, inputs=[fixed]) == {"x": ((2, 5),) * 3}
+
+
+def test_examples_that_do_not_say_enough_give_no_profile() -> None:
+    assert derived() is None
+    assert derived((((1, 8),), {}), inputs=[STATIC]) is None  # needs none
+    assert derived(((), {"mask": (1, 8)})) is None
+    assert derived((((3, 8, 8),), {})) is None
+    assert derived((((2,),), {}), inputs=[SHAPE, IMAGES]) is None
