@@ -97,11 +97,13 @@ class Passed:
         results: which frame of the film each is of, and what was found on it.
         seconds: how long each took, where one is done after the other.
         stages: mean seconds of a frame in each stage of a pipeline.
+        limited_by: what a pipeline says of itself.
     """
 
     results: Sequence[tuple[int, Any]]
     seconds: Sequence[float] = ()
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limited_by: str | None = None
 
 
 class Bed:
@@ -297,7 +299,8 @@ async def _pipeline(bed: Bed, slots: int, sources: int, *, decode: bool) -> Asyn
             inputs = {f"source {i}": source() for i in range(sources)}
             async with video.Pipeline(model, inputs, take, threads=4) as pipeline:
                 await pipeline.wait()
-            return Passed(results, stages=_stages(pipeline.status()))
+            status = pipeline.status()
+            return Passed(results, stages=_stages(status), limited_by=status.limited_by or None)
 
         yield once
 
@@ -385,7 +388,8 @@ async def _measured(
         # A source decodes in one thread; four threads convert, and a slot is waited for meanwhile, which is the device's.
         shares["decode"] = row.rate / sources * passed.stages.get("decode", 0.0)
     row.facts |= {"shares": shares, "gpu_share": gpu.share, "stages": dict(passed.stages), "count": count}
-    row.facts["limit"] = NO_OVERLAP if way in BLOCKING else busiest(shares, gpu.share)
+    row.facts["limited_by"] = passed.limited_by
+    row.facts["limit"] = NO_OVERLAP if way in BLOCKING else busiest(shares, gpu.share, passed.limited_by)
     return row
 
 

@@ -61,6 +61,7 @@ Request: TypeAlias = Callable[[], Awaitable[object]]
 NO_OVERLAP: Final = "no overlap"  # what limits a way that does one thing at a time
 PARTIAL: Final = "-partial"  # the name's end of results that are not whole
 RESULTS: Final = Path(__file__).parent / "results"
+BUSY: Final = 0.9  # of the time: a device that is at work for longer limits whatever waits for it
 BEAT: Final = 1e-3  # seconds between heartbeats
 HEARTBEAT: Final = "timerfd"  # what beats; results that do not say so have the loop's own timer, which sees less on uvloop
 
@@ -281,17 +282,30 @@ def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def busiest(shares: Mapping[str, float], gpu: float | None) -> str:
-    """The stage that is at work for most of the time.
+def busiest(shares: Mapping[str, float], gpu: float | None, limited_by: str | None = None) -> str:
+    """The stage that limits the others: which a pipeline waits for, and else which is at work for most of the time.
 
-    The loop seems to be where it polls, so a device that hardly rests comes first.
+    The loop seems to be where it polls, so a device that hardly rests comes first. One that rests while frames are decoded
+    waits for them: it does not limit.
 
     Args:
         shares: of the time, by stage; the device's from what its work takes alone, where several at once take less.
         gpu: the device's, as it was seen; None where nobody looked.
+        limited_by: what the pipeline says; None where there is none, and in older results.
     """
     shares = dict(shares) if gpu is None else {**shares, "device": gpu}
-    return "device" if shares.get("device", 0.0) >= 0.9 else max(shares, key=lambda stage: shares[stage])
+    if shares.get("device", 0.0) >= BUSY:
+        return "device"
+    if limited_by == "sinks":
+        return "sinks"
+    is_decoding = shares.get("decode", 0.0) > 0.0
+    if limited_by == "source":
+        return "decode" if is_decoding else "loop"
+    if limited_by == "models":
+        shares.pop("decode", None)
+    elif is_decoding and gpu is not None:
+        shares.pop("device")
+    return max(shares, key=lambda stage: shares[stage])
 
 
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -435,7 +435,9 @@ def _rfdetr_video(record: Record) -> list[Table]:
             *([f"{1e3 * row['lag']['p99']:.2f}"] if has_lag else []),
             "" if busy is None else _percent(busy),
             # Anew, so that an older file is read by today's rule.
-            facts["limit"] if facts["limit"] == NO_OVERLAP else busiest(facts["shares"], facts["gpu_share"]),
+            facts["limit"]
+            if facts["limit"] == NO_OVERLAP
+            else busiest(facts["shares"], facts["gpu_share"], facts.get("limited_by")),
             _percent(row["cpu"]),
         ]
 

@@ -725,17 +725,24 @@ def test_every_baseline_says_what_is_not_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "gpu", "stage"),
+    ("shares", "gpu", "limited_by", "stage"),
     [
-        ({"loop": 0.7, "device": 1.05, "decode": 0.3}, 0.65, "loop"),  # alone, the device's would take longer
-        ({"loop": 0.7, "device": 0.5}, 0.95, "device"),
-        ({"loop": 0.99, "device": 0.93}, None, "device"),  # the loop polls
-        ({"loop": 0.3, "device": 0.4, "decode": 0.95}, None, "decode"),
-        ({"loop": 0.3}, None, "loop"),
+        ({"loop": 0.5, "device": 0.9, "decode": 0.6}, 0.7, "source", "decode"),
+        ({"loop": 0.7, "device": 0.9, "decode": 0.6}, 0.7, "source", "decode"),
+        ({"loop": 0.5, "device": 0.9, "decode": 0.0}, 0.7, "source", "loop"),
+        ({"loop": 0.5, "decode": 0.8}, 0.7, "models", "device"),
+        ({"loop": 0.5, "decode": 0.8}, 0.7, "sinks", "sinks"),
+        ({"loop": 0.5, "decode": 0.8}, 0.95, "source", "device"),
+        ({"loop": 0.5, "device": 0.9, "decode": 0.6}, 0.73, None, "decode"),  # an older file
+        ({"loop": 0.7, "device": 1.05, "decode": 0.3}, 0.65, None, "loop"),  # alone, the device's would take longer
+        ({"loop": 0.7, "device": 0.5}, 0.95, None, "device"),
+        ({"loop": 0.99, "device": 0.93}, None, None, "device"),  # the loop polls
+        ({"loop": 0.3, "device": 0.4, "decode": 0.95}, None, None, "decode"),
+        ({"loop": 0.3}, None, None, "loop"),
     ],
 )
-def test_the_stage_that_limits(shares: dict[str, float], gpu: float | None, stage: str) -> None:
-    assert busiest(shares, gpu) == stage
+def test_the_stage_that_limits(shares: dict[str, float], gpu: float | None, limited_by: str | None, stage: str) -> None:
+    assert busiest(shares, gpu, limited_by) == stage
 
 
 def test_a_record_is_plain() -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 from aiotrt.errors import DeviceError, ModelBrokenError, ModelClosedError
 from aiotrt.video.boxes import Box
@@ -25,6 +25,8 @@ from aiotrt.video.sources import Source, SourceState
 from aiotrt.video.status import Meter, SinkStatus, SourceStatus
 
 __all__ = ["Lane"]
+
+T = TypeVar("T")
 
 
 class Shared(Protocol):
@@ -65,6 +67,7 @@ class Lane:
         self._meter = Meter()
         self._counts: Counter[str] = Counter()
         self._in_flight = 0
+        self._is_held = False  # a result waits for room at a sink
         self._reader: asyncio.Task[None] | None = None
         self._is_stopped = False
         self._error: str | None = None
@@ -122,13 +125,13 @@ class Lane:
     async def _dispatch(self, inferences: set[asyncio.Task[Outcome | None]]) -> None:
         """From the mailbox to the models."""
         clock, permits = self._pipeline.clock, self._pipeline.permits
-        while await self._frames.something():
+        while await self._waiting("source", self._frames.something()):
             await self.resumed.wait()
             if (delay := self._frames.mail.delay(clock())) > 0:
                 await asyncio.sleep(delay)
                 continue
-            await self._room.acquire()
-            await permits.acquire()
+            await self._waiting("sinks" if self._is_held else "models", self._room.acquire())
+            await self._waiting("models", permits.acquire())
             # Only now: what waits here may have been overtaken, or become stale, meanwhile.
             frame = self._frames.take(clock()) if self.resumed.is_set() else None
             if frame is None:
@@ -142,6 +145,13 @@ class Lane:
             task.add_done_callback(inferences.discard)
             self._results.put_nowait((frame, task))
         self._results.put_nowait(None)
+
+    async def _waiting(self, what: str, awaitable: Awaitable[T]) -> T:
+        started = self._pipeline.clock()
+        try:
+            return await awaitable
+        finally:
+            self._meter.waited(what, self._pipeline.clock() - started)
 
     async def _infer(self, frame: Frame) -> Outcome | None:
         """One frame; None if a model refused or failed it."""
@@ -182,7 +192,9 @@ class Lane:
                     self._meter.add("device", outcome.device)
                     result = Result(frame, outcome.result)
                     for outlet in self._outlets:
+                        self._is_held = True
                         await outlet.box.room()
+                        self._is_held = False
                         outlet.box.put(result, now)
                 self._room.release()
         finally:
@@ -225,6 +237,7 @@ class Lane:
             reports={kind.value: count for kind, count in source.counts.items()},
             fps=self._meter.fps(now),
             latency=self._meter.latency(),
+            limited_by=self._meter.limit(),
             sinks=tuple(
                 SinkStatus(o.sink.name, o.delivered, o.failed, o.box.mail.drops[OVERTAKEN], len(o.box))
                 for o in self._outlets

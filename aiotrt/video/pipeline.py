@@ -179,6 +179,7 @@ class Pipeline:
             sum(status.completed for status in sources.values()),
             sum(status.dropped for status in sources.values()),
             sum(status.fps for status in sources.values()),
+            _limit([status.limited_by for status in sources.values()]),
             dict(self._reports),
         )
 
@@ -290,6 +291,10 @@ def _policy_of(source: Source, given: Any) -> Policy:
         # The newest one, and no more: an older frame of a live source is worth nothing once there is a newer one.
         return Policy("latest") if source.is_live else Policy()
     return given if isinstance(given, Policy) else Policy(given)
+
+
+def _limit(limits: Sequence[str]) -> str:
+    return "models" if "models" in limits else max(limits, key=limits.count)
 
 
 def _log(report: Report) -> None:

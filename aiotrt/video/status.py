@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -72,6 +72,8 @@ class SourceStatus:
         reports: what went wrong, by kind; see `Kind`.
         fps: results a second, over the last two seconds.
         latency: by stage; see `STAGES`.
+        limited_by: what its frames were waited for most of late: "source" (reading and decoding), "models" (the device, the
+            model's slots or the event loop) or "sinks"; empty before anything was waited for.
         sinks: what became of its results.
     """
 
@@ -87,6 +89,7 @@ class SourceStatus:
     reports: Mapping[str, int]
     fps: float
     latency: Mapping[str, Latency]
+    limited_by: str
     sinks: tuple[SinkStatus, ...]
 
     @property
@@ -107,6 +110,7 @@ class PipelineStatus:
         completed: frames with a result, of all sources.
         dropped: frames that policies dropped, of all sources.
         fps: results a second, of all sources together, over the last two seconds.
+        limited_by: "models" if a source is limited by them, since then they take no more; else what limits most sources.
         reports: what went wrong with sinks as a whole, by kind: one could not be closed, and its file may not be complete.
     """
 
@@ -117,6 +121,7 @@ class PipelineStatus:
     completed: int
     dropped: int
     fps: float
+    limited_by: str
     reports: Mapping[str, int]
 
 
@@ -127,6 +132,7 @@ class Meter:
         self._durations: dict[str, deque[float]] = {stage: deque(maxlen=WINDOW) for stage in STAGES}
         self._counts = dict.fromkeys(STAGES, 0)
         self._completions: deque[float] = deque(maxlen=WINDOW)
+        self._waits: deque[tuple[str, float]] = deque(maxlen=WINDOW)
 
     def add(self, stage: str, seconds: float) -> None:
         """One duration."""
@@ -136,6 +142,17 @@ class Meter:
     def completed(self, now: float) -> None:
         """One completion."""
         self._completions.append(now)
+
+    def waited(self, what: str, seconds: float) -> None:
+        """The next frame waited for this, or this for it."""
+        self._waits.append((what, seconds))
+
+    def limit(self) -> str:
+        """What was waited for most, lately."""
+        waits: Counter[str] = Counter()
+        for what, seconds in self._waits:
+            waits[what] += seconds  # type: ignore[assignment]  # a Counter's values may be of any kind
+        return waits.most_common(1)[0][0] if sum(waits.values()) > 0 else ""
 
     def latency(self) -> dict[str, Latency]:
         """Of each stage that there was."""

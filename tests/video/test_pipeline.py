@@ -17,6 +17,7 @@ import aiotrt
 from aiotrt import video
 from aiotrt.errors import InputError, UsageError
 from aiotrt.video import Frame, Kind, Pipeline, Policy, Result
+from aiotrt.video.pipeline import _limit
 from tests.tools import turns, until
 from tests.video.tools import Remember, number_of, picture, write_video
 
@@ -72,6 +73,42 @@ async def test_every_frame_of_every_source_comes_in_order() -> None:
     assert status.completed == 27
     assert status.in_flight == 0
     await nothing_left(before)
+
+
+@pytest.mark.parametrize("slow", ["source", "models", "sinks"])
+async def test_the_status_says_what_limits_the_pipeline(slow: str) -> None:
+    now = 0.0
+
+    async def work(who: str) -> None:
+        nonlocal now
+        if who == slow:
+            await turns(30)
+            now += 1.0
+
+    async def frames() -> AsyncIterator[Any]:
+        for i in range(30):
+            await work("source")
+            yield picture(i)
+
+    async def model(frame: Frame) -> int:
+        await work("models")
+        return frame.index
+
+    async def sink(result: Result) -> None:
+        await work("sinks")
+
+    sources = {"a": frames, "b": frames}
+    async with Pipeline(model, sources, sink, clock=lambda: now, in_flight=2, sink_buffer=1) as pipeline:
+        assert pipeline.status().limited_by == ""
+        await pipeline.wait()
+        status = pipeline.status()
+    assert {source.limited_by for source in status.sources.values()} == {slow}
+    assert status.limited_by == slow
+
+
+async def test_a_source_in_real_time_does_not_hide_that_the_models_are_full() -> None:
+    assert _limit(["source", "models", "source"]) == "models"
+    assert _limit(["source", "", "source"]) == "source"
 
 
 async def test_leaving_waits_for_the_tail() -> None:
