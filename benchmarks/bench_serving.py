@@ -1,10 +1,11 @@
 """What the server does under load, in processes of their own.
 
-    python -m benchmarks serving [--part overload] [--seconds 600] [--quick] [--out DIR]
+    python -m benchmarks serving [--part attacks|overload] [--seconds 600] [--quick] [--out DIR]
     python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3]
         [--limit SECONDS] [--quick] [--out DIR]
 
-`overload`: see `bench_serving_overload`; `side_by_side`: see `bench_serving_side_by_side`. They take what `aiotrt[serving]`
+`overload`: see `bench_serving_overload`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see
+`bench_serving_attacks`. They take what `aiotrt[serving]`
 needs, aiohttp, onnx and, but for `--device cuda`, which takes torchvision where it is installed, the demo's models.
 """
 
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_serving_overload, bench_serving_side_by_side
+from benchmarks import bench_serving_attacks, bench_serving_overload, bench_serving_side_by_side
 from benchmarks.measure import RESULTS
 from examples import ocr
 
 __all__ = ["main"]
 
-PARTS = ("overload", "side_by_side")
+PARTS = ("attacks", "overload", "side_by_side")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works; no results")
     parser.add_argument("--out", type=Path, help=f"folder for the results; {RESULTS.name} beside this file if not quick")
     arguments = parser.parse_args(words)
+    quick, folder = arguments.quick, arguments.out or (None if arguments.quick else RESULTS)
+    if arguments.part == "attacks":
+        return bench_serving_attacks.measure(quick=quick, folder=folder)
     if arguments.device == "host":
         try:
             ocr.detector_file()
@@ -46,7 +50,6 @@ def main(words: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print(f"skipped: torch {torch.__version__} sees no CUDA device here")
         return 0
-    quick, folder = arguments.quick, arguments.out or (None if arguments.quick else RESULTS)
     if arguments.part == "side_by_side":
         seconds = arguments.seconds or (0.4 if quick else 3.0)
         return bench_serving_side_by_side.measure(

@@ -7,20 +7,14 @@ nothing is unpickled.
 from __future__ import annotations
 
 import asyncio
-import binascii
 import contextlib
 import io
 import math
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from itertools import chain
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias
 
-import anyio
-import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
-import orjson
 from PIL import Image, ImageOps
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -29,9 +23,10 @@ from starlette.types import Message
 
 from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
+from aiotrt.serving.json_body import from_base64, loads, numbers, said
+from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = [
-    "COPIED",
     "array_body",
     "array_request",
     "decode_array",
@@ -39,12 +34,9 @@ __all__ = [
     "image_body",
     "image_request",
     "is_possible",
-    "numbers",
-    "off_loop",
     "read_body",
 ]
 
-T = TypeVar("T")
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -52,11 +44,8 @@ Array: TypeAlias = npt.NDArray[Any]
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 #: Of an .npy file's head; numpy writes less than 128 bytes.
 _NPY_HEAD: Final = 4096
-#: JSON is parsed under the interpreter lock, in a thread or not: this much takes some 10 ms.
+#: Of numbers in JSON; images in it are strings, which cost less.
 _MAX_JSON: Final = 4 << 20
-#: From how many bytes on what may be copied is copied in a thread.
-COPIED: Final = 1 << 20
-_limiters: dict[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = {}
 
 
 def image_body(
@@ -93,7 +82,7 @@ def image_body(
                 f"application/json, got content type {kind[:80]!r}; with curl add -H 'Content-Type: image/png'"
             )
         if kind == "application/json":
-            data = await off_loop(lambda: _image_in_json(data), len(data))
+            data = await off_loop(lambda: _image_in_json(data), len(data), json=len(data))
         return await off_loop(lambda: decode_image(data, max_pixels, mode))
 
     return dependency
@@ -119,7 +108,7 @@ def array_body(
         kind = _media_type(request)
         if kind == "application/json":
             data = await read_body(request, min(max_bytes, _MAX_JSON), timeout)
-            return await off_loop(lambda: _array_in_json(data, wanted or np.dtype(np.float32)), len(data))
+            return await off_loop(lambda: _array_in_json(data, wanted or np.dtype(np.float32)), len(data), json=len(data))
         if kind == "multipart/form-data":
             data = await _uploaded(request, field, max_bytes, timeout)
         elif kind in ("", "application/octet-stream", "application/x-npy"):
@@ -185,7 +174,7 @@ def decode_array(data: bytes | bytearray) -> Array:
         raise InputError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
     # `True` is an integer to the head's reader, and to nobody after it.
     if any(extent < 0 or isinstance(extent, bool) for extent in shape) or not is_possible(shape):
-        raise InputError(f"the array: no array has the shape {_said(shape)}")
+        raise InputError(f"the array: no array has the shape {said(shape)}")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = flat.reshape(shape, order="F" if is_fortran else "C")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
@@ -194,61 +183,6 @@ def decode_array(data: bytes | bytearray) -> Array:
 def is_possible(shape: Sequence[int]) -> bool:
     """Whether an array can have these extents. Even where one is 0, numpy fails for others whose product is too large."""
     return len(shape) <= 32 and math.prod(extent or 1 for extent in shape) < 1 << 48
-
-
-def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Array:
-    """An array of JSON's numbers or booleans, nested or (where `shape` is known) flat.
-
-    Args:
-        name: for messages.
-        data: as JSON has it.
-        dtype: what to make of it; nothing is rounded but to the precision of a floating-point type.
-        shape: its extents, which flat data cannot say.
-
-    Raises:
-        InputError: it is ragged, of other types, out of range, or does not have that shape.
-    """
-    if not isinstance(data, list):
-        raise InputError(f"{name}: expected a list of numbers, got {_said(data)}")
-    extents = [len(data)]
-    types = set(map(type, data))
-    while types == {list}:
-        lengths = set(map(len, data))
-        if len(lengths) > 1 or len(extents) >= 32:
-            raise InputError(f"{name}: the lists differ in length, or are nested too deep")
-        extents.append(lengths.pop())
-        data = list(chain.from_iterable(data))
-        types = set(map(type, data))
-    found = tuple(extents)
-    if shape is not None and found not in (shape, (math.prod(shape),)):
-        raise InputError(f"{name}: expected data of shape {shape}, flat or nested, got shape {found}")
-    flat = _leaves(name, data, types, dtype)
-    return flat.reshape(found if shape is None else shape)
-
-
-def _leaves(name: str, data: list[Any], types: set[type], dtype: np.dtype[Any]) -> Array:
-    allowed: set[type]
-    if dtype.kind == "b":
-        allowed = {bool}
-    elif dtype.kind in "iu":
-        allowed = {int}
-    else:
-        allowed = {int, float}
-    if not types <= allowed:
-        wrong = next(item for item in data if type(item) not in allowed)
-        raise InputError(f"{name}: expected only {' and '.join(sorted(t.__name__ for t in allowed))}, got {_said(wrong)}")
-    if dtype.kind in "iu" and data:
-        limits = np.iinfo(dtype)
-        low, high = min(data), max(data)
-        if low < limits.min or high > limits.max:
-            raise InputError(f"{name}: {low if low < limits.min else high} does not fit into {dtype}")
-    if dtype.kind != "f":
-        return np.array(data, dtype)
-    with np.errstate(over="ignore"):
-        array = np.array(data, np.float64).astype(dtype)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name}: a number does not fit into {dtype}")
-    return array
 
 
 async def read_body(request: Request, limit: int, timeout: float | None = None) -> bytearray:
@@ -287,20 +221,6 @@ def limited(request: Request, limit: int) -> Callable[[], Coroutine[Any, Any, Me
     return receive
 
 
-async def off_loop(function: Callable[[], T], size: int | None = None, least: int = 16 << 10) -> T:
-    """Run something that takes a while in a thread, or at once where it is for fewer bytes than `least`."""
-    if size is not None and size < least:
-        return function()
-    loop = asyncio.get_running_loop()
-    limiter = _limiters.get(loop)
-    if limiter is None:
-        # Not anyio's own, which handlers in threads share: those may wait for what is decoded here.
-        for other in [other for other in _limiters if other.is_closed()]:
-            del _limiters[other]
-        limiter = _limiters[loop] = anyio.CapacityLimiter(max(2, len(os.sched_getaffinity(0))))
-    return await anyio.to_thread.run_sync(function, limiter=limiter)
-
-
 @contextlib.asynccontextmanager
 async def _arriving(seconds: float | None) -> AsyncIterator[None]:
     """`asyncio.timeout` that says whose fault it is."""
@@ -326,7 +246,7 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
     try:
         file = form.get(field)
         if not isinstance(file, UploadFile):
-            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {_said(sorted(form))}")
+            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {said(sorted(form))}")
         content = await file.read()
         return await off_loop(lambda: bytearray(content), len(content), COPIED)
     finally:
@@ -334,37 +254,25 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
 
 
 def _image_in_json(data: bytearray) -> bytearray:
-    found = _json(data)
+    found = loads("the body", data)
     text = found.get("image") if isinstance(found, Mapping) else None
     if not isinstance(text, str):
         raise InputError('expected JSON like {"image": "<base64>"}')
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        return bytearray(binascii.a2b_base64(text, strict_mode=True))
+        return from_base64(text)
     except ValueError as error:
         raise InputError(f'"image" is not base64: {error}') from error
 
 
 def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
-    found = _json(data)
+    found = loads("the body", data)
     if isinstance(found, Mapping):
         if list(found) != ["array"]:
-            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {_said(list(found))}')
+            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {said(list(found))}')
         found = found["array"]
     return numbers("the array", found, dtype)
-
-
-def _json(data: bytearray) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"the body is not JSON: {error}") from error
-
-
-def _said(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _binary(media_types: tuple[str, ...], field: str, json: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import orjson
 import torch
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -20,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 import aiotrt
 from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
 from aiotrt.model import Model
-from aiotrt.serving.bodies import COPIED, off_loop
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
+from aiotrt.serving.json_body import loads
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.guards import BearerToken, Budget
@@ -31,6 +30,7 @@ from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described,
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
 from aiotrt.serving.status import status_page
+from aiotrt.serving.threads import COPIED, off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["create_app"]
@@ -264,14 +264,11 @@ class _Server:
                 "send tensors with the binary extension"
             )
         # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
-        return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body))
+        return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body), json=length)
 
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await Budget(0, 64 << 10, self._settings.body_timeout).read(request)
-        try:
-            fields = orjson.loads(body or b"{}")
-        except orjson.JSONDecodeError as error:
-            raise InputError(f"the request is not JSON: {error}") from error
+        fields = loads("the request", body or b"{}")
         if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
             raise InputError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields

@@ -18,7 +18,8 @@ import orjson
 import torch
 
 from aiotrt.errors import InputError
-from aiotrt.serving.bodies import is_possible, numbers
+from aiotrt.serving.bodies import is_possible
+from aiotrt.serving.json_body import dumped, loads, numbers, said
 from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
 
@@ -101,7 +102,7 @@ def header_length(header: str | None, length: int) -> int:
     return int(header)
 
 
-def parse(body: bytes | bytearray | memoryview, json_length: int | None = None) -> InferRequest:
+def parse(body: bytes | bytearray, json_length: int | None = None) -> InferRequest:
     """A request's body.
 
     Args:
@@ -109,20 +110,16 @@ def parse(body: bytes | bytearray | memoryview, json_length: int | None = None) 
         json_length: how many bytes at its front are JSON; None for all.
 
     Raises:
-        InputError: anything about it is wrong; the message says what.
+        BodyTooLargeError: its JSON contains more than is taken.
+        InputError: anything else about it is wrong; the message says what.
     """
-    view = memoryview(body)
-    json_length = len(view) if json_length is None else json_length
-    try:
-        request = orjson.loads(view[:json_length])
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"the request is not JSON: {error}") from error
-    fields = _mapping("the request", request)
+    json_length = len(body) if json_length is None else json_length
+    fields = _mapping("the request", loads("the request", body, json_length))
     parameters = _parameters("the request", fields)
     name = fields.get("id", "")
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         raise InputError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
-    rest = _Rest(view, json_length)
+    rest = _Rest(memoryview(body), json_length)
     inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
     rest.check_empty()
     binary_by_default = _flag("the request", parameters, "binary_data_output", default=False)
@@ -144,7 +141,7 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
     Raises:
         InputError: a tensor cannot be sent in this way.
     """
-    entries: list[dict[str, object]] = []
+    entries: list[bytes] = []
     chunks: list[memoryview] = []
     for name, is_binary, tensor in outputs:
         datatype = of_torch(tensor.dtype)
@@ -155,10 +152,10 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
             data = _bytes(tensor)
             chunks.append(data)
             entry["parameters"] = {"binary_data_size": len(data)}
+            entries.append(orjson.dumps(entry))
         else:
-            entry["data"] = _json_numbers(name, tensor)
-        entries.append(entry)
-    return orjson.dumps({**head, "outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY), chunks
+            entries.append(orjson.dumps(entry)[:-1] + b',"data":' + _json_numbers(name, tensor) + b"}")
+    return orjson.dumps({**head, "outputs": []})[:-2] + b",".join(entries) + b"]}", chunks
 
 
 def result_tensor(result: object) -> torch.Tensor:
@@ -308,10 +305,10 @@ def _is_count(value: object) -> bool:
 
 
 def _said(value: object) -> str:
-    """Part of it, however long it is."""
+    """A value in a message: of containers only the length."""
     if isinstance(value, (list, dict)):
         return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
-    return "nothing" if value is None else repr(value)[:60]
+    return said(value)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -320,10 +317,9 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _json_numbers(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any] | list[object]:
+def _json_numbers(name: str, tensor: torch.Tensor) -> bytes:
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.float()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise InputError(f"output {name!r} has NaN or infinite numbers, which JSON cannot hold: ask for it with binary_data")
-    array = tensor.contiguous().reshape(-1).numpy()
-    return array.tolist() if array.size == 0 else array
+    return dumped(tensor.contiguous().reshape(-1).numpy())

@@ -59,7 +59,7 @@ def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.u
     if not all(isinstance(string, str) for string in strings):
         raise InputError(f"{what}: expected lists of strings, of the same lengths")
     if found not in (shape, (math.prod(shape),)):
-        raise InputError(f"{what}: expected data of shape {shape}, flat or nested, got shape {found}")
+        raise InputError(f"{what}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
     encoded = [string.encode() for string in strings]
     length = len(encoded[0]) if encoded else 0
     if any(len(string) != length for string in encoded):
