@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError(f"aiotrt.serving needs {error.name}; pip install 'aiotrt[serving]'") from error
 
-from aiotrt.serving.bodies import array_body, array_request, decode_array, decode_image, image_body, image_request
+from aiotrt.serving.bodies import array_body, array_request, decode_array, image_body, image_request
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import (
     BodyTimeoutError,
@@ -38,6 +38,7 @@ from aiotrt.serving.errors import (
     add_exception_handlers,
 )
 from aiotrt.serving.health import install, livez, metrics, readyz
+from aiotrt.serving.images import decode_image
 from aiotrt.serving.models import Models, Source, Standing, get, lifespan, models_of
 from aiotrt.serving.status import status_page
 

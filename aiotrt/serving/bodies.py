@@ -15,7 +15,6 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +22,7 @@ from starlette.types import Message
 
 from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
+from aiotrt.serving.images import Pixels, decode_off_loop
 from aiotrt.serving.json_body import from_base64, loads, numbers, said
 from aiotrt.serving.threads import COPIED, off_loop
 
@@ -30,18 +30,14 @@ __all__ = [
     "array_body",
     "array_request",
     "decode_array",
-    "decode_image",
     "image_body",
     "image_request",
     "is_possible",
     "read_body",
 ]
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
 
-#: What an image may be: formats that people send, and whose decoders are fuzzed by many.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 #: Of an .npy file's head; numpy writes less than 128 bytes.
 _NPY_HEAD: Final = 4096
 #: Of numbers in JSON; images in it are strings, which cost less.
@@ -63,8 +59,9 @@ def image_body(
 
     Args:
         max_bytes: of the body; more is 413.
-        max_pixels: of the image, checked before it is unpacked; more is 413. So is more than twice
-            `PIL.Image.MAX_IMAGE_PIXELS`, some 179 million, which is for the whole process and yours to set.
+        max_pixels: of the image, checked before it is unpacked; more is 413. So is a side of more than 65,535, and more than
+            twice `PIL.Image.MAX_IMAGE_PIXELS`, some 179 million, which is for the whole process and yours to set. Images
+            that would take more than 1 GiB together while they are decoded wait for each other.
         mode: Pillow's name for what the pixels should be. Of 16 bits the upper 8 are taken.
         field: the form's field.
         timeout: seconds that sending the body may take; more is 408.
@@ -83,7 +80,7 @@ def image_body(
             )
         if kind == "application/json":
             data = await off_loop(lambda: _image_in_json(data), len(data), json=len(data))
-        return await off_loop(lambda: decode_image(data, max_pixels, mode))
+        return await decode_off_loop(data, max_pixels, mode)
 
     return dependency
 
@@ -124,33 +121,6 @@ def array_body(
         return array
 
     return dependency
-
-
-def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") -> Pixels:
-    """Pixels of an image file: (height, width, channels). Takes a while; for a thread.
-
-    Raises:
-        InputError: it is not an image, or damaged, or of 32 bits, whose range nobody knows.
-        BodyTooLargeError: it has more than `max_pixels`, or than Pillow takes.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BodyTooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are taken")
-            if image.mode in ("I", "F"):
-                raise InputError(f"the image has pixels of 32 bits (Pillow's mode {image.mode!r}); send 8 or 16 bits")
-            ImageOps.exif_transpose(image, in_place=True)
-            # Pillow would make white of all that is over 255.
-            narrow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
-            pixels = np.array(narrow.convert(mode))
-            return pixels.reshape(*pixels.shape[:2], -1)
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BodyTooLargeError(f"the image has too many pixels; at most {max_pixels:,} are taken: {error}") from error
-    except Exception as error:  # Pillow's decoders raise many unrelated classes for one and the same: a bad file
-        raise InputError(f"the body is not an image that can be read ({len(data):,} bytes): {error}") from error
 
 
 def decode_array(data: bytes | bytearray) -> Array:

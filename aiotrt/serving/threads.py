@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
 
-__all__ = ["COPIED", "off_loop"]
+__all__ = ["COPIED", "memory", "off_loop"]
 
 T = TypeVar("T")
 
@@ -19,6 +20,9 @@ COPIED: Final = 1 << 20
 #: From how many bytes on JSON is parsed one text at a time: threads that hold the interpreter lock by turns would keep the
 #: loop waiting for all of them.
 _LARGE_JSON: Final = 256 << 10
+#: Memory of decoders, 1 GiB, is handed out by 16 MiB.
+_UNIT: Final = 16 << 20
+_UNITS: Final = 64
 
 
 class _Workers:
@@ -28,6 +32,8 @@ class _Workers:
         # Not anyio's own limiter, which handlers in threads share: those may wait for what is decoded here.
         self.threads = anyio.CapacityLimiter(max(2, len(os.sched_getaffinity(0))))
         self.large_json = anyio.CapacityLimiter(1)
+        self.memory = asyncio.Semaphore(_UNITS)
+        self.turn = asyncio.Lock()
 
 
 _workers: dict[asyncio.AbstractEventLoop, _Workers] = {}
@@ -46,6 +52,21 @@ async def off_loop(function: Callable[[], T], size: int | None = None, least: in
         return function()
     workers = _of_this_loop()
     return await anyio.to_thread.run_sync(function, limiter=workers.large_json if json >= _LARGE_JSON else workers.threads)
+
+
+@asynccontextmanager
+async def memory(size: int) -> AsyncIterator[None]:
+    """Enter when decoders that are running leave `size` bytes of 1 GiB; with more than that, when none is running."""
+    workers, taken = _of_this_loop(), 0
+    try:
+        async with workers.turn:  # two callers that hold half of what they need would wait for each other
+            for _ in range(min(-(-size // _UNIT), _UNITS)):
+                await workers.memory.acquire()
+                taken += 1
+        yield
+    finally:
+        for _ in range(taken):
+            workers.memory.release()
 
 
 def _of_this_loop() -> _Workers:
