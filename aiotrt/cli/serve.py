@@ -43,6 +43,12 @@ def register(
     parser.add_argument("--port", type=int, help="default: 8000; 0 for any that is free")
     parser.add_argument("--token-file", metavar="FILE", type=Path, help="a token that clients must send; or AIOTRT_TOKEN")
     parser.add_argument("--max-body", metavar="SIZE", help="of one request, such as 64M (the default)")
+    parser.add_argument(
+        "--allowed-host", metavar="NAME", action="append", help="a name by which clients call the server; may be repeated"
+    )
+    parser.add_argument(
+        "--cors-origin", metavar="ORIGIN", action="append", help="a site whose pages may call it; * for all; may be repeated"
+    )
     parser.add_argument("--drain-delay", metavar="SECONDS", type=float, help="from SIGTERM until nothing more is accepted")
     parser.add_argument("--drain-timeout", metavar="SECONDS", type=float, help="for requests to finish then (default: 30)")
     models = parser.add_argument_group("for the models named here")
@@ -100,6 +106,9 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
     for name in ("host", "port", "token_file", "drain_delay", "drain_timeout"):
         if getattr(arguments, name) is not None:
             server[name] = getattr(arguments, name)
+    for name in ("allowed_host", "cors_origin"):
+        if getattr(arguments, name):
+            server[f"{name}s"] = getattr(arguments, name)
     if arguments.max_body is not None:
         server["max_body"] = parse_size(arguments.max_body, "--max-body")
     models += [_model(text, arguments) for text in arguments.models]

@@ -27,7 +27,7 @@ __all__ = ["HEAD", "Bystander", "Server", "double", "exchange", "infer_body", "s
 STALL = 5.0
 #: What a server's memory may differ by after thousands of requests: allocators keep what they had once.
 GROWTH = 48 << 20
-HEAD = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+HEAD = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
 @dataclass(frozen=True)

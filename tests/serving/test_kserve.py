@@ -384,7 +384,7 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
 
 async def test_nonsense_on_the_socket(tmp_path: Path) -> None:
     async with serving(tmp_path, body_timeout=0.3) as (http, client):
-        head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         headers = b"".join(b"x-%d: %d\r\n" % (i, i) for i in range(10_000))
         for says, parts, ends in (
             (b"400", [head + headers + b"\r\n"], False),
@@ -406,7 +406,7 @@ async def test_nonsense_on_the_socket(tmp_path: Path) -> None:
 @pytest.mark.every_loop
 async def test_slow_clients_hold_up_nobody(tmp_path: Path) -> None:
     async with serving(tmp_path, body_timeout=1.0) as (http, client):
-        head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"
+        head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n{"
         writers = []
         for _ in range(100):
             _, writer = await asyncio.open_connection(http.host, http.port)

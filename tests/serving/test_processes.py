@@ -119,7 +119,7 @@ def test_a_request_that_never_ends_does_not_hold_up_the_end(relu: Path) -> None:
         until_ready(url)
         host, port = url.removeprefix("http://").split(":")
         connection = stack.enter_context(socket.create_connection((host, int(port))))
-        connection.sendall(b"POST /v2/models/relu/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v2/models/relu/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         time.sleep(0.3)
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
@@ -165,9 +165,9 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
         (2, "model name '..'", [f"..={relu}"]),
         (2, "slots must be an integer", [str(relu), "--slots", "0"]),
         (2, "expected a shape such as", [str(relu), "--shape", "axb"]),
-        (2, "port must be a number", [str(relu), "--port", "99999"]),
-        (2, "drain_timeout must be a number of seconds, got inf", [str(relu), "--drain-timeout", "inf"]),
-        (2, "drain_delay must be a number of seconds, got nan", [str(relu), "--drain-delay", "nan"]),
+        (2, "port must be less than 65536, got 99999", [str(relu), "--port", "99999"]),
+        (2, "drain_timeout must be a finite number, got inf", [str(relu), "--drain-timeout", "inf"]),
+        (2, "drain_delay must be a finite number, got nan", [str(relu), "--drain-delay", "nan"]),
         (2, f"token file {tmp_path / 'none'}: there is no such file", [str(relu), "--token-file", str(tmp_path / "none")]),
         (2, f"token file {bad}: is not text in UTF-8", [str(relu), "--token-file", str(bad)]),
         (2, f"{tmp_path / 'none'}: there is no such file", ["--config", str(tmp_path / "none")]),

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -27,6 +28,7 @@ from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, pa
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.guards import BearerToken, Budget
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
+from aiotrt.serving.kserve.origins import Origins, is_loopback
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
 from aiotrt.serving.status import status_page
@@ -96,6 +98,17 @@ def create_app(
     app.add_middleware(CancelOnDisconnect)
     if settings.token is not None:
         app.add_middleware(BearerToken, token=settings.token)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Inference-Header-Content-Length", "Retry-After"],
+        )
+    is_private = settings.token is None and is_loopback(settings.host)
+    hosts = [settings.host, *settings.allowed_hosts] if settings.allowed_hosts or is_private else None
+    app.add_middleware(Origins, hosts=hosts, origins=settings.cors_origins)
     return app
 
 

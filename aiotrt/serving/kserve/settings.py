@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import tomllib
@@ -11,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, TypeAlias, cast, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from aiotrt.batching.queue import Batching
 from aiotrt.errors import InputError
@@ -37,6 +38,11 @@ _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "profiles": ("a list of tables", (list, tuple, Mapping, NoneType)),
     "batching": ("true, false or a table", (bool, Mapping)),
 }
+Count: TypeAlias = Annotated[int, Field(gt=0)]
+Duration: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pause: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: As browsers send them: without a path.
+_ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#\s]+)$"
 #: Of a model: letters that need no quoting in a URL.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -132,41 +138,30 @@ class ServerSettings:
         max_connections: how many clients at once; more are answered 503.
         drain_delay: seconds between SIGTERM and the end of accepting, for load balancers to see `/readyz`.
         drain_timeout: seconds that requests may take to finish then.
+        allowed_hosts: names by which clients may call it, beside those of this machine. Empty for any name where it has a
+            token, or binds to another address than this machine's own.
+        cors_origins: sites whose pages may call it, such as ``https://example.com``; ``*`` for all.
         repository: whether clients may load and unload the models that are named here; never others.
     """
 
     models: tuple[ModelSettings, ...]
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Field(ge=0, lt=65536)] = 8000
     token: str | None = field(default=None, repr=False)
-    max_body: int = 64 << 20
-    max_json: int = 4 << 20
-    max_bodies: int = 1 << 30
-    body_timeout: float = 30.0
-    max_deadline: float = 60.0
-    max_connections: int = 1000
-    drain_delay: float = 0.0
-    drain_timeout: float = 30.0
+    max_body: Count = 64 << 20
+    max_json: Count = 4 << 20
+    max_bodies: Count = 1 << 30
+    body_timeout: Duration = 30.0
+    max_deadline: Duration = 60.0
+    max_connections: Count = 1000
+    drain_delay: Pause = 0.0
+    drain_timeout: Pause = 30.0
+    allowed_hosts: Sequence[str] = ()
+    cors_origins: Sequence[Annotated[str, Field(pattern=_ORIGIN)]] = ()
     repository: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_json", "max_bodies", "max_connections", "body_timeout", "max_deadline"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise InputError(f"{name} must be a positive number, got {value!r}")
-        for name in ("drain_delay", "drain_timeout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"{name} must be a number of seconds, got {value!r}")
-        host: object = self.host
-        if not isinstance(host, str):
-            raise InputError(f"host must be a name or an address, got {host!r}")
-        repository: object = self.repository
-        if not isinstance(repository, bool):
-            raise InputError(f"repository must be true or false, got {repository!r}")
-        port: object = self.port
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-            raise InputError(f"port must be a number from 0 to 65535, got {port!r}")
+        _check(self)
         names = [model.name for model in self.models]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -229,6 +224,21 @@ def token_from(file: Path | None) -> str | None:
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise InputError("the token must have at least 16 printable ASCII characters")
     return token
+
+
+def _check(settings: ServerSettings) -> None:
+    """Check that each setting is of its type, and within the bounds that this names.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, kind in get_type_hints(ServerSettings, include_extras=True).items():
+        value = getattr(settings, name)
+        try:
+            TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Input should ")
+            raise InputError(f"{name} must {said}, got {value!r}") from None
 
 
 def _text(path: Path) -> str:
