@@ -155,14 +155,14 @@ def is_possible(shape: Sequence[int]) -> bool:
     return len(shape) <= 32 and math.prod(extent or 1 for extent in shape) < 1 << 48
 
 
-async def read_body(request: Request, limit: int, timeout: float | None = None) -> bytearray:
-    """The body.
+async def read_body(request: Request, limit: int, timeout: float | None = None, body: bytearray | None = None) -> bytearray:
+    """Read the body, and append it to `body` if that is given.
 
     Raises:
         BodyTooLargeError: it is, or says it is, over `limit` bytes.
         BodyTimeoutError: it did not arrive within `timeout` seconds.
     """
-    body = bytearray()
+    body = bytearray() if body is None else body
     async with _arriving(timeout):
         receive = limited(request, limit)
         while True:

@@ -50,7 +50,7 @@ class BodyTimeoutError(AiotrtError, TimeoutError):
 
 
 class BusyError(AiotrtError):
-    """The server has as many request bytes in memory as it may; 503."""
+    """The server has as many bytes of requests in memory as it may; 503."""
 
 
 #: The first that fits, in this order. A `TimeoutError` is a deadline of the application's own, as `asyncio.timeout` sets.

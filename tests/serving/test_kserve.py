@@ -475,7 +475,7 @@ async def test_request_bytes_in_memory_are_bounded(tmp_path: Path) -> None:
             calls = [asyncio.create_task(client.infer("double", [given(X)])) for _ in range(2)]
             await until_waiting(model_behind(http), 1)
             answer = await http.post("/v2/models/double/infer", content=bytes(900))
-            assert (answer.status_code, "in memory already" in answer.text) == (503, True)
+            assert (answer.status_code, "bytes are in memory" in answer.text) == (503, True)
             assert answer.headers["retry-after"] == "1"
         await asyncio.gather(*calls)
         answer = await http.post("/v2/models/double/infer", content=bytes(900))

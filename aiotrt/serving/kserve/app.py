@@ -20,13 +20,14 @@ from starlette.types import Receive, Scope, Send
 import aiotrt
 from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
 from aiotrt.model import Model
+from aiotrt.serving.bodies import read_body
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
 from aiotrt.serving.kserve.datatypes import of_torch
-from aiotrt.serving.kserve.guards import BearerToken, Budget
+from aiotrt.serving.kserve.guards import BearerToken, Body, Budget
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
 from aiotrt.serving.kserve.settings import ServerSettings
@@ -87,7 +88,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.models = server.models
+    app.state.models, app.state.budget = server.models, server.budget
     app.include_router(server.routes())
     ready = readyz if settings.token is None else server.readyz
     for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):
@@ -119,7 +120,7 @@ class _Server:
         self._settings = settings
         self._outputs: dict[str, list[TensorSpec]] = {}
         self._batching = {model.name for model in settings.models if model.batching.stack}
-        self._budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
+        self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
             close_timeout=settings.drain_timeout,
@@ -189,23 +190,23 @@ class _Server:
         outputs = self._outputs[name]  # this model's: it may be unloaded, or another be loaded, while the body comes
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
-        with self._budget.reserve(request):
-            called = await self._parse(request)
-            wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
-            deadline = min(called.deadline or math.inf, self._settings.max_deadline)
-            results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
-            found = results if isinstance(results, tuple) else (results,)
-            by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
-            head: dict[str, object] = {"model_name": name, "model_version": _VERSION}
-            if called.id:
-                head["id"] = called.id
+        body = await self.budget.read(request)  # kept until the end: tensors of JSON take about as much
+        called = await self._parse(request, body)
+        wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
+        deadline = min(called.deadline or math.inf, self._settings.max_deadline)
+        results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
+        found = results if isinstance(results, tuple) else (results,)
+        by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
+        head: dict[str, object] = {"model_name": name, "model_version": _VERSION}
+        if called.id:
+            head["id"] = called.id
 
-            def encoded() -> tuple[bytes, list[memoryview]]:
-                return encode(head, [(o, is_binary, result_tensor(by_name[o])) for o, is_binary in wanted])
+        def encoded() -> tuple[bytes, list[memoryview]]:
+            return encode(head, [(o, is_binary, result_tensor(by_name[o])) for o, is_binary in wanted])
 
-            # Bytes are sent from where they are; numbers are written as text, which takes a while.
-            is_short = all(is_binary or by_name[output].numel() < 1024 for output, is_binary in wanted)
-            return _InferResponse(*await off_loop(encoded, 0 if is_short else None))
+        # Bytes are sent from where they are; numbers are written as text, which takes a while.
+        is_short = all(is_binary or by_name[output].numel() < 1024 for output, is_binary in wanted)
+        return _InferResponse(self.budget, *await off_loop(encoded, 0 if is_short else None))
 
     # The repository...
 
@@ -268,8 +269,7 @@ class _Server:
             raise ModelBrokenError(f"model {name!r} is broken")  # before a body is read for nothing
         return model
 
-    async def _parse(self, request: Request) -> InferRequest:
-        body = await self._budget.read(request)
+    async def _parse(self, request: Request, body: Body) -> InferRequest:
         length = header_length(request.headers.get("inference-header-content-length"), len(body))
         if length > self._settings.max_json:
             raise BodyTooLargeError(
@@ -280,7 +280,7 @@ class _Server:
         return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body), json=length)
 
     async def _small_json(self, request: Request) -> dict[str, Any]:
-        body = await Budget(0, 64 << 10, self._settings.body_timeout).read(request)
+        body = await read_body(request, 64 << 10, self._settings.body_timeout)
         fields = loads("the request", body or b"{}")
         if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
             raise InputError("the request must be a JSON object, and so must its parameters, if it has some")
@@ -299,7 +299,8 @@ class _InferResponse(Response):
 
     media_type = "application/json"
 
-    def __init__(self, json: bytes, chunks: list[memoryview]) -> None:
+    def __init__(self, budget: Budget, json: bytes, chunks: list[memoryview]) -> None:
+        self._budget = budget
         self._parts = [memoryview(json), *chunks]
         super().__init__(media_type="application/octet-stream" if chunks else "application/json")
         self.headers["content-length"] = str(sum(map(len, self._parts)))
@@ -307,10 +308,13 @@ class _InferResponse(Response):
             self.headers["inference-header-content-length"] = str(len(json))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self._parts:
-            for start in range(0, len(part), _CHUNK):
-                await send({"type": "http.response.body", "body": bytes(part[start : start + _CHUNK]), "more_body": True})
+        with self._budget.sending(sum(map(len, self._parts))):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for part in self._parts:
+                for start in range(0, len(part), _CHUNK):
+                    await send(
+                        {"type": "http.response.body", "body": bytes(part[start : start + _CHUNK]), "more_body": True}
+                    )
         await send({"type": "http.response.body", "body": b""})
 
 

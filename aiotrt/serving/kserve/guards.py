@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Self
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.errors import BusyError
 
-__all__ = ["BearerToken", "Budget"]
+__all__ = ["BearerToken", "Body", "Budget"]
 
 #: Probes have no token, and learn no more than whether the server is ready. Nor has who opens the status page, which has
 #: nothing to show before it was given one.
@@ -47,7 +48,10 @@ class BearerToken:
 
 
 class Budget:
-    """How many bytes of requests are in memory at once, over all clients.
+    """How many bytes of requests and answers are in memory at once, over all clients.
+
+    A body's bytes count as they arrive, whatever its client announced, and until nothing refers to them any more: tensors of
+    a call that was cancelled may be views of them that the device still reads.
 
     Args:
         limit: how many may be.
@@ -56,31 +60,70 @@ class Budget:
     """
 
     def __init__(self, limit: int, longest: int, timeout: float) -> None:
-        self.used = 0
         self._limit = limit
         self._longest = longest
         self._timeout = timeout
+        self._used = 0
+        self._freed: deque[int] = deque()
 
-    @contextmanager
-    def reserve(self, request: Request) -> Iterator[None]:
-        """Room for this request's body, until it is left.
+    @property
+    def used(self) -> int:
+        """Bytes that are in memory now."""
+        while self._freed:
+            self._used -= self._freed.popleft()
+        return self._used
+
+    async def read(self, request: Request) -> Body:
+        """The body of a request.
 
         Raises:
-            BusyError: there is none.
+            BusyError: there is no room for more of it.
+            BodyTooLargeError: as `read_body` does.
+            BodyTimeoutError: as `read_body` does.
         """
-        length = request.headers.get("content-length", "")
-        # Who does not say how much is coming may send as much as anybody; who says too much is told so when it is read.
-        size = min(int(length) if length.isascii() and length.isdecimal() else self._longest, self._longest)
+        body = Body(self)
+        await read_body(request, self._longest, self._timeout, body)
+        return body
+
+    def add(self, size: int) -> None:
+        """Count bytes of a body that arrived.
+
+        Raises:
+            BusyError: there is no room for them.
+        """
         if self.used + size > self._limit:
             raise BusyError(
-                f"requests of {self.used:,} bytes are in memory already, at most {self._limit:,} are taken at once"
+                f"requests and answers of {self.used:,} bytes are in memory, at most {self._limit:,} are taken at once"
             )
-        self.used += size
+        self._used += size
+
+    def free(self, size: int) -> None:
+        """Count a body that is no longer in memory. May be called in any thread."""
+        self._freed.append(size)
+
+    @contextmanager
+    def sending(self, size: int) -> Iterator[None]:
+        """Count an answer while it is sent. It is never refused, but leaves less room for requests."""
+        self._used += size
         try:
             yield
         finally:
-            self.used -= size
+            self._used -= size
 
-    async def read(self, request: Request) -> bytearray:
-        """The body. Raises as `read_body` does."""
-        return await read_body(request, self._longest, self._timeout)
+
+class Body(bytearray):
+    """A request's body that counts itself."""
+
+    __slots__ = ("_budget",)
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self._budget = budget
+
+    def __iadd__(self, data: bytes) -> Self:  # type: ignore[misc, override]
+        self._budget.add(len(data))
+        self.extend(data)
+        return self
+
+    def __del__(self) -> None:
+        self._budget.free(len(self))

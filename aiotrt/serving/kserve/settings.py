@@ -132,7 +132,7 @@ class ServerSettings:
         token: what clients must send as ``Authorization: Bearer``; None for no such thing.
         max_body: bytes of one request.
         max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
-        max_bodies: bytes of all requests that are in memory at once.
+        max_bodies: bytes of all requests and answers that are in memory at once; what has not arrived does not count.
         body_timeout: seconds that a client may take to send a body.
         max_deadline: seconds after which a request is answered 504, whatever its client said.
         max_connections: how many clients at once; more are answered 503.
