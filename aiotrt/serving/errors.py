@@ -94,12 +94,12 @@ class Problem:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
-def problem(error: Exception, wait: float = 1.0) -> Problem:
+def problem(error: Exception, wait: float | None = None) -> Problem:
     """What to answer.
 
     Args:
         error: what was raised.
-        wait: in how many seconds the queue will have moved, where it is full.
+        wait: how many seconds the queue takes at the rate that was measured; None if that is not known.
     """
     status, name = next(((status, name) for kind, status, name in _STATUS if isinstance(error, kind)), (500, "server_error"))
     message = str(error)
@@ -111,9 +111,10 @@ def problem(error: Exception, wait: float = 1.0) -> Problem:
         _log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
         message = "the model failed for this input" if name == "engine_error" else "the server failed"
     if isinstance(error, OverloadedError):
-        wait = error.seconds
+        # Predicted from few calls at first; the whole queue takes longer than what is too much of it.
+        wait = error.seconds if wait is None else min(error.seconds, wait)
     is_full = isinstance(error, (QueueFullError, BusyError, OverloadedError))
-    return Problem(status, name, message, min(max(math.ceil(wait), 1), 60) if is_full else None)
+    return Problem(status, name, message, min(max(math.ceil(wait or 1.0), 1), 60) if is_full else None)
 
 
 def add_exception_handlers(app: Starlette) -> None:
@@ -131,6 +132,9 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": found.message, "type": found.kind}, found.status, found.headers)
 
 
-def _wait(connection: HTTPConnection) -> float:
+def _wait(connection: HTTPConnection) -> float | None:
     models: Any = getattr(connection.state, "aiotrt", None)
-    return 1.0 if models is None else float(models.monitor.seconds_to_wait())
+    if models is None:
+        return None
+    wait: float | None = models.monitor.seconds_to_wait()
+    return wait

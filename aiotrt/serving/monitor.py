@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,17 +17,23 @@ from aiotrt.serving.history import History
 __all__ = ["Monitor"]
 
 _BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-#: Of the average of the rate, in seconds: long enough for slow models, short enough to follow a change of load.
+#: Seconds after which what was measured counts a third: long enough for slow models, short enough to follow the load.
 _MEMORY: Final = 5.0
 
 
 @dataclass
 class _Pace:
-    """How fast one model completes requests while callers wait."""
+    """How fast one model completes requests while callers wait: completions over seconds, of which the older count less."""
 
     completed: int
     moment: float
-    rate: float | None = None  # a second; None until it was busy for an interval
+    done: float = 0.0
+    busy: float = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Requests a second; None until one was completed while others waited."""
+        return self.done / self.busy if self.done else None
 
     def look(self, completed: int, now: float, *, is_busy: bool) -> None:
         seconds = now - self.moment
@@ -34,8 +41,9 @@ class _Pace:
         self.completed, self.moment = completed, now
         if done < 0 or seconds <= 0 or not is_busy:
             return  # loaded again meanwhile; or idle, which says nothing about how fast it can be
-        weight = min(seconds / _MEMORY, 1.0)
-        self.rate = done / seconds if self.rate is None else self.rate + weight * (done / seconds - self.rate)
+        # Both by the same weights: an average of rates would begin with whatever the first interval happened to give.
+        fade = math.exp(-seconds / _MEMORY)
+        self.done, self.busy = self.done * fade + done, self.busy * fade + seconds
 
 
 class Monitor:
@@ -45,15 +53,23 @@ class Monitor:
         models: those that are open now, by name.
         registry: where the histogram of the loop's lag goes.
         period: seconds between beats.
+        clock: the time in seconds.
 
     Attributes:
         history: what happened lately.
     """
 
-    def __init__(self, models: Callable[[], Mapping[str, Model]], registry: CollectorRegistry, period: float = 0.1) -> None:
+    def __init__(
+        self,
+        models: Callable[[], Mapping[str, Model]],
+        registry: CollectorRegistry,
+        period: float = 0.1,
+        clock: Callable[[], float] = time.perf_counter,  # not the loop's own: uvloop's has whole milliseconds
+    ) -> None:
         self.history = History()
         self._models = models
         self._period = period
+        self._clock = clock
         self._paces: dict[str, _Pace] = {}
         self._task: asyncio.Task[None] | None = None
         self._lag = Histogram(
@@ -63,15 +79,14 @@ class Monitor:
             registry=registry,
         )
 
-    def seconds_to_wait(self) -> float:
-        """How long the longest line will take at the rate that was measured; 1 if none was."""
-        longest = 0.0
-        for name, model in self._models().items():
-            now = model.statistics()
-            pace = self._paces.get(name)
-            if now.waiting and pace is not None and pace.rate:
-                longest = max(longest, now.waiting / pace.rate)
-        return longest or 1.0
+    def seconds_to_wait(self) -> float | None:
+        """How long the longest queue takes at the rate that was measured; None if none waits, or no rate was measured."""
+        waits = [
+            now.waiting / rate
+            for name, model in self._models().items()
+            if (now := model.statistics()).waiting and (rate := self.rate(name)) is not None
+        ]
+        return max(waits, default=None)
 
     def rate(self, name: str) -> float | None:
         """Requests a second that the model of this name completed while it was busy; None if it never was."""
@@ -90,10 +105,9 @@ class Monitor:
     async def _beat(self) -> None:
         was_busy: set[str] = set()
         while True:
-            # Not the loop's own clock: uvloop's has whole milliseconds.
-            due = time.perf_counter() + self._period
+            due = self._clock() + self._period
             await asyncio.sleep(self._period)
-            now = time.perf_counter()
+            now = self._clock()
             lag = max(now - due, 0.0)
             self._lag.observe(lag)
             found = {name: model.statistics() for name, model in self._models().items()}
