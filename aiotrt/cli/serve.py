@@ -51,6 +51,9 @@ def register(
     )
     parser.add_argument("--drain-delay", metavar="SECONDS", type=float, help="from SIGTERM until nothing more is accepted")
     parser.add_argument("--drain-timeout", metavar="SECONDS", type=float, help="for requests to finish then (default: 30)")
+    parser.add_argument(
+        "--keep-alive-timeout", metavar="SECONDS", type=float, help="for which a connection may be idle (default: 75)"
+    )
     models = parser.add_argument_group("for the models named here")
     models.add_argument("--device", help="auto (the default), host, cuda or cuda:N")
     models.add_argument("--slots", type=int, help="requests on the device at once (default: 2)")
@@ -103,7 +106,7 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
     from aiotrt.serving.kserve import ServerSettings, read_config, token_from
 
     server, models = read_config(arguments.config) if arguments.config is not None else ({}, [])
-    for name in ("host", "port", "token_file", "drain_delay", "drain_timeout"):
+    for name in ("host", "port", "token_file", "drain_delay", "drain_timeout", "keep_alive_timeout"):
         if getattr(arguments, name) is not None:
             server[name] = getattr(arguments, name)
     for name in ("allowed_host", "cors_origin"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -115,7 +116,7 @@ def test_what_is_under_way_is_answered_after_sigterm(relu: Path) -> None:
 
 def test_a_request_that_never_ends_does_not_hold_up_the_end(relu: Path) -> None:
     command = ("-m", "aiotrt", "serve", relu, "--port", 0, "--device", "host", "--drain-timeout", 1)
-    with process(*command) as (server, url), contextlib.ExitStack() as stack:
+    with process(*command, reads=False) as (server, url), contextlib.ExitStack() as stack:
         until_ready(url)
         host, port = url.removeprefix("http://").split(":")
         connection = stack.enter_context(socket.create_connection((host, int(port))))
@@ -123,8 +124,48 @@ def test_a_request_that_never_ends_does_not_hold_up_the_end(relu: Path) -> None:
         time.sleep(0.3)
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
+        assert_503(connection)
         assert server.wait(20) == 0
         assert time.monotonic() - began < 10
+        assert server.stdout is not None
+        assert "Traceback" not in server.stdout.read()
+
+
+def assert_503(connection: socket.socket) -> None:
+    connection.settimeout(20)
+    answer = b""
+    while chunk := connection.recv(1 << 16):
+        answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"connection: close" in head.lower()
+    assert json.loads(body) == {"error": "the server ended before this request did"}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_second_signal_does_not_wait_and_is_quiet(relu: Path, number: signal.Signals, status: int) -> None:
+    command = ("-m", "aiotrt", "serve", relu, "--port", 0, "--device", "host", "--drain-timeout", 60)
+    with process(*command, reads=False) as (server, url), contextlib.ExitStack() as stack:
+        until_ready(url)
+        host, port = url.removeprefix("http://").split(":")
+        connection = stack.enter_context(socket.create_connection((host, int(port))))
+        connection.sendall(b"POST /v2/models/relu/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        until_accepted_by_nobody(server, number, host, int(port))
+        server.send_signal(number)
+        assert_503(connection)
+        assert server.wait(20) == status
+        assert server.stdout is not None
+        assert "serving relu" in (said := server.stdout.read())
+        assert "Traceback" not in said
+        assert "error" not in said.lower()
+
+
+def until_accepted_by_nobody(server: subprocess.Popen[str], number: signal.Signals, host: str, port: int) -> None:
+    server.send_signal(number)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            socket.create_connection((host, port)).close()
+            time.sleep(0.02)
 
 
 def test_the_delay_before_draining(relu: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import uvicorn
@@ -23,11 +24,11 @@ class Served(httpx.AsyncClient):
 
 
 @contextlib.asynccontextmanager
-async def served(app: ASGIApp, **options: int | str) -> AsyncIterator[Served]:
-    """`app` behind uvicorn, on a port of the loopback interface."""
+async def served(app: ASGIApp, **options: Any) -> AsyncIterator[Served]:
+    """`app` behind uvicorn with these options, on a port of the loopback interface."""
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
-    config = uvicorn.Config(app, log_level="error", lifespan="on", http="h11", **options)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, **{"log_level": "error", "lifespan": "on", "http": "h11"} | options)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

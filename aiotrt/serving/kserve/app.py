@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -27,7 +28,7 @@ from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
 from aiotrt.serving.kserve.datatypes import of_torch
-from aiotrt.serving.kserve.guards import BearerToken, Body, Budget
+from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
 from aiotrt.serving.kserve.settings import ServerSettings
@@ -76,8 +77,12 @@ def create_app(
                 if on_loaded is not None:
                     on_loaded()
 
-        async with running(server.models, wait=False, loading=load_first):
-            yield {"aiotrt": server.models}
+        try:
+            async with running(server.models, wait=False, loading=load_first):
+                yield {"aiotrt": server.models}
+        except asyncio.CancelledError:  # by a second signal: the models are closed, and there is nothing to report
+            if not server.models.is_draining:
+                raise
 
     app = FastAPI(
         title="aiotrt",
@@ -110,6 +115,7 @@ def create_app(
     is_private = settings.token is None and is_loopback(settings.host)
     hosts = [settings.host, *settings.allowed_hosts] if settings.allowed_hosts or is_private else None
     app.add_middleware(Origins, hosts=hosts, origins=settings.cors_origins)
+    app.add_middleware(Draining, models=server.models)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections import deque
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from typing import Final, Self
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.errors import BusyError
+from aiotrt.serving.models import Models
 
-__all__ = ["BearerToken", "Body", "Budget"]
+__all__ = ["BearerToken", "Body", "Budget", "Draining"]
 
 #: Probes have no token, and learn no more than whether the server is ready. Nor has who opens the status page, which has
 #: nothing to show before it was given one.
@@ -45,6 +47,40 @@ class BearerToken:
                 await answer(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class Draining:
+    """ASGI middleware: while the program ends, answers close their connection, and cancelled requests are answered 503.
+
+    Args:
+        app: what to wrap.
+        models: says whether the program ends.
+    """
+
+    def __init__(self, app: ASGIApp, models: Models) -> None:
+        self.app = app
+        self._models = models
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        has_started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                if self._models.is_draining:
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on if scope["type"] == "http" else send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or not self._models.is_draining:
+                raise
+            if not has_started:
+                answer = JSONResponse({"error": "the server ended before this request did"}, 503)
+                await answer(scope, receive, send_on)
 
 
 class Budget:

@@ -1,8 +1,9 @@
-"""uvicorn's HTTP/1.1, with an end to clients that begin and do not go on.
+"""uvicorn's HTTP/1.1, with an end to clients that begin and do not go on, and time for those that are about to begin.
 
 uvicorn waits for ever for a request's line and headers, for a body that was refused, and for a client to take its answer.
 Each such connection is one of those that `max_connections` allows, so that some hundreds of them, which cost their owner
-nothing, would be all that the server has room for.
+nothing, would be all that the server has room for. And uvicorn closes idle connections as soon as it is to end, into which a
+client may just be sending: the server answers what comes within `LINGER` seconds, and says that it closes the connection.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any, ClassVar, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["protocol"]
+__all__ = ["LINGER", "protocol"]
+
+#: Seconds for which a server that ends keeps idle connections.
+LINGER: Final = 0.5
 
 _TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -22,8 +26,8 @@ def protocol(patience: float) -> type[H11Protocol]:
     """The protocol for uvicorn's ``http=``.
 
     Args:
-        patience: seconds from a connection, or the end of an answer, to the end of the next request's headers; and seconds
-            for which a client may take nothing of its answer. Bodies are the application's own business.
+        patience: seconds from a connection, or the next request's first byte, to the end of its headers; and seconds for
+            which a client may take nothing of its answer. Bodies are the application's own business.
     """
 
     class Bounded(_Bounded):
@@ -46,16 +50,33 @@ class _Bounded(H11Protocol):
         super().connection_made(transport)
         self._listen()
 
+    def data_received(self, data: bytes) -> None:
+        if self._listening is None and self._is_idle:
+            self._listen()  # a connection may be idle for long, but not in the middle of a head
+        super().data_received(data)
+
     def handle_events(self) -> None:
         super().handle_events()
-        cycle: Any = self.cycle  # None before the first request
-        if self._listening is not None and cycle is not None and not cycle.response_complete:
+        if self._listening is not None and not self._is_idle:
             self._listening.cancel()  # a request has come: how long it takes is not the client's doing
             self._listening = None
 
     def on_response_complete(self) -> None:
-        self._listen()  # first, since the next request may have come already
         super().on_response_complete()
+        # It may not take the rest, or go on with a body that was refused, or with half a head.
+        rest = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
+        if self._is_idle and (rest or self.transport.is_closing()):
+            self._listen()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._listen()  # it may not take the rest
+
+    def shutdown(self) -> None:
+        if self._is_idle:
+            self.loop.call_later(LINGER, self._end_if_idle)
+        else:
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -74,6 +95,15 @@ class _Bounded(H11Protocol):
                 timer.cancel()  # it would keep the connection, and what it holds
         self._listening = self._talking = None
         super().connection_lost(exc)
+
+    @property
+    def _is_idle(self) -> bool:
+        cycle: Any = self.cycle  # None before the first request
+        return cycle is None or cycle.response_complete
+
+    def _end_if_idle(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
 
     def _listen(self) -> None:
         if self._listening is not None:

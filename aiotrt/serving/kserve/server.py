@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -38,7 +39,8 @@ def serve(
     """Serve until a signal comes: SIGTERM, or Ctrl-C.
 
     Then ``/readyz`` says no; after `drain_delay` no connection is accepted any more; requests may finish for
-    `drain_timeout`; what is left is cancelled, and the models are closed. A second signal does not wait.
+    `drain_timeout`; what is left is answered 503, and the models are closed. A second signal does not wait. From the first
+    signal on, answers say that their connection is closed; idle connections stay open for half a second more.
 
     Args:
         settings: what to serve, and how.
@@ -79,6 +81,7 @@ def serve(
         server_header=False,
         limit_concurrency=settings.max_connections,
         h11_max_incomplete_event_size=_MAX_HEAD,
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # seconds for a timer, whole or not
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
     )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -113,6 +116,7 @@ class _Server(uvicorn.Server):
         self.signal: int | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self._started is not None:
             self._started()
@@ -132,6 +136,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             self.should_exit = self.force_exit = True
+            self._loop.call_soon_threadsafe(self._cancel)
             return
         self.signal = sig
         self._models.drain()
@@ -142,3 +147,8 @@ class _Server(uvicorn.Server):
             timer.start()
         else:
             self.should_exit = True
+
+    def _cancel(self) -> None:
+        """End the requests that are under way: each is answered 503, see `guards.Draining`."""
+        for task in self.server_state.tasks:
+            task.cancel()
