@@ -31,6 +31,7 @@ except ImportError as error:
 from aiotrt.serving.bodies import array_body, array_request, decode_array, image_body, image_request
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import (
+    BodyError,
     BodyTimeoutError,
     BodyTooLargeError,
     BusyError,
@@ -43,6 +44,7 @@ from aiotrt.serving.models import Models, Source, Standing, get, lifespan, model
 from aiotrt.serving.status import status_page
 
 __all__ = [
+    "BodyError",
     "BodyTimeoutError",
     "BodyTooLargeError",
     "BusyError",

@@ -20,8 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
-from aiotrt.errors import InputError
-from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
+from aiotrt.serving.errors import FROM_CLIENT, BodyError, BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
 from aiotrt.serving.images import Pixels, decode_off_loop
 from aiotrt.serving.json_body import from_base64, loads, numbers, said
 from aiotrt.serving.threads import COPIED, off_loop
@@ -102,6 +101,7 @@ def array_body(
     wanted = None if dtype is None else np.dtype(dtype)
 
     async def dependency(request: Request) -> Array:
+        setattr(request.state, FROM_CLIENT, True)
         kind = _media_type(request)
         if kind == "application/json":
             data = await read_body(request, min(max_bytes, _MAX_JSON), timeout)
@@ -117,7 +117,7 @@ def array_body(
             )
         array = await off_loop(lambda: decode_array(data), len(data), COPIED)
         if wanted is not None and array.dtype != wanted:
-            raise InputError(f"the array: expected dtype {wanted}, got {array.dtype}")
+            raise BodyError(f"the array: expected dtype {wanted}, got {array.dtype}")
         return array
 
     return dependency
@@ -127,7 +127,7 @@ def decode_array(data: bytes | bytearray) -> Array:
     """The array in an ``.npy`` file, without a copy where `data` can be written to.
 
     Raises:
-        InputError: it is not one, or its head does not agree with its length.
+        BodyError: it is not one, or its head does not agree with its length.
     """
     file = io.BytesIO(data[: _NPY_HEAD + 16])
     try:
@@ -135,16 +135,16 @@ def decode_array(data: bytes | bytearray) -> Array:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, is_fortran, dtype = read(file, max_header_size=_NPY_HEAD)
     except Exception as error:  # the head is a Python literal: reading it can fail in every way that parsing can
-        raise InputError(f"the body is not an .npy file ({len(data):,} bytes): {error}") from error
+        raise BodyError(f"the body is not an .npy file ({len(data):,} bytes): {error}") from error
     if dtype.kind not in "biuf" or dtype.subdtype is not None:
-        raise InputError(f"the array: expected numbers or booleans, got dtype {dtype}")
+        raise BodyError(f"the array: expected numbers or booleans, got dtype {dtype}")
     start = file.tell()
     size = math.prod(shape) * dtype.itemsize  # of Python's integers, which do not overflow
     if size != len(data) - start:
-        raise InputError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
+        raise BodyError(f"the array: {shape} of {dtype} needs {size:,} bytes, and {len(data) - start:,} were sent")
     # `True` is an integer to the head's reader, and to nobody after it.
     if any(extent < 0 or isinstance(extent, bool) for extent in shape) or not is_possible(shape):
-        raise InputError(f"the array: no array has the shape {said(shape)}")
+        raise BodyError(f"the array: no array has the shape {said(shape)}")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = flat.reshape(shape, order="F" if is_fortran else "C")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
@@ -168,7 +168,7 @@ async def read_body(request: Request, limit: int, timeout: float | None = None, 
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise InputError("the client disconnected before it had sent the whole body")
+                raise BodyError("the client disconnected before it had sent the whole body")
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 return body
@@ -212,11 +212,11 @@ async def _uploaded(request: Request, field: str, limit: int, timeout: float) ->
         try:
             form = await form_request.form(max_files=1, max_fields=8)
         except HTTPException as error:
-            raise InputError(f"the form cannot be read: {error.detail}") from error
+            raise BodyError(f"the form cannot be read: {error.detail}") from error
     try:
         file = form.get(field)
         if not isinstance(file, UploadFile):
-            raise InputError(f"expected a form with a file in the field {field!r}, got the fields {said(sorted(form))}")
+            raise BodyError(f"expected a form with a file in the field {field!r}, got the fields {said(sorted(form))}")
         content = await file.read()
         return await off_loop(lambda: bytearray(content), len(content), COPIED)
     finally:
@@ -227,20 +227,20 @@ def _image_in_json(data: bytearray) -> bytearray:
     found = loads("the body", data)
     text = found.get("image") if isinstance(found, Mapping) else None
     if not isinstance(text, str):
-        raise InputError('expected JSON like {"image": "<base64>"}')
+        raise BodyError('expected JSON like {"image": "<base64>"}')
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
         return from_base64(text)
     except ValueError as error:
-        raise InputError(f'"image" is not base64: {error}') from error
+        raise BodyError(f'"image" is not base64: {error}') from error
 
 
 def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
     found = loads("the body", data)
     if isinstance(found, Mapping):
         if list(found) != ["array"]:
-            raise InputError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {said(list(found))}')
+            raise BodyError(f'expected JSON like {{"array": [[1, 2], [3, 4]]}}, got the keys {said(list(found))}')
         found = found["array"]
     return numbers("the array", found, dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from aiotrt.errors import (
 )
 
 __all__ = [
+    "FROM_CLIENT",
+    "BodyError",
     "BodyTimeoutError",
     "BodyTooLargeError",
     "BusyError",
@@ -34,14 +37,22 @@ __all__ = [
     "problem",
 ]
 
+#: Attribute of a request's state: the client chose the dtype and shape of what the handler passes to a model.
+FROM_CLIENT: Final = "aiotrt_array"
 _log: Final = logging.getLogger("aiotrt")
+#: What Python shows of an object that has no other text.
+_OBJECT: Final = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
-class BodyTooLargeError(InputError):
+class BodyError(InputError):
+    """A request's body is not what is taken; 422, or 400 from `aiotrt serve`."""
+
+
+class BodyTooLargeError(BodyError):
     """A request's body is over the limit; 413."""
 
 
-class UnsupportedMediaTypeError(InputError):
+class UnsupportedMediaTypeError(BodyError):
     """A request's body is of a kind that is not taken here; 415."""
 
 
@@ -58,7 +69,7 @@ _STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (BodyTooLargeError, 413, "too_large"),
     (UnsupportedMediaTypeError, 415, "unsupported_media_type"),
     (BodyTimeoutError, 408, "request_timeout"),
-    (InputError, 422, "invalid_input"),
+    (BodyError, 422, "invalid_input"),
     (QueueFullError, 503, "queue_full"),
     (BusyError, 503, "busy"),
     (OverloadedError, 503, "overloaded"),
@@ -94,15 +105,19 @@ class Problem:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
-def problem(error: Exception, wait: float | None = None) -> Problem:
+def problem(error: Exception, wait: float | None = None, *, is_clients: bool = False) -> Problem:
     """What to answer.
 
     Args:
         error: what was raised.
         wait: how many seconds the queue takes at the rate that was measured; None if that is not known.
+        is_clients: whether an `InputError` that no body raised may be the client's doing; otherwise it is the server's.
     """
     status, name = next(((status, name) for kind, status, name in _STATUS if isinstance(error, kind)), (500, "server_error"))
-    message = str(error)
+    if is_clients and isinstance(error, InputError) and status == 500:
+        status, name = 422, "invalid_input"
+        _log.warning("a model refused what the client sent, or what was made of it: %s", error, exc_info=error)
+    message = _OBJECT.sub("an object", str(error))
     if status == 504:
         if not message or isinstance(error, DeadlineError):  # the same, whoever found it out
             message = "the deadline passed before the result was there"
@@ -120,15 +135,16 @@ def problem(error: Exception, wait: float | None = None) -> Problem:
 def add_exception_handlers(app: Starlette) -> None:
     """Let `app` (FastAPI or Starlette) answer aiotrt's errors, and deadlines, with their status and JSON.
 
-    The body is ``{"detail": "a sentence", "type": "a_word"}``; 503 for a full queue has ``Retry-After``, from the rate at
-    which the models were measured to complete requests.
+    The body is ``{"detail": "a sentence", "type": "a_word"}``. An `InputError` that a model raises is the client's (422)
+    where the array came from `array_body`, and the application's own (500) elsewhere; it is logged with its traceback.
+    503 for a full queue has ``Retry-After``, from the rate at which the models were measured to complete requests.
     """
     for kind in (AiotrtError, TimeoutError):
         app.add_exception_handler(kind, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
-    found = problem(error, _wait(request))
+    found = problem(error, _wait(request), is_clients=getattr(request.state, FROM_CLIENT, False))
     return JSONResponse({"detail": found.message, "type": found.kind}, found.status, found.headers)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aiotrt.errors import InputError
-from aiotrt.serving.errors import BodyTooLargeError
+from aiotrt.serving.errors import BodyError, BodyTooLargeError
 from aiotrt.serving.threads import memory, off_loop
 
 __all__ = ["Pixels", "decode_image", "decode_off_loop"]
@@ -30,7 +29,7 @@ def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") ->
     """Decode an image file to pixels (height, width, channels). Takes a while; for a thread.
 
     Raises:
-        InputError: it is not an image, or damaged, or of 32 bits, whose range is unknown.
+        BodyError: it is not an image, or damaged, or of 32 bits, whose range is unknown.
         BodyTooLargeError: it has more than `max_pixels`, or than Pillow takes, or a side of more than 65,535.
     """
     with _opened(data, max_pixels) as image:
@@ -41,7 +40,7 @@ async def decode_off_loop(data: bytes | bytearray, max_pixels: int, mode: str) -
     """Decode an image file in a thread, once there is room for it beside the images that are being decoded.
 
     Raises:
-        InputError: as `decode_image` does.
+        BodyError: as `decode_image` does.
         BodyTooLargeError: as `decode_image` does.
     """
     with await off_loop(partial(_opened, data, max_pixels), len(data)) as image:
@@ -63,7 +62,7 @@ def _opened(data: bytes | bytearray, max_pixels: int) -> Image.Image:
     if max(width, height) > _MAX_SIDE:
         raise BodyTooLargeError(f"the image has {width} x {height} pixels; at most {_MAX_SIDE:,} are taken on one side")
     if image.mode in ("I", "F"):
-        raise InputError(f"the image has pixels of 32 bits (Pillow's mode {image.mode!r}); send 8 or 16 bits")
+        raise BodyError(f"the image has pixels of 32 bits (Pillow's mode {image.mode!r}); send 8 or 16 bits")
     return image
 
 
@@ -93,7 +92,7 @@ def _pixels(image: Image.Image, size: int, mode: str) -> Pixels:
         raise _unreadable(size, error) from error
 
 
-def _unreadable(size: int, error: Exception) -> InputError:
+def _unreadable(size: int, error: Exception) -> BodyError:
     """What to say of whatever Pillow raised: its decoders raise many unrelated classes for one and the same, a bad file."""
     reason = f"its format is none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
-    return InputError(f"the body is not an image that can be read ({size:,} bytes): {reason}")
+    return BodyError(f"the body is not an image that can be read ({size:,} bytes): {reason}")

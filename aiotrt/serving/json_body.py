@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from aiotrt.errors import InputError
-from aiotrt.serving.errors import BodyTooLargeError
+from aiotrt.serving.errors import BodyError, BodyTooLargeError
 
 __all__ = ["dumped", "from_base64", "loads", "numbers", "said"]
 
@@ -46,7 +45,7 @@ def loads(what: str, data: bytes | bytearray, end: int | None = None) -> Any:
 
     Raises:
         BodyTooLargeError: it contains more arrays, objects, strings or numbers than are taken.
-        InputError: it is not JSON, or nested deeper than 1,024 levels.
+        BodyError: it is not JSON, or nested deeper than 1,024 levels.
     """
     end = len(data) if end is None else end
     for marks, most, name in _LIMITS:
@@ -55,7 +54,7 @@ def loads(what: str, data: bytes | bytearray, end: int | None = None) -> Any:
     try:
         return orjson.loads(memoryview(data)[:end])
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{what} is not JSON: {error}") from error
+        raise BodyError(f"{what} is not JSON: {error}") from error
 
 
 def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None) -> Array:
@@ -68,22 +67,22 @@ def numbers(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...
         shape: its dimensions, which flat data cannot say.
 
     Raises:
-        InputError: it is ragged, of other types, out of range, or does not have that shape.
+        BodyError: it is ragged, of other types, out of range, or does not have that shape.
     """
     if not isinstance(data, list):
-        raise InputError(f"{name}: expected a list of numbers, got {said(data)}")
+        raise BodyError(f"{name}: expected a list of numbers, got {said(data)}")
     sizes = [len(data)]
     types = _types(data)
     while types == {list}:
         lengths = set(map(len, data))
         if len(lengths) > 1 or len(sizes) >= 32:
-            raise InputError(f"{name}: the lists differ in length, or are nested too deep")
+            raise BodyError(f"{name}: the lists differ in length, or are nested too deep")
         sizes.append(lengths.pop())
         data = _joined(data, sizes[-1])
         types = _types(data)
     found = tuple(sizes)
     if shape is not None and found not in (shape, (math.prod(shape),)):
-        raise InputError(f"{name}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
+        raise BodyError(f"{name}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
     flat = _leaves(name, data, types, dtype)
     return flat.reshape(found if shape is None else shape)
 
@@ -142,7 +141,7 @@ def _leaves(name: str, data: list[Any], types: set[type], dtype: np.dtype[Any]) 
     if not types <= allowed:
         wrong = next(item for item in data if type(item) not in allowed)
         kind = {"b": "true and false", "i": "integers", "u": "integers"}.get(dtype.kind, "numbers")
-        raise InputError(f"{name}: expected only {kind}, got {said(wrong)}")
+        raise BodyError(f"{name}: expected only {kind}, got {said(wrong)}")
     array = np.empty(len(data), dtype)
     for i, piece in enumerate(_pieces(data)):
         array[i * _PIECE : i * _PIECE + len(piece)] = _converted(name, piece, dtype)
@@ -154,11 +153,11 @@ def _converted(name: str, data: list[Any], dtype: np.dtype[Any]) -> Array:
         limits = np.iinfo(dtype)
         low, high = min(data), max(data)
         if low < limits.min or high > limits.max:
-            raise InputError(f"{name}: {low if low < limits.min else high} does not fit into {dtype}")
+            raise BodyError(f"{name}: {low if low < limits.min else high} does not fit into {dtype}")
     if dtype.kind != "f":
         return np.array(data, dtype)
     with np.errstate(over="ignore"):
         array = np.array(data, np.float64).astype(dtype)
     if not np.isfinite(array).all():
-        raise InputError(f"{name}: a number does not fit into {dtype}")
+        raise BodyError(f"{name}: a number does not fit into {dtype}")
     return array

@@ -26,6 +26,7 @@ from starlette.routing import Route
 import aiotrt
 from aiotrt import serving
 from aiotrt.errors import DeviceError
+from aiotrt.serving.errors import problem
 from tests.serving.tools import Served, raw, served
 from tests.tools import Affine, executor_of, held, until
 
@@ -398,6 +399,34 @@ async def test_openapi_says_what_a_body_may_be() -> None:
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_input_error_of_the_handlers_own_is_the_servers_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    app = application()
+
+    @app.post("/bug")
+    async def bug(page: Page, model: Affinity) -> None:
+        await model(page.astype(np.float64))
+
+    async with served(app) as client:
+        answer = await client.post("/bug", content=png())
+        assert (answer.status_code, answer.json()) == (500, {"detail": "the server failed", "type": "server_error"})
+        assert "expected x: float32" in caplog.text
+        assert "in bug" in caplog.text, "the traceback"
+        caplog.clear()
+        answer = await client.post("/affine", content=npy(X[None]))  # an array as the client sent it
+        assert (answer.status_code, answer.json()["type"]) == (422, "invalid_input")
+        assert "in run" in caplog.text, "it may be a bug of the handler's still"
+        caplog.clear()
+        for wrong in (b"?", npy(X.astype(np.float64))):
+            assert (await client.post("/affine", content=wrong)).status_code == 422
+        assert not [record for record in caplog.records if record.name == "aiotrt"], "what is wrong with a body is no news"
+
+
+@pytest.mark.parametrize("error", [serving.BodyError, aiotrt.ModelBrokenError, aiotrt.DeviceError])
+async def test_no_answer_shows_an_object(error: Callable[[str], Exception]) -> None:
+    said = problem(error(f"cannot read {io.BytesIO()!r} of {object()!r}")).message
+    assert said == "cannot read an object of an object"
 
 
 async def test_a_full_queue_is_503_with_a_time_to_come_back() -> None:

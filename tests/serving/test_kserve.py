@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ async def test_deadlines_full_queues_and_priorities(tmp_path: Path) -> None:
             assert answer.headers["retry-after"] == "1"
             with pytest.raises(InferenceServerException, match="deadline passed"):
                 await first  # the server's own limit
-        with pytest.raises(InferenceServerException, match="priority must be an integer from 0"):
+        with pytest.raises(InferenceServerException, match="priority must be at most 2, got 3"):
             await client.infer("double", [given(X)], priority=3)
         await until_slow(lambda: model.statistics().free == 1)
         await client.infer("double", [given(X)])
@@ -353,14 +354,22 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
             (400, "not JSON", {"content": b""}),
             (400, "not JSON", {"content": json.dumps(request_of()).replace("1.0", "NaN")}),
             (400, "not JSON", {"content": b"[" * 10_000}),
-            (400, "input 'x': expected x: float32 (*, 3)", {"json": request_of(shape=[2, 3, 1])}),
-            (400, "input 'x': expected x: float32 (*, 3)", {"json": request_of(shape=[0, 4], data=[])}),
-            (400, "float64", {"json": request_of(datatype="FP64")}),
-            (400, "the model's inputs are x: float32 (*, 3)", {"json": request_of(name="z")}),
+            (
+                400,
+                "input 'x' must have the shape [-1, 3], where -1 is any size, got [2, 3, 1]",
+                {"json": request_of(shape=[2, 3, 1])},
+            ),
+            (
+                400,
+                "input 'x' must have the shape [-1, 3], where -1 is any size, got [0, 4]",
+                {"json": request_of(shape=[0, 4], data=[])},
+            ),
+            (400, "input 'x' must be FP32, got FP64", {"json": request_of(datatype="FP64")}),
+            (400, "the model's inputs are x FP32; the request has 'z'", {"json": request_of(name="z")}),
             (400, "the model's inputs are", {"json": {"inputs": request_of()["inputs"] + request_of(name="z")["inputs"]}}),
             (400, "no output 'z'; the outputs are y", {"json": request_of() | {"outputs": [{"name": "z"}]}}),
             (400, "expected lists of strings", {"json": request_of(datatype="BYTES")}),
-            (400, "got dtype uint8", {"json": request_of(datatype="BYTES", shape=[6], data=["a"] * 6)}),
+            (400, "must be FP32, got UINT8", {"json": request_of(datatype="BYTES", shape=[6], data=["a"] * 6)}),
             (400, "whole body has", {"json": request_of(), "headers": {"inference-header-content-length": "9999"}}),
             (400, "number of bytes", {"json": request_of(), "headers": {"inference-header-content-length": "x"}}),
             (413, "more than", {"content": bytes((64 << 20) + 1), "headers": octets}),
@@ -380,6 +389,50 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
             assert (answer.status_code, list(answer.json())) == (status, ["error"])
         np.testing.assert_array_equal((await client.infer("double", [given(X)])).as_numpy("y"), X + X)
         assert model_behind(http).statistics().failed == 0
+
+
+async def test_what_the_engine_refuses_is_the_clients_where_it_took_other_shapes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((1, 3), np.float32), "w")
+    path = onnx_models.save(
+        tmp_path / "three.onnx", [helper.make_node("Add", ["x", "w"], ["y"])], {"x": ("?", "?")}, initializer=[weight]
+    )
+    three = ModelSettings("three", path, options={"device": "host"})
+    url = "/v2/models/three/infer"
+    wrong = request_of(shape=[2, 2], data=[1.0] * 4)
+    async with serving(tmp_path, three) as (http, _):
+        answer = await http.post(url, json=wrong)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the model failed for this input"}), "it never worked"
+        assert (await http.post(url, json=request_of())).status_code == 200
+        caplog.clear()
+        answer = await http.post(url, json=wrong)
+        assert answer.status_code == 400
+        assert answer.json() == {"error": "the model fails for inputs of these shapes: x [2, 2]; it took others"}
+        assert "ONNX Runtime failed" in caplog.text
+        assert (await http.post(url, json=request_of())).status_code == 200
+
+
+async def test_limits_of_an_engine_are_said_in_the_protocols_words(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (http, _):
+        specs = model_behind(http)._gatherer.specs  # type: ignore[union-attr]
+        specs.specs = tuple(replace(spec, minimum=(1, 3), maximum=(4, 3)) for spec in specs.known())
+        answer = await http.post("/v2/models/double/infer", json=request_of(shape=[5, 3], data=[1.0] * 15))
+        says = "input 'x' must have the shape [-1, 3], from [1, 3] to [4, 3], where -1 is any size, got [5, 3]"
+        assert (answer.status_code, answer.json()) == (400, {"error": says})
+
+
+async def test_a_failure_of_the_servers_own_is_json_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret of the server's")
+
+    async with serving(tmp_path) as (http, _):
+        monkeypatch.setattr("aiotrt.serving.kserve.app.parse", fail)
+        answer = await http.post("/v2/models/double/infer", json=request_of())
+        assert (answer.status_code, answer.json()) == (500, {"error": "the server failed"})
+        assert "a secret of the server's" in capfd.readouterr().err
 
 
 async def test_nonsense_on_the_socket(tmp_path: Path) -> None:

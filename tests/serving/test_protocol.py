@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def serving(tmp_path: Path, patience: float = 30.0, **options: Any) -> AsyncIterator[Served]:
+async def serving(tmp_path: Path, patience: float = 30.0, most: int = 1000, **options: Any) -> AsyncIterator[Served]:
     path = onnx_models.relu(tmp_path / "relu.onnx")
     app = create_app(ServerSettings((ModelSettings("relu", path, options={"device": "host"}, is_loaded=False),)))
-    async with served(app, http=protocols.protocol(patience), **options) as client:
+    async with served(app, http=protocols.protocol(patience, most), **options) as client:
         yield client
 
 
@@ -93,7 +94,8 @@ async def test_half_a_head_on_a_kept_connection_is_not_waited_for(tmp_path: Path
         assert b"200 OK" in await connection.answer()
         if not is_pipelined:
             connection.writer.write(LIVEZ[:10])
-        assert (await connection.reader.read()).startswith(b"HTTP/1.1 408 ")
+        answer = await connection.reader.read()
+        assert error_of(answer) == (408, "the request's headers did not arrive within 0.2 seconds")
 
 
 async def test_a_request_on_an_idle_connection_is_answered_while_the_server_ends(
@@ -125,3 +127,67 @@ async def test_before_it_ends_every_answer_closes_its_connection(tmp_path: Path)
         for path, status in (("/livez", 200), ("/readyz", 503), ("/v2/models/relu", 503), ("/none", 404)):
             answer = await client.get(path)
             assert (answer.status_code, answer.headers["connection"]) == (status, "close")
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    """Status and message of an answer that closes its connection."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = head.lower().split(b"\r\n")
+    assert {b"content-type: application/json", b"connection: close", b"content-length: %d" % len(body)} <= set(lines)
+    return int(answer.split()[1]), json.loads(body)["error"]
+
+
+FLOOD = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"x-%d: %d\r\n" % (i, i) for i in range(4000))
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "says"),
+    [
+        (b"GARBAGE\r\n\r\n", 400, "this is not HTTP/1.1"),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400, "this is not HTTP/1.1"),
+        (FLOOD + b"\r\n", 431, "the headers have more than 32,768 bytes"),
+        (FLOOD, 431, "the headers have more than 32,768 bytes"),
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431, "the headers have more than 32,768 bytes"),
+    ],
+)
+async def test_what_is_no_request_is_told_so_in_json(tmp_path: Path, data: bytes, status: int, says: str) -> None:
+    assert len(FLOOD) > 40_000
+    async with serving(tmp_path) as client, connected(client) as connection:
+        await until_slow(lambda: len(client.server.server_state.connections) == 1)
+        connection.protocol.data_received(data)  # in one piece, however the network would cut it
+        assert error_of(await connection.reader.read()) == (status, says)
+
+
+async def test_a_head_of_almost_as_much_is_taken_and_a_long_body_beside_it(tmp_path: Path) -> None:
+    head = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 30_000
+    async with serving(tmp_path) as client, connected(client) as connection:
+        await until_slow(lambda: len(client.server.server_state.connections) == 1)
+        connection.protocol.data_received(head + b"\r\nContent-Length: 200000\r\n\r\n" + bytes(200_000) + LIVEZ)
+        for _ in range(2):
+            assert b"200 OK" in await connection.answer()
+
+
+async def test_what_is_wrong_after_an_answer_has_begun_ends_the_connection_alone(tmp_path: Path) -> None:
+    async with serving(tmp_path) as client, connected(client) as connection:
+        connection.writer.write(b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        head = await connection.reader.readuntil(b"\r\n\r\n")
+        assert b" 404 " in head
+        connection.writer.write(b"ZZ\r\n")
+        assert (await connection.reader.read()).endswith(b"}")
+
+
+async def test_more_connections_than_may_be_are_told_so_in_json(tmp_path: Path) -> None:
+    async with serving(tmp_path, most=2) as client:
+        async with connected(client) as one, connected(client) as two:
+            for connection in (one, two):
+                connection.writer.write(LIVEZ)
+                assert b"200 OK" in await connection.answer()
+            async with connected(client) as three:
+                three.writer.write(LIVEZ)
+                answer = await three.reader.read()
+                assert error_of(answer) == (503, "too many connections: call again later")
+                assert b"retry-after: 1\r\n" in answer
+        await until_slow(lambda: not client.server.server_state.connections)
+        async with connected(client) as again:
+            again.writer.write(LIVEZ)
+            assert b"200 OK" in await again.answer()

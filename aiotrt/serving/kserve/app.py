@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from fastapi import APIRouter, FastAPI, Request
@@ -19,14 +19,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import aiotrt
-from aiotrt.errors import AiotrtError, InputError, ModelBrokenError, UsageError
+from aiotrt.errors import AiotrtError, EngineError, ModelBrokenError, UsageError
 from aiotrt.model import Model
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.disconnect import CancelOnDisconnect
-from aiotrt.serving.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
+from aiotrt.serving.errors import BodyError, BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
-from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse, result_tensor
+from aiotrt.serving.kserve.binary import InferRequest, Input, encode, header_length, parse, result_tensor
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
@@ -45,6 +45,8 @@ _VERSION: Final = "1"
 _EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
 #: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
 _CHUNK: Final = 256 << 10
+#: Of a model, that are remembered.
+_MOST_SHAPES: Final = 1000
 
 
 def create_app(
@@ -99,7 +101,7 @@ def create_app(
     for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):
         app.add_route(path, endpoint, include_in_schema=False)
     app.router.routes.extend(status_page().routes)
-    for kind in (AiotrtError, TimeoutError, HTTPException):
+    for kind in (AiotrtError, TimeoutError, HTTPException, Exception):
         app.add_exception_handler(kind, server.answer_error)
     app.add_middleware(CancelOnDisconnect)
     if settings.token is not None:
@@ -125,7 +127,8 @@ class _Server:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._outputs: dict[str, list[TensorSpec]] = {}
-        self._batching = {model.name for model in settings.models if model.batching.stack}
+        self._batching = {model.name: model.batching for model in settings.models}
+        self._shapes: dict[str, set[tuple[tuple[int, ...], ...]]] = {}  # of inputs that each model took
         self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
@@ -200,7 +203,8 @@ class _Server:
         called = await self._parse(request, body)
         wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
         deadline = min(called.deadline or math.inf, self._settings.max_deadline)
-        results = await model(*_in_order(model, called), deadline=deadline, priority=called.priority)
+        tensors = self._checked(name, model, called)
+        results = await self._run(name, model, tensors, deadline=deadline, priority=called.priority)
         found = results if isinstance(results, tuple) else (results,)
         by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
         head: dict[str, object] = {"model_name": name, "model_version": _VERSION}
@@ -220,7 +224,7 @@ class _Server:
         """All models, loaded or not; ``{"ready": true}`` for those that can be called."""
         is_ready = (await self._small_json(request)).get("ready", False)
         if not isinstance(is_ready, bool):
-            raise InputError("ready must be true or false")
+            raise BodyError("ready must be true or false")
         entries = []
         for name in self.models.names():
             standing, reason = self.models.standing(name)
@@ -233,7 +237,7 @@ class _Server:
         self._check(name, None)
         fields = await self._small_json(request)
         if fields.get("parameters"):
-            raise InputError("a model is loaded as the server was told to: parameters are not taken")
+            raise BodyError("a model is loaded as the server was told to: parameters are not taken")
         try:
             await self.models.load(name)
         except AiotrtError as error:  # of others there is more in the log
@@ -253,6 +257,8 @@ class _Server:
     async def answer_error(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        if not isinstance(error, (AiotrtError, TimeoutError)):  # Starlette raises it once more, so that it is logged
+            return JSONResponse({"error": "the server failed"}, 500)
         found = problem(error, self.models.monitor.seconds_to_wait())
         # What is wrong with a request is always 400 here, as in other servers of this protocol.
         status = 400 if found.status == 422 else found.status
@@ -285,15 +291,48 @@ class _Server:
         # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
         return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body), json=length)
 
+    def _checked(self, name: str, model: Model, called: InferRequest) -> list[torch.Tensor]:
+        """The inputs in the model's order: by name, one that is called ``deadline`` would be taken for the call's."""
+        classes = self._batching[name].priorities
+        if called.priority is not None and called.priority >= classes:
+            raise BodyError(f"the parameter priority must be at most {classes}, got {called.priority + 1}")
+        given = {one.name: one for one in called.inputs}
+        specs = model.inputs or ()
+        if {spec.name for spec in specs} != set(given):
+            listing = ", ".join(f"{spec.name} {_described(spec)['datatype']}" for spec in specs)
+            raise BodyError(f"the model's inputs are {listing}; the request has {', '.join(map(repr, given))}"[:2000])
+        for spec in specs:
+            one = given[spec.name]
+            if one.datatype.torch is not spec.dtype or not spec.fits(one.tensor.shape):
+                _refuse(spec, one)
+        return [given[spec.name].tensor for spec in specs]
+
+    async def _run(self, name: str, model: Model, tensors: list[torch.Tensor], **options: Any) -> Any:
+        """Call a model; inputs of other shapes than it ever took, for which it fails, are the client's mistake."""
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        taken = self._shapes[name]
+        try:
+            results = await model(*tensors, **options)
+        except EngineError as error:
+            if not taken or shapes in taken:
+                raise
+            _log.warning("model %s failed for inputs of shapes %s", name, shapes, exc_info=error)
+            listing = ", ".join(f"{spec.name} {list(s)}" for spec, s in zip(model.inputs or (), shapes, strict=True))
+            raise BodyError(f"the model fails for inputs of these shapes: {listing}; it took others") from error
+        if shapes not in taken and len(taken) < _MOST_SHAPES:
+            taken.add(shapes)
+        return results
+
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, 64 << 10, self._settings.body_timeout)
         fields = loads("the request", body or b"{}")
         if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
-            raise InputError("the request must be a JSON object, and so must its parameters, if it has some")
+            raise BodyError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
 
     async def _opened(self, name: str, model: Model) -> None:
-        is_item = name in self._batching
+        is_item = self._batching[name].stack
+        self._shapes[name] = set()
         self._outputs[name] = [
             replace(spec, shape=spec.shape and spec.shape[1:], minimum=None, maximum=None) if is_item else spec
             for spec in _outputs(model)
@@ -341,15 +380,14 @@ def _outputs(model: Model) -> Sequence[TensorSpec]:
     return specs
 
 
-def _in_order(model: Model, called: InferRequest) -> list[torch.Tensor]:
-    """The inputs in the model's order: by name, one that is called ``deadline`` would be taken for the call's."""
-    given = {one.name: one.tensor for one in called.inputs}
-    specs = model.inputs or ()
-    names = [spec.name for spec in specs]
-    if set(names) != set(given):
-        listing = ", ".join(map(str, specs))
-        raise InputError(f"the model's inputs are {listing}; the request has {', '.join(map(repr, given))}"[:2000])
-    return [given[name] for name in names]
+def _refuse(spec: TensorSpec, given: Input) -> NoReturn:
+    """Say in the protocol's words why an input is not as the model declares it."""
+    wanted = _described(spec)
+    if given.datatype.torch is not spec.dtype:
+        raise BodyError(f"input {spec.name!r} must be {wanted['datatype']}, got {given.datatype.name}")
+    limits = f", from {list(spec.minimum)} to {list(spec.maximum)}" if spec.minimum and spec.maximum else ""
+    shape = list(given.tensor.shape)
+    raise BodyError(f"input {spec.name!r} must have the shape {wanted['shape']}{limits}, where -1 is any size, got {shape}")
 
 
 def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
@@ -359,5 +397,5 @@ def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[s
     names = [output.name for output in outputs]
     for requested in called.outputs:
         if requested.name not in names:
-            raise InputError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
+            raise BodyError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
     return [(requested.name, requested.is_binary) for requested in called.outputs]

@@ -3,7 +3,7 @@
 A body of the binary extension is JSON, as long as the header ``Inference-Header-Content-Length`` says, and then the bytes of
 those tensors whose JSON has ``binary_data_size`` instead of ``data``, one after the other, without padding, little-endian.
 Pure functions. Nothing is believed: names, types, extents, products, lengths and numbers are checked before memory is
-allocated for them, with Python's integers, which do not overflow, and every answer to nonsense is an `InputError`.
+allocated for them, with Python's integers, which do not overflow, and every answer to nonsense is an `BodyError`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import orjson
 import torch
 
-from aiotrt.errors import InputError
 from aiotrt.serving.bodies import is_possible
+from aiotrt.serving.errors import BodyError
 from aiotrt.serving.json_body import dumped, loads, numbers, said
 from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
@@ -91,14 +91,14 @@ def header_length(header: str | None, length: int) -> int:
         length: of the body.
 
     Raises:
-        InputError: it is not a number, or more than the body has.
+        BodyError: it is not a number, or more than the body has.
     """
     if header is None:
         return length
     if not (header.isascii() and header.isdecimal() and len(header) < 20):
-        raise InputError(f"Inference-Header-Content-Length must be a number of bytes, got {header[:40]!r}")
+        raise BodyError(f"Inference-Header-Content-Length must be a number of bytes, got {header[:40]!r}")
     if int(header) > length:
-        raise InputError(f"Inference-Header-Content-Length is {int(header):,}, and the whole body has {length:,} bytes")
+        raise BodyError(f"Inference-Header-Content-Length is {int(header):,}, and the whole body has {length:,} bytes")
     return int(header)
 
 
@@ -111,14 +111,14 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
 
     Raises:
         BodyTooLargeError: its JSON contains more than is taken.
-        InputError: anything else about it is wrong; the message says what.
+        BodyError: anything else about it is wrong; the message says what.
     """
     json_length = len(body) if json_length is None else json_length
     fields = _mapping("the request", loads("the request", body, json_length))
     parameters = _parameters("the request", fields)
     name = fields.get("id", "")
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-        raise InputError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
+        raise BodyError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
     rest = _Rest(memoryview(body), json_length)
     inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
     rest.check_empty()
@@ -127,7 +127,7 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
     for what, names in (("input", [i.name for i in inputs]), ("output", [o.name for o in outputs])):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise InputError(f"{what} {twice!r} is there twice")
+            raise BodyError(f"{what} {twice!r} is there twice")
     return InferRequest(name, inputs, outputs, binary_by_default, _deadline(parameters), _priority(parameters))
 
 
@@ -139,14 +139,14 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
         outputs: name, whether as bytes, and a tensor on the host. Not copied where it is contiguous.
 
     Raises:
-        InputError: a tensor cannot be sent in this way.
+        BodyError: a tensor cannot be sent in this way.
     """
     entries: list[bytes] = []
     chunks: list[memoryview] = []
     for name, is_binary, tensor in outputs:
         datatype = of_torch(tensor.dtype)
         if datatype is None:
-            raise InputError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
+            raise BodyError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
         entry: dict[str, object] = {"name": name, "datatype": datatype.name, "shape": list(tensor.shape)}
         if is_binary:
             data = _bytes(tensor)
@@ -173,14 +173,14 @@ class _Rest:
     def take(self, name: str, size: int) -> tuple[memoryview, int]:
         left = len(self._body) - self._at
         if size > left:
-            raise InputError(f"input {name!r} has binary_data_size {size:,}, and {left:,} bytes of the body are left for it")
+            raise BodyError(f"input {name!r} has binary_data_size {size:,}, and {left:,} bytes of the body are left for it")
         self._at += size
         return self._body, self._at - size
 
     def check_empty(self) -> None:
         left = len(self._body) - self._at
         if left:
-            raise InputError(f"{left:,} bytes at the end of the body belong to no input")
+            raise BodyError(f"{left:,} bytes at the end of the body belong to no input")
 
 
 def _input(entry: object, rest: _Rest) -> Input:
@@ -193,24 +193,24 @@ def _input(entry: object, rest: _Rest) -> Input:
     parameters = _parameters(what, fields)
     if "binary_data_size" not in parameters:
         if "data" not in fields:
-            raise InputError(f"{what} has neither data nor the parameter binary_data_size")
+            raise BodyError(f"{what} has neither data nor the parameter binary_data_size")
         if are_strings:
             return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
         array = numbers(what, fields["data"], datatype.numbers, shape)
         tensor = torch.from_numpy(array)
         return Input(name, datatype, tensor.to(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
     if "data" in fields:
-        raise InputError(f"{what} has both data and the parameter binary_data_size")
+        raise BodyError(f"{what} has both data and the parameter binary_data_size")
     announced = parameters["binary_data_size"]
     if not _is_count(announced):
-        raise InputError(f"{what}: binary_data_size must be a number of bytes, got {_said(announced)}")
+        raise BodyError(f"{what}: binary_data_size must be a number of bytes, got {_said(announced)}")
     assert isinstance(announced, int)
     if are_strings:
         body, start = rest.take(name, announced)
         return Input(name, datatype, torch.from_numpy(strings.of_bytes(what, body, start, announced, shape)))
     size = math.prod(shape) * datatype.stored.itemsize
     if announced != size:
-        raise InputError(
+        raise BodyError(
             f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, binary_data_size is {announced:,}"
         )
     body, start = rest.take(name, size)
@@ -218,7 +218,7 @@ def _input(entry: object, rest: _Rest) -> Input:
     if not array.flags.aligned or not array.flags.writeable or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))  # what torch cannot view
     if datatype.torch is torch.bool and array.size and array.view(np.uint8).max() > 1:
-        raise InputError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
+        raise BodyError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
     tensor = torch.from_numpy(array)
     return Input(name, datatype, tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
 
@@ -238,7 +238,7 @@ def _deadline(parameters: Mapping[str, object]) -> float | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-            raise InputError(f"the parameter {name} must be a positive number, got {_said(value)}")
+            raise BodyError(f"the parameter {name} must be a positive number, got {_said(value)}")
         seconds = min(value * unit, math.inf if seconds is None else seconds)
     return seconds
 
@@ -246,42 +246,42 @@ def _deadline(parameters: Mapping[str, object]) -> float | None:
 def _priority(parameters: Mapping[str, object]) -> int | None:
     value = parameters.get("priority", 0)
     if not _is_count(value):
-        raise InputError(f"the parameter priority must be an integer of at least 0, got {_said(value)}")
+        raise BodyError(f"the parameter priority must be an integer of at least 0, got {_said(value)}")
     assert isinstance(value, int)
     return value - 1 if value else None
 
 
 def _mapping(what: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{what} must be a JSON object, got {_said(value)}")
+        raise BodyError(f"{what} must be a JSON object, got {_said(value)}")
     return value
 
 
 def _list(what: str, value: object, least: int = 0) -> list[object]:
     if not isinstance(value, list) or not least <= len(value) <= _MOST_TENSORS:
-        raise InputError(f"{what} must be a list of {least} to {_MOST_TENSORS} tensors, got {_said(value)}")
+        raise BodyError(f"{what} must be a list of {least} to {_MOST_TENSORS} tensors, got {_said(value)}")
     return value
 
 
 def _name(what: str, fields: Mapping[str, object]) -> str:
     name = fields.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
-        raise InputError(f"an {what}'s name must be a string of 1 to {_LONGEST_NAME} characters, got {_said(name)}")
+        raise BodyError(f"an {what}'s name must be a string of 1 to {_LONGEST_NAME} characters, got {_said(name)}")
     return name
 
 
 def _datatype(what: str, name: object) -> Datatype:
     datatype = DATATYPES.get(name) if isinstance(name, str) else None
     if datatype is None:
-        raise InputError(f"{what}: datatype must be one of {', '.join([*DATATYPES, strings.NAME])}, got {_said(name)}")
+        raise BodyError(f"{what}: datatype must be one of {', '.join([*DATATYPES, strings.NAME])}, got {_said(name)}")
     return datatype
 
 
 def _shape(what: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS or not all(map(_is_count, value)):
-        raise InputError(f"{what}: shape must be a list of at most {_MOST_DIMENSIONS} extents, got {_said(value)}")
+        raise BodyError(f"{what}: shape must be a list of at most {_MOST_DIMENSIONS} extents, got {_said(value)}")
     if 0 in value and not is_possible(value):  # without a 0 there is never so much data
-        raise InputError(f"{what}: no tensor has the shape {value}")
+        raise BodyError(f"{what}: no tensor has the shape {value}")
     return tuple(value)
 
 
@@ -289,14 +289,14 @@ def _parameters(what: str, fields: Mapping[str, object]) -> Mapping[str, object]
     parameters = _mapping(f"{what}'s parameters", fields.get("parameters", {}))
     for name, meaning in _REFUSED.items():
         if parameters.get(name):
-            raise InputError(f"{what} has the parameter {name}: this server does not have {meaning}")
+            raise BodyError(f"{what} has the parameter {name}: this server does not have {meaning}")
     return parameters
 
 
 def _flag(what: str, parameters: Mapping[str, object], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise InputError(f"{what}: the parameter {name} must be true or false, got {_said(value)}")
+        raise BodyError(f"{what}: the parameter {name} must be true or false, got {_said(value)}")
     return value
 
 
@@ -321,5 +321,5 @@ def _json_numbers(name: str, tensor: torch.Tensor) -> bytes:
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.float()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise InputError(f"output {name!r} has NaN or infinite numbers, which JSON cannot hold: ask for it with binary_data")
+        raise BodyError(f"output {name!r} has NaN or infinite numbers, which JSON cannot hold: ask for it with binary_data")
     return dumped(tensor.contiguous().reshape(-1).numpy())

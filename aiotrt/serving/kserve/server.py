@@ -26,8 +26,6 @@ from aiotrt.serving.models import Models
 __all__ = ["serve"]
 
 _log: Final = logging.getLogger("aiotrt")
-#: Of a request's line and headers; more is 400.
-_MAX_HEAD: Final = 32 << 10
 
 
 def serve(
@@ -73,14 +71,13 @@ def serve(
         app,
         host=settings.host,
         port=settings.port,
-        http=protocol(settings.body_timeout),  # on h11, which bounds what it keeps of headers; the faster one does not
+        # On h11, which bounds what it keeps of headers; the faster one does not.
+        http=protocol(settings.body_timeout, settings.max_connections),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.max_connections,
-        h11_max_incomplete_event_size=_MAX_HEAD,
         timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # seconds for a timer, whole or not
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
     )

@@ -134,8 +134,8 @@ class ServerSettings:
         max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
         max_bodies: bytes of all requests and answers that are in memory at once; what has not arrived does not count.
         body_timeout: seconds that a client may take to send a body.
-        keep_alive_timeout: seconds for which a connection may be idle between requests. Longer than proxies keep theirs, usually
-            60, or they send requests into connections that are being closed.
+        keep_alive_timeout: seconds for which a connection may be idle between requests. Make it longer than a proxy
+            keeps its own, often 60, or it sends requests into connections that are being closed.
         max_deadline: seconds after which a request is answered 504, whatever its client said.
         max_connections: how many clients at once; more are answered 503.
         drain_delay: seconds between SIGTERM and the end of accepting, for load balancers to see `/readyz`.

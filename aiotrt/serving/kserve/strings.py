@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from aiotrt.errors import InputError
+from aiotrt.serving.errors import BodyError
 
 __all__ = ["NAME", "of_bytes", "of_json"]
 
@@ -27,13 +27,13 @@ def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[in
     """The strings in `size` bytes of `body`.
 
     Raises:
-        InputError: they are not as many as the shape says, or not of one length.
+        BodyError: they are not as many as the shape says, or not of one length.
     """
     count = math.prod(shape)
     length = int.from_bytes(body[start : start + _PREFIX], "little") if count else 0
     wanted = count * (_PREFIX + length)
     if wanted != size:
-        raise InputError(
+        raise BodyError(
             f"{what}: BYTES of shape {list(shape)}, the first of {length:,} bytes, have {wanted:,} bytes with their "
             f"lengths, not {size:,}; strings must be of one length"
         )
@@ -41,7 +41,7 @@ def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[in
         return np.empty((*shape, 0), np.uint8)
     rows = np.frombuffer(body, np.uint8, size, start).reshape(count, _PREFIX + length)
     if (rows[:, :_PREFIX] != rows[0, :_PREFIX]).any():
-        raise InputError(f"{what}: strings must be of one length, since a tensor holds no others")
+        raise BodyError(f"{what}: strings must be of one length, since a tensor holds no others")
     return rows[:, _PREFIX:].reshape(*shape, length).copy()
 
 
@@ -49,7 +49,7 @@ def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.u
     """The strings in JSON's lists, nested or flat, in UTF-8.
 
     Raises:
-        InputError: they are not strings, not as many as the shape says, or not of one length.
+        BodyError: they are not strings, not as many as the shape says, or not of one length.
     """
     strings: list[Any] = data if isinstance(data, list) else [data]
     found: tuple[int, ...] = (len(strings),)
@@ -57,13 +57,13 @@ def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.u
         found = (*found, len(strings[0]))
         strings = list(chain.from_iterable(strings))
     if not all(isinstance(string, str) for string in strings):
-        raise InputError(f"{what}: expected lists of strings, of the same lengths")
+        raise BodyError(f"{what}: expected lists of strings, of the same lengths")
     if found not in (shape, (math.prod(shape),)):
-        raise InputError(f"{what}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
+        raise BodyError(f"{what}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
     encoded = [string.encode() for string in strings]
     length = len(encoded[0]) if encoded else 0
     if any(len(string) != length for string in encoded):
-        raise InputError(f"{what}: strings must be of one length, since a tensor holds no others")
+        raise BodyError(f"{what}: strings must be of one length, since a tensor holds no others")
     return np.frombuffer(bytearray().join(encoded), np.uint8).reshape(*shape, length)
 
 
