@@ -131,7 +131,7 @@ class Buffer:
         if isinstance(value, (bool, int, float, complex, np.generic)):
             self._write_host(index, value)
             return
-        argument = hold.executor.specs.check(self.name, value)
+        argument = hold.executor.specs.check_part(hold.specs[self._index], value)
         if argument.tensor is not None:
             self._write_device(index, argument.tensor)
         else:

@@ -113,8 +113,8 @@ class Lease:
         """Launch, and wait for the results.
 
         Returns:
-            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease. One comes bare,
-            several as a named tuple; as device tensors, or as host tensors or arrays if the lease asked for them. bfloat16,
+            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease, in the structure
+            that a call returns. They are device tensors, or host tensors or arrays if the lease asked for them. bfloat16,
             float8 and complex32, which numpy lacks, are copied here and now, to arrays of float32 or complex64.
 
         Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without

@@ -55,6 +55,7 @@ def load(
     batching: Batching | None = None,
     graphs: bool = True,
     warmup: object = (),
+    signatures: Literal["any", "fixed"] = "any",
     preprocess: Callable[..., object] | None = None,
     postprocess: Callable[..., object] | None = None,
     outputs: Literal["numpy", "torch", "device"] | None = None,
@@ -91,12 +92,15 @@ def load(
         batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
             batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
         graphs: whether to capture at all.
-        warmup: example inputs, to capture ahead of the first call: a list with one entry per shape, each a tensor or array,
-            or a tuple or dict of them. Where the engine does not declare its inputs, the first example (or else the first
-            call) fixes their number, names, dtypes and ranks; extents may differ from call to call.
+        warmup: example inputs, to capture ahead of the first call: a list with one entry per shape or signature, each an
+            input, or a tuple or dict of inputs.
+        signatures: which inputs calls may have, where the engine does not declare them. "any": each signature (names,
+            dtypes, ranks, structure and constants) has its own graphs in the cache, as each shape has. "fixed": those of
+            `warmup` only, or else that of the first call; any other is an `InputError`. Shapes may always differ.
         preprocess: from the model's inputs to the engine's: a function over device tensors that returns a tensor, or a
             tuple or dict of them. Captured into the graph.
-        postprocess: from the engine's outputs to the model's; likewise.
+        postprocess: from the engine's outputs to the model's; likewise. It gets what the engine returned: a tensor, each
+            tensor of a flat tuple, list or dict by position, or any other structure as it is. Callers get what it returns.
         outputs: the kind of results, instead of the kind that went in: "numpy" arrays, host "torch" tensors, or "device"
             tensors.
         graph_cache_entries: how many graphs are kept, over all slots and shapes; at least one per slot.
@@ -144,6 +148,8 @@ def load(
     if options_of_batching is not None and not isinstance(options_of_batching, Batching):
         raise InputError(f"batching must be an aiotrt.Batching or None, got {batching!r}")
     kind = _kind(outputs)
+    if signatures not in ("any", "fixed"):
+        raise InputError(f"signatures must be 'any' or 'fixed', got {signatures!r}")
     if progress not in [mode.value for mode in Progress]:
         raise InputError(f"progress must be 'predict', 'spin' or 'interval', got {progress!r}")
     for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
@@ -151,7 +157,7 @@ def load(
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
     _check_engine_options(source, {"runtime": runtime, "precision": precision, "profiles": profiles, "sha256": sha256})
     options = _Options(
-        source, device, slots, overlap, max_queue, graphs, warmup, preprocess, postprocess,
+        source, device, slots, overlap, max_queue, graphs, warmup, signatures == "fixed", preprocess, postprocess,
         kind,
         max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress),
         EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles), batching,
@@ -188,6 +194,7 @@ class Statistics:
         misses: requests for which one had to be built first. Warm-up counts for neither.
         graphs: how many are kept now.
         graph_bytes: bytes of device memory that they keep.
+        signatures: of how many different signatures of inputs they are.
         evictions: how many were given up for others.
         fallbacks: why something runs without a graph, each reason once.
         polls: event queries made by this loop's hub, for all its models.
@@ -220,6 +227,7 @@ class Statistics:
     misses: int
     graphs: int
     graph_bytes: int
+    signatures: int
     evictions: int
     fallbacks: tuple[str, ...]
     polls: int
@@ -266,21 +274,25 @@ class Model:
 
         Args:
             *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
-                with ``__array__`` (a video frame), DLPack or ``__cuda_array_interface__``. Any strides; dtypes, ranks and
-                extents as `inputs` says. A host input must not change before the call returns: from 128 KiB on CUDA reads it
-                where it is, if it was allocated as page-locked and is in plain order; any other one is copied first.
+                with ``__array__`` (a video frame), DLPack or ``__cuda_array_interface__``. Any strides. Where the engine
+                declares its inputs, dtypes, ranks and extents as `inputs` says; modules and functions also take nested
+                structures of them, and numbers, text and None as constants. A host input must not change before the call
+                returns: from 128 KiB on CUDA reads it where it is, if it was allocated as page-locked and is in plain order;
+                any other one is copied first.
             deadline: with batching, seconds from now after which the result is of no use. An item that still waits then is
                 dropped before it reaches the device.
             priority: with batching, the class: 0 is the most urgent, and 1 what calls have that do not say.
             **named: inputs by name; without batching ``deadline`` and ``priority`` are names like any other.
 
         Returns:
-            The results, when they are complete, one bare, several as a named tuple. They belong to the caller, for ever.
-            Of the kind that went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless
-            `load` was told otherwise. bfloat16 and float8 results come to numpy as float32, complex32 as complex64.
+            The results, when they are complete. Of a module or function, the structure that it returns; of any other engine,
+            one output bare, and several as a named tuple. They belong to the caller, permanently. They are of the kind that
+            went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless `load` was told
+            otherwise. bfloat16 and float8 results come to numpy as float32, complex32 as complex64.
 
         Raises:
-            InputError: an input does not fit. Nothing was submitted.
+            InputError: an input does not fit. Nothing was submitted, unless only the engine could say: it raised for inputs
+                of a new signature, while it accepted another before.
             QueueFullError: all slots are busy and `max_queue` calls wait. Nothing was submitted.
             DeadlineError: the deadline passed; the model is usable.
             OverloadedError: the result would come after it. Nothing was submitted.
@@ -411,6 +423,7 @@ class Model:
             **calls,
             graphs=len(executor.cache),
             graph_bytes=executor.cache.nbytes,
+            signatures=len({program.key[2] for program in executor.cache}),
             fallbacks=tuple(executor.fallbacks),
             polls=executor.hub.polls,
             wakes=executor.hub.wakes,
@@ -422,14 +435,18 @@ class Model:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...] | None:
-        """What a call takes, with batching a single item; None until the first example or call has fixed it."""
+        """What a call takes, with batching a single item.
+
+        Where the engine does not declare it, these are the inputs of the first example or call that the engine accepted;
+        None until then. Calls may have others, unless ``signatures="fixed"``.
+        """
         executor = self._executor
         if executor is None:
             raise self._not_open()
         if self._gatherer is not None:
             self._gatherer.learn()
-            return self._gatherer.specs.specs
-        return executor.specs.specs
+        specs = executor.specs.specs if self._gatherer is None else self._gatherer.specs.specs
+        return None if specs is None else tuple(specs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...] | None:
@@ -574,6 +591,9 @@ class Model:
                 raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
+            self._executor.specs.seal()
+            if self._gatherer is not None:
+                self._gatherer.seal()
         except GeneratorExit:
             raise  # the loop was closed and nothing can be awaited any more: `__del__` discards the executor
         except BaseException:
@@ -597,7 +617,7 @@ class Model:
                     options.graphs,
                     ordered=not options.overlap and options.slots > 1,
                 ),
-                InputSpecs(declared, parameters, device.holds, device.torch_device),
+                InputSpecs(declared, parameters, device.holds, device.torch_device, fixed=options.fixed),
                 hub,
                 slots=options.slots,
                 max_queue=options.max_queue,
@@ -619,7 +639,9 @@ class Model:
         device, parameters = executor.device, executor.specs.parameters
 
         def of_items(declared: Specs | None) -> InputSpecs:
-            return InputSpecs(declared, parameters, device.holds, device.torch_device, of_items=True)
+            return InputSpecs(
+                declared, parameters, device.holds, device.torch_device, of_items=True, fixed=self._options.fixed
+            )
 
         return Gatherer(executor, of_items, batching, self._options.max_queue)
 
@@ -715,6 +737,7 @@ class _Options:
     max_queue: int | None
     graphs: bool
     warmup: object
+    fixed: bool
     preprocess: Callable[..., object] | None
     postprocess: Callable[..., object] | None
     outputs: Kind | None

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,7 +96,7 @@ def _synthetic(count: int) -> list[Array]:
 
 def digest(found: Any) -> Digest:
     """What must be equal, bit for bit, whichever way a frame went."""
-    boxes, scores, classes, masks = (np.ascontiguousarray(part) for part in found)
+    boxes, scores, classes, masks = map(np.ascontiguousarray, found.values() if isinstance(found, Mapping) else found)
     sums = tuple(hashlib.md5(mask.tobytes(), usedforsecurity=False).hexdigest() for mask in masks)
     return boxes.tobytes(), scores.tobytes(), classes.tobytes(), sums
 

@@ -34,7 +34,7 @@ async def main() -> None:
         found = await second.replay()  # the only wait
 
         print(f"the second model was launched {'after' if already else 'before'} the first was known to be done")
-        print(f"the strongest edge is right of column {int(found.column)}, strength {float(found.strength):.1f}")
+        print(f"the strongest edge is right of column {int(found['column'])}, strength {float(found['strength']):.1f}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ async def main() -> None:
 
     async with aiotrt.load(network, preprocess=preprocess, postprocess=postprocess, warmup=[frame]) as model:
         found = await model(frame)
-        for box, score in zip(found.boxes.tolist(), found.scores.tolist(), strict=True):
+        for box, score in zip(found["boxes"].tolist(), found["scores"].tolist(), strict=True):
             print(f"a spot at {box}, score {score:.1f}")
         statistics = model.statistics()
         print(f"{statistics.completed} call, {statistics.replays} replay, fallbacks: {list(statistics.fallbacks)}")

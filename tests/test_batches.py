@@ -23,7 +23,8 @@ pytestmark = pytest.mark.asyncio
 
 
 def load(device: str, source: object = None, *, slots: int = 1, warmup: object = (), **options: Any) -> aiotrt.Model:
-    loading = {name: options.pop(name) for name in ("max_queue", "outputs", "graphs", "preprocess") if name in options}
+    names = ("max_queue", "outputs", "graphs", "preprocess", "signatures")
+    loading = {name: options.pop(name) for name in names if name in options}
     return aiotrt.load(
         Affine() if source is None else source,
         device=device, slots=slots, warmup=warmup, batching=aiotrt.Batching(**options), **loading,
@@ -89,7 +90,7 @@ async def test_an_output_without_the_batch_axis_is_named(device: str, source: ob
 
 
 async def test_a_bad_item_is_refused_and_its_neighbours_are_served(device: str) -> None:
-    async with load(device, warmup=frame(0)) as model:
+    async with load(device, warmup=frame(0), signatures="fixed") as model:
         items = [frame(0), frame(1).astype(np.float64), frame(2), frame(3)[None], frame(4), "no tensor"]
         results = await asyncio.gather(*[model(item) for item in items], return_exceptions=True)
         assert all(right(results[i], i) for i in (0, 2, 4))
@@ -147,14 +148,14 @@ async def test_a_batch_that_fails_fails_its_members_and_nobody_else(device: str)
 
 async def test_ragged_shapes_are_grouped(device: str) -> None:
     shapes = [(1, 3), (2, 3), (4,)]
-    async with load(device, lambda x: x * 3 + 1, max_size=4) as model:
+    async with load(device, lambda x: x * 3 + 1, max_size=4, signatures="fixed") as model:
         with held(model):
             results = [asyncio.ensure_future(model(frame(i, shapes[i % 2]))) for i in range(10)]
             await turns()
         for i, result in enumerate(await asyncio.gather(*results)):
             np.testing.assert_array_equal(result, frame(3 * i + 1, shapes[i % 2]))
         with pytest.raises(aiotrt.InputError):
-            await model(frame(0, shapes[2]))  # the rank is fixed, as without batching
+            await model(frame(0, shapes[2]))  # of another rank
 
 
 async def test_several_inputs_and_outputs_and_items_without_extents(device: str) -> None:
@@ -463,7 +464,7 @@ async def test_nothing_is_stacked_and_a_call_is_what_it_is_without_batching(devi
         assert (statistics.completed, statistics.replays, statistics.batches, statistics.padding) == (21, 21, {}, 0)
         with pytest.raises(aiotrt.UsageError):
             model.lease()
-    async with load(device, lambda x: x.sum(), stack=False) as model:
+    async with load(device, lambda x: x.sum(), stack=False, signatures="fixed") as model:
         assert (await model(frame(1))) == 6, "an output needs no batch axis"
         with pytest.raises(aiotrt.InputError):
             await model(frame(1)[0])

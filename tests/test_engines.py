@@ -262,7 +262,8 @@ async def test_a_warm_up_that_is_no_input(device: str) -> None:
     await cannot_load(Affine(), aiotrt.InputError, "input 'x'", "got str", device=device, warmup=["frame"])
     await cannot_load(Affine(), aiotrt.InputError, "no input 'z'", device=device, warmup=[{"z": frame(1)}])
     warmup = [frame(1), np.ones((2, 3))]
-    await cannot_load(Affine(), aiotrt.InputError, "input 'x'", "float64", device=device, warmup=warmup)
+    linear = torch.nn.Linear(3, 3).to("cpu" if device == "host" else device)
+    await cannot_load(linear, aiotrt.InputError, "(input: float64 (*, *))", "do not work", device=device, warmup=warmup)
 
 
 @pytest.mark.asyncio

@@ -361,7 +361,7 @@ def test_who_left_a_batch_is_not_told_by_it(group: int) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_the_first_item_fixed_is_asked_of_the_next(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        async with load(device, slots=1, max_size=4) as model:
+        async with load(device, slots=1, max_size=4, fixed=True) as model:
             assert right(await model(frame(1)), 1)
             with pytest.raises(aiotrt.InputError):
                 await model(np.zeros(SHAPE, np.int32))

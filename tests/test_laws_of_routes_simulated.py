@@ -271,7 +271,7 @@ def test_a_slot_whose_program_has_no_staging_yet_gets_it(missing: str) -> None:
         options: dict[str, Any] = {} if missing == "inputs" else {"outputs": "numpy"}
         async with load(device, slots=2, overlap=True, warmup=frame(0), **options) as model:
             executor = executor_of(model)
-            second = executor.cache.get(executor.machine._free[0], (((2, 3),), ()))
+            second = executor.cache.get(executor.machine._free[0], (((2, 3),), (), executor.specs.known()))
             assert second is not None
             views = second.input_views if missing == "inputs" else second.output_views
             # As after calls with inputs and results on the device only.

@@ -61,7 +61,7 @@ async def test_buffers_are_a_sequence_and_their_names_are_all_their_attributes(d
         slot.inputs.count[...] = 1
         slot.inputs.index[...] = 2
         result = await slot.replay()
-        np.testing.assert_array_equal(await host(result.index), frame(3))
+        np.testing.assert_array_equal(await host(result["index"]), frame(3))
         assert slot.outputs.count is slot.outputs[0]
         first, second = slot.inputs
         assert (len(slot.inputs), slot.inputs[-1], slot.inputs[:1]) == (2, second, (first,))

@@ -128,7 +128,7 @@ async def test_outputs_overrides_the_kind(device: str, outputs: Literal["numpy",
 
 
 @pytest.mark.asyncio
-async def test_one_output_is_bare_and_several_are_a_named_tuple(device: str) -> None:
+async def test_results_have_the_structure_that_the_module_returns(device: str) -> None:
     x = frame(2)
     async with aiotrt.load(TwoOutputs(), device=device) as model:
         total, product = result = await model(x, x + 1)
@@ -136,8 +136,8 @@ async def test_one_output_is_bare_and_several_are_a_named_tuple(device: str) -> 
         assert result.total is total
         assert result.product is product
     async with aiotrt.load(halves, device=device) as model:
-        result = await model(x)
-        assert result._fields == ("output_0", "output_1")
+        assert [type(part) for part in await model(x)] == [np.ndarray, np.ndarray]
+        assert type(await model(x)) is tuple
 
 
 @pytest.mark.asyncio
@@ -170,7 +170,7 @@ async def test_complex32_comes_to_numpy_as_complex64(device: str) -> None:
 @pytest.mark.asyncio
 async def test_bfloat16_goes_in_from_tensors_only(device: str) -> None:
     x = torch.arange(6.0).view(2, 3).to(torch.bfloat16)
-    async with aiotrt.load(Affine(), device=device, outputs="numpy", warmup=[x]) as model:
+    async with aiotrt.load(Affine(), device=device, outputs="numpy", warmup=[x], signatures="fixed") as model:
         result = await model(x)
         assert result.dtype == np.float32
         np.testing.assert_array_equal(result, (x * 3 + 1).float().numpy())

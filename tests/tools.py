@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -89,11 +89,18 @@ class Affine(torch.nn.Module):
         return x * 3 + 1
 
 
+class Two(NamedTuple):
+    """Two outputs."""
+
+    total: torch.Tensor
+    product: torch.Tensor
+
+
 class TwoOutputs(torch.nn.Module):
     """Two inputs, two named outputs."""
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"total": x + y, "product": x * y}
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Two:
+        return Two(x + y, x * y)
 
 
 def frame(value: float, shape: tuple[int, ...] = (2, 3)) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

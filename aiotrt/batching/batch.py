@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from aiotrt.runtime.handshake import bound_inputs, mark_consumed, wants_consumed
 from aiotrt.runtime.memory import allocate
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.request import Request, Slot, Times
-from aiotrt.tensors import Argument, Kind, Specs
+from aiotrt.tensors import Argument, Kind, Signature, Specs
 
 __all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackable"]
 
 T = TypeVar("T")
+
+_NONE: Final = Signature(())
 
 
 class Call(Waiter):
@@ -153,7 +155,7 @@ class Batch(Request):
         assemble: Callable[[Batch], None],
         settle: Callable[[Call, object, BaseException | None], None],
     ) -> None:
-        super().__init__(loop, (), (), (), Kind.NUMPY)
+        super().__init__(loop, (), _NONE, (), Kind.NUMPY)
         self._settle = settle
         self.calls: list[Call] = []
         self._untold: list[Call] = []

@@ -169,10 +169,17 @@ class Gatherer:
         self._given_up(call)
 
     def learn(self) -> None:
-        """What the engine has accepted in batches is what items must be from now on."""
+        """Take over what the engine has accepted first, in batches."""
         accepted = self._executor.specs.specs
-        if self.specs.specs is None and accepted is not None and self._batching.stack:
+        if self.specs.specs is None and accepted is not None:
             self.specs.settle(_of_items(self._executor.recipe.engine.name, accepted))
+
+    def seal(self) -> None:
+        """If signatures are fixed: allow items of those that the engine has accepted in batches, and no others."""
+        if self._batching.stack:
+            for signature in self._executor.specs.accepted:
+                self.specs.settle(_of_items(self._executor.recipe.engine.name, signature))
+        self.specs.seal()
 
     def stacked(self, specs: Specs, shapes: Shapes) -> list[tuple[Specs, Shapes, int | None]]:
         """For items of these specs and shapes: those of each size of batch, and the size; None where nothing is stacked."""
@@ -404,10 +411,7 @@ class Gatherer:
     def _of_batches(self, specs: Specs) -> Specs:
         if not self._batching.stack:
             return specs
-        accepted = self._executor.specs.specs
-        if accepted is not None and specs is self.specs.specs:
-            return accepted
-        return tuple(TensorSpec(spec.name, spec.shape and (None, *spec.shape), spec.dtype) for spec in specs)
+        return specs.batched()
 
     def _full(self, hint: str) -> QueueFullError:
         return QueueFullError(
@@ -427,19 +431,10 @@ def _of_items(name: str, specs: Specs) -> Specs:
     for spec in specs:
         if spec.shape == ():
             raise EngineError(f"{name}: input {spec.name!r} has no extents, so it cannot be batched; load without batching=")
-    return tuple(
-        TensorSpec(
-            spec.name,
-            spec.shape and spec.shape[1:],
-            spec.dtype,
-            spec.minimum and spec.minimum[1:],
-            spec.maximum and spec.maximum[1:],
-        )
-        for spec in specs
-    )
+    return specs.unbatched()
 
 
-def _extents(specs: Specs) -> tuple[int, int | None]:
+def _extents(specs: Sequence[TensorSpec]) -> tuple[int, int | None]:
     """The smallest and the largest batch that all inputs allow."""
     fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
     least = max([1, *fixed, *(spec.minimum[0] for spec in specs if spec.minimum)])

@@ -22,7 +22,7 @@ class Execution(Protocol):
         ...
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> object:
-        """Submit the work to the current stream and return the outputs: a tensor, or a flat tuple or mapping of them.
+        """Submit the work to the current stream and return the outputs: a module any structure, others a mapping by name.
 
         Called once to warm up, once under capture (or once per request where there is no graph).
         """
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
     Attributes:
         name: what messages call it, a file name or a class name.
-        inputs: what it takes, or None when the first example decides.
+        inputs: what it takes, or None when each call says.
         parameters: what it may be called with, where it declares no inputs.
         uncapturable: why it cannot be captured in a graph, when that is known beforehand.
     """

@@ -6,18 +6,20 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError
-from aiotrt.tensors import Parameters, Shapes, TensorSpec, arrange
+from aiotrt.tensors import Parameters, Shapes, Structure, TensorSpec, arrange
 
 __all__ = ["ModuleEngine"]
 
 log = logging.getLogger("aiotrt")
+
+MOST_EXPORTS: Final = 64  # for as many signatures and shapes
 
 
 class ModuleEngine:
@@ -57,7 +59,7 @@ class ModuleEngine:
         self._function: Callable[..., object] = function
         self._described: Callable[..., object] = source.forward if isinstance(source, torch.nn.Module) else function
         self.parameters = Parameters.of(self._described)
-        self._exports: dict[Shapes, Callable[..., object] | None] = {}  # in the module's place; None where it has none
+        self._exports: dict[Hashable, Callable[..., object] | None] = {}  # in the module's place; None where it has none
         self._exporting = threading.Lock()
         self._keywords: tuple[str, ...] = ()
         if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
@@ -68,21 +70,25 @@ class ModuleEngine:
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> ModuleExecution:
         if self.inputs is not None:  # an exported program takes its inputs just as it was given them then
             count = len(names) - len(self._keywords)
-            positions, keywords = list(range(count)), {k: count + i for i, k in enumerate(self._keywords)}
-            return ModuleExecution(self, shapes, self._function, positions, keywords)
-        function = self._exports.get(shapes) or self._function
-        return ModuleExecution(self, shapes, function, *arrange(self._described, names))
+            return ModuleExecution(self, list(range(count)), {k: count + i for i, k in enumerate(self._keywords)})
+        return ModuleExecution(self, *arrange(self._described, names))
+
+    def function(self, key: Hashable) -> Callable[..., object]:
+        """What to call with inputs of this key: the source, or the export that takes its place."""
+        return self._exports.get(key) or self._function
 
     def exported(
-        self, shapes: Shapes, args: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor], reason: str
+        self, key: Hashable, args: Sequence[object], named: Mapping[str, object], reason: str
     ) -> Callable[..., object] | None:
-        """The module's `torch.export` for these shapes; None if it has none. Blocks for seconds, the first time."""
+        """The module's `torch.export` for inputs of this key; None if it has none. Blocks for seconds, the first time."""
         if self.inputs is not None or not isinstance(self._function, torch.nn.Module):
             return None  # an export already, or a function, which might do something else the next time
         with self._exporting:  # the other slots take what the first one made
-            if shapes not in self._exports:
-                self._exports[shapes] = self._export(tuple(args), dict(named), reason)
-            return self._exports[shapes]
+            if key not in self._exports:
+                self._exports[key] = self._export(tuple(args), dict(named), reason)
+                if len(self._exports) > MOST_EXPORTS:
+                    del self._exports[next(iter(self._exports))]
+            return self._exports[key]
 
     def _export(self, args: tuple[Any, ...], named: dict[str, Any], reason: str) -> Callable[..., object] | None:
         try:
@@ -115,23 +121,29 @@ class ModuleExecution:
 
     nbytes = 0
 
-    def __init__(
-        self,
-        engine: ModuleEngine,
-        shapes: Shapes,
-        function: Callable[..., object],
-        positions: Sequence[int],
-        names: Mapping[str, int],
-    ) -> None:
+    def __init__(self, engine: ModuleEngine, positions: Sequence[int], names: Mapping[str, int]) -> None:
         self._engine = engine
-        self._shapes = shapes
-        self._function = function
         self._positions = positions
         self._names = names
+        self._structure: Structure | None = None
+        self._is_call = False
+        self._function: Callable[..., object] | None = None
         self._has_raised = False
+
+    def arrange(self, structure: Structure, *, is_call: bool) -> None:
+        """Put the inputs into this structure, instead of one for each parameter.
+
+        Args:
+            structure: of the arguments.
+            is_call: whether that is the pair of positional and named ones; else a tuple or list of positional ones, a
+                mapping of named ones, or one argument.
+        """
+        self._structure, self._is_call = structure, is_call
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> object:
         args, named = self._arranged(inputs)
+        if self._function is None:
+            self._function = self._engine.function(self._key(inputs))
         try:
             return self._function(*args, **named)
         except BaseException:
@@ -149,14 +161,26 @@ class ModuleExecution:
         """
         if not self._has_raised:
             return False
-        function = self._engine.exported(self._shapes, *self._arranged(inputs), reason)
+        function = self._engine.exported(self._key(inputs), *self._arranged(inputs), reason)
         if function is None:
             return False
         self._function, self._has_raised = function, False
         return True
 
-    def _arranged(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        return [inputs[i] for i in self._positions], {name: inputs[i] for name, i in self._names.items()}
+    def _key(self, inputs: Sequence[torch.Tensor]) -> Hashable:
+        arrangement = self._structure or (tuple(self._positions), tuple(self._names.items()))
+        return arrangement, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+
+    def _arranged(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        if self._structure is None:
+            return [inputs[i] for i in self._positions], {name: inputs[i] for name, i in self._names.items()}
+        value = self._structure.build(inputs)
+        if self._is_call:
+            args, named = value
+            return args, named
+        if isinstance(value, Mapping):
+            return (), value
+        return (value if isinstance(value, (tuple, list)) else (value,)), {}
 
     def close(self) -> None:
         pass

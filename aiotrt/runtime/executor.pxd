@@ -20,7 +20,7 @@ cdef class Executor:
     cdef public long _forks
     cdef public Hub hub
     cdef public object cache
-    cdef public Route _route
+    cdef public Route _nested_route, _route
     cdef public Slots machine
     cpdef _enter(self, Request request, bint bounded, prefer)
     @cython.locals(index=long, request=Request, slot=Slot, was_queued=bint)

@@ -75,6 +75,9 @@ MOST_SPARES: Final = 64
 BUILD: Final = "the engine's first run for these shapes, or its capture, did not end"
 LAUNCH_LATE: Final = "a launch without a graph did not return"
 
+#: How many reasons of fall-backs are kept. They may name what differs from signature to signature.
+MOST_FALLBACKS: Final = 64
+
 _COUNTERS: Final = (
     "submitted", "completed", "failed", "cancelled", "rejected", "replays", "fallback_runs", "captures", "hits", "misses",
     "evictions",
@@ -166,7 +169,8 @@ class Executor:
         self._forks = _forks
         self._route: Route | None = None  # of the call before
         self._spares: list[Request] = []  # requests of that route which have ended
-        self._likely: tuple[Shapes, Kind] | None = None  # of the last call that had no route, and might have
+        self._nested_route: Route | None = None  # likewise, of the call before with names or with a structure
+        self._likely: tuple[Shapes, Kind, Specs] | None = None  # of the last call that had no route, and might have
         self._origin: Stream | None = None  # the current stream of the call before
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
         self.device.prepare_thread()
@@ -218,7 +222,17 @@ class Executor:
 
     def _submit_new(self, values: Sequence[object], named: Mapping[str, object], bounded: bool) -> Request:
         """The long way in: check every input, and remember the signature if the next call may have it too."""
-        arguments, shapes, kind, specs = self.specs.parse(values, named)
+        specs, leaves = self.specs.recognise(values, named)
+        route = self._nested_route
+        if route is not None and route.specs is specs and route.matches(leaves):
+            request = Request(self.loop, (), specs, route.shapes, self.outputs or route.kind)
+            request.route = route
+            request.values = leaves
+            if route.on_device or request.kind is DEVICE:
+                request.origin = self.device.current_stream()
+            self._enter(request, bounded, route.holders)
+            return request
+        arguments, shapes, kind = self.specs.check(specs, leaves)
         request = Request(self.loop, arguments, specs, shapes, self.outputs or kind)
         if not self.device.unified:
             for argument, spec in zip(arguments, specs, strict=True):
@@ -230,13 +244,16 @@ class Executor:
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        if not named and specs is self.specs.specs and self._overlap:
-            likely = shapes, kind
-            if likely == self._likely and not request.is_marked and Route.suits(values, arguments):
-                route = Route(values, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
+        if specs in self.specs.accepted and self._overlap:
+            likely = shapes, kind, specs
+            if likely == self._likely and not request.is_marked and Route.suits(leaves, arguments):
+                route = Route(leaves, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
                 if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
-                    self._route = route
-                    self._spares.clear()
+                    if named or specs.structure is not None:
+                        self._nested_route = route
+                    else:
+                        self._route = route
+                        self._spares.clear()
             self._likely = likely
         self._enter(request, bounded, self.cache.holders(request.key))
         return request
@@ -485,8 +502,9 @@ class Executor:
             InputError: its inputs were changed while it waited, and do not fit any more.
         """
         if not request.is_done:
-            request.arguments, request.shapes, _, request.specs = self.specs.parse(request.values, {})
-        request.route = self._route = self._likely = None  # what it knows of the slots may be out of date
+            request.arguments, request.shapes, _ = self.specs.check(request.specs, request.values)
+        # What they know of the slots may be out of date.
+        request.route = self._route = self._nested_route = self._likely = None
         return False
 
     # From its slot to its result...
@@ -496,11 +514,10 @@ class Executor:
         if request.is_done:  # cancelled while it stood in line, and its task has not run yet
             self.move(slot, Move.RELEASE)
             return
-        fixed = self.specs.specs
-        if fixed is not None and fixed is not request.specs:
+        if request.specs is not self.specs.specs:
             try:
                 # While this one waited, another may have fixed what the inputs are.
-                self.specs.settle(request.specs)
+                self.specs.confirm(request.specs)
             except InputError as error:
                 refusal = error
                 self.move(slot, Move.RELEASE, then=lambda: self.reject(request, refusal))
@@ -555,11 +572,14 @@ class Executor:
             except InputError as refusal:
                 self.retire(program, ())
                 program, error = None, refusal
+        elif error is not None:
+            error = self.specs.explain(request.specs, error)
         if program is not None and program not in self.cache.holders(program.key).values():
             self.cache.add(program)
             self.first_shapes = self.first_shapes or program.key[0]
             self.counters.captures += 1
-            self.fallbacks.update(dict.fromkeys(program.fallbacks))
+            if len(self.fallbacks) < MOST_FALLBACKS:
+                self.fallbacks.update(dict.fromkeys(program.fallbacks))
             self.evict(program)
         if self.resume(slot, error, "while it was prepared") is not None:
             assert program is not None
@@ -713,7 +733,8 @@ class Executor:
             for result in results:
                 result._trt_produce_event = complete  # type: ignore[attr-defined]
             assert slot.program is not None
-            packed = results[0] if len(results) == 1 else slot.program.names.pack(results)
+            names = slot.program.names
+            packed = results[0] if names.is_bare else names.pack(results)
             if request.times is not None:
                 self._observe(slot, request.times)
             grant = self.machine.move(slot.index, COPIED)

@@ -7,7 +7,7 @@ from aiotrt.runtime.request cimport Request, Slot
 cdef class Hold:
     cdef object __weakref__
     cdef public object kind, _current, _current_mark, _ever_written, _launches, _graph, _kept, _marks, _ordered, _sources, _state
-    cdef public object consumers
+    cdef public object consumers, specs
     cdef public list _spares
     cdef public bint unified, _left, _tells
     cdef public Executor executor

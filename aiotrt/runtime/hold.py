@@ -55,6 +55,7 @@ class Hold:
         self.slot = slot
         self.program = program
         self.kind = request.kind
+        self.specs = request.specs
         self.unified = executor.device.unified
         self.consumers: dict[int, Stream] = {}  # streams that read the buffers, by handle
         self._request = request
@@ -138,8 +139,7 @@ class Hold:
     def wrote(self, index: int, *, host: bool) -> None:
         """Note that an input was written, and from where."""
         if not self.unified and self._sources.setdefault(index, host) is not host:
-            assert self.executor.specs.specs is not None
-            name = self.executor.specs.specs[index].name
+            name = self.specs[index].name
             raise UsageError(f"input {name!r} was written from the host and from the device; write all of it from one side")
         self._ever_written.add(index)
 
@@ -361,9 +361,7 @@ class Hold:
                 executor.hub.finished.append(replay)
 
     def _refuse_unwritten(self) -> NoReturn:
-        specs = self.executor.specs.specs
-        assert specs is not None
-        name = next(spec.name for i, spec in enumerate(specs) if i not in self._ever_written)
+        name = next(spec.name for i, spec in enumerate(self.specs) if i not in self._ever_written)
         raise UsageError(f"input {name!r} was never written in this lease: write it before the first launch")
 
     def results(self) -> Any:
@@ -375,7 +373,7 @@ class Hold:
             return kept  # as before, unless its holder has put more on it
         names, outputs = self.program.names, self.program.outputs
         if self.kind is DEVICE:
-            if len(outputs) > 1:
+            if not names.is_bare:
                 return names.pack([self.handed_out(output) for output in outputs])
             tensor = self.handed_out(outputs[0])
             if self._graph is not None and self._unordered is None:  # without a graph, a launch may replace the tensor

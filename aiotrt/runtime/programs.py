@@ -6,9 +6,9 @@ buffers are not captured, so that one capture serves host and device callers ali
 may make them part of the graph.
 
 The cache is pure bookkeeping: it says what to evict, and the executor, who knows when the device is done, evicts.
-Its key is the slot, the shapes, and the addresses of inputs that a caller wants read where they are. The engine is the
-model's own; dtypes and ranks are fixed for the life of a model; all other inputs are copied into contiguous buffers at
-addresses that the slot owns, so strides and addresses are fixed too.
+Its key is the slot, the shapes, the addresses of inputs that a caller wants read where they are, and the signature: dtypes,
+names, and the structure that the inputs come in. The engine is the model's own; all other inputs are copied into contiguous
+buffers at addresses that the slot owns, so strides and addresses are fixed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from aiotrt.completion.prediction import Estimate
 from aiotrt.devices import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.base import BaseGraph, write_back
 from aiotrt.engines import Engine, Execution
+from aiotrt.engines.module import ModuleExecution
 from aiotrt.errors import AiotrtError, EngineError
-from aiotrt.tensors import Key, OutputNames, TensorSpec, flatten, numpy_view
+from aiotrt.tensors import Key, OutputNames, Signature, TensorSpec, flatten, numpy_view
 
 __all__ = ["Program", "ProgramCache", "Recipe"]
 
@@ -55,9 +56,7 @@ class Recipe:
     graphs: bool
     ordered: bool = False
 
-    def build(
-        self, slot: int, stream: Stream, specs: Sequence[TensorSpec], key: Key, bound: Mapping[int, torch.Tensor]
-    ) -> Program:
+    def build(self, slot: int, stream: Stream, specs: Signature, key: Key, bound: Mapping[int, torch.Tensor]) -> Program:
         """Allocate, warm up and capture. Blocks: for worker threads.
 
         Raises:
@@ -278,7 +277,7 @@ class _Builder:
         recipe: Recipe,
         slot: int,
         stream: Stream,
-        specs: Sequence[TensorSpec],
+        specs: Signature,
         key: Key,
         bound: Mapping[int, torch.Tensor],
     ) -> None:
@@ -288,9 +287,9 @@ class _Builder:
         self._specs = specs
         self._key = key
         self._bound = bound
-        self._names: tuple[str, ...] = ()
-        self._pre_names: tuple[str, ...] = ()  # if `preprocess` names what it returns
-        self._expected: dict[str, tuple[str, ...]] = {}  # the names of each function's outputs
+        self._pre: OutputNames | None = None  # what `preprocess` returned last
+        self._engine: OutputNames | None = None  # likewise, the engine
+        self._post: OutputNames | None = None  # likewise, `postprocess`
         self._closers: list[Callable[[], None]] = []
         self._graph_bytes = 0
 
@@ -309,16 +308,16 @@ class _Builder:
             raise
 
     def _build(self) -> Program:
-        recipe, device = self._recipe, self._recipe.device
+        device = self._recipe.device
         inputs = device.call(self._stream, self._allocate)
         execution, engine_inputs = self._execution(inputs)
         self._closers.append(execution.close)
 
         def engine(values: Tensors) -> Tensors:
-            return self._flatten(recipe.engine.name, execution(values))
+            return self._returned(execution(values))
 
         def whole(values: Tensors) -> Tensors:
-            return self._post(engine(self._pre(values)))
+            return self._postprocessed(engine(self._preprocessed(values)))
 
         export = getattr(execution, "export", None)  # of a module, which may be capturable in that form
 
@@ -326,9 +325,11 @@ class _Builder:
             return export is not None and device.call(self._stream, lambda: export(engine_inputs, reason))
 
         steps, outputs, fallbacks = self._steps(whole, engine, inputs, exported)
+        names = self._post or self._engine
+        assert names is not None
         buffers = sum(t.nbytes for t in inputs) + sum(t.nbytes for t in engine_inputs if engine_inputs is not inputs)
         return Program(
-            device, self._slot, self._key, inputs, outputs, OutputNames(self._names), self._stream, steps, self._closers,
+            device, self._slot, self._key, inputs, outputs, names, self._stream, steps, self._closers,
             fallbacks, nbytes=buffers + self._graph_bytes + execution.nbytes,
         )  # fmt: skip
 
@@ -344,18 +345,27 @@ class _Builder:
         """The engine's context, made for what `preprocess` really gives it."""
         recipe = self._recipe
         values = inputs
-        specs = self._specs
-        if recipe.preprocess is not None:
-            values = recipe.device.call(self._stream, lambda: self._pre(inputs))
-            if recipe.engine.inputs is not None:
-                specs = recipe.engine.inputs
-                self._check_preprocessed(specs, values)
+        specs: Sequence[TensorSpec] = self._specs
         names = [spec.name for spec in specs]
-        if recipe.preprocess is not None and recipe.engine.inputs is None:
-            known = recipe.engine.parameters.positional
-            names = list(self._pre_names or [known[i] if i < len(known) else f"input_{i}" for i in range(len(values))])
+        structure = self._specs.structure
+        if recipe.preprocess is not None:
+            values = recipe.device.call(self._stream, lambda: self._preprocessed(inputs))
+            assert self._pre is not None
+            names, structure = list(self._pre.names), None
+            if recipe.engine.inputs is not None:
+                names = [spec.name for spec in recipe.engine.inputs]
+                self._check_preprocessed(recipe.engine.inputs, values)
+            elif not self._pre.is_mapping:
+                known = recipe.engine.parameters.positional
+                names = [known[i] if i < len(known) else f"input_{i}" for i in range(len(values))]
+            if recipe.engine.inputs is None and not self._pre.is_flat:
+                structure = self._pre.structure
         shapes = tuple(tuple(value.shape) for value in values)
-        return recipe.engine.execution(recipe.device, self._stream, names, shapes), values
+        execution = recipe.engine.execution(recipe.device, self._stream, names, shapes)
+        if structure is not None:
+            assert isinstance(execution, ModuleExecution)  # only what declares no inputs takes a structure
+            execution.arrange(structure, is_call=recipe.preprocess is None)
+        return execution, values
 
     def _check_preprocessed(self, specs: Sequence[TensorSpec], values: Tensors) -> None:
         if len(values) != len(specs):
@@ -368,14 +378,15 @@ class _Builder:
 
     # What runs...
 
-    def _pre(self, values: Tensors) -> Tensors:
+    def _preprocessed(self, values: Tensors) -> Tensors:
         function = self._recipe.preprocess
         if function is None:
             return values
+        structure = self._specs.structure
+        args, named = (values, {}) if structure is None else structure.build(values)
         with _blame("preprocess"):
-            result = function(*values)
+            result = function(*args, **named)
         engine = self._recipe.engine
-        self._pre_names = tuple(map(str, result)) if isinstance(result, Mapping) else ()
         if isinstance(result, Mapping) and engine.inputs is not None:
             missing = [spec.name for spec in engine.inputs if spec.name not in result]
             if missing:
@@ -383,29 +394,51 @@ class _Builder:
                     f"preprocess returned no {missing[0]!r}; the engine takes {[s.name for s in engine.inputs]}"
                 )
             result = {spec.name: result[spec.name] for spec in engine.inputs}
-        return flatten("preprocess", result)[1]
+        known = self._pre
+        self._pre, tensors = self._flatten("preprocess", result, known)
+        if known is not None and known.structure != self._pre.structure:
+            raise EngineError("preprocess returned another structure than when it was warmed up")
+        return tensors
 
-    def _post(self, values: Tensors) -> Tensors:
+    def _returned(self, result: object) -> Tensors:
+        """The tensors of what the engine returned."""
+        engine = self._recipe.engine
+        names, tensors = self._flatten(engine.name, result, self._engine, declared=engine.outputs is not None)
+        self._engine = self._agreed(engine.name, self._engine, names)
+        return tensors
+
+    def _postprocessed(self, values: Tensors) -> Tensors:
         function = self._recipe.postprocess
         if function is None:
             return values
+        assert self._engine is not None
         with _blame("postprocess"):
-            result = function(*values)
-        return self._flatten("postprocess", result)
-
-    def _flatten(self, source: str, result: object) -> Tensors:
-        names, tensors = flatten(source, result)
-        expected = self._expected.setdefault(source, names)
-        if names != expected:
-            if sorted(names) != sorted(expected):
-                plural = "s" * (len(names) != 1)
-                raise EngineError(
-                    f"{source} returned {len(names)} output{plural} ({', '.join(names)}), "
-                    f"and {len(expected)} ({', '.join(expected)}) when it was warmed up"
-                )
-            tensors = [tensors[names.index(name)] for name in expected]  # a mapping in another order
-        self._names = expected
+            # What is flat comes as so many tensors, and anything else as the engine returned it.
+            result = function(*values) if self._engine.is_flat else function(self._engine.pack(values))
+        names, tensors = self._flatten("postprocess", result, self._post)
+        self._post = self._agreed("postprocess", self._post, names)
         return tensors
+
+    def _flatten(
+        self, source: str, result: object, known: OutputNames | None, *, declared: bool = False
+    ) -> tuple[OutputNames, Tensors]:
+        names, tensors = flatten(source, result, declared=declared, known=known)
+        here = self._recipe.device.torch_device
+        return names, [tensor if tensor.device == here else tensor.to(here) for tensor in tensors]
+
+    @staticmethod
+    def _agreed(source: str, known: OutputNames | None, names: OutputNames) -> OutputNames:
+        """The names and structure of what `source` returned, which may differ from call to call where it is not captured."""
+        if known is None or names is known:
+            return names
+        if len(names.names) != len(known.names):
+            plural = "s" * (len(names.names) != 1)
+            raise EngineError(
+                f"{source} returned {len(names.names)} output{plural} ({', '.join(names.names)}), "
+                f"and {len(known.names)} ({', '.join(known.names)}) when it was warmed up"
+            )
+        known.become(names)
+        return known
 
     # How it runs...
 
@@ -452,9 +485,9 @@ class _Builder:
         recipe = self._recipe
         pieces: list[tuple[str, Callable[[Tensors], Tensors]]] = [("engine " + recipe.engine.name, engine)]
         if recipe.preprocess is not None:
-            pieces.insert(0, ("preprocess", self._pre))
+            pieces.insert(0, ("preprocess", self._preprocessed))
         if recipe.postprocess is not None:
-            pieces.append(("postprocess", self._post))
+            pieces.append(("postprocess", self._postprocessed))
         steps: list[Step] = []
         fallbacks = []
         values = inputs

@@ -114,7 +114,8 @@ class Request(Waiter):
     @property
     def key(self) -> Key:
         """What tells the program that it needs from a slot's others."""
-        return self.shapes, tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
+        bound = tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
+        return self.shapes, bound, self.specs
 
     def order(self, slot: Slot) -> None:
         """Make the slot's stream wait for what the device inputs depend on, and for who had the results' memory before."""

@@ -77,7 +77,7 @@ class Route:
     @property
     def key(self) -> Key:
         """What tells the program from the slot's others."""
-        return self.shapes, ()
+        return self.shapes, (), self.specs
 
     @staticmethod
     def suits(values: Sequence[object], arguments: Sequence[Argument]) -> bool:

@@ -18,6 +18,7 @@ from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.programs import Program
 from aiotrt.selftest.cases import Case, Range, random_inputs
 from aiotrt.selftest.report import CheckFailed
+from aiotrt.tensors import take_apart
 
 __all__ = ["Bench", "Options", "Sample", "Tensors", "as_tensors", "compare", "digest", "together", "within"]
 
@@ -144,7 +145,7 @@ class Bench:
 
     def programs(self, case: Case) -> list[Program]:
         """What the slots run for it."""
-        return list(self.executor.cache.holders((case.shapes, ())).values())
+        return list(self.executor.cache.holders((case.shapes, (), self.executor.specs.known())).values())
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -256,7 +257,7 @@ async def within(awaitable: Awaitable[T], what: str, expected: float = 0.0) -> T
 
 def as_tensors(results: object) -> Tensors:
     """What a call returned, as a plain tuple."""
-    return tuple(results) if isinstance(results, tuple) else (results,)  # type: ignore[return-value]
+    return tuple(take_apart(results)[1])
 
 
 def digest(tensors: Tensors) -> bytes:

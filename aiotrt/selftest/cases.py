@@ -10,7 +10,7 @@ import torch
 
 from aiotrt.engines.tensorrt_execution import Profile
 from aiotrt.errors import InputError
-from aiotrt.tensors import Shapes, Specs, TensorSpec
+from aiotrt.tensors import Shapes, TensorSpec
 
 __all__ = ["Case", "Range", "check_ranges", "combine", "find_cases", "random_inputs"]
 
@@ -34,7 +34,7 @@ class Case:
     """
 
     label: str
-    specs: Specs
+    specs: tuple[TensorSpec, ...]
     shapes: Shapes
     limits: Mapping[str, tuple[Shape, Shape]]
 
@@ -48,7 +48,7 @@ class Case:
 
 
 def find_cases(
-    file: str, specs: Specs, profiles: Sequence[Profile], given: Mapping[str, Sequence[Shape]]
+    file: str, specs: tuple[TensorSpec, ...], profiles: Sequence[Profile], given: Mapping[str, Sequence[Shape]]
 ) -> tuple[list[Case], Case]:
     """The shapes to verify at.
 
@@ -101,7 +101,7 @@ def combine(given: Mapping[str, Sequence[Shape]]) -> list[dict[str, Shape]]:
     return [{name: shapes[i if len(shapes) > 1 else 0] for name, shapes in given.items()} for i in range(count)]
 
 
-def check_ranges(file: str, specs: Specs, ranges: Mapping[str, Range]) -> None:
+def check_ranges(file: str, specs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]) -> None:
     """Check what the user says about values.
 
     Raises:
@@ -168,7 +168,9 @@ def _declared(profiles: Sequence[Profile]) -> list[tuple[str, Mapping[str, Shape
     return declared or [("fixed", {})]
 
 
-def _given(file: str, specs: Specs, given: Mapping[str, Sequence[Shape]]) -> list[tuple[str, Mapping[str, Shape]]]:
+def _given(
+    file: str, specs: tuple[TensorSpec, ...], given: Mapping[str, Sequence[Shape]]
+) -> list[tuple[str, Mapping[str, Shape]]]:
     """What the user says."""
     for name in given:
         _find(file, "--shape", specs, name)
@@ -197,12 +199,12 @@ def _example(spec: TensorSpec) -> str:
     return "x".join(str(extent or (1 if i == 0 else space)) for i, extent in enumerate(spec.shape))
 
 
-def _find(file: str, option: str, specs: Specs, name: str) -> TensorSpec:
+def _find(file: str, option: str, specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
     for spec in specs:
         if spec.name == name:
             return spec
     raise InputError(f"{file}: {option} {name}=: there is no input {name!r}; the inputs are {', '.join(map(str, specs))}")
 
 
-def _names(specs: Specs) -> list[str]:
+def _names(specs: tuple[TensorSpec, ...]) -> list[str]:
     return [spec.name for spec in specs]

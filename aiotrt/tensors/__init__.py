@@ -8,10 +8,11 @@ from aiotrt.tensors.argument import Argument
 from aiotrt.tensors.conversion import number, numpy_view, own, widened
 from aiotrt.tensors.input_specs import InputSpecs
 from aiotrt.tensors.kind import DEVICE, NUMPY, Kind
-from aiotrt.tensors.output_names import OutputNames
+from aiotrt.tensors.output_names import OutputNames, flatten
 from aiotrt.tensors.parameters import Parameters, arrange
-from aiotrt.tensors.structure import examples, flatten
-from aiotrt.tensors.tensor_spec import Key, Shapes, Specs, TensorSpec
+from aiotrt.tensors.signature import Key, Signature, Specs
+from aiotrt.tensors.structure import Structure, examples, take_apart
+from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
 
 __all__ = [
     "DEVICE",
@@ -23,7 +24,9 @@ __all__ = [
     "OutputNames",
     "Parameters",
     "Shapes",
+    "Signature",
     "Specs",
+    "Structure",
     "TensorSpec",
     "arrange",
     "examples",
@@ -31,5 +34,6 @@ __all__ = [
     "number",
     "numpy_view",
     "own",
+    "take_apart",
     "widened",
 ]

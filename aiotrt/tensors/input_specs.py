@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
 
-from aiotrt.errors import InputError
+from aiotrt.errors import DeviceError, InputError
 from aiotrt.tensors.argument import Argument
 from aiotrt.tensors.conversion import NUMPY_DTYPES, TORCH_DTYPES, dtype_name, numpy_view
 from aiotrt.tensors.kind import DEVICE, NUMPY, Kind
 from aiotrt.tensors.parameters import Parameters
 from aiotrt.tensors.reading import as_array, as_tensor, is_array, shape_and_dtype
-from aiotrt.tensors.tensor_spec import Shapes, Specs, TensorSpec
+from aiotrt.tensors.signature import Signature
+from aiotrt.tensors.structure import is_tensor, paths, place_name, take_apart
+from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
 
 __all__ = ["InputSpecs"]
 
+#: How many signatures are remembered. One that was forgotten is recognised anew, at more cost.
+KEPT: Final = 64
+
 
 class InputSpecs:
-    """The inputs of one model: declared by its engine, or fixed by the first example that the engine accepts.
+    """The inputs of one model: declared by its engine, or recognised from each call's.
 
     Args:
         specs: the engine's declaration, if it makes one.
-        parameters: what a first example is matched against, where the engine declares nothing.
+        parameters: what calls are matched against, where the engine declares nothing.
         holds: whether a tensor is in the model's device's memory.
         device: that device's name in torch, for messages.
         of_items: whether these are single items of a batch, without its axis.
+        fixed: whether only those signatures are allowed that were accepted before `seal`, or else the first.
+
+    Attributes:
+        specs: the declared inputs, or the first ones that the engine accepted; None until then.
+        accepted: the last signatures that the engine accepted, of `KEPT`.
     """
 
     def __init__(
@@ -39,15 +49,24 @@ class InputSpecs:
         device: torch.device,
         *,
         of_items: bool = False,
+        fixed: bool = False,
     ) -> None:
-        self.specs: Specs | None = None if specs is None else tuple(specs)
+        self.specs: Signature | None = None
+        self.accepted: dict[Signature, None] = {}
         self.parameters = parameters
         self._holds = holds
         self._device = device
         self._of_items = of_items
-        self._fitting: Shapes = ()  # the shapes that fitted last: mostly those of the next call too
+        self._fixed = fixed or specs is not None
+        self._is_sealed = False
+        self._only: Signature | None = None  # the one that is allowed, where each of its arguments is a tensor
+        self._recognised: dict[object, tuple[Signature, Sequence[int] | None]] = {}
+        self._fitting: tuple[Signature | None, Shapes] = None, ()  # what fitted last: mostly the next call's too
+        if specs is not None:
+            self._is_sealed = True
+            self.settle(specs if isinstance(specs, Signature) else Signature(specs))
 
-    def known(self) -> Specs:
+    def known(self) -> Signature:
         """The inputs, which must be known.
 
         Raises:
@@ -57,40 +76,87 @@ class InputSpecs:
             raise InputError("the inputs' dtypes are not known yet: pass an example input instead of its shape")
         return self.specs
 
-    def settle(self, specs: Specs) -> None:
-        """The engine has accepted inputs of these specs.
+    def confirm(self, specs: Signature) -> None:
+        """Check that inputs of this signature are still allowed.
 
         Raises:
-            InputError: others were accepted meanwhile.
+            InputError: others were fixed meanwhile.
         """
-        if self.specs is None:
-            self.specs = specs
-        elif specs is not self.specs and specs != self.specs:
-            earlier, later = (", ".join(map(str, some)) for some in (self.specs, specs))
-            raise InputError(f"the inputs were fixed as {earlier} by an earlier call, got {later}")
+        if self._fixed and self._is_sealed and self.accepted and specs not in self.accepted:
+            fixed = " or ".join(f"({signature})" for signature in self.accepted)
+            raise InputError(f"the inputs were fixed as {fixed}, got ({specs})")
 
-    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Shapes, Kind, Specs]:
-        """Check one call's inputs.
+    def settle(self, specs: Signature) -> None:
+        """The engine has accepted inputs of this signature.
+
+        Raises:
+            InputError: others were fixed meanwhile.
+        """
+        if specs in self.accepted:
+            return
+        self.confirm(specs)
+        if self._fixed:
+            self.accepted[specs] = None
+        else:
+            _remember(self.accepted, specs, None)
+        self.specs = self.specs or specs
+        self._narrow()
+
+    def seal(self) -> None:
+        """If signatures are fixed: allow no others than those accepted so far, or else the first."""
+        self._is_sealed = True
+        self._narrow()
+
+    def explain(self, specs: Signature, error: BaseException) -> BaseException:
+        """What to tell a caller for whose inputs no program could be built: their signature may be wrong, if it is new."""
+        if not self.accepted or specs in self.accepted or isinstance(error, (DeviceError, InputError)):
+            return error
+        # Not what it said, which may name files: servers show this to clients.
+        what = f"the engine raised {type(error).__name__}"
+        refusal = InputError(f"inputs ({specs}) do not work ({what}); inputs ({self.specs}) do")
+        refusal.__cause__ = error
+        return refusal
+
+    def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Shapes, Kind, Signature]:
+        """Check one call's inputs: `recognise` and `check`."""
+        signature, leaves = self.recognise(values, named)
+        return *self.check(signature, leaves), signature
+
+    def recognise(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Signature, Sequence[Any]]:
+        """Find the signature of one call's inputs.
 
         Returns:
-            The arguments in the engine's order, their shapes, the kind its outputs should have, and the specs that they were
-            checked against: provisional ones, that `settle` fixes, while the engine has accepted nothing yet.
+            The signature, and the call's tensors and arrays in its order.
 
         Raises:
             InputError: the first thing that does not fit.
         """
-        specs = self.specs
-        if specs is None:
-            specs = self._infer(values, named)
+        only = self._only
+        if only is None:
+            signature, leaves = self._infer(values, named)
+            if self._fixed:
+                self.confirm(signature)
+            return signature, leaves
         if named:
-            values = self._place(specs, values, named)
-        elif len(values) != len(specs):
-            self._count(specs, values, named)
+            return only, self._place(only, values, named)
+        if len(values) != len(only):
+            self._count(only, values, named)
+        return only, values
+
+    def check(self, signature: Signature, leaves: Sequence[object]) -> tuple[list[Argument], Shapes, Kind]:
+        """Check the tensors and arrays of one call.
+
+        Returns:
+            The arguments, their shapes, and the kind that the outputs should have.
+
+        Raises:
+            InputError: the first thing that does not fit.
+        """
         kind: Kind = NUMPY
         arguments = []
         extents = []
-        for i, spec in enumerate(specs):  # there are as many values
-            value = values[i]
+        for i, spec in enumerate(signature):  # there are as many leaves
+            value = leaves[i]
             argument = self._argument(spec, value)
             extents.append(argument.shape)
             if argument.tensor is not None:
@@ -99,12 +165,11 @@ class InputSpecs:
                 kind = Kind.TORCH
             arguments.append(argument)
         shapes = tuple(extents)
-        if shapes != self._fitting or specs is not self.specs:
-            for spec, shape in zip(specs, shapes, strict=True):
+        if shapes != self._fitting[1] or signature is not self._fitting[0]:
+            for spec, shape in zip(signature, shapes, strict=True):
                 self._check_shape(spec, shape)
-            if specs is self.specs:
-                self._fitting = shapes
-        return arguments, shapes, kind, specs
+            self._fitting = signature, shapes
+        return arguments, shapes, kind
 
     def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
         """Check shapes, given like inputs.
@@ -123,16 +188,67 @@ class InputSpecs:
             shapes.append(shape)
         return tuple(shapes)
 
-    def check(self, name: str, value: object) -> Argument:
-        """Check a value for the input `name`, extents aside: that is for assignments to part of an input."""
-        spec = next(spec for spec in self.known() if spec.name == name)
-        _, dtype = shape_and_dtype(name, value)
+    def check_part(self, spec: TensorSpec, value: object) -> Argument:
+        """Check a value for an input, extents aside: that is for assignments to part of an input."""
+        _, dtype = shape_and_dtype(spec.name, value)
         if dtype != spec.dtype:
             _refuse(spec, f"dtype {dtype_name(dtype)}", _conversion(value, spec.dtype))
         return self._argument(spec, value)
 
-    def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> Specs:
-        """What a first example says: how many inputs there are, and their names, dtypes and ranks."""
+    def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Signature, Sequence[Any]]:
+        """Recognise the signature of one call of a function that declares nothing."""
+        leaves: list[Any] = [*values, *named.values()]
+        probes = leaves  # what says the dtype and the rank
+        for i, leaf in enumerate(leaves):
+            if type(leaf) is not torch.Tensor and type(leaf) is not np.ndarray:
+                if not is_tensor(leaf):
+                    return self._infer_nested(values, named)
+                leaves, probes = self._read(self._names(values, named)[i], i, leaves, probes)
+        key = len(values), *named, *[(probe.dtype, probe.ndim) for probe in probes]
+        found = self._recognised.get(key)
+        if found is None:
+            names = self._names(values, named)
+            rank = {name: i for i, name in enumerate(self.parameters.names)}
+            # In the function's order, whatever the caller's: two calls that differ in that alone have one program.
+            order = [*range(len(values))]
+            order += sorted(range(len(values), len(names)), key=lambda i: (rank.get(names[i], len(rank)), names[i]))
+            signature = self._known_as(Signature([_spec(names[i], probes[i]) for i in order]))
+            found = signature, (None if order == sorted(order) else order)
+            _remember(self._recognised, key, found)
+        signature, permutation = found
+        return signature, leaves if permutation is None else [leaves[i] for i in permutation]
+
+    def _infer_nested(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Signature, Sequence[Any]]:
+        rank = {name: i for i, name in enumerate(self.parameters.names)}
+        ordered = sorted(named, key=lambda name: (rank.get(name, len(rank)), name))
+        whole = tuple(values), {name: named[name] for name in ordered}
+        names = self._names(values, whole[1])
+        given = [*values, *whole[1].values()]
+        try:
+            structure, leaves = take_apart(whole)
+        except RecursionError:
+            raise InputError(f"{self._culprit(names, given)}: it contains itself, or is nested too deeply") from None
+        except TypeError as error:
+            self._refuse_leaf(names, given, str(error))
+        if not leaves:
+            as_tensor(names[0], given[0])  # raises, and says what it is
+        probes = leaves
+        for i, leaf in enumerate(leaves):
+            if type(leaf) is not torch.Tensor and type(leaf) is not np.ndarray:
+                places = [name for name, leaf in _leaf_names(names, given) if is_tensor(leaf)]
+                leaves, probes = self._read(places[i], i, leaves, probes)
+        key = structure, *[(probe.dtype, probe.ndim) for probe in probes]
+        found = self._recognised.get(key)
+        if found is None:
+            places = [name for name, leaf in _leaf_names(names, given) if is_tensor(leaf)]
+            constants = [(name, leaf) for name, leaf in _leaf_names(names, given) if not is_tensor(leaf)]
+            specs = [_spec(name, probe) for name, probe in zip(places, probes, strict=True)]
+            found = self._known_as(Signature(specs, structure, constants)), None
+            _remember(self._recognised, key, found)
+        return found[0], leaves
+
+    def _names(self, values: Sequence[object], named: Mapping[str, object]) -> list[str]:
+        """The names of one call's arguments, checked."""
         names = [*(self._name(i, len(values)) for i in range(len(values))), *named]
         known = self.parameters
         if not names:
@@ -146,14 +262,48 @@ class InputSpecs:
         for name in known.required:
             if name not in names:
                 raise InputError(f"missing input {name!r}")
-        specs = []
-        for name, value in zip(names, [*values, *named.values()], strict=True):
-            shape, dtype = shape_and_dtype(name, value)
-            specs.append(TensorSpec(name, (None,) * len(shape), dtype))
-        # In the function's order, whatever the caller's: two first calls that differ in that alone must agree.
-        rank = {name: i for i, name in enumerate(known.names)}
-        given = specs[: len(values)]
-        return (*given, *sorted(specs[len(values) :], key=lambda spec: (rank.get(spec.name, len(rank)), spec.name)))
+        return names
+
+    def _known_as(self, signature: Signature) -> Signature:
+        """The object that stands for this signature, so that mostly identity tells them apart."""
+        for same in (*self.accepted, *(found[0] for found in self._recognised.values())):
+            if same == signature:
+                return same
+        return signature
+
+    def _narrow(self) -> None:
+        if self._fixed and self._is_sealed and len(self.accepted) == 1 and self.known().structure is None:
+            self._only = self.specs
+
+    @staticmethod
+    def _read(name: str, i: int, leaves: list[Any], probes: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Read leaf `i`, which may be no plain tensor or array."""
+        value = leaves[i]
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return leaves, probes
+        if is_array(value):  # read once, since that may take long
+            leaves[i] = probes[i] = as_array(name, value)
+            return leaves, probes
+        probes = [*probes[:i], as_tensor(name, value), *probes[i + 1 :]]
+        return leaves, probes
+
+    @staticmethod
+    def _culprit(names: Sequence[str], given: Sequence[object]) -> str:
+        """Name the argument that cannot be taken apart."""
+        for name, value in zip(names, given, strict=True):
+            try:
+                take_apart(value)
+            except (RecursionError, TypeError):
+                return f"input {name!r}"
+        return "the inputs"
+
+    def _refuse_leaf(self, names: Sequence[str], given: Sequence[object], kind: str) -> NoReturn:
+        for name, leaf in _leaf_names(names, given):
+            if type(leaf).__name__ == kind:
+                as_tensor(name, leaf)  # raises, and says what it is
+        raise InputError(
+            f"{self._culprit(names, given)}: expected tensors, arrays, and constants that can be a key, got {kind}"
+        )
 
     def _name(self, i: int, count: int) -> str:
         known = self.parameters.positional
@@ -164,7 +314,7 @@ class InputSpecs:
         listing = f" ({', '.join(known)})" if known else ""
         raise InputError(f"the model takes {len(known)} input{'s' * (len(known) != 1)}{listing} by position, got {count}")
 
-    def _place(self, specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
+    def _place(self, specs: Signature, values: Sequence[object], named: Mapping[str, object]) -> list[object]:
         if len(values) > len(specs):
             self._count(specs, values, named)
         missing = object()
@@ -183,7 +333,7 @@ class InputSpecs:
         return placed
 
     @staticmethod
-    def _count(specs: Specs, values: Sequence[object], named: Mapping[str, object]) -> NoReturn:
+    def _count(specs: Signature, values: Sequence[object], named: Mapping[str, object]) -> NoReturn:
         plural = "s" * (len(specs) != 1)
         listing = ", ".join(map(str, specs))
         raise InputError(f"expected {len(specs)} input{plural} ({listing}), got {len(values) + len(named)}")
@@ -226,6 +376,23 @@ class InputSpecs:
         if spec.minimum is not None and spec.maximum is not None:
             limits = f"the engine allows {spec.minimum} to {spec.maximum}"
         _refuse(spec, f"shape {shape}", limits)
+
+
+def _spec(name: str, value: Any) -> TensorSpec:
+    _, dtype = shape_and_dtype(name, value)
+    return TensorSpec(name, (None,) * value.ndim, dtype)
+
+
+def _leaf_names(names: Sequence[str], given: Sequence[object]) -> list[tuple[str, object]]:
+    """The names of all leaves of these arguments, such as ``images[0]``, and the leaves."""
+    return [(place_name(name, place), leaf) for name, one in zip(names, given, strict=True) for place, leaf in paths(one)]
+
+
+def _remember(where: dict[Any, Any], key: object, value: object) -> None:
+    """Add to a bounded memory, which forgets what came first."""
+    where[key] = value
+    if len(where) > KEPT:
+        del where[next(iter(where))]
 
 
 def _refuse(spec: TensorSpec, got: str, hint: str = "") -> NoReturn:

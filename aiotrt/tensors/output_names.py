@@ -1,22 +1,124 @@
-"""The names of a model's outputs, and the container of its results."""
+"""The outputs of a program: their names, and the structure in which a caller gets them."""
 
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Final
 
-__all__ = ["OutputNames"]
+import torch
+
+from aiotrt.errors import EngineError
+from aiotrt.tensors.structure import Structure, is_tensor, paths, place_name, take_apart
+
+__all__ = ["OutputNames", "flatten"]
 
 
 class OutputNames:
-    """The names of a model's outputs, and the container they come in: bare when there is one, else a named tuple."""
+    """The names of a program's outputs, and how results are packed.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    Args:
+        names: one for each tensor.
+        structure: what results are packed into; None for a named tuple, or where there is one output for that alone.
+
+    Attributes:
+        is_bare: whether the result is one tensor by itself.
+        is_flat: whether it is that, or one container of tensors.
+        is_mapping: whether that container is a mapping.
+        pack: makes what a caller gets of as many results.
+    """
+
+    __slots__ = ("is_bare", "is_flat", "is_mapping", "names", "pack", "structure")
+
+    def __init__(self, names: Sequence[str], structure: Structure | None = None) -> None:
         self.names = tuple(names)
-        # rename: engine tensor names need not be Python identifiers; those that are not stay reachable by position.
-        self._container: Any = namedtuple("Outputs", self.names, rename=True)  # type: ignore[misc]  # noqa: PYI024
+        self.structure = structure
+        self.is_bare = len(self.names) == 1 if structure is None else structure.is_bare
+        self.is_flat = structure is None or structure.is_flat
+        self.is_mapping = structure is not None and structure.is_mapping
+        self.pack: Callable[[Sequence[object]], Any]
+        if self.is_bare:
+            self.pack = itemgetter(0)
+        elif structure is None:
+            # rename: engine tensor names need not be Python identifiers; those that are not stay reachable by position.
+            container: Any = namedtuple("Outputs", self.names, rename=True)  # type: ignore[misc]  # noqa: PYI024
+            self.pack = container._make
+        else:
+            self.pack = structure.builder
 
-    def pack(self, values: Sequence[object]) -> Any:
-        """The results as the caller sees them."""
-        return values[0] if len(values) == 1 else self._container._make(values)
+    def become(self, other: OutputNames) -> None:
+        """Take over what another one says, which has as many names: of a function whose results depend on the data."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(other, name))
+
+
+def flatten(
+    source: str, value: object, *, declared: bool = False, known: OutputNames | None = None
+) -> tuple[OutputNames, list[torch.Tensor]]:
+    """Take apart what an engine, a module or a function returned.
+
+    Args:
+        source: who returned it, for messages.
+        value: any structure with at least one tensor.
+        declared: whether it is an engine's mapping of outputs by name, which callers get as a named tuple.
+        known: what it returned before; given back where it is the same again.
+
+    Raises:
+        EngineError: it is anything else; the message says where and what.
+    """
+    if isinstance(value, torch.Tensor):
+        bare = known if known is not None and known.is_bare else OutputNames(("output",), None if declared else _TENSOR)
+        return bare, [_strided(source, bare.names[0], value)]
+    if declared and known is not None and isinstance(value, Mapping) and tuple(value) == known.names:
+        return known, [_strided(source, name, tensor) for name, tensor in value.items()]
+    try:
+        structure, tensors = take_apart(value)
+    except TypeError as error:
+        got = _at(value, str(error))
+        raise EngineError(f"{source} returned {got}; it must return a tensor, or a structure of tensors") from None
+    except RecursionError:
+        got = type(value).__name__
+        raise EngineError(f"{source} returned a {got} that contains itself, or is nested too deeply") from None
+    if known is None or structure != known.structure:
+        if not tensors:
+            raise EngineError(_without_tensors(source, value))
+        places = [place for place, leaf in paths(value) if is_tensor(leaf)]
+        known = OutputNames([_name(place) for place in places], None if declared else structure)
+    for name, tensor in zip(known.names, tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            where = "" if structure.is_bare else f" as {name!r}"
+            raise EngineError(f"{source} returned {type(tensor).__name__}{where}; it must return a tensor there")
+    return known, [_strided(source, name, tensor) for name, tensor in zip(known.names, tensors, strict=True)]
+
+
+_TENSOR: Final = take_apart(torch.empty(0))[0]
+
+
+def _without_tensors(source: str, value: object) -> str:
+    if value is None or not isinstance(value, (Mapping, tuple, list)):
+        got = "nothing (None)" if value is None else type(value).__name__
+        return f"{source} returned {got}; it must return a tensor, or a structure of tensors"
+    got = f"a {type(value).__name__} without a tensor" if len(value) else f"an empty {type(value).__name__}"
+    return f"{source} returned {got}; it must return at least one tensor"
+
+
+def _name(place: Sequence[int | str]) -> str:
+    if not place:
+        return "output"
+    first, *rest = place
+    return place_name(f"output_{first}" if isinstance(first, int) else first, rest)
+
+
+def _at(value: object, kind: str) -> str:
+    """What stands where in a result that cannot be taken apart."""
+    for place, leaf in paths(value):
+        if place and type(leaf).__name__ == kind:
+            return f"{kind} as {_name(place)!r}"
+    return kind
+
+
+def _strided(source: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise EngineError(f"{source} returned {name!r} as a {tensor.layout} tensor; return a strided one")
+    return tensor.detach()

@@ -1,61 +1,167 @@
-"""Structures of tensors: what a module returns, and the entries of a warm-up."""
+"""Nested structures of tensors: taken apart, told apart, and put together again.
+
+A structure is what `torch.utils._pytree` knows: lists, tuples, dicts, named tuples, and classes that are registered there.
+Objects of other classes, such as dataclasses, are taken apart by their attributes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
+import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
-from aiotrt.errors import EngineError
+__all__ = ["Structure", "examples", "is_tensor", "paths", "place_name", "take_apart"]
 
-__all__ = ["examples", "flatten"]
+_CONSTANTS: Final = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), enum.Enum, np.generic,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 
 
-def flatten(source: str, value: object) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    """Take apart what a module or function returned.
+class _Tensor:
+    """The place of a tensor."""
 
-    Args:
-        source: who returned it, for messages.
-        value: a tensor, a flat tuple, list, named tuple or mapping of tensors.
+
+_TENSOR: Final = _Tensor()
+
+
+class Structure:
+    """A nested value without its tensors: its containers, and its other leaves, which are constants. A key.
+
+    Attributes:
+        count: how many tensors there are.
+        key: equal for equal structures.
+    """
+
+    __slots__ = ("_hash", "_places", "_spec", "count", "key")
+
+    def __init__(self, spec: pytree.TreeSpec, places: Sequence[object]) -> None:
+        self._spec = spec
+        self._places = tuple(places)
+        objects = [place.structure for place in places if isinstance(place, _Object)]
+        self.count: int = self._places.count(_TENSOR) + sum(structure.count for structure in objects)
+        self.key = _spec_key(spec), tuple(map(_place_key, self._places))
+        self._hash = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self._hash == other._hash and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def build(self, tensors: Sequence[object]) -> Any:
+        """Return a new value of this structure with these tensors, of which there are `count`."""
+        return self._build(iter(tensors))
+
+    def _build(self, tensors: Iterator[object]) -> Any:
+        leaves = [
+            next(tensors) if place is _TENSOR else place.build(tensors) if isinstance(place, _Object) else place
+            for place in self._places
+        ]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether this is one tensor by itself."""
+        return self._spec.type is None and self._places == (_TENSOR,)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether this is one tensor, or one list, tuple or mapping of nothing but tensors."""
+        return self.is_bare or (
+            all(place is _TENSOR for place in self._places)
+            and all(child.type is None for child in _children(self._spec))
+            and (self.is_mapping or (isinstance(self._spec.type, type) and issubclass(self._spec.type, (list, tuple))))
+        )
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether this is a mapping."""
+        return isinstance(self._spec.type, type) and issubclass(self._spec.type, Mapping)
+
+    @property
+    def builder(self) -> Callable[[Sequence[object]], Any]:
+        """What `build` does, as a function to be called often."""
+        kind = self._spec.type
+        if kind in (tuple, list) and self.is_flat:
+            return kind  # type: ignore[no-any-return]
+        if kind is dict and self.is_flat:
+            keys = list(self._spec.context)
+            return lambda tensors: dict(zip(keys, tensors, strict=True))
+        return self.build
+
+
+class _Object:
+    """The place of an object that is taken apart by its attributes; of a dict or list, by its items too."""
+
+    __slots__ = ("kind", "structure")
+
+    def __init__(self, kind: type, structure: Structure) -> None:
+        self.kind = kind
+        self.structure = structure
+
+    def build(self, tensors: Iterator[object]) -> Any:
+        attributes, items = self.structure._build(tensors)
+        value = _base(self.kind).__new__(self.kind)  # a constructor of its own would want arguments
+        if isinstance(value, dict):
+            dict.update(value, items)
+        elif isinstance(value, list):
+            list.extend(value, items)
+        for name, attribute in attributes.items():
+            object.__setattr__(value, name, attribute)
+        return value
+
+
+def take_apart(value: object) -> tuple[Structure, list[Any]]:
+    """Return the structure of a value, and its tensors (and arrays, and what can be read as one) in order.
 
     Raises:
-        EngineError: it is anything else; the message says where and what.
+        TypeError: a leaf is neither a tensor nor a constant; the message is its type.
+        RecursionError: the value contains itself.
     """
-    if isinstance(value, torch.Tensor):
-        return ("output",), [_strided(source, "output", value)]
-    if isinstance(value, Mapping):
-        names: tuple[str, ...] = tuple(str(name) for name in value)
-        items: list[object] = list(value.values())
-    elif isinstance(value, (tuple, list)):
-        items = list(value)
-        names = getattr(value, "_fields", None) or tuple(f"output_{i}" for i in range(len(items)))
-    else:
-        got = "nothing (None)" if value is None else f"{type(value).__name__}"
-        raise EngineError(f"{source} returned {got}; it must return a tensor, or a flat tuple or dict of tensors")
-    if not items:
-        raise EngineError(f"{source} returned an empty {type(value).__name__}; it must return at least one tensor")
-    tensors = []
-    for name, item in zip(names, items, strict=True):
-        if not isinstance(item, torch.Tensor):
-            raise EngineError(
-                f"{source} returned {type(item).__name__} as {name!r}; every output must be a tensor "
-                "(flatten nested results in postprocess=)"
-            )
-        tensors.append(_strided(source, name, item))
-    return names, tensors
+    tensors: list[Any] = []
+    return _take_apart(value, tensors), tensors
 
 
-def _strided(source: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        raise EngineError(f"{source} returned {name!r} as a {tensor.layout} tensor; return a strided one")
-    return tensor.detach()
+def paths(value: object) -> list[tuple[tuple[int | str, ...], object]]:
+    """Return the place and the value of each leaf, in the order of `take_apart`.
+
+    A place is the positions, keys and names of attributes that lead there, from outside.
+    """
+    children, spec = pytree.tree_flatten(value, is_leaf=lambda one: one is not value or _is_size(one))
+    if spec.type is None:
+        contents = None if is_tensor(value) or _is_constant(value) else _contents(value)
+        if contents is None:
+            return [((), value)]
+        attributes, items = contents
+        return [found for name, one in attributes.items() for found in _below(name, one)] + paths(items)
+    labels: Sequence[int | str] = range(len(children))
+    if isinstance(value, Mapping) and len(value) == len(children):
+        labels = [str(key) for key in value]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        labels = value._fields
+    return [found for label, child in zip(labels, children, strict=True) for found in _below(label, child)]
+
+
+def place_name(first: str, rest: Sequence[int | str]) -> str:
+    """Return the name of a place, such as ``images[0]`` or ``cache.layers[1].keys``."""
+    return first + "".join(f"[{label}]" if isinstance(label, int) else f".{label}" for label in rest)
+
+
+def _below(label: int | str, value: object) -> list[tuple[tuple[int | str, ...], object]]:
+    return [((label, *place), leaf) for place, leaf in paths(value)]
 
 
 def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, object]]]:
     """The entries of ``warmup=``, each as positional and named inputs.
 
-    A list holds one entry per shape; an entry is one tensor or array, or a tuple or dict of them. Anything else than a
-    list is one entry.
+    A list holds one entry per shape; an entry is one input, or a tuple or dict of them. Anything else than a list is one
+    entry.
     """
     for entry in warmup if isinstance(warmup, list) else [warmup]:
         if isinstance(entry, Mapping):
@@ -64,3 +170,97 @@ def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, obj
             yield entry, {}
         else:
             yield (entry,), {}
+
+
+def _take_apart(value: object, tensors: list[Any]) -> Structure:
+    leaves, spec = pytree.tree_flatten(value, is_leaf=_is_size)
+    places: list[object] = []
+    for leaf in leaves:
+        if is_tensor(leaf):
+            tensors.append(leaf)
+            places.append(_TENSOR)
+        elif _is_constant(leaf):
+            places.append(leaf)
+        else:
+            contents = _contents(leaf)
+            if contents is None:
+                raise TypeError(type(leaf).__name__)
+            places.append(_Object(type(leaf), _take_apart(contents, tensors)))
+    return Structure(spec, places)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is torch.Size  # which torch's pytree would return as a tuple
+
+
+def is_tensor(leaf: object) -> bool:
+    """Return whether this is a tensor, an array, or claims that it can be read as one."""
+    if isinstance(leaf, (torch.Tensor, np.ndarray)):
+        return True
+    kind = type(leaf)
+    return not isinstance(leaf, np.generic) and any(
+        hasattr(kind, name) for name in ("__array__", "__dlpack__", "__cuda_array_interface__")
+    )
+
+
+def _is_constant(leaf: object) -> bool:
+    return isinstance(leaf, _CONSTANTS) or callable(leaf)  # functions, classes and modules are themselves
+
+
+def _contents(leaf: object) -> tuple[dict[str, object], object] | None:
+    """The attributes and items of an object that they make up; None for any other, such as a file or an iterator."""
+    kind = type(leaf)
+    if _base(kind) not in (object, dict, list) or kind is object or hasattr(kind, "__next__"):
+        return None
+    attributes = dict(getattr(leaf, "__dict__", {}))
+    for one in kind.__mro__:
+        slots = one.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
+                attributes[name] = getattr(leaf, name)
+    items = dict(leaf) if isinstance(leaf, dict) else list(leaf) if isinstance(leaf, list) else ()
+    return attributes, items
+
+
+def _base(kind: type) -> Any:
+    """The first base of a class that is not written in Python."""
+    return next(one for one in kind.__mro__ if not one.__flags__ & _HEAP_TYPE)
+
+
+def _children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
+    if hasattr(spec, "children"):
+        return spec.children()
+    older: Any = spec  # of an older torch
+    return older.children_specs  # type: ignore[no-any-return]
+
+
+def _spec_key(spec: pytree.TreeSpec) -> object:
+    if spec.type is None:
+        return None
+    # Of a list or tuple the context says nothing that its type and its children do not.
+    return spec.type, _frozen(spec.context), *map(_spec_key, _children(spec))
+
+
+def _frozen(context: object) -> object:
+    if isinstance(context, (list, tuple)):
+        return type(context), *map(_frozen, context)
+    if isinstance(context, Mapping):
+        return type(context), *((_frozen(key), _frozen(value)) for key, value in context.items())
+    try:
+        hash(context)
+    except TypeError:
+        raise TypeError(f"{type(context).__name__}, which cannot be hashed") from None
+    return type(context), context
+
+
+def _place_key(place: object) -> object:
+    if isinstance(place, _Object):
+        return place.kind, place.structure.key
+    # 1, 1.0 and True are equal, and so are 0.0 and -0.0; nan is not even equal to itself.
+    if isinstance(place, (float, complex)):
+        return type(place), repr(place)
+    if isinstance(place, np.generic):
+        return place.dtype, place.tobytes()
+    if isinstance(place, slice):
+        return slice, *map(_place_key, (place.start, place.stop, place.step))
+    return type(place), place

@@ -10,12 +10,9 @@ import torch
 
 from aiotrt.tensors.conversion import dtype_name
 
-__all__ = ["Key", "Shapes", "Specs", "TensorSpec"]
+__all__ = ["Shapes", "TensorSpec"]
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-Specs: TypeAlias = tuple["TensorSpec", ...]
-#: What tells one model's programs apart: the inputs' shapes, and the addresses of inputs that a graph reads where they are.
-Key: TypeAlias = tuple[Shapes, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, slots=True)

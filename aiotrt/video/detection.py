@@ -6,7 +6,7 @@ them. `Detections` is what their results are on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,17 +138,17 @@ class Detections:
         return len(self.scores)
 
 
-def detections(results: Any, size: tuple[int, int], *, threshold: float = 0.5) -> Detections:
+def detections(results: Mapping[str, Any], size: tuple[int, int], *, threshold: float = 0.5) -> Detections:
     """What `Postprocess` found, as far as its scores are at least `threshold`, with its masks unpacked.
 
     Args:
-        results: of a model with `Postprocess`; arrays or host tensors.
+        results: of a model with `Postprocess`, by name; arrays or host tensors.
         size: height and width that `Postprocess` was made with.
         threshold: the least score.
     """
-    scores = np.asarray(results.scores)
+    scores = np.asarray(results["scores"])
     keep = scores >= threshold
-    masks = getattr(results, "masks", None)
+    masks = results.get("masks")
     if masks is not None:
         masks = np.unpackbits(np.asarray(masks)[keep], axis=2, count=size[1]).astype(bool)
-    return Detections(np.asarray(results.boxes)[keep], scores[keep], np.asarray(results.classes)[keep], masks, size)
+    return Detections(np.asarray(results["boxes"])[keep], scores[keep], np.asarray(results["classes"])[keep], masks, size)

@@ -12,6 +12,7 @@ import torch
 
 from aiotrt.errors import InputError
 from aiotrt.model import Model
+from aiotrt.tensors import take_apart
 from aiotrt.video.cancellation import to_its_end
 from aiotrt.video.frames import Frame
 
@@ -107,9 +108,12 @@ class _OneModel:
             staging = slot.inputs[0].host.numpy()
             await self._in_pool(lambda: frame.write(staging))
             written = self._clock()
-            views = await slot.replay()
-            size = sum(view.nbytes for view in (views if isinstance(views, tuple) else (views,)))
-            result = _owned(views) if size <= INLINE else await self._in_pool(lambda: _owned(views))
+            structure, views = take_apart(await slot.replay())
+
+            def owned() -> Any:  # copies, since the next launch overwrites the views
+                return structure.build([np.array(view) for view in views])
+
+            result = owned() if sum(view.nbytes for view in views) <= INLINE else await self._in_pool(owned)
         return Outcome(result, written - started, self._clock() - written)
 
     async def _in_pool(self, function: Callable[[], Any]) -> Any:
@@ -140,11 +144,3 @@ class _Function:
     async def __call__(self, frame: Frame) -> Outcome:
         started = self._clock()
         return Outcome(await self._function(frame), None, self._clock() - started)
-
-
-def _owned(views: Any) -> Any:
-    """Copies of a lease's results, which are views of what the next launch overwrites."""
-    if not isinstance(views, tuple):
-        return np.array(views)
-    copies = [np.array(view) for view in views]
-    return type(views)(*copies) if hasattr(views, "_fields") else tuple(copies)

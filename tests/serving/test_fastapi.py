@@ -39,7 +39,7 @@ WARMUP = [np.zeros((2, 3), np.float32)]
 
 
 def affine(**options: Any) -> Callable[[], aiotrt.Model]:
-    return lambda: aiotrt.load(Affine(), device="host", warmup=WARMUP, **options)
+    return lambda: aiotrt.load(Affine(), device="host", warmup=WARMUP, signatures="fixed", **options)
 
 
 def application(**options: Any) -> FastAPI:

@@ -144,15 +144,9 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "executor.py",
         "Executor._completed",
-        "1 -> 0, in: packed = results[0] if len(results) == 1 else slot.program.names.pack(results)",
+        "0 -> -1, in: packed = results[0] if names.is_bare else names.pack(results)",
         0,
-    ): "`pack` does the same with one result, and one is both the first and the last",
-    (
-        "executor.py",
-        "Executor._completed",
-        "0 -> -1, in: packed = results[0] if len(results) == 1 else slot.program.names.pack(results)",
-        0,
-    ): "`pack` does the same with one result, and one is both the first and the last",
+    ): "of one result the first is the last",
     (
         "executor.py",
         "Executor._copy_out.copy",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,7 @@ def test_preprocess_is_resize_and_normalise() -> None:
 
 def test_postprocess_one_detection_at_a_time() -> None:
     boxes, logits, masks = outputs()
-    found = video.detections(
-        SimpleNamespace(**video.Postprocess(HEIGHT, WIDTH, top=10)(boxes, logits, masks)), (HEIGHT, WIDTH), threshold=0
-    )
+    found = video.detections(video.Postprocess(HEIGHT, WIDTH, top=10)(boxes, logits, masks), (HEIGHT, WIDTH), threshold=0)
     scores = logits.sigmoid()[0]
     expected = sorted(((float(scores[q, c]), q, c) for q in range(20) for c in range(7)), reverse=True)[:10]
     assert len(found) == 10
@@ -69,7 +66,7 @@ def test_outputs_in_any_order_and_without_masks() -> None:
 
 
 def test_the_threshold() -> None:
-    results = SimpleNamespace(**video.Postprocess(HEIGHT, WIDTH, top=20)(*outputs()))
+    results = video.Postprocess(HEIGHT, WIDTH, top=20)(*outputs())
     found = video.detections(results, (HEIGHT, WIDTH), threshold=0.8)
     assert 0 < len(found) < 20
     assert (found.scores >= 0.8).all()
@@ -97,4 +94,4 @@ async def test_both_are_captured_with_the_network(device: str) -> None:
         got = await model(frame)
         assert model.statistics().fallbacks == ()
     for name, tensor in expected.items():
-        assert np.array_equal(getattr(got, name), tensor.cpu().numpy())
+        assert np.array_equal(got[name], tensor.cpu().numpy())

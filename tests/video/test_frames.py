@@ -40,7 +40,7 @@ def test_torch_reads_it_without_a_copy() -> None:
 async def test_a_model_takes_it_and_gives_arrays(batching: aiotrt.Batching | None) -> None:
     axes = (0, 1) if batching is None else (1, 2)
     expected = PICTURE.astype(np.float32).mean((0, 1))
-    async with aiotrt.load(lambda x: x.float().mean(axes), device="host", batching=batching) as model:
+    async with aiotrt.load(lambda x: x.float().mean(axes), device="host", batching=batching, signatures="fixed") as model:
         result = await model(frame())
         assert isinstance(result, np.ndarray)
         assert np.allclose(result, expected)

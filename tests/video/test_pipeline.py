@@ -482,8 +482,8 @@ async def test_decoded_frames_go_through_leases_and_keep_their_own_results(tmp_p
     assert status.limit == 6
     for name in ("a", "b"):
         results = [result for result in sink.results if result.frame.source == name]
-        assert [round(float(r.output.mean) / 8) for r in results] == [i % 32 for i in range(64)]
-        assert all(np.array_equal(r.output.image, r.frame.image) for r in results)
+        assert [round(float(r.output["mean"]) / 8) for r in results] == [i % 32 for i in range(64)]
+        assert all(np.array_equal(r.output["image"], r.frame.image) for r in results)
         assert status.sources[name].latency.keys() >= {"decode", "queue", "slot", "device", "sink"}
 
 
