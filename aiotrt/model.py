@@ -29,6 +29,7 @@ from aiotrt.completion.poller import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
+from aiotrt.engines.module import training_parts
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, ResourceError, UsageError
 from aiotrt.lease import Lease
 from aiotrt.runtime.executor import Executor
@@ -80,7 +81,9 @@ def load(
         source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
             into a cache on CUDA, and ONNX Runtime runs on the host, with the files of its weights in its folder, which may
             be symbolic links out of it; a `torch.nn.Module` on the model's device; a
-            `torch.export.ExportedProgram`; or a function over device tensors.
+            `torch.export.ExportedProgram`; or a function over device tensors. A module is used in the mode that it is in, with
+            a warning if that is training mode and it has dropout or batch norm. Weights that are updated in place are seen
+            by the next call; weights that are replaced are not, since graphs use the memory that they were captured with.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
@@ -156,6 +159,12 @@ def load(
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function over tensors, got {type(function).__name__}")
     _check_engine_options(source, {"runtime": runtime, "precision": precision, "profiles": profiles, "sha256": sha256})
+    if (part := training_parts(source)) is not None:
+        name = type(source).__name__
+        warnings.warn(
+            f"{name} is in training mode, where {part} gives other results than in evaluation: call eval() on it first",
+            stacklevel=2,
+        )
     options = _Options(
         source, device, slots, overlap, max_queue, graphs, warmup, signatures == "fixed", preprocess, postprocess,
         kind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -255,7 +256,9 @@ async def test_another_order_of_named_outputs_is_an_error_or_right(device: str) 
 async def test_dropout_in_train_mode_stays_random(device: str) -> None:
     module = torch.nn.Dropout(0.5).train().to(place(device))
     x = np.ones((64, 64), np.float32)
-    async with aiotrt.load(module, device=device, slots=2) as model:
+    with pytest.warns(UserWarning, match=r"Dropout is in training mode, where Dropout gives .*: call eval\(\) on it"):
+        loading = aiotrt.load(module, device=device, slots=2)
+    async with loading as model:
         results = await asyncio.gather(*(model(x) for _ in range(6)))
         assert len({result.tobytes() for result in results}) == 6  # each draws its own
         for result in results:
@@ -276,3 +279,66 @@ async def test_batch_norm_in_eval_mode_is_left_alone(device: str) -> None:
         assert torch.equal(await model(x), expected)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+# In training mode, and with other weights...
+
+
+def scripted(module: torch.nn.Module) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that scripting is deprecated
+        result: torch.nn.Module = torch.jit.script(module)
+        return result
+
+
+IN_TRAINING: dict[str, tuple[Callable[[], torch.nn.Module], str | None]] = {
+    "dropout": (lambda: torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.1)), r"'1' \(Dropout\)"),
+    "dropout of nothing": (lambda: torch.nn.Sequential(torch.nn.Dropout(0.0)), None),
+    "batch norm": (lambda: torch.nn.Sequential(torch.nn.BatchNorm2d(3)), r"'0' \(BatchNorm2d\)"),
+    "instance norm": (lambda: torch.nn.InstanceNorm2d(3), None),
+    "instance norm with statistics": (lambda: torch.nn.InstanceNorm2d(3, track_running_stats=True), "InstanceNorm2d"),
+    "lstm": (lambda: torch.nn.LSTM(3, 3, 2), None),
+    "lstm with dropout": (lambda: torch.nn.LSTM(3, 3, 2, dropout=0.5), "LSTM"),
+    "attention": (lambda: torch.nn.MultiheadAttention(4, 2, dropout=0.1), "MultiheadAttention"),
+    "linear": (lambda: torch.nn.Linear(3, 3), None),
+    "scripted": (lambda: scripted(torch.nn.Sequential(torch.nn.BatchNorm1d(3))), r"'0' \(BatchNorm1d\)"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_TRAINING)
+def test_a_module_in_training_mode_is_warned_of_once(kind: str) -> None:
+    make, part = IN_TRAINING[kind]
+    if part is not None:
+        with pytest.warns(UserWarning, match=rf"is in training mode, where {part} gives .*call eval\(\)") as caught:
+            _ = aiotrt.load(make(), device="host")
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    else:
+        _ = aiotrt.load(make(), device="host")
+    _ = aiotrt.load(make().eval(), device="host")
+
+
+@pytest.mark.asyncio
+async def test_weights_that_are_replaced_are_warned_of(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if "replaced" in record.message]
+
+    linear = torch.nn.Linear(3, 3, bias=False).to(place(device))
+    torch.nn.init.ones_(linear.weight)
+    async with aiotrt.load(linear, device=device, slots=1) as model:
+        np.testing.assert_array_equal(await model(frame(1)), frame(3))
+        with torch.no_grad():
+            linear.weight.mul_(2)  # in place
+        linear.load_state_dict({"weight": linear.weight * 2})
+        np.testing.assert_array_equal(await model(frame(1)), frame(12))
+        np.testing.assert_array_equal(await model(frame(1, (1, 3))), frame(12, (1, 3)))
+        assert not said()
+        linear.weight = torch.nn.Parameter(torch.full_like(linear.weight, 5.0))
+        junk = [torch.full_like(linear.weight, -1) for _ in range(100)]  # would take the old one's memory, if that were free
+        np.testing.assert_array_equal(await model(frame(1)), frame(15 if device == "host" else 12))  # the host has no graphs
+        np.testing.assert_array_equal(await model(frame(1, (3, 3))), frame(15, (3, 3)))
+        (message,) = said()
+        assert "Linear: weight (1 of 1 weights) was replaced after a graph was captured" in message
+        np.testing.assert_array_equal(await model(frame(1, (4, 3))), frame(15, (4, 3)))
+        assert len(said()) == 1
+        del junk

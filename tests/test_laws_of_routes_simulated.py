@@ -371,3 +371,78 @@ def test_the_graph_is_prepared_for_the_next_results(group: int) -> None:
             assert prepared[:-1] == [result.data_ptr() for result in results[1:]]
 
     under_schedules(group, program)
+
+
+# By name, and with a structure...
+
+
+def sum_of(parts: dict[str, list[torch.Tensor]], scale: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"sum": (parts["a"][0] + parts["a"][1]) * scale}
+
+
+def named(device: SimulatedDevice, value: float) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    return TwoOutputs(), (), {"y": device.tensor(frame(2)), "x": device.tensor(frame(value))}
+
+
+def nested(device: SimulatedDevice, value: float) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    return sum_of, ({"a": [device.tensor(frame(value)), device.tensor(frame(2))]},), {"scale": 3.0}
+
+
+@pytest.mark.parametrize("form", [named, nested])
+@pytest.mark.parametrize("group", GROUPS)
+def test_named_and_nested_inputs_take_a_short_path_too(group: int, form: Any) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with aiotrt.load(form(device, 0)[0], device=device, slots=2, overlap=True) as model:
+            executor = executor_of(model)
+            for _ in range(3):
+                _, values, names = form(device, 0)
+                await asyncio.gather(model(*values, **names), model(*values, **names))
+            route = executor._nested_route
+            assert route is not None
+            stream = device.stream()
+            requests = []
+            for value in range(6):
+                with device.use(choose.choice([stream, device.current_stream()])):
+                    _, values, names = form(device, 0)
+                    x = names["x"] if form is named else values[0]["a"][0]
+                    device.current_stream().run(lambda x=x, value=value: x.fill_(value))  # type: ignore[misc]
+                    request = executor.submit(values, names)
+                    assert request.route is route
+                    requests.append((value, device.current_stream(), request))
+            for value, where, request in requests:
+                result = await request
+                total = result[0] if form is named else result["sum"]
+                with device.use(where):
+                    copies: list[torch.Tensor] = []
+                    where.run(lambda total=total, copies=copies: copies.append(total.clone()))  # type: ignore[misc]
+                await aiotrt.wait(where.record())
+                expected = value + 2 if form is named else (value + 2) * 3
+                assert (np.asarray(device.read(copies[0])) == expected).all()
+            await settle(model, 2)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("form", [named, nested])
+def test_a_nested_input_that_is_resized_while_it_waits_is_refused(form: Any) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with aiotrt.load(form(device, 0)[0], device=device, slots=1, overlap=True) as model:
+            _, values, names = form(device, 0)
+            for _ in range(3):
+                await model(*values, **names)
+            assert executor_of(model)._nested_route is not None
+            with held_streams(device, *streams_of(model)):
+                first = asyncio.ensure_future(model(*values, **names))
+                await turns()
+                _, values, names = form(device, 1)
+                second = asyncio.ensure_future(model(*values, **names))
+                await turns()
+                late = names["x"] if form is named else values[0]["a"][0]
+                with device.raw():
+                    late.unsqueeze_(0)
+            await first
+            with pytest.raises(aiotrt.InputError, match="rank 3"):
+                await second
+            await settle(model, 1)
+
+    under_schedules(0, program)

@@ -64,6 +64,7 @@ class ModuleEngine:
         self._keywords: tuple[str, ...] = ()
         if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
             self._keywords = tuple(source.example_inputs[1])
+        self._weights: dict[str, torch.Tensor] = {}  # as they were when a program was built last
         if isinstance(function, torch.nn.Module):
             _check_placement(self.name, function, device)
 
@@ -72,6 +73,30 @@ class ModuleEngine:
             count = len(names) - len(self._keywords)
             return ModuleExecution(self, list(range(count)), {k: count + i for i, k in enumerate(self._keywords)})
         return ModuleExecution(self, *arrange(self._described, names))
+
+    def weights(self) -> Sequence[torch.Tensor]:
+        """The module's parameters and buffers as they are now, for whoever captures: a graph reads their memory.
+
+        A warning is logged when one was replaced since the last capture.
+        """
+        if not isinstance(self._function, torch.nn.Module):
+            return ()
+        # Detached: a parameter whose data is replaced would give the memory back.
+        now = {
+            name: tensor.detach() for name, tensor in [*self._function.named_parameters(), *self._function.named_buffers()]
+        }
+        before, self._weights = self._weights, now
+        replaced = [name for name, old in before.items() if name in now and now[name].data_ptr() != old.data_ptr()]
+        if replaced:
+            log.warning(
+                "%s: %s (%d of %d weights) was replaced after a graph was captured, and that graph still uses the old one: "
+                "load the module again, or update weights in place with copy_ or load_state_dict",
+                self.name,
+                replaced[0],
+                len(replaced),
+                len(now),
+            )
+        return tuple(now.values())
 
     def function(self, key: Hashable) -> Callable[..., object]:
         """What to call with inputs of this key: the source, or the export that takes its place."""
@@ -129,6 +154,7 @@ class ModuleExecution:
         self._is_call = False
         self._function: Callable[..., object] | None = None
         self._has_raised = False
+        self._weights = engine.weights()  # alive for as long as a graph may read them, whatever becomes of the module
 
     def arrange(self, structure: Structure, *, is_call: bool) -> None:
         """Put the inputs into this structure, instead of one for each parameter.
@@ -183,7 +209,29 @@ class ModuleExecution:
         return (value if isinstance(value, (tuple, list)) else (value,)), {}
 
     def close(self) -> None:
-        pass
+        self._weights = ()
+
+
+def training_parts(source: object) -> str | None:
+    """What of a module in training mode gives other results than in evaluation, for a warning; None if there is nothing."""
+    for name, part in source.named_modules() if isinstance(source, torch.nn.Module) else ():
+        if part.training and _differs_in_training(part):
+            kind = getattr(part, "original_name", type(part).__name__)
+            return f"{name!r} ({kind})" if name else kind
+    return None
+
+
+def _differs_in_training(part: torch.nn.Module) -> bool:
+    if isinstance(part, (torch.nn.RNNBase, torch.nn.MultiheadAttention)):
+        return part.dropout > 0
+    if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    if isinstance(part, torch.nn.modules.instancenorm._InstanceNorm):
+        return part.track_running_stats
+    if isinstance(part, torch.nn.modules.batchnorm._NormBase):
+        return True
+    name = getattr(part, "original_name", "")  # of a scripted module
+    return "BatchNorm" in name or (name.endswith("Dropout") and getattr(part, "p", 1) > 0)
 
 
 def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:

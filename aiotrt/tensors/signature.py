@@ -76,13 +76,15 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
     def unbatched(self) -> Signature:
         """The signature of the items of batches of this one."""
         if self.item is None:
-            specs = [
-                replace(s, shape=s.shape and s.shape[1:], minimum=s.minimum and s.minimum[1:], maximum=s.maximum and s.maximum[1:])
-                for s in self
-            ]
+            specs = [replace(s, shape=_rest(s.shape), minimum=_rest(s.minimum), maximum=_rest(s.maximum)) for s in self]
             self.item = Signature(specs, self.structure, self.constants)
             self.item._batched = self
         return self.item
+
+
+def _rest(sizes: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Sizes without the first axis; None where none are known."""
+    return None if sizes is None else sizes[1:]
 
 
 Specs: TypeAlias = Signature
