@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from aiotrt.errors import InputError, UsageError
 from aiotrt.runtime.hold import Hold
-from aiotrt.tensors import DEVICE, number
+from aiotrt.tensors import DEVICE, number, numpy_view, widened
 
 __all__ = ["Buffer", "Buffers"]
+
+_LEGACY_STREAM: Final = 1  # what the CUDA array interface calls the legacy default stream, whose handle is 0
 
 
 class Buffer:
@@ -93,9 +96,40 @@ class Buffer:
         staged = hold.program.staged_outputs[self._index]
         if staged is None or hold.kind is DEVICE:
             raise UsageError(
-                f"output {self.name!r} is on the device only; lease with outputs='torch' to have it on the host"
+                f"output {self.name!r} is on the device only: use its tensor there, or lease with outputs='torch'"
             )
         return staged
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Return `host` as an array, for ``np.asarray(buffer)``. Raises as `host` does.
+
+        No copy, unless `dtype` or `copy` asks for one, or numpy lacks the dtype: see `Lease.replay`.
+        """
+        host = self.host
+        array = widened(numpy_view(host), host.dtype)
+        if copy is False and not np.shares_memory(array, numpy_view(host)):
+            raise ValueError(f"{self.name!r} is {host.dtype}, which numpy lacks, so an array of it must be a copy")
+        return np.array(array, dtype, copy=copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return `tensor` as a DLPack capsule, for ``torch.from_dlpack(buffer)`` and its like. Raises as `tensor` does."""
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[enum.IntEnum, int]:
+        """Return the type and the number of its device, as DLPack counts them."""
+        return self._tensor.__dlpack_device__()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Describe `tensor` for CuPy, Numba and their like; on CUDA only. Raises as `tensor` does.
+
+        Who reads it must order its work after the stream that the description names: the current one.
+        """
+        if not self._tensor.is_cuda:
+            raise AttributeError(f"{self!r} is in host memory: use np.asarray")
+        description: dict[str, Any] = self.tensor.__cuda_array_interface__
+        handle = self._hold.executor.device.current_handle()
+        return {**description, "version": 3, "stream": handle or _LEGACY_STREAM}
 
     def __setitem__(self, index: Any, value: object) -> None:
         """Write an input, or part of it.

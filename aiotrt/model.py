@@ -80,10 +80,10 @@ def load(
     Args:
         source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
             into a cache on CUDA, and ONNX Runtime runs on the host, with the files of its weights in its folder, which may
-            be symbolic links out of it; a `torch.nn.Module` on the model's device; a
-            `torch.export.ExportedProgram`; or a function over device tensors. A module is used in the mode that it is in, with
-            a warning if that is training mode and it has dropout or batch norm. Weights that are updated in place are seen
-            by the next call; weights that are replaced are not, since graphs use the memory that they were captured with.
+            be symbolic links out of it; a `torch.nn.Module` on the model's device; a `torch.export.ExportedProgram`; or a
+            function over device tensors. A module is used in the mode that it is in; `load` warns of dropout or batch norm in
+            training mode. Weights that are updated in place are seen by the next call; weights that are replaced are not,
+            since graphs use the memory that they were captured with.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
@@ -371,6 +371,8 @@ class Model:
 
         Raises what a call raises, and what `frames` raises, in its place in the order: earlier results come first. Leaving
         the loop, or cancelling, abandons what is under way, as for a call.
+
+        With a progress bar of tqdm: ``async for result in tqdm(model.map(frames), total=len(frames))``.
         """
         executor, gatherer = self._usable(), self._gatherer
         usual = 2 * len(executor.slots) if gatherer is None else gatherer.in_flight

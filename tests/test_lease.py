@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,7 +285,7 @@ async def test_the_host_device_does_not_hand_out_what_is_not_complete() -> None:
         with held(model) as latch:
             slot.inputs[0][...] = frame(1)
             slot.launch()
-            with pytest.raises(aiotrt.UsageError, match="output 'output': the last launch is not complete"):
+            with pytest.raises(aiotrt.UsageError, match=r"output 'output': the last launch is not complete"):
                 _ = slot.outputs[0].tensor
             latch.open()
         await until(lambda: count(model, State.READABLE) == 1)
@@ -448,3 +449,101 @@ async def test_warnings_are_for_forgotten_leases_only(device: str) -> None:
                 await slot.replay()
             del slot
             gc.collect()
+
+
+# As arrays...
+
+
+@pytest.mark.parametrize("outputs", ["numpy", "torch"])
+async def test_buffers_are_arrays_where_the_host_may_read_them(device: str, outputs: Any) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        async with model.lease(outputs=outputs) as slot:
+            x, y = slot.inputs[0], slot.outputs[0]
+            with pytest.raises(aiotrt.UsageError, match="nothing was launched"):
+                np.asarray(y)
+            np.asarray(x)[...] = 2
+            with held(model):
+                slot.launch()
+                with pytest.raises(aiotrt.UsageError, match=r"output 'output': the last launch is not complete.*await it"):
+                    np.asarray(y)
+            await slot.replay()
+            array = np.asarray(y)
+            np.testing.assert_array_equal(array, frame(7))
+            assert array.dtype == np.float32
+            assert np.shares_memory(array, y.host.numpy())
+            assert not np.shares_memory(np.array(y), array)
+            assert np.asarray(y, np.float64).dtype == np.float64
+            assert np.allclose(y, 7)
+        with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
+            np.asarray(y)
+
+
+@pytest.mark.gpu
+async def test_an_output_on_the_device_only_is_no_array_and_says_what_to_use() -> None:
+    async with aiotrt.load(Affine(), device="cuda", warmup=frame(0)) as model, model.lease() as slot:
+        slot.inputs.x[...] = frame(1)
+        await slot.replay()
+        with pytest.raises(
+            aiotrt.UsageError, match=r"on the device only: use its tensor there, or lease with outputs='torch'"
+        ):
+            np.asarray(slot.outputs[0])
+
+
+async def test_bfloat16_buffers_are_copies_for_numpy(device: str) -> None:
+    async with aiotrt.load(lambda x: x.to(torch.bfloat16), device=device, warmup=frame(0)) as model:
+        async with model.lease(outputs="numpy") as slot:
+            slot.inputs.x[...] = frame(1.5)
+            await slot.replay()
+            assert np.asarray(slot.outputs[0]).dtype == np.float32
+            np.testing.assert_array_equal(np.asarray(slot.outputs[0]), frame(1.5))
+            if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+                with pytest.raises(ValueError, match="bfloat16, which numpy lacks"):
+                    np.asarray(slot.outputs[0], copy=False)
+
+
+async def test_buffers_speak_dlpack(device: str) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
+        async with model.lease() as slot:
+            slot.inputs.x[...] = frame(1)
+            with pytest.raises(aiotrt.UsageError, match="nothing was launched"):
+                torch.utils.dlpack.from_dlpack(slot.outputs[0])
+            await slot.replay()
+            tensor = torch.utils.dlpack.from_dlpack(slot.outputs[0])
+            assert tensor.data_ptr() == slot.outputs[0].tensor.data_ptr()
+            assert tensor.device == executor_of(model).device.torch_device
+            np.testing.assert_array_equal(await host(tensor), frame(4))
+            if device == "host":
+                np.testing.assert_array_equal(np.from_dlpack(slot.outputs[0]), frame(4))
+        with pytest.raises(aiotrt.UsageError, match="this lease has ended"):
+            torch.utils.dlpack.from_dlpack(slot.outputs[0])
+
+
+async def test_a_buffer_is_an_input_of_another_model(device: str) -> None:
+    async with (
+        aiotrt.load(Affine(), device=device, warmup=frame(0)) as first,
+        aiotrt.load(lambda parts: parts[0] + 1, device=device) as second,
+        first.lease() as slot,
+    ):
+        slot.inputs.x[...] = frame(1)
+        with pytest.raises((aiotrt.InputError, aiotrt.UsageError), match="nothing was launched"):
+            await second([slot.outputs[0]])
+        await slot.replay()
+        for _ in range(3):
+            result = await second([slot.outputs[0]])
+            np.testing.assert_array_equal(torch.as_tensor(result).cpu(), frame(5))
+
+
+async def test_the_cuda_array_interface_is_there_on_cuda_only(device: str) -> None:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model, model.lease() as slot:
+        slot.inputs.x[...] = frame(1)
+        await slot.replay()
+        output = slot.outputs[0]
+        if device == "host":
+            assert not hasattr(output, "__cuda_array_interface__")
+            with pytest.raises(AttributeError, match=r"<Buffer output: float32 \(2, 3\)> is in host memory: use np.asarray"):
+                _ = output.__cuda_array_interface__
+        else:
+            description = output.__cuda_array_interface__
+            assert description["data"][0] == output.tensor.data_ptr()
+            assert description["stream"] not in (None, 0)
+            np.testing.assert_array_equal(await host(torch.as_tensor(output, device=device)), frame(4))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -411,3 +412,25 @@ async def test_a_model_says_how_many_slots_it_has_and_what_it_gives(device: str)
     async with model:
         assert model.slots == 3
         assert model.outputs is None, "a function does not declare it"
+
+
+async def test_a_map_has_a_progress_bar_of_tqdm(device: str) -> None:
+    asyncio_bar = pytest.importorskip("tqdm.asyncio").tqdm
+
+    async def frames() -> AsyncIterator[object]:
+        for i in range(7):
+            yield frame(i)
+
+    async with aiotrt.load(Affine(), device=device) as model:
+        for source in ([frame(i) for i in range(7)], frames()):
+            shown = io.StringIO()
+            bar = asyncio_bar(model.map(source), total=7, file=shown, mininterval=0)
+            values = [float(result[0, 0]) async for result in bar]
+            assert values == [3.0 * i + 1 for i in range(7)]
+            assert bar.n == 7
+            assert "7/7" in shown.getvalue()
+        bar = asyncio_bar(model.map(frame(i) for i in range(7)), file=io.StringIO(), disable=True)
+        async for result in bar:
+            assert result[0, 0] == 1
+            break
+        await model.aclose()  # what the map had under way is abandoned, or ends
