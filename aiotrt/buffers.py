@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
 import torch
@@ -252,7 +252,11 @@ class Buffers:
     def __iter__(self) -> Iterator[Buffer]:
         return iter(self._buffers)
 
-    def __getitem__(self, key: Any) -> Any:
+    @overload
+    def __getitem__(self, key: int | str) -> Buffer: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Buffer, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> Buffer | tuple[Buffer, ...]:
         """One by its name or position; a slice gives a tuple.
 
         Raises:

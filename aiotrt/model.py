@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import re
 import sys
 import threading
@@ -12,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, 
 from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
-from typing import Any, Final, Literal, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
 
 import anyio
 import numpy as np
@@ -32,6 +33,7 @@ from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_de
 from aiotrt.engines.module import training_parts
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, ResourceError, UsageError
 from aiotrt.lease import Lease
+from aiotrt.load_options import EngineLoadOptions, LoadOptions
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.mapping import map_in_order
 from aiotrt.runtime.programs import ProgramCache, Recipe
@@ -42,10 +44,41 @@ from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSp
 __all__ = ["Model", "Statistics", "load"]
 
 T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    R = TypeVarWithDefault("R", default=Any)  # so that Model alone means Model[Any], for strict checkers too
+else:
+    R = TypeVar("R")
+S = TypeVar("S")
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+_Engine: TypeAlias = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram
 
 LOOP_END: Final = 5.0  # seconds that the end of a loop waits for the device of a model that is being closed
 
 
+@overload
+def load(source: _Engine, **options: Unpack[EngineLoadOptions]) -> Model[Any]: ...
+@overload
+def load(
+    source: Callable[..., torch.Tensor], *, outputs: Literal["numpy"], **options: Unpack[LoadOptions]
+) -> Model[Array]: ...
+@overload
+def load(
+    source: Callable[..., torch.Tensor], *, outputs: Literal["torch", "device"], **options: Unpack[LoadOptions]
+) -> Model[torch.Tensor]: ...
+@overload
+def load(source: Callable[..., torch.Tensor], *, outputs: None = None, **options: Unpack[LoadOptions]) -> TensorModel: ...
+@overload
+def load(
+    source: Callable[..., S],
+    *,
+    outputs: Literal["numpy", "torch", "device"] | None = None,
+    **options: Unpack[LoadOptions],
+) -> Model[S]: ...
+@overload
+def load(source: Callable[..., object], **options: Unpack[EngineLoadOptions]) -> Model[Any]: ...
 def load(
     source: object,
     *,
@@ -70,7 +103,7 @@ def load(
     profiles: Iterable[ProfileArgument] | ProfileArgument | None = None,
     sha256: str | None = None,
     allow_host_code: bool = False,
-) -> Model:
+) -> Model[Any]:
     """Load an engine: ``async with aiotrt.load(...) as model``, or ``model = await aiotrt.load(...)``.
 
     Nothing happens before the model is awaited or entered. Then reading, deserialising, warming up and capturing happen in
@@ -81,9 +114,9 @@ def load(
         source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
             into a cache on CUDA, and ONNX Runtime runs on the host, with the files of its weights in its folder, which may
             be symbolic links out of it; a `torch.nn.Module` on the model's device; a `torch.export.ExportedProgram`; or a
-            function over device tensors. A module is used in the mode that it is in; `load` warns of dropout or batch norm in
-            training mode. Weights that are updated in place are seen by the next call; weights that are replaced are not,
-            since graphs use the memory that they were captured with.
+            function over device tensors. A module is used in the mode that it is in; `load` warns of dropout or batch norm
+            in training mode. Weights that are updated in place are seen by the next call; weights that are replaced are
+            not, since graphs use the memory that they were captured with.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
             the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
         slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
@@ -245,7 +278,7 @@ class Statistics:
     padding: int
 
 
-class Model:
+class Model(Generic[R]):
     """An engine with slots, on one device, for one event loop. Made by `load`.
 
     Await it, or enter it with ``async with``, before use. It belongs to the loop that opened it: load once per loop. All
@@ -263,13 +296,11 @@ class Model:
         self._freeing: asyncio.Future[None] | None = None
         self._warmup_lock = anyio.Lock()
 
-    def __await__(self) -> Generator[Any, None, Model]:
+    def __await__(self) -> Generator[Any, None, Self]:
         return self._opened().__await__()
 
     async def __aenter__(self) -> Self:
-        model = await self._opened()
-        assert model is self
-        return self
+        return await self._opened()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -278,7 +309,7 @@ class Model:
 
     async def __call__(
         self, *inputs: object, deadline: float | None = None, priority: int | None = None, **named: object
-    ) -> Any:
+    ) -> R:
         """Run once.
 
         Args:
@@ -319,7 +350,7 @@ class Model:
             gatherer = self._gatherer
             call = gatherer.submit(inputs, named, deadline=deadline, priority=priority)
             try:
-                return await call
+                return await call  # type: ignore[no-any-return]
             except (asyncio.CancelledError, GeneratorExit):
                 gatherer.abandon(call)
                 raise
@@ -329,7 +360,7 @@ class Model:
             named["priority"] = priority
         request = executor.submit(inputs, named)
         try:
-            result = await request
+            result: R = await request
         except (asyncio.CancelledError, GeneratorExit):
             executor.abandon(request)
             raise
@@ -361,7 +392,7 @@ class Model:
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncGenerator[R, None]:
         """Run for each of `frames`, several at a time, results in order: ``async for result in model.map(frames)``.
 
         Args:
@@ -557,7 +588,7 @@ class Model:
 
     # Opening...
 
-    async def _opened(self) -> Model:
+    async def _opened(self) -> Self:
         if self._is_closed:
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
@@ -737,6 +768,33 @@ class Model:
         if found is None:
             raise InputError(f"shapes must be tuples of integers, one for each of the inputs, got {shapes!r}")
         return found
+
+
+if TYPE_CHECKING:
+
+    class TensorModel(Model[torch.Tensor | Array]):
+        """For checkers: a model of a function that returns a tensor. A result is of the kind that went in."""
+
+        @overload
+        async def __call__(
+            self,
+            *inputs: torch.Tensor,
+            deadline: float | None = None,
+            priority: int | None = None,
+            **named: torch.Tensor,
+        ) -> torch.Tensor: ...
+        @overload
+        async def __call__(
+            self, *inputs: Array, deadline: float | None = None, priority: int | None = None, **named: Array
+        ) -> Array: ...
+        @overload
+        async def __call__(
+            self, *inputs: object, deadline: float | None = None, priority: int | None = None, **named: object
+        ) -> torch.Tensor | Array: ...
+        async def __call__(self, *inputs: object, **named: Any) -> Any: ...
+
+else:
+    TensorModel = Model
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Bed:
         expected: each frame's digest, by the first way that was measured.
     """
 
-    def __init__(self, name: str, source: object, engine: Engine, dtype: torch.dtype, film: Clip, device: Device) -> None:
+    def __init__(self, name: str, source: Any, engine: Engine, dtype: torch.dtype, film: Clip, device: Device) -> None:
         self.name = name
         self.source = source
         self.engine = engine

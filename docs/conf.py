@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sphinx.pycode import ModuleAnalyzer
+
 import aiotrt
 
 project = "aiotrt"
@@ -40,6 +42,12 @@ _elsewhere = [
 ]  # fmt: skip
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),
-    ("py:class", r"(.*\.)?T|Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
+    ("py:.*", r"(.*\.)?[RST]"),
+    ("py:class", r"Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
     ("py:class", "WebSocket"),  # imported for type checkers only
 ]
+
+# The overloads of `load` are for type checkers; readers want its options and their defaults.
+_analyzer = ModuleAnalyzer.for_module("aiotrt.model")
+_analyzer.analyze()
+_analyzer.overloads.pop("load", None)

@@ -27,7 +27,7 @@ async def main(film: Path, given: Path | None) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
 
     is_engine = given is not None and given.suffix in (".onnx", ".engine", ".plan")
-    source: object = given if is_engine else rfdetr.exported(rfdetr.network(given), device, dtype)
+    source: Any = given if is_engine else rfdetr.exported(rfdetr.network(given), device, dtype)
 
     # Random weights are never sure of anything: show the best of what they make up.
     threshold = 0.5 if given is not None else 0.0

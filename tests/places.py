@@ -40,11 +40,12 @@ class Place:
         self.has_memory = not device.unified
         self.tensor(0)  # CUDA loads a kernel when it is first launched, which a held stream would hold up
 
-    def load(self, source: object = None, *, slots: int = 1, warmup: object = None, **options: Any) -> aiotrt.Model:
+    def load(self, source: Any = None, *, slots: int = 1, warmup: object = None, **options: Any) -> aiotrt.Model:
         """A model of `Affine`, or of something else; warmed up for a `frame`, if for nothing else."""
         source = Affine() if source is None else source
         warmup = frame(0) if warmup is None else warmup
-        return aiotrt.load(source, device=self.device, slots=slots, warmup=warmup, **options)
+        model: aiotrt.Model = aiotrt.load(source, device=self.device, slots=slots, warmup=warmup, **options)
+        return model
 
     def tensor(self, value: float, shape: tuple[int, ...] = (2, 3)) -> torch.Tensor:
         """A `frame` in device memory, made on the current stream."""

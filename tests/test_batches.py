@@ -22,13 +22,14 @@ from tests.tools import Affine, TwoOutputs, count, executor_of, frame, held, tur
 pytestmark = pytest.mark.asyncio
 
 
-def load(device: str, source: object = None, *, slots: int = 1, warmup: object = (), **options: Any) -> aiotrt.Model:
+def load(device: str, source: Any = None, *, slots: int = 1, warmup: object = (), **options: Any) -> aiotrt.Model:
     names = ("max_queue", "outputs", "graphs", "preprocess", "signatures")
     loading = {name: options.pop(name) for name in names if name in options}
-    return aiotrt.load(
+    model: aiotrt.Model = aiotrt.load(
         Affine() if source is None else source,
         device=device, slots=slots, warmup=warmup, batching=aiotrt.Batching(**options), **loading,
     )  # fmt: skip
+    return model
 
 
 def calls(model: aiotrt.Model, values: Sequence[float], **options: Any) -> list[asyncio.Future[Any]]:
@@ -288,7 +289,7 @@ async def test_leases_are_refused_and_arguments_checked(device: str) -> None:
             await model(frame(1), deadline=0)
         assert right(await model(frame(1), deadline=100, priority=0), 1)
     with pytest.raises(aiotrt.InputError, match=r"batching must be an aiotrt.Batching or None, got 4"):
-        _ = aiotrt.load(Affine(), batching=4)  # type: ignore[arg-type]
+        _ = aiotrt.load(Affine(), batching=4)  # type: ignore[call-overload]
     async with aiotrt.load(lambda x, deadline: x + deadline, device=device) as plain:
         named: dict[str, Any] = {"deadline": frame(2)}
         assert (await plain(frame(1), **named) == 3).all(), "without batching, a name like any other"

@@ -22,12 +22,13 @@ from tests.tools import Affine, executor_of, frame, turns
 
 
 def load(device: SimulatedDevice | FaultInjector, *, slots: int = 2, max_queue: int | None = 1024, graphs: bool = True,
-         warmup: object = (), source: object = None, fixed: bool = False, **batching: Any) -> aiotrt.Model:  # fmt: skip
-    return aiotrt.load(
+         warmup: object = (), source: Any = None, fixed: bool = False, **batching: Any) -> aiotrt.Model:  # fmt: skip
+    model: aiotrt.Model = aiotrt.load(
         Affine() if source is None else source, device=device, slots=slots, max_queue=max_queue, graphs=graphs,
         warmup=warmup, hang_timeout=1.0, overlap=OVERLAP.get(), batching=aiotrt.Batching(**batching),
         signatures="fixed" if fixed else "any",
     )  # fmt: skip
+    return model
 
 
 def simulated(program: Callable[[SimulatedDevice], Coroutine[Any, Any, None]], seed: int = 1) -> None:

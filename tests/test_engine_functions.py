@@ -317,8 +317,9 @@ async def test_preprocess_that_does_not_fit(device: str) -> None:
 
 @pytest.mark.asyncio
 async def test_whoever_raises_is_named(device: str) -> None:
-    for options in ({"preprocess": raising}, {"postprocess": raising}):
-        async with aiotrt.load(Affine(), device=device, **options) as model:  # type: ignore[arg-type]
+    cases: list[dict[str, Any]] = [{"preprocess": raising}, {"postprocess": raising}]
+    for options in cases:
+        async with aiotrt.load(Affine(), device=device, **options) as model:
             with pytest.raises(aiotrt.EngineError, match=rf"{next(iter(options))} raised ValueError.*no good"):
                 await model(X)
             assert model.statistics().free == 2

@@ -39,7 +39,7 @@ async def nothing_left() -> AsyncIterator[None]:
             assert not thread.is_alive(), f"{thread.name} is left"
 
 
-async def cannot_load(source: object, error: type[Exception], *says: str, device: str = "host", warmup: object = ()) -> None:
+async def cannot_load(source: Any, error: type[Exception], *says: str, device: str = "host", warmup: object = ()) -> None:
     """Loading raises this, in both ways, and says all of this."""
     async with nothing_left():
         with pytest.raises(error) as awaited:

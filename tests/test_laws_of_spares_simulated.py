@@ -105,7 +105,8 @@ def test_an_event_that_somebody_was_given_stays_that_launchs(group: int) -> None
             with held_streams(device, *streams_of(model)):
                 first = asyncio.ensure_future(slot.replay())
                 await turns()
-                event = slot.outputs[0].tensor._trt_produce_event
+                output: Any = slot.outputs[0].tensor
+                event = output._trt_produce_event
                 assert not device.query(event)
             await first
             assert device.query(event)

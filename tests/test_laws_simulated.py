@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +49,10 @@ def under_schedules(group: int, program: Callable[[SimulatedDevice, random.Rando
             raise
 
 
-def load(device: SimulatedDevice | FaultInjector, *, slots: int = 2, **options: object) -> aiotrt.Model:
+def load(device: SimulatedDevice | FaultInjector, *, slots: int = 2, **options: Any) -> aiotrt.Model:
     options.setdefault("overlap", OVERLAP.get())
-    return aiotrt.load(Affine(), device=device, slots=slots, hang_timeout=1.0, **options)  # type: ignore[arg-type]
+    model: aiotrt.Model = aiotrt.load(Affine(), device=device, slots=slots, hang_timeout=1.0, **options)
+    return model
 
 
 def right(result: object, value: float) -> bool:

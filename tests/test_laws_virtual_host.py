@@ -42,7 +42,8 @@ def under_schedules(group: int, program: Callable[[VirtualHost, random.Random], 
 
 
 def load(device: VirtualHost, *, slots: int = 2, **options: Any) -> aiotrt.Model:
-    return aiotrt.load(Affine(), device=device, slots=slots, hang_timeout=1.0, **options)
+    model: aiotrt.Model = aiotrt.load(Affine(), device=device, slots=slots, hang_timeout=1.0, **options)
+    return model
 
 
 @pytest.mark.parametrize("group", GROUPS)

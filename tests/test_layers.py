@@ -46,7 +46,7 @@ LAYERS = [
     {"batching.batch"},
     {"buffers", "runtime.mapping", "batching.batcher"},
     {"runtime", "completion", "batching"},
-    {"lease"},
+    {"lease", "load_options"},
     {"model"},
 ]
 #: Rooms above the model, which may use all of it; nothing below may import them.

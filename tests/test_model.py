@@ -55,8 +55,8 @@ async def test_results_come_back_as_what_went_in(device: str) -> None:
 
 
 @pytest.mark.parametrize(("outputs", "kind"), [("numpy", np.ndarray), ("torch", torch.Tensor), ("device", torch.Tensor)])
-async def test_load_can_fix_the_kind_of_results(device: str, outputs: str, kind: type) -> None:
-    async with aiotrt.load(Affine(), device=device, outputs=outputs) as model:  # type: ignore[arg-type]
+async def test_load_can_fix_the_kind_of_results(device: str, outputs: Any, kind: type) -> None:
+    async with aiotrt.load(Affine(), device=device, outputs=outputs) as model:
         assert isinstance(await model(torch.ones(2, 3)), kind)
         assert isinstance(await model(frame(1)), kind)
 
@@ -405,7 +405,7 @@ async def test_wait_for_the_event_of_a_launch(device: str) -> None:
 
 
 async def test_a_model_says_how_many_slots_it_has_and_what_it_gives(device: str) -> None:
-    model = aiotrt.load(lambda x: x + 1, device=device, slots=3, warmup=frame(0))
+    model: aiotrt.Model = aiotrt.load(lambda x: x + 1, device=device, slots=3, warmup=frame(0))
     for ask in (lambda: model.slots, lambda: model.outputs, lambda: model.observe(None)):
         with pytest.raises(aiotrt.ModelClosedError, match="is not open"):
             ask()

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.asyncio
 
 
 def load(device: str, **options: Any) -> aiotrt.Model:
-    return aiotrt.load(Affine(), device=device, warmup=frame(0), **options)
+    model: aiotrt.Model = aiotrt.load(Affine(), device=device, warmup=frame(0), **options)
+    return model
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -106,13 +106,14 @@ async def test_fixed_signatures_are_those_of_the_warm_up(device: str) -> None:
         np.testing.assert_array_equal(await model(frame(1), frame(2)), frame(3))
         np.testing.assert_array_equal(await model(x=np.ones((2, 3)), scale=2.0), frame(2))
         captures = model.statistics().captures
-        for values, named, got in (
+        wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
             ((np.ones((2, 3)),), {}, r"got \(x: float64 \(\*, \*\)\)"),
             ((frame(1, (1, 2, 3)),), {}, r"got \(x: float32 \(\*, \*, \*\)\)"),
             ((np.ones((2, 3)),), {"scale": 3.0}, r"got \(x: float64 \(\*, \*\), scale=3\.0\)"),
-        ):
+        ]
+        for values, named, got in wrong:
             with pytest.raises(aiotrt.InputError, match=r"fixed as \(x: float32 \(\*, \*\)\) or .*scale=2\.0\), " + got):
-                await model(*values, **named)  # type: ignore[arg-type]
+                await model(*values, **named)
             with pytest.raises(aiotrt.InputError, match=got):
                 await model.warmup([{"x": values[0], **named}])
         assert model.statistics().captures == captures

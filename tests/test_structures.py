@@ -107,7 +107,7 @@ def like(result: object, expected: object) -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
-RESULTS: dict[str, Callable[[torch.Tensor], object]] = {
+RESULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "a tuple in a tuple": lambda x: (x, (x + 1, x + 2)),
     "a list of dicts": lambda x: [{"boxes": x, "labels": x.long()}, {"boxes": x[:1], "labels": x[:1].long()}],
     "a named tuple in a dict": lambda x: {"point": Point(x, -x), "n": 3},

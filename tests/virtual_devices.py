@@ -41,7 +41,8 @@ def run_on(
 
 def load(device: Any, *, slots: int = 1, **options: Any) -> aiotrt.Model:
     """A model of `Affine`, warmed up for a `frame` unless told otherwise."""
-    return aiotrt.load(Affine(), device=device, slots=slots, **{"warmup": frame(0), **options})
+    model: aiotrt.Model = aiotrt.load(Affine(), device=device, slots=slots, **{"warmup": frame(0), **options})
+    return model
 
 
 def held(device: VirtualDevice, *streams: Any) -> contextlib.AbstractContextManager[None]:

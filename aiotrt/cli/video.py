@@ -198,7 +198,7 @@ async def _detect(
         return pipeline.status()
 
 
-def _model(arguments: argparse.Namespace) -> tuple[object, torch.dtype]:
+def _model(arguments: argparse.Namespace) -> tuple[Any, torch.dtype]:
     """What to load, and the dtype of its input."""
     from aiotrt.video import rfdetr
 

@@ -174,7 +174,7 @@ class Party:
 
     def _open(self) -> None:
         self.world.device.disarm()  # loading under faults has tests of its own
-        self.model = aiotrt.load(
+        self.model: aiotrt.Model = aiotrt.load(
             Affine(), device=self.world.device, hang_timeout=HANG, warmup=frame(0, (1, 3)), **self.options
         )
         self.closing = None
