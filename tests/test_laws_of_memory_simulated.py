@@ -715,3 +715,26 @@ def test_a_lease_that_replays_for_long_makes_no_more_events(graphs: bool) -> Non
                     assert right(device.read(await slot.replay()), 1)
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_without_a_graph_what_the_function_keeps_is_handed_to_nobody(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        table = device.tensor(frame(5))
+        await aiotrt.wait(device.current_stream().record())
+        kept = table.data_ptr()
+        async with aiotrt.load(lambda x: table, device=device, slots=1, graphs=False) as model:
+            for _ in range(choose.randint(1, 3)):
+                result = await model(device.tensor(frame(1)))
+                assert result.data_ptr() != kept
+                assert (device.read(result) == 5).all()
+                async with model.lease() as slot:
+                    slot.inputs[0][...] = device.tensor(frame(1))
+                    for _ in range(choose.randint(1, 2)):
+                        view = await slot.replay()
+                        assert view.data_ptr() != kept
+                        assert (device.read(view) == 5).all()
+            assert (device.read(table) == 5).all()
+            await settle(model, 1)
+
+    under_schedules(group, program)

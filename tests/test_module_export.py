@@ -83,6 +83,24 @@ def test_what_cannot_be_exported_stays_as_it_is(caplog: pytest.LogCaptureFixture
     assert "nor exported" in record.message
 
 
+@pytest.mark.usefixtures("capturing")
+def test_an_export_that_cannot_be_captured_either_is_given_up_for_all_slots() -> None:
+    engine = ModuleEngine(module := Copies(), open_device("host"))
+    x = torch.randn(4, 3)
+    execution = executed(engine, (4, 3))
+    with pytest.raises(RuntimeError, match="cannot copy"):
+        execution([x])
+    assert execution.export([x], "cannot copy")
+    execution.restore()
+    with pytest.raises(RuntimeError, match="cannot copy"):  # the module itself runs again
+        execution([x])
+    assert not execution.export([x], "cannot copy"), "it was tried"
+    with pytest.raises(RuntimeError, match="cannot copy"):
+        executed(engine, (4, 3))([x])
+    Copies.here.capturing = False
+    assert torch.equal(torch.as_tensor(executed(engine, (4, 3))([x])), module.linear(x))
+
+
 def test_functions_and_exported_programs_are_not_exported() -> None:
     def raises(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no")

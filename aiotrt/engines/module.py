@@ -115,6 +115,13 @@ class ModuleEngine:
                     del self._exports[next(iter(self._exports))]
             return self._exports[key]
 
+    def forget_export(self, function: Callable[..., object] | None) -> None:
+        """Use this export for nothing more."""
+        with self._exporting:
+            for key, export in self._exports.items():
+                if export is function:
+                    self._exports[key] = None
+
     def _export(self, args: tuple[Any, ...], named: dict[str, Any], reason: str) -> Callable[..., object] | None:
         try:
             with warnings.catch_warnings(), torch.no_grad():
@@ -192,6 +199,11 @@ class ModuleExecution:
             return False
         self._function, self._has_raised = function, False
         return True
+
+    def restore(self) -> None:
+        """Run the module itself again: its export could not be captured either, and no other slot need try."""
+        self._engine.forget_export(self._function)
+        self._function = None
 
     def _key(self, inputs: Sequence[torch.Tensor]) -> Hashable:
         arrangement = self._structure or (tuple(self._positions), tuple(self._names.items()))

@@ -244,10 +244,12 @@ class Executor:
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
                 request.is_marked = wants_consumed(arguments)
-        if specs in self.specs.accepted and self._overlap:
+        holders = self.cache.holders(request.key)
+        # Not for what runs without a graph: a route would be found useless only when the slot is granted.
+        if self._overlap and specs in self.specs.accepted and all(program.captured for program in holders.values()):
             likely = shapes, kind, specs
             if likely == self._likely and not request.is_marked and Route.suits(leaves, arguments):
-                route = Route(leaves, arguments, specs, shapes, kind, self.cache.holders(request.key), self.device)
+                route = Route(leaves, arguments, specs, shapes, kind, holders, self.device)
                 if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
                     if named or specs.structure is not None:
                         self._nested_route = route
@@ -255,7 +257,7 @@ class Executor:
                         self._route = route
                         self._spares.clear()
             self._likely = likely
-        self._enter(request, bounded, self.cache.holders(request.key))
+        self._enter(request, bounded, holders)
         return request
 
     def recycle(self, request: Request) -> None:

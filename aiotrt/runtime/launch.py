@@ -61,7 +61,8 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
         request.mark_consumed(stream)
     else:
         request.order(slot)
-        program.launch(before, (), slot.predecessor, slot.turn)
+        # Results are copied for the caller on this stream; on a unified device the loop copies them, later.
+        program.launch(before, (), slot.predecessor, slot.turn, own=device.unified)
         request.mark_consumed(stream)
         if request.kind is DEVICE:
             request.allocate_results(device, program)  # only now: the shapes may depend on the data

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -124,13 +125,22 @@ class Program:
         self._closers = tuple(closers)
 
     def launch(
-        self, before: Copies = (), after: Copies = (), wait: Event | None = None, record: Event | None = None
+        self,
+        before: Copies = (),
+        after: Copies = (),
+        wait: Event | None = None,
+        record: Event | None = None,
+        *,
+        own: bool = True,
     ) -> None:
         """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest.
 
-        What is between the copies waits for `wait`, and `record` is recorded when it has ended.
+        What is between the copies waits for `wait`, and `record` is recorded when it has ended. Without `own`, what runs
+        without a graph leaves what it returned in `outputs` as it is, which may be shared with whoever made it.
         """
         steps = self._steps
+        if not self.captured and isinstance(steps[-1], _Eager):
+            steps[-1].own = own
         if len(steps) == 1:
             steps[0].launch(self._stream, before, after, wait, record)
             return
@@ -319,10 +329,11 @@ class _Builder:
         def whole(values: Tensors) -> Tensors:
             return self._postprocessed(engine(self._preprocessed(values)))
 
-        export = getattr(execution, "export", None)  # of a module, which may be capturable in that form
-
-        def exported(reason: str) -> bool:
-            return export is not None and device.call(self._stream, lambda: export(engine_inputs, reason))
+        def exported(reason: str) -> ModuleExecution | None:
+            """The engine, if it is a module which runs as its export from now on: that may be capturable."""
+            if not isinstance(execution, ModuleExecution):
+                return None
+            return execution if device.call(self._stream, lambda: execution.export(engine_inputs, reason)) else None
 
         steps, outputs, fallbacks = self._steps(whole, engine, inputs, exported)
         names = self._post or self._engine
@@ -447,7 +458,7 @@ class _Builder:
         whole: Callable[[Tensors], Tensors],
         engine: Callable[[Tensors], Tensors],
         inputs: Tensors,
-        exported: Callable[[str], bool],
+        exported: Callable[[str], ModuleExecution | None],
     ) -> tuple[list[Step], Tensors, list[str]]:
         """As one graph if that can be; what runs, what it writes, and why it is not one graph."""
         recipe = self._recipe
@@ -457,11 +468,12 @@ class _Builder:
                 return *self._captured(whole, inputs), []
             except CaptureError as error:
                 reason = f"{recipe.engine.name} could not be captured: {error}"
-                if exported(str(error)):
+                if (module := exported(str(error))) is not None:
                     try:
                         return *self._captured(whole, inputs), []
                     except CaptureError as second:
                         reason = f"{recipe.engine.name} could not be captured, nor could its export: {second}"
+                        module.restore()  # without a graph, the export is only slower
             if recipe.preprocess is not None or recipe.postprocess is not None:
                 # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
                 return self._piecewise(engine, inputs)
@@ -479,7 +491,7 @@ class _Builder:
     def _eager(self, function: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors]:
         outputs = self._recipe.device.call(self._stream, lambda: [t.clone() for t in settled(function(inputs), inputs)])
         self._graph_bytes += sum(t.nbytes for t in outputs)
-        return [_Eager(lambda: write_back(outputs, settled(function(inputs), inputs)))], outputs
+        return [_Eager(lambda: settled(function(inputs), inputs), outputs)], outputs
 
     def _piecewise(self, engine: Callable[[Tensors], Tensors], inputs: Tensors) -> tuple[list[Step], Tensors, list[str]]:
         recipe = self._recipe
@@ -505,13 +517,33 @@ class _Builder:
 
 
 class _Eager(BaseGraph):
-    """Work that is submitted anew for every launch."""
+    """Work that is submitted anew for every launch.
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    Args:
+        function: submits it, and returns the results.
+        outputs: where readers look for them.
+
+    Attributes:
+        own: whether results are copied into memory that nobody else has, which readers of a lease need. Copies of a call's
+            results are the caller's own anyway.
+    """
+
+    def __init__(self, function: Callable[[], Tensors], outputs: Tensors) -> None:
         self._function = function
+        self._outputs = outputs
+        self._are_own = True
+        self.own = True
 
     def replay(self, stream: Stream) -> None:
-        stream.run(self._function)
+        stream.run(partial(self._run, self.own))
+
+    def _run(self, own: bool) -> None:
+        new = self._function()
+        if own and self._are_own:
+            write_back(self._outputs, new)
+        else:
+            self._outputs[:] = [tensor.clone() for tensor in new] if own else new
+        self._are_own = own
 
 
 @contextlib.contextmanager
