@@ -21,7 +21,7 @@ import torch
 
 from aiotrt._impl import IMPLEMENTATION
 from aiotrt._workers import Workers
-from aiotrt.batching.batch import check_extents
+from aiotrt.batching.batch import Stacked, check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
 from aiotrt.building.files import unreadable
@@ -39,7 +39,7 @@ from aiotrt.runtime.mapping import map_in_order
 from aiotrt.runtime.programs import ProgramCache, Recipe
 from aiotrt.runtime.request import Request
 from aiotrt.runtime.slots import State
-from aiotrt.tensors import InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
+from aiotrt.tensors import Argument, InputSpecs, Kind, Parameters, Shapes, Specs, TensorSpec, examples
 
 __all__ = ["Model", "Statistics", "load"]
 
@@ -435,16 +435,18 @@ class Model(Generic[R]):
             if gatherer is not None:
                 gatherer.learn()
             shapes = _as_shapes(specs, values, named)
+            arguments: Sequence[Argument] = ()
             if shapes is None:
-                _, shapes, kind, fixed = specs.parse(values, named)
+                arguments, shapes, kind, fixed = specs.parse(values, named)
             else:
                 kind, fixed = Kind.NUMPY, specs.known()
             kind = executor.outputs or kind
             if gatherer is None:
-                await self._warm(executor, fixed, shapes, kind)
+                await self._warm(executor, fixed, shapes, kind, arguments)
                 continue
             for stacked, batch_shapes, size in gatherer.stacked(fixed, shapes):
-                await self._warm(executor, stacked, batch_shapes, kind, size)
+                examples_of_size = arguments if size is None else [Stacked([argument], size) for argument in arguments]
+                await self._warm(executor, stacked, batch_shapes, kind, examples_of_size, size)
 
     def statistics(self) -> Statistics:
         """How things are now; see `Statistics`."""
@@ -687,12 +689,22 @@ class Model(Generic[R]):
 
         return Gatherer(executor, of_items, batching, self._options.max_queue)
 
-    async def _warm(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, batch: int | None = None) -> None:
+    async def _warm(
+        self,
+        executor: Executor,
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        arguments: Sequence[Argument],
+        batch: int | None = None,
+    ) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         await self._warmup_lock.acquire()
         requests: list[Request] = []
         try:
-            requests.extend(executor.lease(specs, shapes, kind, is_warmup=True) for _ in executor.slots)
+            requests.extend(
+                executor.lease(specs, shapes, kind, is_warmup=True, arguments=arguments) for _ in executor.slots
+            )
             for request in requests:
                 await request
                 if batch is not None:

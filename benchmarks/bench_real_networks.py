@@ -3,8 +3,8 @@
     python -m benchmarks.bench_real_networks [--only REGEX] [--part 1/3] [--device cuda] [--json FILE] [--quick]
 
 Each network of `real_networks` is loaded as it is, called with new inputs of each of its signatures and compared with the
-module called directly, bit for bit. Then calls of both take turns, each waiting for its result; the eager call is followed by
-a synchronisation. A row is the median of the rounds. The last line says how many networks there were.
+module called directly, bit for bit. Then calls of both take turns, each waiting for its result; the eager call is followed
+by a synchronisation. A row is the median of the rounds. The last line says how many networks there were.
 
 On the host device (``--device host``) the parity is the point; the times are those of the CPU.
 """
@@ -136,7 +136,7 @@ async def _ours(model: aiotrt.Model, inputs: Call, calls: int) -> float:
 def _theirs(network: Any, inputs: Call, calls: int, where: torch.device) -> float:
     structure, tensors = take_apart(inputs)
     copies = [structure.build(tensors) for _ in range(calls + 1)]  # not in the time: objects that the network may change
-    synchronize = torch.cuda.synchronize if where.type == "cuda" else lambda: None
+    synchronize: Any = torch.cuda.synchronize if where.type == "cuda" else lambda: None
     with torch.no_grad():
         values, named = copies.pop()
         network(*values, **named)
@@ -190,10 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:  # of whatever kind: the others are to be tried
                 found = Result(entry.name, "failed", reason=f"{type(error).__name__}: {error}")
         results.append(found)
-        print(
-            f"{found.how:13s} {found.name:45s} {found.parity:14s} {found.call:9,.0f} {found.eager:9,.0f} us  {found.reason[:100]}"
-        )
-        sys.stdout.flush()
+        times = f"{found.call:9,.0f} {found.eager:9,.0f} us"
+        print(f"{found.how:13s} {found.name:45s} {found.parity:14s} {times}  {found.reason[:100]}", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     print("\n" + table(results))

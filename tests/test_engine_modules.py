@@ -342,3 +342,33 @@ async def test_weights_that_are_replaced_are_warned_of(device: str, caplog: pyte
         np.testing.assert_array_equal(await model(frame(1, (4, 3))), frame(15, (4, 3)))
         assert len(said()) == 1
         del junk
+
+
+class Masked(torch.nn.Module):
+    """Raises for a mask of nothing, as some networks do."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        longest = int(lengths.max())
+        if longest == 0:
+            raise ValueError("no lengths")
+        return x[:, :longest] * 2
+
+
+@pytest.mark.asyncio
+async def test_what_raises_for_zeros_is_warmed_up_with_an_example(device: str) -> None:
+    x, lengths = frame(3, (2, 4)), np.array([2, 3])
+    for kind in ("numpy", "device"):
+        inputs: Any = (x, lengths)
+        if kind == "device":
+            inputs = tuple(torch.from_numpy(one).to(place(device)) for one in (x, lengths))
+        for warmup in ((), [inputs]):
+            async with aiotrt.load(Masked(), device=device, slots=2, warmup=warmup) as model:
+                for _ in range(3):
+                    result = torch.as_tensor(await model(*inputs)).cpu()
+                    np.testing.assert_array_equal(result, frame(6, (2, 3)))
+                with pytest.raises(aiotrt.EngineError, match="no lengths"):
+                    await model(x, np.array([0, 0]))
+                assert model.statistics().free + model.statistics().draining == 2
+    batching = aiotrt.Batching(max_size=4)
+    async with aiotrt.load(Masked(), device=device, batching=batching, warmup=[(x[0], lengths[0])]) as model:
+        np.testing.assert_array_equal(await model(x[0], lengths[1]), frame(6, (3,)))

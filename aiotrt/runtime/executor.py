@@ -46,7 +46,7 @@ from aiotrt.errors import (
 )
 from aiotrt.runtime.alarm import Alarm
 from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, ready_events, wants_consumed
-from aiotrt.runtime.launch import copy_in, has_passed, open_gates, pass_turn, retire, submit_request
+from aiotrt.runtime.launch import copy_in, fill, has_passed, open_gates, pass_turn, retire, submit_request
 from aiotrt.runtime.memory import allocate, keep, release_when_idle
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
 from aiotrt.runtime.replay import Replay
@@ -54,7 +54,7 @@ from aiotrt.runtime.request import Request, Slot, Times
 from aiotrt.runtime.route import Route
 from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.runtime.slots import Event as Move
-from aiotrt.tensors import DEVICE, InputSpecs, Kind, Shapes, Specs, own
+from aiotrt.tensors import DEVICE, Argument, InputSpecs, Kind, Shapes, Specs, own
 
 __all__ = ["Counters", "Executor"]
 
@@ -268,10 +268,23 @@ class Executor:
             request._value = None
             spares.append(request)
 
-    def lease(self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False) -> Request:
-        """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does."""
+    def lease(
+        self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False, arguments: Sequence[Argument] = ()
+    ) -> Request:
+        """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does.
+
+        Args:
+            specs: of the inputs.
+            shapes: of the inputs.
+            kind: where results should be.
+            is_warmup: whether this only prepares the slot.
+            arguments: example inputs, where there are some.
+        """
         self.check_usable()
-        request = Request(self.loop, (), specs, shapes, kind, is_lease=True)
+        request = Request(self.loop, arguments, specs, shapes, kind, is_lease=True)
+        if any(argument.tensor is not None for argument in arguments):
+            request.origin = self.device.current_stream()
+            request.ready = ready_events(arguments)
         request.is_warmup = is_warmup
         self._enter(request, not is_warmup, self.cache.holders(request.key))
         return request
@@ -544,7 +557,8 @@ class Executor:
         if request.bound:
             request.order(slot)  # the warm-up reads them where they are
         recipe = self.recipe
-        built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound)
+        example = partial(fill, self.device, slot, request) if request.arguments else None
+        built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound, example)
         try:
             built.stage(request.host_inputs(), outputs=request.kind is not DEVICE)
         except BaseException:

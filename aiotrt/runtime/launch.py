@@ -20,9 +20,19 @@ from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.errors import DeviceError
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.request import Request, Slot
-from aiotrt.tensors import DEVICE, Kind
+from aiotrt.tensors import DEVICE, Kind, numpy_view
 
-__all__ = ["await_gates", "copy_in", "has_passed", "open_gates", "pass_turn", "retire", "submit_lease", "submit_request"]
+__all__ = [
+    "await_gates",
+    "copy_in",
+    "fill",
+    "has_passed",
+    "open_gates",
+    "pass_turn",
+    "retire",
+    "submit_lease",
+    "submit_request",
+]
 
 _log: Final = logging.getLogger("aiotrt")
 
@@ -34,6 +44,26 @@ def copy_in(request: Request, program: Program) -> None:
             view = program.input_views[i]
             assert view is not None
             argument.write(view)
+
+
+def fill(device: Device, slot: Slot, request: Request, inputs: Sequence[torch.Tensor]) -> None:
+    """Copy a request's inputs into a new program's buffers, to warm it up with them. Blocks: for worker threads.
+
+    Raises:
+        DeviceError: the device broke.
+    """
+    request.order(slot)
+    for i, argument in enumerate(request.arguments):
+        if i in request.bound:
+            continue
+        if argument.tensor is not None:
+            for destination, source in argument.copies(inputs[i]):
+                slot.stream.copy(destination, source)
+        else:
+            staged = inputs[i] if device.unified else torch.empty(inputs[i].shape, dtype=inputs[i].dtype)
+            argument.write(numpy_view(staged))
+            if not device.unified:
+                inputs[i].copy_(staged)
 
 
 def submit_request(device: Device, slot: Slot, request: Request, program: Program) -> None:

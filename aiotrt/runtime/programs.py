@@ -57,15 +57,40 @@ class Recipe:
     graphs: bool
     ordered: bool = False
 
-    def build(self, slot: int, stream: Stream, specs: Signature, key: Key, bound: Mapping[int, torch.Tensor]) -> Program:
+    def build(
+        self,
+        slot: int,
+        stream: Stream,
+        specs: Signature,
+        key: Key,
+        bound: Mapping[int, torch.Tensor],
+        fill: Callable[[Tensors], None] | None = None,
+    ) -> Program:
         """Allocate, warm up and capture. Blocks: for worker threads.
+
+        Args:
+            slot: whose it will be.
+            stream: that slot's.
+            specs: of the inputs.
+            key: of the program.
+            bound: inputs that it shall read where they are.
+            fill: copies example inputs into its buffers, with `stream` current. They are used only where zeros do not do:
+                masks and lengths of nothing make some networks raise.
 
         Raises:
             EngineError: it cannot run at all, with or without a graph.
             InputError: the engine does not allow these shapes.
             DeviceError: the device broke.
         """
-        return _Builder(self, slot, stream, specs, key, bound).build()
+        try:
+            return _Builder(self, slot, stream, specs, key, bound, None).build()
+        except (AiotrtError, torch.OutOfMemoryError) as error:
+            if not isinstance(error, EngineError) or fill is None:
+                raise
+        except Exception:
+            if fill is None:
+                raise
+        return _Builder(self, slot, stream, specs, key, bound, fill).build()
 
 
 class Program:
@@ -290,7 +315,9 @@ class _Builder:
         specs: Signature,
         key: Key,
         bound: Mapping[int, torch.Tensor],
+        fill: Callable[[Tensors], None] | None,
     ) -> None:
+        self._fill = fill
         self._recipe = recipe
         self._slot = slot
         self._stream = stream
@@ -347,10 +374,13 @@ class _Builder:
     def _allocate(self) -> Tensors:
         device = self._recipe.device
         # Zeros: the warm-up runs on them, and whatever the memory held before could be an index out of range.
-        return [
+        inputs = [
             self._bound[i] if i in self._bound else device.empty(shape, spec.dtype).zero_()
             for i, (spec, shape) in enumerate(zip(self._specs, self._key[0], strict=True))
         ]
+        if self._fill is not None:
+            self._fill(inputs)
+        return inputs
 
     def _execution(self, inputs: Tensors) -> tuple[Execution, Tensors]:
         """The engine's context, made for what `preprocess` really gives it."""
