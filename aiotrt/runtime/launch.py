@@ -53,17 +53,21 @@ def fill(device: Device, slot: Slot, request: Request, inputs: Sequence[torch.Te
         DeviceError: the device broke.
     """
     request.order(slot)
+    kept = []  # staging memory, until it was copied
     for i, argument in enumerate(request.arguments):
         if i in request.bound:
             continue
         if argument.tensor is not None:
             for destination, source in argument.copies(inputs[i]):
                 slot.stream.copy(destination, source)
-        else:
-            staged = inputs[i] if device.unified else torch.empty(inputs[i].shape, dtype=inputs[i].dtype)
-            argument.write(numpy_view(staged))
-            if not device.unified:
-                inputs[i].copy_(staged)
+            continue
+        staged = inputs[i] if device.unified else device.pinned(inputs[i].shape, inputs[i].dtype)
+        argument.write(numpy_view(staged))
+        if not device.unified:
+            slot.stream.copy(inputs[i], staged)
+            kept.append(staged)
+    if kept:
+        slot.stream.synchronize()
 
 
 def submit_request(device: Device, slot: Slot, request: Request, program: Program) -> None:
