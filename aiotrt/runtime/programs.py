@@ -436,7 +436,7 @@ class _Builder:
                 )
             result = {spec.name: result[spec.name] for spec in engine.inputs}
         known = self._pre
-        self._pre, tensors = self._flatten("preprocess", result, known)
+        self._pre, tensors = flatten("preprocess", result, self._recipe.device.torch_device, known=known)
         if known is not None and known.structure != self._pre.structure:
             raise EngineError("preprocess returned another structure than when it was warmed up")
         return tensors
@@ -444,8 +444,11 @@ class _Builder:
     def _returned(self, result: object) -> Tensors:
         """The tensors of what the engine returned."""
         engine = self._recipe.engine
-        names, tensors = self._flatten(engine.name, result, self._engine, declared=engine.outputs is not None)
-        self._engine = self._agreed(engine.name, self._engine, names)
+        names, tensors = flatten(
+            engine.name, result, self._recipe.device.torch_device, declared=engine.outputs is not None, known=self._engine
+        )
+        if names is not self._engine:
+            self._engine = self._agreed(engine.name, self._engine, names)
         return tensors
 
     def _postprocessed(self, values: Tensors) -> Tensors:
@@ -456,21 +459,15 @@ class _Builder:
         with _blame("postprocess"):
             # What is flat comes as so many tensors, and anything else as the engine returned it.
             result = function(*values) if self._engine.is_flat else function(self._engine.pack(values))
-        names, tensors = self._flatten("postprocess", result, self._post)
-        self._post = self._agreed("postprocess", self._post, names)
+        names, tensors = flatten("postprocess", result, self._recipe.device.torch_device, known=self._post)
+        if names is not self._post:
+            self._post = self._agreed("postprocess", self._post, names)
         return tensors
-
-    def _flatten(
-        self, source: str, result: object, known: OutputNames | None, *, declared: bool = False
-    ) -> tuple[OutputNames, Tensors]:
-        names, tensors = flatten(source, result, declared=declared, known=known)
-        here = self._recipe.device.torch_device
-        return names, [tensor if tensor.device == here else tensor.to(here) for tensor in tensors]
 
     @staticmethod
     def _agreed(source: str, known: OutputNames | None, names: OutputNames) -> OutputNames:
         """The names and structure of what `source` returned, which may differ from call to call where it is not captured."""
-        if known is None or names is known:
+        if known is None:
             return names
         if len(names.names) != len(known.names):
             plural = "s" * (len(names.names) != 1)

@@ -27,9 +27,10 @@ class OutputNames:
         is_flat: whether it is that, or one container of tensors.
         is_mapping: whether that container is a mapping.
         pack: makes what a caller gets of as many results.
+        read: the tensors of what was returned, if it is flat and as expected; else None.
     """
 
-    __slots__ = ("is_bare", "is_flat", "is_mapping", "names", "pack", "structure")
+    __slots__ = ("is_bare", "is_flat", "is_mapping", "names", "pack", "read", "structure")
 
     def __init__(self, names: Sequence[str], structure: Structure | None = None) -> None:
         self.names = tuple(names)
@@ -37,6 +38,7 @@ class OutputNames:
         self.is_bare = len(self.names) == 1 if structure is None else structure.is_bare
         self.is_flat = structure is None or structure.is_flat
         self.is_mapping = structure is not None and structure.is_mapping
+        self.read: Callable[[Any], list[Any] | None] = (lambda value: None) if structure is None else structure.reader
         self.pack: Callable[[Sequence[object]], Any]
         if self.is_bare:
             self.pack = itemgetter(0)
@@ -54,13 +56,14 @@ class OutputNames:
 
 
 def flatten(
-    source: str, value: object, *, declared: bool = False, known: OutputNames | None = None
+    source: str, value: object, device: torch.device, *, declared: bool = False, known: OutputNames | None = None
 ) -> tuple[OutputNames, list[torch.Tensor]]:
     """Take apart what an engine, a module or a function returned.
 
     Args:
         source: who returned it, for messages.
         value: any structure with at least one tensor.
+        device: where the tensors are wanted.
         declared: whether it is an engine's mapping of outputs by name, which callers get as a named tuple.
         known: what it returned before; given back where it is the same again.
 
@@ -69,9 +72,11 @@ def flatten(
     """
     if isinstance(value, torch.Tensor):
         bare = known if known is not None and known.is_bare else OutputNames(("output",), None if declared else _TENSOR)
-        return bare, [_strided(source, bare.names[0], value)]
+        return bare, [_strided(source, bare.names[0], value, device)]
     if declared and known is not None and isinstance(value, Mapping) and tuple(value) == known.names:
-        return known, [_strided(source, name, tensor) for name, tensor in value.items()]
+        return known, [_strided(source, name, tensor, device) for name, tensor in value.items()]
+    if known is not None and (tensors := known.read(value)) is not None:
+        return known, [_strided(source, name, tensor, device) for name, tensor in zip(known.names, tensors, strict=True)]
     try:
         structure, tensors = take_apart(value)
     except TypeError as error:
@@ -89,7 +94,7 @@ def flatten(
         if not isinstance(tensor, torch.Tensor):
             where = "" if structure.is_bare else f" as {name!r}"
             raise EngineError(f"{source} returned {type(tensor).__name__}{where}; it must return a tensor there")
-    return known, [_strided(source, name, tensor) for name, tensor in zip(known.names, tensors, strict=True)]
+    return known, [_strided(source, name, tensor, device) for name, tensor in zip(known.names, tensors, strict=True)]
 
 
 _TENSOR: Final = take_apart(torch.empty(0))[0]
@@ -118,7 +123,7 @@ def _at(value: object, kind: str) -> str:
     return kind
 
 
-def _strided(source: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _strided(source: str, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.is_nested or tensor.layout is not torch.strided:
         raise EngineError(f"{source} returned {name!r} as a {tensor.layout} tensor; return a strided one")
-    return tensor.detach()
+    return tensor.detach() if tensor.device == device else tensor.detach().to(device)

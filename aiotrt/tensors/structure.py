@@ -6,6 +6,7 @@ Objects of other classes, such as dataclasses, are taken apart by their attribut
 
 from __future__ import annotations
 
+import collections
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -76,24 +77,51 @@ class Structure:
         return self.is_bare or (
             all(place is _TENSOR for place in self._places)
             and all(child.type is None for child in _children(self._spec))
-            and (self.is_mapping or (isinstance(self._spec.type, type) and issubclass(self._spec.type, (list, tuple))))
+            and issubclass(self._kind, (list, tuple, Mapping))
         )
 
     @property
     def is_mapping(self) -> bool:
         """Whether this is a mapping."""
-        return isinstance(self._spec.type, type) and issubclass(self._spec.type, Mapping)
+        return issubclass(self._kind, Mapping)
 
     @property
     def builder(self) -> Callable[[Sequence[object]], Any]:
         """What `build` does, as a function to be called often."""
-        kind = self._spec.type
-        if kind in (tuple, list) and self.is_flat:
+        kind = self._kind
+        if self.is_flat and kind in (tuple, list):
             return kind  # type: ignore[no-any-return]
-        if kind is dict and self.is_flat:
+        if self.is_flat and kind is dict:
             keys = list(self._spec.context)
             return lambda tensors: dict(zip(keys, tensors, strict=True))
+        if self.is_flat and hasattr(kind, "_make"):
+            return kind._make  # type: ignore[no-any-return]
         return self.build
+
+    @property
+    def reader(self) -> Callable[[Any], list[Any] | None]:
+        """As `take_apart`, to be called often: the tensors of a value that is flat and of this structure; else None."""
+        kind, count = self._kind, self.count
+        if not self.is_flat or self.is_bare or not (kind in (tuple, list, dict) or hasattr(kind, "_make")):
+            return lambda value: None
+        keys = list(self._spec.context) if kind is dict else None
+
+        def read(value: Any) -> list[Any] | None:
+            if type(value) is not kind or len(value) != count or (keys is not None and list(value) != keys):
+                return None
+            tensors = list(value) if keys is None else list(value.values())
+            for tensor in tensors:
+                if type(tensor) is not torch.Tensor:
+                    return None
+            return tensors
+
+        return read
+
+    @property
+    def _kind(self) -> Any:
+        """The class of the container; of a leaf, that of None."""
+        kind = self._spec.type
+        return self._spec.context if kind is collections.namedtuple else type(None) if kind is None else kind  # noqa: PYI024
 
 
 class _Object:
