@@ -702,9 +702,7 @@ class Model(Generic[R]):
         await self._warmup_lock.acquire()
         requests: list[Request] = []
         try:
-            requests.extend(
-                executor.lease(specs, shapes, kind, is_warmup=True, arguments=arguments) for _ in executor.slots
-            )
+            requests.extend(executor.lease(specs, shapes, kind, is_warmup=True, arguments=arguments) for _ in executor.slots)
             for request in requests:
                 await request
                 if batch is not None:

@@ -282,7 +282,7 @@ async def test_batches_of_structures(device: str) -> None:
             assert result["scale"] == i % 2 + 1
             np.testing.assert_array_equal(result["out"][0], frame(i * (i % 2 + 1) + 1))
         assert model.inputs is not None
-        assert [(spec.name, len(spec.shape)) for spec in model.inputs] == [("pair.a", 2), ("pair.b", 2)]
+        assert [(spec.name, len(spec.shape or ())) for spec in model.inputs] == [("pair.a", 2), ("pair.b", 2)]
 
 
 @pytest.mark.asyncio
