@@ -161,7 +161,7 @@ def load(
             entered; no model exists then.
         EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
         MissingDependencyError: a package is missing that this engine or device needs.
-        UsageError: there is no such device.
+        UsageError: there is no such device, or it is a simulated one and `aiotrt.testing.run` does not run this loop.
         DeviceHangError: a run for `warmup`, or its capture, took longer than `hang_timeout`.
         ResourceError: the process has no thread or file descriptor left.
     """
@@ -595,6 +595,8 @@ class Model(Generic[R]):
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
             check_asyncio(_name(self._options.source))
+            if not isinstance(self._options.device, (str, torch.device)) and hasattr(self._options.device, "check_loop"):
+                self._options.device.check_loop()
             self._opening = _in_background(self._open())
         opening = self._opening
         check_loop(opening.get_loop(), _name(self._options.source))

@@ -297,6 +297,14 @@ class Device(Protocol):
         """Whether the calling code is itself work on a stream (host: a function given to `Stream.run`)."""
         ...
 
+    def check_loop(self) -> None:
+        """Raise unless models on this device can be used on the running loop.
+
+        Raises:
+            UsageError: its time is not this loop's.
+        """
+        ...
+
     def prepare_thread(self) -> None:
         """Make the calling thread fit to launch and to poll. Idempotent and cheap after the first call."""
         ...
@@ -420,6 +428,9 @@ class BaseDevice(ABC):
 
     def exclusive(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
+
+    def check_loop(self) -> None:
+        return
 
     def workers(self, count: int) -> Executor:
         return Workers(count)

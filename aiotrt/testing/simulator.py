@@ -17,6 +17,7 @@ only from an operation that raises, or from a `FaultInjector`; all host threads 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from aiotrt.devices.base import BaseDevice, CaptureError, Event, Graph, Stream
-from aiotrt.errors import DeviceError
+from aiotrt.errors import DeviceError, UsageError
 from aiotrt.testing.hazards import HOST, Detector
 from aiotrt.testing.intercept import Interceptor, Work
 from aiotrt.testing.memory import Memory, Span
@@ -207,6 +208,14 @@ class SimulatedDevice(BaseDevice):
         """Whether `tensor` is in device memory."""
         block = self.memory.block(tensor)
         return block is not None and not block.pinned
+
+    def check_loop(self) -> None:
+        """Raise unless the running loop keeps this device's time: on another loop nothing would ever happen here."""
+        if getattr(asyncio.get_running_loop(), "virtual_time", None) is not self.time:
+            raise UsageError(
+                "a SimulatedDevice lives in virtual time, which this event loop does not keep: run the program with "
+                "aiotrt.testing.run(main(), device), or use device='host' in a test that has a loop of its own"
+            )
 
     def workers(self, count: int) -> Workers:
         """A pool of worker threads in virtual time."""
