@@ -30,7 +30,7 @@ from aiotrt.engines.tensorrt_api import (
     RuntimeConfig,
 )
 from aiotrt.engines.tensorrt_execution import Layout, Profile, TensorRTExecution, Values, Workspace
-from aiotrt.engines.tensorrt_kernels import Kernels
+from aiotrt.engines.tensorrt_kernels import Kernels, timed
 from aiotrt.engines.tensorrt_plan import HEADER_BYTES, check_plan, read_plan
 from aiotrt.engines.tensorrt_runtime import Product, open_product
 from aiotrt.errors import EngineError, InputError
@@ -104,7 +104,8 @@ class TensorRTEngine:
             self._runtime: Runtime | None = self._product.must(f"{path}: creating a runtime", self._product.runtime)
             # Set either way: versions differ in what they allow by default.
             self._runtime.engine_host_code_allowed = allow_host_code
-            self._engine: CudaEngine | None = self._deserialize(self._runtime, data)
+            with timed("%s: deserialised", path):
+                self._engine: CudaEngine | None = self._deserialize(self._runtime, data)
         try:
             self._describe(self._engine)
         except BaseException:
@@ -118,7 +119,7 @@ class TensorRTEngine:
         by_name = dict(zip(names, shapes, strict=True))
         profile = self._fitting(by_name)
         with self._lock:
-            with device.exclusive():  # it synchronises with the default stream
+            with device.exclusive(), timed("%s: made a context", self._path):  # it synchronises with the default stream
                 context = device.call(stream, lambda: self._context(engine))
             workspace = self._workspaces.get(stream.handle)
             nbytes = 0
@@ -128,9 +129,10 @@ class TensorRTEngine:
                     stream, lambda: Workspace(device, self.workspace, engine.num_aux_streams)
                 )
                 nbytes = workspace.nbytes
-        execution = TensorRTExecution(
-            self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes, self._compiled
-        )
+        with timed("%s: prepared a context for %s", self._path, by_name):  # TensorRT-RTX compiles in here
+            execution = TensorRTExecution(
+                self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes, self._compiled
+            )
         self._executions.add(execution)
         if self.uncapturable is None:
             self.uncapturable = execution.uncapturable

@@ -17,6 +17,7 @@ import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.engines.tensorrt_api import Api, ExecutionContext
+from aiotrt.engines.tensorrt_kernels import timed
 from aiotrt.engines.tensorrt_runtime import Product
 from aiotrt.errors import EngineError
 from aiotrt.tensors import TensorSpec
@@ -182,8 +183,11 @@ class TensorRTExecution:
         if self._host:
             self._infer(context)  # the outputs' shapes follow from the values
         was_warm, self._warm = self._warm, True
-        self._enqueue(context)
-        if not was_warm:
+        if was_warm:
+            self._enqueue(context)
+        else:
+            with timed("%s: enqueued for the first time", self._layout.path):
+                self._enqueue(context)
             self._compiled()
         del bound  # until here: a copy that is freed before the enqueue could be handed out again by the allocator
         return {spec.name: self._output(spec) for spec in self._layout.outputs}

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +21,7 @@ from aiotrt.building.files import check_private, make_private, replacing
 from aiotrt.engines.tensorrt_api import RuntimeCache, RuntimeConfig
 from aiotrt.errors import EngineError
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "timed"]
 
 _log: Final = logging.getLogger("aiotrt")
 #: Bytes of compiled kernels that are kept, of all engines together.
@@ -58,7 +60,9 @@ class Kernels:
         except OSError as error:
             _log.warning("%s: cannot be read: %s; its kernels are compiled again", self._file, error.strerror)
         else:
-            if self._cache.deserialize(kept):
+            with timed("%s: read %d bytes of compiled kernels", self._file, len(kept)):
+                is_ours = self._cache.deserialize(kept)
+            if is_ours:
                 self._kept = kept
             else:
                 _log.info("%s: was compiled for another GPU, driver or version; compiling again", self._file)
@@ -72,7 +76,8 @@ class Kernels:
             if self._cache is None:
                 return
             try:
-                compiled = bytes(self._cache.serialize())
+                with timed("%s: asked what was compiled", self._path):
+                    compiled = bytes(self._cache.serialize())
             except Exception as error:  # the bindings raise many unrelated classes, or give None
                 _log.warning("%s: TensorRT does not tell what it compiled, which is not kept: %s", self._path, error)
                 return
@@ -83,6 +88,7 @@ class Kernels:
                 check_private(self._file.parent)
                 with replacing(self._file) as write:
                     write(compiled)
+                _log.debug("%s: kept %d bytes of compiled kernels", self._file, len(compiled))
                 _make_room(self._file)
             except (EngineError, OSError) as error:
                 _log.warning("%s: its compiled kernels are not kept for the next time: %s", self._path, error)
@@ -92,6 +98,14 @@ class Kernels:
         """The engine is going."""
         with self._lock:
             self._cache = None
+
+
+@contextlib.contextmanager
+def timed(what: str, *arguments: object) -> Iterator[None]:
+    """Log at level DEBUG how long a part of loading took."""
+    started = time.perf_counter()
+    yield
+    _log.debug(f"{what} in %.3f s", *arguments, time.perf_counter() - started)
 
 
 def _make_room(newest: Path) -> None:

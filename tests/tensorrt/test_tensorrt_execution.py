@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -360,8 +361,14 @@ async def test_what_was_compiled_is_kept_for_the_next_process(
     assert both.count(b"(2, 3)") == both.count(b"(9, 3)") == 1
     written = kept.stat().st_ino
     os.utime(kept, (1, 1))
-    await run_once(path, double, device)
+    with caplog.at_level("DEBUG", "aiotrt"):
+        await run_once(path, double, device)
     assert kept.stat().st_ino == written  # nothing was compiled that it did not have
+    for part in ("deserialised", "made a context", "prepared a context for {'x': (2, 3)}", "enqueued for the first time"):
+        assert re.search(rf"x\.engine: {re.escape(part)} in \d+\.\d+ s", caplog.text)
+    assert f"read {len(both)} bytes of compiled kernels" in caplog.text
+    assert "bytes of compiled kernels\n" not in caplog.text  # none was kept
+    caplog.clear()
     assert kept.stat().st_mtime > 1  # but it was used
     caplog.set_level("INFO", "aiotrt")
     kept.write_bytes(b"made for another GPU")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -198,3 +201,40 @@ def test_the_log_of_the_real_runtime_is_taken(trt: Any, tmp_path: Path) -> None:
     assert log.since(mark), "TensorRT said nothing, or said it to another logger"
     engine.close()
     stream.close()
+
+
+LOAD = """
+import asyncio, logging, sys, time
+import numpy as np, torch, aiotrt
+
+logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
+logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+async def main():
+    torch.zeros(1, device="cuda")  # so that making the context of CUDA is not part of it
+    started = time.perf_counter()
+    example = np.zeros(tuple(map(int, sys.argv[2].split("x"))), np.float32)
+    async with aiotrt.load(sys.argv[1], device="cuda", runtime="tensorrt_rtx", slots=2, warmup=[example]):
+        print(f"loaded in {time.perf_counter() - started:.3f} s")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("name", "shape"), [("detector", "1x3x320x320"), ("recogniser", "1x3x48x320")])
+def test_a_cached_load_compiles_no_kernel_again(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shape: str
+) -> None:
+    """In a process of its own each; what takes how long stands in the report of a failure, and with -s."""
+    monkeypatch.setenv("AIOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    said = []
+    for _ in range(3):
+        command = [sys.executable, "-c", LOAD, str(models.ocr(name)), shape]
+        said.append(subprocess.run(command, check=True, capture_output=True, text=True, timeout=250).stdout)
+        print(said[-1])
+    first, *others = said
+    assert re.search(r"kept \d+ bytes of compiled kernels", first)
+    for again in others:
+        assert re.search(r"read \d+ bytes of compiled kernels", again)
+        assert "building" not in again
+        assert not re.search(r"kept \d+ bytes", again), "something was compiled that was not kept before"
