@@ -395,3 +395,36 @@ def test_what_was_taken_apart_is_put_together(make: Callable[[torch.Tensor], obj
     assert take_apart(again)[0] == structure
     for before, after in zip(tensors, take_apart(again)[1], strict=True):
         assert torch.equal(before + 1, after)
+
+
+@pytest.mark.parametrize("make", list(RESULTS.values()), ids=list(RESULTS))
+def test_the_quick_reader_agrees_with_taking_apart(make: Callable[[torch.Tensor], object]) -> None:
+    value = make(torch.ones(2, 3))
+    structure, tensors = take_apart(value)
+    others = [tensors, tuple(tensors), {"a": tensors[0]}, None, tensors[0], Point(tensors[0], tensors[0]), [value], []]
+    for other in [value, *others]:
+        found = structure.reader(other)
+        assert found is None or (structure == take_apart(other)[0] and all(map(torch.equal, found, take_apart(other)[1])))
+    if structure.is_flat and not structure.is_bare:
+        assert structure.reader(value) is not None
+        assert type(structure.builder(tensors)) is type(value)
+
+
+FLAT: dict[str, tuple[object, bool]] = {
+    "tensor": (torch.ones(1), True),
+    "list": ([torch.ones(1)], True),
+    "tuple": ((torch.ones(1), torch.ones(2)), True),
+    "named tuple": (Point(torch.ones(1), torch.ones(2)), True),
+    "dict": ({"a": torch.ones(1)}, True),
+    "registered mapping": (Output(a=torch.ones(1)), True),
+    "nested": ([[torch.ones(1)]], False),
+    "with None": ([torch.ones(1), None], False),
+    "dataclass": (Boxes(torch.ones(1), "a"), False),
+    "dataclass in a list": ([Boxes(torch.ones(1), "a")], False),
+}
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_what_is_flat(kind: str) -> None:
+    value, is_flat = FLAT[kind]
+    assert take_apart(value)[0].is_flat == is_flat
