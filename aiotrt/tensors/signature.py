@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 from aiotrt.tensors.structure import Structure
 from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
@@ -59,11 +60,8 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
         """The inputs of one call: with batching, of an item."""
         inputs = [str(spec) for spec in self.item or self]
         return ", ".join(
-            inputs + [f"{name}={getattr(value, '__qualname__', repr(value))}" for name, value in self.constants]
+            inputs + [f"{name}={getattr(value, '__qualname__', reprlib.repr(value))}" for name, value in self.constants]
         )
-
-    def __reduce__(self) -> Any:
-        return tuple, (tuple(self),)
 
     def batched(self) -> Signature:
         """The signature of batches of items of this one: each tensor has one more axis, the first."""
