@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from aiotrt.tensors.structure import Structure
 from aiotrt.tensors.tensor_spec import Shapes, TensorSpec

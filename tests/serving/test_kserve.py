@@ -98,12 +98,12 @@ async def test_what_tritons_client_asks(tmp_path: Path) -> None:
         assert server == {
             "name": "aiotrt",
             "version": aiotrt.__version__,
-            "extensions": ["binary_tensor_data", "model_repository"],
+            "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "statistics"],
         }
         assert await client.get_model_metadata("double", "1") == {
             "name": "double",
             "versions": ["1"],
-            "platform": "aiotrt_host",
+            "platform": "onnx_onnxv1",
             "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
             "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
         }
@@ -325,8 +325,8 @@ async def test_batching(tmp_path: Path) -> None:
     model = ModelSettings("items", path, [[4]], {"device": "host", "slots": 1, "batching": {"max_size": 8}})
     async with serving(tmp_path, model) as (http, client):
         described = await client.get_model_metadata("items")
-        assert described["inputs"][0]["shape"] == [4]
-        assert len(described["outputs"][0]["shape"]) == 1
+        assert described["inputs"][0]["shape"] == [-1, 4]
+        assert len(described["outputs"][0]["shape"]) == 2
 
         async def one(i: int) -> None:
             result = await client.infer("items", [given(np.full(4, i, np.float32))], priority=1 + i % 2)

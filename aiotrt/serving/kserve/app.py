@@ -8,10 +8,8 @@ import functools
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import torch
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,18 +17,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import aiotrt
-from aiotrt.errors import AiotrtError, EngineError, ModelBrokenError, UsageError
+from aiotrt.errors import AiotrtError, ModelBrokenError, UsageError
 from aiotrt.model import Model
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.disconnect import CancelOnDisconnect
 from aiotrt.serving.errors import BodyError, BodyTooLargeError, UnsupportedMediaTypeError, problem
 from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
-from aiotrt.serving.kserve.binary import InferRequest, Input, encode, header_length, parse, result_tensor
-from aiotrt.serving.kserve.datatypes import of_torch
+from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse
 from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
+from aiotrt.serving.kserve.servable import VERSION, Servable
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
 from aiotrt.serving.status import status_page
@@ -40,13 +38,9 @@ from aiotrt.tensors import TensorSpec
 __all__ = ["create_app"]
 
 _log: Final = logging.getLogger("aiotrt")
-#: There is one version of each model: what its file is.
-_VERSION: Final = "1"
-_EXTENSIONS: Final = ("binary_tensor_data", "model_repository")
+_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 #: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
 _CHUNK: Final = 256 << 10
-#: Of a model, that are remembered.
-_MOST_SHAPES: Final = 1000
 
 
 def create_app(
@@ -126,14 +120,12 @@ class _Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._outputs: dict[str, list[TensorSpec]] = {}
-        self._batching = {model.name: model.batching for model in settings.models}
-        self._shapes: dict[str, set[tuple[tuple[int, ...], ...]]] = {}  # of inputs that each model took
+        self._servables = {model.name: Servable(model) for model in settings.models}
         self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
             close_timeout=settings.drain_timeout,
-            opened=self._opened,
+            opened=lambda name, model: self._servables[name].opened(model),
             required=[model.name for model in settings.models if model.is_loaded],
         )
 
@@ -143,8 +135,11 @@ class _Server:
         add("/v2", self.server_metadata, tags=["server"])
         add("/v2/health/live", self.server_live, tags=["server"])
         add("/v2/health/ready", self.server_ready, tags=["server"], responses=whether_ready("ready"))
+        add("/v2/models/stats", self.all_statistics, tags=["server"])
         for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
             add(prefix, self.model_metadata, tags=["model"], responses=described())
+            add(f"{prefix}/config", self.model_config, tags=["model"], responses=described())
+            add(f"{prefix}/stats", self.model_statistics, tags=["model"], responses=described())
             add(f"{prefix}/ready", self.model_ready, tags=["model"], responses=whether_ready("name", "ready"))
             add(f"{prefix}/infer", self.infer, methods=["POST"], tags=["model"], **INFER)
         add("/v2/repository/index", self.index, methods=["POST"], tags=["repository"], **INDEX)
@@ -175,15 +170,23 @@ class _Server:
     # A model...
 
     async def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """A model's inputs and outputs. Extents that may differ from call to call are -1."""
+        """A model's inputs and outputs. Dimensions whose size may differ from call to call are -1."""
         model = self._model(name, version)
-        return {
-            "name": name,
-            "versions": [_VERSION],
-            "platform": f"aiotrt_{model.statistics().device.partition(':')[0]}",
-            "inputs": [_described(spec) for spec in model.inputs or ()],
-            "outputs": [_described(spec) for spec in self._outputs[name]],
-        }
+        return self._servables[name].metadata(model)
+
+    async def model_config(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """A model's configuration, as far as Triton's clients read it."""
+        model = self._model(name, version)
+        return self._servables[name].config(model)
+
+    async def model_statistics(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """How many requests a model had, and where their time went."""
+        self._check(name, version)
+        return {"model_stats": [self._statistics(name)]}
+
+    async def all_statistics(self) -> dict[str, Any]:
+        """The statistics of all models."""
+        return {"model_stats": [self._statistics(name) for name in self.models.names()]}
 
     async def model_ready(self, name: str, version: str | None = None) -> Response:
         """Whether a model can be called."""
@@ -195,28 +198,29 @@ class _Server:
 
     async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
         """Run a model."""
-        model = self._model(name, version)
-        outputs = self._outputs[name]  # this model's: it may be unloaded, or another be loaded, while the body comes
+        model, servable = self._model(name, version), self._servables[name]
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
-        body = await self.budget.read(request)  # kept until the end: tensors of JSON take about as much
-        called = await self._parse(request, body)
-        wanted = _wanted(called, outputs)  # before the call: an answer that nobody can have should not cost one
-        deadline = min(called.deadline or math.inf, self._settings.max_deadline)
-        tensors = self._checked(name, model, called)
-        results = await self._run(name, model, tensors, deadline=deadline, priority=called.priority)
-        found = results if isinstance(results, tuple) else (results,)
-        by_name = {output.name: result for output, result in zip(outputs, found, strict=True)}
-        head: dict[str, object] = {"model_name": name, "model_version": _VERSION}
-        if called.id:
-            head["id"] = called.id
+        with servable.counted() as passed:
+            body = await self.budget.read(request)  # kept until the end: tensors of JSON take about as much
+            called = await self._parse(request, body)
+            passed()
+            wanted = _wanted(called, servable.outputs)  # before the call: an answer that nobody can have should not cost one
+            deadline = min(called.deadline or math.inf, self._settings.max_deadline)
+            results = await servable.run(model, called, deadline)
+            passed()
+            head: dict[str, object] = {"model_name": name, "model_version": VERSION}
+            if called.id:
+                head["id"] = called.id
 
-        def encoded() -> tuple[bytes, list[memoryview]]:
-            return encode(head, [(o, is_binary, result_tensor(by_name[o])) for o, is_binary in wanted])
+            def encoded() -> tuple[bytes, list[memoryview]]:
+                return encode(head, [(output, is_binary, results[output]) for output, is_binary in wanted])
 
-        # Bytes are sent from where they are; numbers are written as text, which takes a while.
-        is_short = all(is_binary or by_name[output].numel() < 1024 for output, is_binary in wanted)
-        return _InferResponse(self.budget, *await off_loop(encoded, 0 if is_short else None))
+            # Bytes are sent from where they are; numbers are written as text, which takes a while.
+            is_short = all(is_binary or results[output].numel() < 1024 for output, is_binary in wanted)
+            response = _InferResponse(self.budget, *await off_loop(encoded, 0 if is_short else None))
+            passed()
+            return response
 
     # The repository...
 
@@ -229,7 +233,7 @@ class _Server:
         for name in self.models.names():
             standing, reason = self.models.standing(name)
             if standing is Standing.READY or not is_ready:
-                entries.append({"name": name, "version": _VERSION, "state": standing.value, "reason": reason})
+                entries.append({"name": name, "version": VERSION, "state": standing.value, "reason": reason})
         return entries
 
     async def load(self, request: Request, name: str) -> dict[str, Any]:
@@ -271,8 +275,11 @@ class _Server:
             self.models.standing(name)
         except UsageError as error:
             raise HTTPException(404, f"there is no model {name[:80]!r}") from error
-        if version not in (None, "", _VERSION):
-            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {_VERSION}")
+        if version not in (None, "", VERSION):
+            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {VERSION}")
+
+    def _statistics(self, name: str) -> dict[str, Any]:
+        return self._servables[name].statistics(self.models.open().get(name), self.models.registry)
 
     def _model(self, name: str, version: str | None) -> Model:
         self._check(name, version)
@@ -291,52 +298,12 @@ class _Server:
         # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
         return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body), json=length)
 
-    def _checked(self, name: str, model: Model, called: InferRequest) -> list[torch.Tensor]:
-        """The inputs in the model's order: by name, one that is called ``deadline`` would be taken for the call's."""
-        classes = self._batching[name].priorities
-        if called.priority is not None and called.priority >= classes:
-            raise BodyError(f"the parameter priority must be at most {classes}, got {called.priority + 1}")
-        given = {one.name: one for one in called.inputs}
-        specs = model.inputs or ()
-        if {spec.name for spec in specs} != set(given):
-            listing = ", ".join(f"{spec.name} {_described(spec)['datatype']}" for spec in specs)
-            raise BodyError(f"the model's inputs are {listing}; the request has {', '.join(map(repr, given))}"[:2000])
-        for spec in specs:
-            one = given[spec.name]
-            if one.datatype.torch is not spec.dtype or not spec.fits(one.tensor.shape):
-                _refuse(spec, one)
-        return [given[spec.name].tensor for spec in specs]
-
-    async def _run(self, name: str, model: Model, tensors: list[torch.Tensor], **options: Any) -> Any:
-        """Call a model; inputs of other shapes than it ever took, for which it fails, are the client's mistake."""
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        taken = self._shapes[name]
-        try:
-            results = await model(*tensors, **options)
-        except EngineError as error:
-            if not taken or shapes in taken:
-                raise
-            _log.warning("model %s failed for inputs of shapes %s", name, shapes, exc_info=error)
-            listing = ", ".join(f"{spec.name} {list(s)}" for spec, s in zip(model.inputs or (), shapes, strict=True))
-            raise BodyError(f"the model fails for inputs of these shapes: {listing}; it took others") from error
-        if shapes not in taken and len(taken) < _MOST_SHAPES:
-            taken.add(shapes)
-        return results
-
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, 64 << 10, self._settings.body_timeout)
         fields = loads("the request", body or b"{}")
         if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
             raise BodyError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
-
-    async def _opened(self, name: str, model: Model) -> None:
-        is_item = self._batching[name].stack
-        self._shapes[name] = set()
-        self._outputs[name] = [
-            replace(spec, shape=spec.shape and spec.shape[1:], minimum=None, maximum=None) if is_item else spec
-            for spec in _outputs(model)
-        ]
 
 
 class _InferResponse(Response):
@@ -361,33 +328,6 @@ class _InferResponse(Response):
                         {"type": "http.response.body", "body": bytes(part[start : start + _CHUNK]), "more_body": True}
                     )
         await send({"type": "http.response.body", "body": b""})
-
-
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    datatype = of_torch(spec.dtype)
-    return {
-        "name": spec.name,
-        "datatype": "UNKNOWN" if datatype is None else datatype.name,
-        "shape": [-1 if extent is None else extent for extent in spec.shape or ()],
-    }
-
-
-def _outputs(model: Model) -> Sequence[TensorSpec]:
-    """What the model gives: engines that come from files all declare it."""
-    # A client asks for outputs by name, and a single output comes bare, so its name is known from here alone.
-    specs = model.outputs
-    assert specs is not None
-    return specs
-
-
-def _refuse(spec: TensorSpec, given: Input) -> NoReturn:
-    """Say in the protocol's words why an input is not as the model declares it."""
-    wanted = _described(spec)
-    if given.datatype.torch is not spec.dtype:
-        raise BodyError(f"input {spec.name!r} must be {wanted['datatype']}, got {given.datatype.name}")
-    limits = f", from {list(spec.minimum)} to {list(spec.maximum)}" if spec.minimum and spec.maximum else ""
-    shape = list(given.tensor.shape)
-    raise BodyError(f"input {spec.name!r} must have the shape {wanted['shape']}{limits}, where -1 is any size, got {shape}")
 
 
 def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
