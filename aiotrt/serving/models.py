@@ -64,6 +64,7 @@ class Models:
         required: the names without which `is_ready` is false; by default all.
 
     Attributes:
+        required: the names without which `is_ready` is false.
         monitor: measures the loop's lag and the models' rates.
         registry: the metrics, for `prometheus_client`.
         is_draining: whether the program is about to end; then `is_ready` is false, and what is asked is still answered.
@@ -82,7 +83,7 @@ class Models:
         self._entries = {name: _Entry(name, _maker(name, source)) for name, source in sources.items()}
         self._close_timeout = close_timeout
         self._opened = opened
-        self._required = list(self._entries if required is None else required)
+        self.required = set(self._entries if required is None else required)
         self.registry = CollectorRegistry() if registry is None else registry
         self.monitor = Monitor(self.open, self.registry)
         self.registry.register(ModelsCollector(self.open, self.names))
@@ -131,7 +132,7 @@ class Models:
     @property
     def is_ready(self) -> bool:
         """Whether every model that is required is warmed up and usable, and the program is not about to end."""
-        return not self.is_draining and all(self.standing(name)[0] is Standing.READY for name in self._required)
+        return not self.is_draining and all(self.standing(name)[0] is Standing.READY for name in self.required)
 
     def drain(self) -> None:
         """Say that the program is about to end: from now on `is_ready` is false. Calls go on."""

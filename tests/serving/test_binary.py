@@ -124,7 +124,8 @@ def test_what_tritons_client_writes_is_read() -> None:
     request = parse(bytearray(body), length)
     assert [one.tensor.tolist() for one in request.inputs] == [[1, 2, 3]] * 3
     assert [(one.name, one.is_binary) for one in request.outputs] == [("a", True), ("b", False)]
-    assert request.deadline == pytest.approx(0.0025)
+    assert request.deadline is None
+    assert request.timeout == pytest.approx(0.0025)
     assert request.priority == 1
     body, length = _get_inference_request(inputs, "", None, 0, False, False, 0, None, {"deadline_ms": 40})
     request = parse(bytearray(body), length)

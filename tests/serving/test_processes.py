@@ -235,6 +235,16 @@ def test_what_fails_while_it_serves_is_shown(relu: Path) -> None:
         assert "error: model bad could not be loaded" in server.stdout.read()
 
 
+def test_the_access_log(relu: Path) -> None:
+    command = ("-m", "aiotrt", "serve", relu, "--port", 0, "--device", "host", "--access-log")
+    with process(*command, reads=False) as (server, url):
+        until_ready(url)
+        httpx.get(f"{url}/v2/models/none?x=1", trust_env=False)
+        server.send_signal(signal.SIGTERM)
+        assert server.stdout is not None
+        assert re.search(r"127\.0\.0\.1:\d+ - \"GET /v2/models/none\?x=1 HTTP/1\.1\" 404\n", server.stdout.read())
+
+
 def model(option: str) -> str:
     return f'[models.a]\npath = "a.onnx"\n{option}'
 
@@ -257,6 +267,7 @@ def model(option: str) -> str:
         ("model 'a': batching must be true, false or a table, got 0", model("batching = 0")),
         ("model 'a': batching must be true, false or a table, got 'false'", model('batching = "false"')),
         ("model 'a': load must be true or false, got 'no'", model('load = "no"')),
+        ("model 'a': heed_timeout must be true or false, got 30", model("heed_timeout = 30")),
         ("model 'a': slots must be an integer of at least 1, got '3'", model('slots = "3"')),
         ("model 'a': device must be a string, got 3", model("device = 3")),
         ("model 'a': profiles must be a list of tables, got 3", model("profiles = 3")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tritonclient.http.aio as triton
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.utils import InferenceServerException
 
+from aiotrt.serving import Standing
 from aiotrt.serving.kserve import ModelSettings, servable
 from tests.building import models as onnx_models
 from tests.serving.test_fastapi import until_slow, until_waiting
@@ -207,3 +209,45 @@ async def test_where_one_item_finds_no_place_none_is_left_behind(tmp_path: Path)
         np.testing.assert_array_equal(
             (await client.infer("items", [given(numbered(3), "x0")])).as_numpy("y0"), 2 * numbered(3)
         )
+
+
+# --- what the server was told -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_loop
+@pytest.mark.parametrize("heeds", [False, True])
+async def test_tritons_timeout_is_a_deadline_where_the_model_allows_it(tmp_path: Path, heeds: bool) -> None:
+    settings = replace(items(tmp_path / "items.onnx", slots=1), heeds_timeout=heeds)
+    async with serving(tmp_path, settings) as (http, client):
+        model = model_behind(http, "items")
+        with held(model):
+            call = asyncio.create_task(client.infer("items", [given(numbered(1), "x0")], timeout=30))  # as tritony does
+            if heeds:
+                with pytest.raises(InferenceServerException, match="deadline passed"):
+                    await call
+            else:
+                await until_slow(lambda: model.statistics().in_flight == 1)
+        if not heeds:
+            assert (await call).as_numpy("y0").shape == (1, 4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_model_that_a_client_unloads_is_its_own_business(tmp_path: Path, strict: bool) -> None:
+    async with serving(tmp_path, items(tmp_path / "items.onnx"), strict_readiness=strict) as (http, client):
+        await client.unload_model("items")
+        assert await client.is_server_ready() is not strict
+        assert (await http.get("/readyz")).status_code == (503 if strict else 200)
+        assert not await client.is_model_ready("items")
+        await client.load_model("items")
+        assert await client.is_server_ready()
+        http.server.lifespan.state["aiotrt"]._entries["items"].standing = Standing.UNAVAILABLE  # as one that broke
+        assert not await client.is_server_ready(), "it is one of those that must be there again"
+        http.server.lifespan.state["aiotrt"]._entries["items"].standing = Standing.READY
+
+
+@pytest.mark.parametrize("docs", [False, True])
+async def test_docs(tmp_path: Path, docs: bool) -> None:
+    async with serving(tmp_path, docs=docs) as (http, _):
+        answer = await http.get("/docs")
+        assert answer.status_code == (200 if docs else 404)
+        assert ("/openapi.json" in answer.text) is docs

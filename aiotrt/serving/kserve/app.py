@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
@@ -85,8 +84,8 @@ def create_app(
         version=aiotrt.__version__,
         description="The Open Inference Protocol, version 2.",
         lifespan=lifespan,
-        # Their pages come from elsewhere, and a server that serves models has no business to send browsers there.
-        docs_url=None,
+        # Their pages' scripts come from elsewhere, and nobody is sent there unasked.
+        docs_url="/docs" if settings.docs else None,
         redoc_url=None,
     )
     app.state.models, app.state.budget = server.models, server.budget
@@ -122,11 +121,12 @@ class _Server:
         self._settings = settings
         self._servables = {model.name: Servable(model) for model in settings.models}
         self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
+        self._first = {model.name for model in settings.models if model.is_loaded}
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
             close_timeout=settings.drain_timeout,
             opened=lambda name, model: self._servables[name].opened(model),
-            required=[model.name for model in settings.models if model.is_loaded],
+            required=self._first,
         )
 
     def routes(self) -> APIRouter:
@@ -206,8 +206,7 @@ class _Server:
             called = await self._parse(request, body)
             passed()
             wanted = _wanted(called, servable.outputs)  # before the call: an answer that nobody can have should not cost one
-            deadline = min(called.deadline or math.inf, self._settings.max_deadline)
-            results = await servable.run(model, called, deadline)
+            results = await servable.run(model, called, self._settings.max_deadline)
             passed()
             head: dict[str, object] = {"model_name": name, "model_version": VERSION}
             if called.id:
@@ -244,6 +243,7 @@ class _Server:
             raise BodyError("a model is loaded as the server was told to: parameters are not taken")
         try:
             await self.models.load(name)
+            self.models.required |= {name} & self._first
         except AiotrtError as error:  # of others there is more in the log
             _log.error("model %s could not be loaded: %s", name, error)
             raise
@@ -253,6 +253,8 @@ class _Server:
         """Unload a model; calls that are under way end first."""
         self._check(name, None)
         await self._small_json(request)
+        if not self._settings.strict_readiness:
+            self.models.required.discard(name)  # a client wanted it so: the others are served
         await self.models.unload(name)
         return {}
 

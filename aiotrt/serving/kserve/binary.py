@@ -70,7 +70,8 @@ class InferRequest:
         inputs: at least one, with different names.
         outputs: those that were asked for; empty for all.
         is_binary: whether outputs that nobody asked for by name come as bytes.
-        deadline: seconds that the client is ready to wait, if it says.
+        deadline: seconds that the client is ready to wait, if it says in ``deadline_ms``.
+        timeout: seconds that it is ready to wait, if it says in ``timeout``, Triton's parameter.
         priority: the class, 0 for the most urgent; None for the model's usual one. In requests, as in Triton's, these are 1
             and 0.
     """
@@ -80,6 +81,7 @@ class InferRequest:
     outputs: tuple[Requested, ...]
     is_binary: bool
     deadline: float | None
+    timeout: float | None
     priority: int | None
 
 
@@ -128,7 +130,15 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise BodyError(f"{what} {twice!r} is there twice")
-    return InferRequest(name, inputs, outputs, binary_by_default, _deadline(parameters), _priority(parameters))
+    return InferRequest(
+        name,
+        inputs,
+        outputs,
+        binary_by_default,
+        _seconds(parameters, "deadline_ms", 1e-3),
+        _seconds(parameters, "timeout", 1e-6),
+        _priority(parameters),
+    )
 
 
 def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.Tensor]]) -> tuple[bytes, list[memoryview]]:
@@ -230,17 +240,13 @@ def _requested(entry: object, binary_by_default: bool) -> Requested:
     return Requested(name, _flag(what, _parameters(what, fields), "binary_data", default=binary_by_default))
 
 
-def _deadline(parameters: Mapping[str, object]) -> float | None:
-    """In seconds: of ``deadline_ms``, or of ``timeout`` in microseconds, which is Triton's."""
-    seconds = None
-    for name, unit in (("deadline_ms", 1e-3), ("timeout", 1e-6)):
-        value = parameters.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-            raise BodyError(f"the parameter {name} must be a positive number, got {_said(value)}")
-        seconds = min(value * unit, math.inf if seconds is None else seconds)
-    return seconds
+def _seconds(parameters: Mapping[str, object], name: str, unit: float) -> float | None:
+    value = parameters.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+        raise BodyError(f"the parameter {name} must be a positive number, got {_said(value)}")
+    return value * unit
 
 
 def _priority(parameters: Mapping[str, object]) -> int | None:

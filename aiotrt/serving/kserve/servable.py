@@ -71,6 +71,7 @@ class Servable:
         self.outputs: Sequence[TensorSpec] = ()
         self._path = settings.path
         self._batching = settings.batching
+        self._heeds_timeout = settings.heeds_timeout
         self._done, self._read, self._ran, self._wrote, self._failed = (Duration() for _ in range(5))
         self._last = 0.0
         self._parameters: dict[str, str] = {}
@@ -191,8 +192,8 @@ class Servable:
 
     # Requests...
 
-    async def run(self, model: Model, called: InferRequest, deadline: float) -> dict[str, torch.Tensor]:
-        """Outputs by name.
+    async def run(self, model: Model, called: InferRequest, most: float) -> dict[str, torch.Tensor]:
+        """Outputs by name, within the client's deadline, and within `most` seconds.
 
         With batching the inputs may have a batch axis, and the outputs have one if they do: the items are queued one by one,
         and meet those of others in batches.
@@ -204,6 +205,8 @@ class Servable:
         outputs = self.outputs  # this model's: another may be loaded before the results are here
         tensors, rows = self._checked(model, called)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        deadlines = [called.deadline, called.timeout if self._heeds_timeout else None, most]
+        deadline = min(seconds for seconds in deadlines if seconds is not None)
         options: dict[str, Any] = {"deadline": deadline, "priority": called.priority}
         try:
             if rows is None:

@@ -76,11 +76,17 @@ def serve(
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=False,
+        access_log=settings.access_log,
         server_header=False,
         timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # seconds for a timer, whole or not
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
     )
+    if settings.access_log:
+        logger = logging.getLogger("uvicorn.access")
+        logger.setLevel(logging.INFO)
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.handlers, logger.propagate = [handler], False
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.create_server((settings.host, settings.port), family=family, backlog=config.backlog) as listener:
         address = listener.getsockname()[:2]

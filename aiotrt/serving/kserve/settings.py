@@ -58,6 +58,8 @@ class ModelSettings:
         options: for `aiotrt.load`; ``batching`` is an object with what `Batching` takes, or true for its defaults; without
             it, nothing is stacked.
         is_loaded: whether it is loaded as the server starts, or only when a client asks for it.
+        heeds_timeout: whether Triton's parameter ``timeout``, in microseconds, is a deadline. Clients send it to Triton with
+            values that it does not heed by default either, such as 30.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ModelSettings:
     warmup: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     is_loaded: bool = True
+    heeds_timeout: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -144,6 +147,9 @@ class ServerSettings:
             token, or binds to another address than this machine's own.
         cors_origins: sites whose pages may call it, such as ``https://example.com``; ``*`` for all.
         repository: whether clients may load and unload the models that are named here; never others.
+        strict_readiness: whether the server is unready when a client has unloaded a model that was loaded at the start.
+        access_log: whether each request is logged on standard output.
+        docs: whether ``/docs`` shows the API. The page's scripts come from a public content delivery network.
     """
 
     models: tuple[ModelSettings, ...]
@@ -162,6 +168,9 @@ class ServerSettings:
     allowed_hosts: Sequence[str] = ()
     cors_origins: Sequence[Annotated[str, Field(pattern=_ORIGIN)]] = ()
     repository: bool = True
+    strict_readiness: bool = False
+    access_log: bool = False
+    docs: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -204,10 +213,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
         file = options.pop("path", None)
         if not isinstance(file, str):
             raise InputError(f"{path}: [models.{name}] needs a path")
-        warmup, is_loaded = options.pop("warmup", ()), options.pop("load", True)
-        if not isinstance(is_loaded, bool):
-            raise InputError(f"model {name!r}: load must be true or false, got {is_loaded!r}")
-        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded))
+        warmup, is_loaded, heeds = options.pop("warmup", ()), options.pop("load", True), options.pop("heed_timeout", False)
+        for option, value in (("load", is_loaded), ("heed_timeout", heeds)):
+            if not isinstance(value, bool):
+                raise InputError(f"model {name!r}: {option} must be true or false, got {value!r}")
+        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded, heeds))
     return server, settings
 
 
