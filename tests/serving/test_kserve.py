@@ -435,6 +435,26 @@ async def test_a_failure_of_the_servers_own_is_json_and_logged(
         assert "a secret of the server's" in capfd.readouterr().err
 
 
+async def test_null_is_as_good_as_nothing_and_ids_are_echoed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (http, _):
+        url = "/v2/models/double/infer"
+        unset = {"id": None, "parameters": None, "outputs": None}
+        for request in (
+            request_of() | unset,
+            request_of(parameters=None),
+            request_of(parameters={"binary_data_size": None}),
+            request_of() | {"outputs": []},
+            request_of() | {"outputs": [{"name": "y", "parameters": None}]},
+            request_of() | {"parameters": {"binary_data_output": None, "priority": None, "deadline_ms": None}},
+        ):
+            answer = await http.post(url, json=request)
+            assert (answer.status_code, "id" in answer.json()) == (200, False), answer.text
+            assert answer.json()["outputs"][0]["data"] == (2 * X).ravel().tolist()
+        for name in ("", "mine"):
+            assert (await http.post(url, json=request_of() | {"id": name})).json()["id"] == name
+        assert (await http.post("/v2/repository/index", json={"ready": None, "parameters": None})).status_code == 200
+
+
 async def test_nonsense_on_the_socket(tmp_path: Path) -> None:
     async with serving(tmp_path, body_timeout=0.3) as (http, client):
         head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"

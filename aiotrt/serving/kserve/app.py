@@ -209,7 +209,7 @@ class _Server:
             results = await servable.run(model, called, self._settings.max_deadline)
             passed()
             head: dict[str, object] = {"model_name": name, "model_version": VERSION}
-            if called.id:
+            if called.id is not None:
                 head["id"] = called.id
 
             def encoded() -> tuple[bytes, list[memoryview]]:
@@ -225,7 +225,8 @@ class _Server:
 
     async def index(self, request: Request) -> list[dict[str, str]]:
         """All models, loaded or not; ``{"ready": true}`` for those that can be called."""
-        is_ready = (await self._small_json(request)).get("ready", False)
+        is_ready = (await self._small_json(request)).get("ready")
+        is_ready = False if is_ready is None else is_ready
         if not isinstance(is_ready, bool):
             raise BodyError("ready must be true or false")
         entries = []
@@ -303,7 +304,7 @@ class _Server:
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, 64 << 10, self._settings.body_timeout)
         fields = loads("the request", body or b"{}")
-        if not isinstance(fields, dict) or not isinstance(fields.get("parameters", {}), dict):
+        if not isinstance(fields, dict) or not isinstance(fields.get("parameters") or {}, dict):
             raise BodyError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
 

@@ -66,7 +66,7 @@ class InferRequest:
     """One request.
 
     Attributes:
-        id: the client's own name for the request, which the answer repeats; empty for none.
+        id: the client's own name for the request, which the answer repeats; None for none.
         inputs: at least one, with different names.
         outputs: those that were asked for; empty for all.
         is_binary: whether outputs that nobody asked for by name come as bytes.
@@ -76,7 +76,7 @@ class InferRequest:
             and 0.
     """
 
-    id: str
+    id: str | None
     inputs: tuple[Input, ...]
     outputs: tuple[Requested, ...]
     is_binary: bool
@@ -118,14 +118,14 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
     json_length = len(body) if json_length is None else json_length
     fields = _mapping("the request", loads("the request", body, json_length))
     parameters = _parameters("the request", fields)
-    name = fields.get("id", "")
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+    name = fields.get("id")
+    if name is not None and (not isinstance(name, str) or len(name) > _LONGEST_NAME):
         raise BodyError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
     rest = _Rest(memoryview(body), json_length)
     inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
     rest.check_empty()
     binary_by_default = _flag("the request", parameters, "binary_data_output", default=False)
-    outputs = tuple(_requested(entry, binary_by_default) for entry in _list("outputs", fields.get("outputs", [])))
+    outputs = tuple(_requested(entry, binary_by_default) for entry in _list("outputs", _given(fields, "outputs", [])))
     for what, names in (("input", [i.name for i in inputs]), ("output", [o.name for o in outputs])):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -201,15 +201,15 @@ def _input(entry: object, rest: _Rest) -> Input:
     datatype = DATATYPES["UINT8"] if are_strings else _datatype(what, fields.get("datatype"))
     shape = _shape(what, fields.get("shape"))
     parameters = _parameters(what, fields)
-    if "binary_data_size" not in parameters:
-        if "data" not in fields:
+    if parameters.get("binary_data_size") is None:
+        if fields.get("data") is None:
             raise BodyError(f"{what} has neither data nor the parameter binary_data_size")
         if are_strings:
             return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
         array = numbers(what, fields["data"], datatype.numbers, shape)
         tensor = torch.from_numpy(array)
         return Input(name, datatype, tensor.to(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
-    if "data" in fields:
+    if fields.get("data") is not None:
         raise BodyError(f"{what} has both data and the parameter binary_data_size")
     announced = parameters["binary_data_size"]
     if not _is_count(announced):
@@ -250,11 +250,17 @@ def _seconds(parameters: Mapping[str, object], name: str, unit: float) -> float 
 
 
 def _priority(parameters: Mapping[str, object]) -> int | None:
-    value = parameters.get("priority", 0)
+    value = _given(parameters, "priority", 0)
     if not _is_count(value):
         raise BodyError(f"the parameter priority must be an integer of at least 0, got {_said(value)}")
     assert isinstance(value, int)
     return value - 1 if value else None
+
+
+def _given(fields: Mapping[str, object], name: str, default: object) -> object:
+    """A field that may be left out. Clients that are made of data classes send null for that."""
+    value = fields.get(name)
+    return default if value is None else value
 
 
 def _mapping(what: str, value: object) -> Mapping[str, Any]:
@@ -292,7 +298,7 @@ def _shape(what: str, value: object) -> tuple[int, ...]:
 
 
 def _parameters(what: str, fields: Mapping[str, object]) -> Mapping[str, object]:
-    parameters = _mapping(f"{what}'s parameters", fields.get("parameters", {}))
+    parameters = _mapping(f"{what}'s parameters", _given(fields, "parameters", {}))
     for name, meaning in _REFUSED.items():
         if parameters.get(name):
             raise BodyError(f"{what} has the parameter {name}: this server does not have {meaning}")
@@ -300,7 +306,7 @@ def _parameters(what: str, fields: Mapping[str, object]) -> Mapping[str, object]
 
 
 def _flag(what: str, parameters: Mapping[str, object], name: str, *, default: bool) -> bool:
-    value = parameters.get(name, default)
+    value = _given(parameters, name, default)
     if not isinstance(value, bool):
         raise BodyError(f"{what}: the parameter {name} must be true or false, got {_said(value)}")
     return value
