@@ -36,7 +36,7 @@ __all__ = ["measure"]
 
 MIB: Final = 1 << 20
 LIVEZ_BAR: Final = 0.05  # seconds, p99
-MEMORY_BAR: Final = 256 * MIB
+MEMORY_BAR: Final = 1024 * MIB  # what decoders of images may take together
 APPLICATION: Final = """
 import sys
 from typing import Annotated

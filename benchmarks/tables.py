@@ -571,6 +571,25 @@ def _rounds(count: int) -> str:
     return "one round" if count == 1 else f"median of {count} rounds (least-most)"
 
 
+def _attacks(record: Record) -> list[Table]:
+    def refused(row: Record) -> str:
+        asked = sum(row["innocent"].values())
+        return f"{asked - row['innocent'].get('200', 0):,} of {asked:,}" if asked else "-"
+
+    rows = [
+        [
+            what,
+            " / ".join(f"{1e3 * row['livez'][name]:.0f}" for name in ("p50", "p99", "worst")),
+            f"{row['memory'] / (1 << 20):.0f}",
+            refused(row),
+            ", ".join(f"{status}: {count}" for status, count in row["attacker"].items()) or "-",
+        ]
+        for what, row in record["attacks"].items()
+    ]
+    headings = ["attack", "`/livez`, ms, p50 / p99 / worst", "more memory, MiB", "innocent refused", "attacker got"]
+    return [Table("Requests that are meant to stop a server", headings, rows)]
+
+
 def _overload(record: Record) -> list[Table]:
     def times(of: Record | None) -> str:
         return "none" if of is None else " / ".join(f"{1e3 * of[name]:.1f}" for name in ("p50", "p99", "worst"))
@@ -627,6 +646,7 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "loop_lag": _loop_lag,
     "targets": _targets,
     "tensorrt": _tensorrt,
+    "serving-attacks": _attacks,
     "serving-overload": _overload,
     "serving-side-by-side": _side_by_side,
 }
