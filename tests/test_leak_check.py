@@ -43,9 +43,12 @@ def test_a_socket_in_a_cycle_is_never_closed():
     cycle.append(cycle)
 
 
+hubs = []
+
+
 def test_a_hub_keeps_a_user():
     async def main():
-        Hub.acquire()
+        hubs.append(Hub.acquire())  # else the hub goes with its loop, and nothing is left
 
     asyncio.run(main())
 
