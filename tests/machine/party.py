@@ -129,8 +129,8 @@ class Party:
         self.awaited: list[Awaited] = []
         self.holders: list[Holder] = []
         self.closing: Awaited | None = None
-        self.arrived: list[Request] = []
-        self.granted: list[Request] = []
+        self.arrived: list[Request | None] = []  # None for those that have ended, and are used for later calls
+        self.granted: list[int] = []  # their places among those that arrived
         self._open()
 
     # Moving...
@@ -185,6 +185,8 @@ class Party:
         enter, begin, replay = executor._enter, executor.begin, executor._replay
 
         def entered(request: Request, bounded: bool, prefer: Container[int]) -> None:
+            if request in self.arrived:
+                self.arrived[self.arrived.index(request)] = None
             self.arrived.append(request)
             try:
                 enter(request, bounded, prefer)
@@ -196,14 +198,15 @@ class Party:
                 raise
 
         def granted(slot: Slot, request: Request) -> None:
-            self.granted.append(request)
+            self.granted.append(self.arrived.index(request))
             begin(slot, request)
 
         def replayed(slot: Slot, request: Request, was_queued: bool) -> bool:
-            self.granted.append(request)
+            place = self.arrived.index(request)
+            self.granted.append(place)
             if replay(slot, request, was_queued):
                 return True
-            assert self.granted.pop() is request
+            assert self.granted.pop() == place
             return False
 
         executor._replay = replayed  # type: ignore[method-assign]
@@ -302,14 +305,14 @@ class Party:
 
     def _check_line(self, executor: Executor) -> None:
         """First come, first served; and whoever was not served yet either stands in line or has left."""
-        order = [self.arrived.index(request) for request in self.granted]
+        order = self.granted
         assert order == sorted(order), f"somebody jumped the line: {order}"
         assert len(set(order)) == len(order), f"somebody was served twice: {order}"
-        served = set(map(id, self.granted))
-        waiting = [request for request in self.arrived if id(request) not in served and request.is_queued]
-        assert executor.machine.waiting == len(waiting), "the line is not who waits in it"
-        for request in self.arrived:
-            if id(request) not in served and not request.is_queued:
+        served = set(order)
+        left = [request for place, request in enumerate(self.arrived) if request is not None and place not in served]
+        assert executor.machine.waiting == sum(request.is_queued for request in left), "the line is not who waits in it"
+        for request in left:
+            if not request.is_queued:
                 assert request.done(), "neither served, nor in line, nor told"
 
     # Requests...
