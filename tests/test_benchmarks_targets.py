@@ -418,6 +418,7 @@ def test_the_plain_calls_use_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
     slot.close()
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(240)
 def test_the_compiled_calls_use_the_functions_they_are_given() -> None:
     """A stand-in for the driver, whose event completes when it is told to."""

@@ -20,6 +20,7 @@ def expected() -> list[int]:
     return [number for number, line in enumerate(CODE.read_text().splitlines(), 1) if line.endswith("# E")]
 
 
+@pytest.mark.proof  # it takes 20 s, and pyright knows the same
 def test_mypy_knows_the_types(tmp_path: Path) -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed")

@@ -304,7 +304,7 @@ class _Server:
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, 64 << 10, self._settings.body_timeout)
         fields = loads("the request", body or b"{}")
-        if not isinstance(fields, dict) or not isinstance(fields.get("parameters") or {}, dict):
+        if not isinstance(fields, dict) or not isinstance(fields.get("parameters"), dict | None):
             raise BodyError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
 

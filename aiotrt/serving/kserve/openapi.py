@@ -22,21 +22,27 @@ def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
     return {"type": "object", "required": list(required), "properties": properties}
 
 
+def _or_null(schema: Schema) -> Schema:
+    """Of a field that may be left out: null says the same."""
+    return {**schema, "type": [schema["type"], "null"]}
+
+
 _STRING: Final[Schema] = {"type": "string"}
 _DATATYPE: Final[Schema] = {"type": "string", "enum": [*DATATYPES, strings.NAME]}
 _NUMBERS: Final[Schema] = {"type": "array", "items": {}}
 _SHAPE: Final[Schema] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 32}
-_PARAMETERS: Final[Schema] = {"type": "object"}
+_PARAMETERS: Final[Schema] = _or_null({"type": "object"})
 _NAME: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": 1024}
 _TENSOR: Final = _object(
-    ("name", "shape", "datatype"), name=_NAME, shape=_SHAPE, datatype=_DATATYPE, parameters=_PARAMETERS, data=_NUMBERS
-)
+    ("name", "shape", "datatype"), name=_NAME, shape=_SHAPE, datatype=_DATATYPE, parameters=_PARAMETERS,
+    data=_or_null(_NUMBERS),
+)  # fmt: skip
 _REQUEST: Final = _object(
     ("inputs",),
-    id={"type": "string", "maxLength": 1024},
+    id=_or_null({"type": "string", "maxLength": 1024}),
     parameters=_PARAMETERS,
     inputs={"type": "array", "minItems": 1, "maxItems": 256, "items": _TENSOR},
-    outputs={"type": "array", "maxItems": 256, "items": _object(("name",), name=_NAME, parameters=_PARAMETERS)},
+    outputs=_or_null({"type": "array", "maxItems": 256, "items": _object(("name",), name=_NAME, parameters=_PARAMETERS)}),
 )
 _ANSWER: Final = _object(
     ("model_name", "model_version", "outputs"),
@@ -103,10 +109,10 @@ INFER: Final[dict[str, Any]] = {
 INDEX: Final[dict[str, Any]] = {
     "responses": described(),
     "openapi_extra": {
-        "requestBody": {"required": False, "content": {_JSON: {"schema": _object((), ready={"type": "boolean"})}}}
+        "requestBody": {"required": False, "content": {_JSON: {"schema": _object((), ready=_or_null({"type": "boolean"}))}}}
     },
 }
 #: For `load`'s: there are none that it takes.
-LOAD: Final = _repository({"type": "object", "maxProperties": 0})
+LOAD: Final = _repository(_or_null({"type": "object", "maxProperties": 0}))
 #: For `unload`'s.
 UNLOAD: Final = _repository(_PARAMETERS)
