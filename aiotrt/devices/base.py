@@ -165,7 +165,6 @@ class Device(Protocol):
             stream's own (host), so that work without a graph must be submitted from a worker thread.
         tells: whether it says by itself when an event is complete (host), or must be asked (cuda); see `when_complete`.
         fault: the fault that broke the device, if one did.
-        captures: how many captures have ended in the process, where each waits for the one before; else 0 always.
     """
 
     name: str
@@ -177,7 +176,7 @@ class Device(Protocol):
 
     @property
     def captures(self) -> int:
-        """How many captures have ended in the process."""
+        """How many captures have ended in the process, where each waits for the one before; else always 0."""
         ...
 
     def stream(self) -> Stream:
