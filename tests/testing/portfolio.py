@@ -71,8 +71,11 @@ ON_THE_HOST: Final = (
     "tests.test_faults",
     "tests.test_batches",
 )
-#: These try every schedule or step or pair there is, or compare two runs: not one schedule of one program.
-NOT_LAWS: Final = ("every_schedule", "every_step", "every_pair", "equal_seeds", "ten_thousand", "ctrl_c", "after_a_fork")
+#: These try every schedule or step or pair there is, compare two runs or need a GPU: not one schedule of one program.
+NOT_LAWS: Final = (
+    "every_schedule", "every_step", "every_pair", "equal_seeds", "ten_thousand", "ctrl_c", "after_a_fork",
+    "on_the_device_only",
+)  # fmt: skip
 
 #: Seconds of processor time, and of real time, that one schedule may take before it counts as one that does not end.
 PROCESSOR_LIMIT: Final = 2.0
