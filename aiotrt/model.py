@@ -967,7 +967,7 @@ def _example_shapes(warmup: object, batching: Batching | None) -> Examples:
 
 
 def _shape_of(value: object) -> tuple[int, ...]:
-    """Of an example, or of a shape; nothing for what is neither, of which whoever warms up is told more."""
+    """Return the shape of an example, or a shape as it is. Any other value has none here: `Model.warmup` refuses it."""
     return tuple(value) if _is_shape(value) else tuple(getattr(value, "shape", ()))  # type: ignore[arg-type]
 
 

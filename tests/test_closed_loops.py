@@ -82,7 +82,7 @@ def warned() -> Iterator[list[str]]:
 
 
 def forget(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Start it in a task that nobody keeps."""
+    """Start it in a task, and keep no reference to the task."""
     asyncio.ensure_future(coroutine)  # type: ignore[unused-awaitable]  # noqa: RUF006
 
 

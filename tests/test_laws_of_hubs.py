@@ -145,6 +145,7 @@ async def test_what_a_callback_submits_in_a_spin_is_polled_in_the_next_iteration
     world = World(spin=10 * IDLE)
     lane = Lane()
     polled: list[str] = []
+    late: list[float] = []
     answers = itertools.chain([False, False, False], itertools.repeat(True))  # complete at a query that is a repeat
 
     def first() -> bool:
@@ -156,6 +157,7 @@ async def test_what_a_callback_submits_in_a_spin_is_polled_in_the_next_iteration
         return True
 
     def done(_: BaseException | None) -> None:
+        late.append(lane.late)
         world.hub.watch(lane, second, lambda _: polled.append("done"), estimate=learned(1e-9))
         polled.append("end")
 
@@ -165,6 +167,7 @@ async def test_what_a_callback_submits_in_a_spin_is_polled_in_the_next_iteration
     while "end" not in polled:
         world.now += 1e-6
         await asyncio.sleep(0)
+    assert late == [0.0], "the query before was made at the same moment"
     assert polled[-2:] == ["first", "end"], "the loop had no iteration in between"
     assert polled.count("first") == 4
     await world.advance(0.001)
@@ -760,6 +763,68 @@ async def test_an_interrupt_before_the_callback_of_a_waiter_leaves_it_to_the_loo
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert resumed == [waiter]
+
+
+async def test_a_waiter_that_was_used_again_is_not_woken_before_its_end() -> None:
+    """An interrupt after its callback leaves it in the list, and its task has submitted it again by then."""
+    world = World()
+    resumed: list[Any] = []
+    waiter = Waiter(asyncio.get_running_loop(), lambda: True, lambda _: None, Estimate(), None)
+    waiter.add_done_callback(resumed.append)
+    world.hub.finished.append(waiter)
+    with mock.patch("asyncio.current_task", return_value=None):
+        world.hub._wake(world.now)
+    assert resumed == []
+    assert world.hub.finished == []
+    waiter.set_result(None)
+    await asyncio.sleep(0)
+    assert resumed == [waiter]
+
+
+async def test_callbacks_that_run_the_loop_resume_each_task_once() -> None:
+    """As a notebook's loop does that may be run inside itself."""
+    world = World()
+    resumed: list[int] = []
+
+    def add(number: int) -> None:
+        waiter = Waiter(asyncio.get_running_loop(), lambda: True, lambda _: None, Estimate(), None)
+
+        def callback(_: Any) -> None:
+            resumed.append(number)
+            world.hub._wake(world.now)
+
+        waiter.add_done_callback(callback)
+        waiter.resolve(None)
+        world.hub.finished.append(waiter)
+
+    for number in range(3):
+        add(number)
+    with mock.patch("asyncio.current_task", return_value=None):
+        world.hub._wake(world.now)
+    assert resumed == [0, 1, 2]
+    assert world.hub.finished == []
+
+
+async def test_after_an_interrupt_the_next_in_line_does_not_inherit_the_polls_of_the_one_before() -> None:
+    world = World()
+    lane = Lane()
+
+    def interrupted(_: BaseException | None) -> None:
+        raise KeyboardInterrupt
+
+    first, estimate = Work(world, 0.002), learned(0.001)
+    world.hub.watch(lane, first.query, interrupted, estimate=estimate, hang_timeout=5.0)
+    Work(world, None).watch(lane)
+    await world.advance(0.0015)
+    assert lane.is_polled
+    assert lane.spin_until
+    lane.overdue, lane.stalled = POLLS_BEFORE_HANG - 1, 1.0
+    before = estimate.seconds
+    world.now += 0.002
+    with pytest.raises(KeyboardInterrupt):
+        world.fire()
+    assert (lane.is_polled, lane.overdue, lane.stalled, lane.spin_until) == (False, 0, 0.0, 0.0)
+    assert estimate.seconds != before, "it learned nothing"
 
 
 @pytest.mark.parametrize("count", [1, 2])

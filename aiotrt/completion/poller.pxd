@@ -18,7 +18,7 @@ cdef class Hub:
     cpdef _poll(self)
     @cython.locals(timeout=object, started=double)
     cpdef _incomplete(self, Lane lane, Pending head, double now, double planned)
-    @cython.locals(finished=list)
+    @cython.locals(finished=list, waiter=Waiter)
     cpdef _wake(self, double start)
     @cython.locals(now=double, due=double, queue=object)
     cpdef add(self, Lane lane, Pending pending, when_complete=*)

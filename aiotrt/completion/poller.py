@@ -323,6 +323,7 @@ class Hub:
                         elif repeats:  # it stays due
                             repeats -= 1
                             left += 1
+                            lane.polled = now
                             now = clock()
                             continue
                         if error is None:
@@ -345,8 +346,9 @@ class Hub:
                         # One bad callback must not take the others' wake-ups with it.
                         message = "aiotrt: a completion callback raised"
                         self._loop.call_exception_handler({"message": message, "exception": failure})
-                    if pending:
-                        lane.begin()
+                    finally:  # after an interrupt too: the next head must not inherit this one's polls
+                        if pending:
+                            lane.begin()
                 else:
                     if pending:
                         lane.due = self._first_poll(lane.last_done, pending[0])
@@ -419,8 +421,12 @@ class Hub:
         try:
             if asyncio.current_task(self._loop) is None:
                 while finished:
-                    finished[0].wake()
-                    del finished[0]  # only now: an interrupt may come before its callback is called
+                    waiter = finished[0]
+                    waiter.wake()
+                    # Removed after the call, since an interrupt may come before it. A nested run of the loop, inside the
+                    # callback, may have removed it already.
+                    if finished and finished[0] is waiter:
+                        del finished[0]
                     if finished and self._clock() - start > WAKES:
                         break
         finally:  # an interrupt too: the others must not wait for ever

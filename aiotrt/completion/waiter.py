@@ -162,7 +162,7 @@ class Waiter(Pending):
     def wake(self) -> None:
         """Run the callbacks now. No task may be running. What they raise goes to the loop's exception handler."""
         callback, context = self._callback, self._context
-        if callback is None:
+        if callback is None or not self.is_done:  # woken already, and perhaps used again since
             return
         if self._others is None:
             self._callback = self._context = None

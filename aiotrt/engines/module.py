@@ -75,7 +75,7 @@ class ModuleEngine:
         return ModuleExecution(self, *arrange(self._described, names))
 
     def weights(self) -> Sequence[torch.Tensor]:
-        """The module's parameters and buffers as they are now, for whoever captures: a graph reads their memory.
+        """Return the module's present parameters and buffers. A capture must keep them: its graph reads their memory.
 
         A warning is logged when one was replaced since the last capture.
         """

@@ -169,7 +169,7 @@ class Executor:
         self._forks = _forks
         self._route: Route | None = None  # of the call before
         self._spares: list[Request] = []  # requests of that route which have ended
-        self._nested_route: Route | None = None  # likewise, of the call before with names or with a structure
+        self._nested_route: Route | None = None  # of the last call with names or with a structure
         self._likely: tuple[Shapes, Kind, Specs] | None = None  # of the last call that had no route, and might have
         self._origin: Stream | None = None  # the current stream of the call before
         self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
@@ -1008,7 +1008,7 @@ class Executor:
             try:
                 self.loop.call_soon_threadsafe(done, slot, result, error)
             except RuntimeError:
-                # The loop was closed under pending work: nothing is told, and what the job made may still be in use.
+                # The loop was closed under pending work: no callback can run, and the device may still use the job's result.
                 keep(self)
                 release_when_idle(self, self.device)
 

@@ -161,7 +161,7 @@ class Program:
         """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest.
 
         What is between the copies waits for `wait`, and `record` is recorded when it has ended. Without `own`, what runs
-        without a graph leaves what it returned in `outputs` as it is, which may be shared with whoever made it.
+        without a graph leaves what it returned in `outputs` as it is: tensors that the module may keep and change.
         """
         steps = self._steps
         if not self.captured and isinstance(steps[-1], _Eager):
@@ -325,8 +325,8 @@ class _Builder:
         self._key = key
         self._bound = bound
         self._pre: OutputNames | None = None  # what `preprocess` returned last
-        self._engine: OutputNames | None = None  # likewise, the engine
-        self._post: OutputNames | None = None  # likewise, `postprocess`
+        self._engine: OutputNames | None = None  # what the engine returned last
+        self._post: OutputNames | None = None  # what `postprocess` returned last
         self._closers: list[Callable[[], None]] = []
         self._graph_bytes = 0
 
@@ -544,14 +544,14 @@ class _Builder:
 
 
 class _Eager(BaseGraph):
-    """Work that is submitted anew for every launch.
+    """Work that is submitted again for each launch.
 
     Args:
         function: submits it, and returns the results.
         outputs: where readers look for them.
 
     Attributes:
-        own: whether results are copied into memory that nobody else has, which readers of a lease need. Copies of a call's
+        own: whether results are copied into memory of the program's own, which readers of a lease need. Copies of a call's
             results are the caller's own anyway.
     """
 

@@ -66,7 +66,7 @@ def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
         kind: NUMPY or TORCH. numpy has no bfloat16, float8 or complex32: see `widened`.
     """
     if kind is not NUMPY and torch.is_inference_mode_enabled():
-        # The mode is the thread's, and so that of whichever task awaits inside one: nobody could write to the result.
+        # Inference mode belongs to the thread, so another task may have entered it. Its tensors refuse writes outside it.
         with torch.inference_mode(False):
             return own(view, dtype, kind)
     copy = view.copy()

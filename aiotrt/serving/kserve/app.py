@@ -84,7 +84,7 @@ def create_app(
         version=aiotrt.__version__,
         description="The Open Inference Protocol, version 2.",
         lifespan=lifespan,
-        # Their pages' scripts come from elsewhere, and nobody is sent there unasked.
+        # Off by default: the page loads its scripts from a server of a third party.
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
     )
@@ -205,7 +205,7 @@ class _Server:
             body = await self.budget.read(request)  # kept until the end: tensors of JSON take about as much
             called = await self._parse(request, body)
             passed()
-            wanted = _wanted(called, servable.outputs)  # before the call: an answer that nobody can have should not cost one
+            wanted = _wanted(called, servable.outputs)  # before the call, which would be for nothing
             results = await servable.run(model, called, self._settings.max_deadline)
             passed()
             head: dict[str, object] = {"model_name": name, "model_version": VERSION}
@@ -241,7 +241,7 @@ class _Server:
         self._check(name, None)
         fields = await self._small_json(request)
         if fields.get("parameters"):
-            raise BodyError("a model is loaded as the server was told to: parameters are not taken")
+            raise BodyError("a model is loaded with the server's settings: parameters are not taken")
         try:
             await self.models.load(name)
             self.models.required |= {name} & self._first

@@ -276,7 +276,7 @@ async def _call_rows(
     calls = [asyncio.ensure_future(_call(model, [tensor[i] for tensor in tensors], options)) for i in range(rows)]
     try:
         found = await asyncio.gather(*calls)
-    except BaseException:  # the other items' results are for nobody
+    except BaseException:  # no caller is left for the other items' results
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
