@@ -43,7 +43,7 @@ class Kernels:
         self._path = path
         self._file = cache_directory() / f"{path.stem[:80]}-{digest[:32]}.kernels"
         self._cache: RuntimeCache | None = None
-        self._kept = b""
+        self._kept = 0  # bytes of compiled kernels in the file
         self._lock = threading.Lock()
 
     def attach(self, config: RuntimeConfig) -> None:
@@ -63,7 +63,7 @@ class Kernels:
             with timed("%s: read %d bytes of compiled kernels", self._file, len(kept)):
                 is_ours = self._cache.deserialize(kept)
             if is_ours:
-                self._kept = kept
+                self._kept = len(kept)
             else:
                 _log.info("%s: was compiled for another GPU, driver or version; compiling again", self._file)
         if not config.set_runtime_cache(self._cache):
@@ -81,7 +81,8 @@ class Kernels:
             except Exception as error:  # the bindings raise many unrelated classes, or give None
                 _log.warning("%s: TensorRT does not tell what it compiled, which is not kept: %s", self._path, error)
                 return
-            if compiled == self._kept:
+            # By size: TensorRT-RTX 1.6 serializes the same kernels to other bytes each time, and a new kernel adds some.
+            if len(compiled) == self._kept:
                 return
             try:
                 make_private(self._file.parent)
@@ -92,7 +93,7 @@ class Kernels:
                 _make_room(self._file)
             except (EngineError, OSError) as error:
                 _log.warning("%s: its compiled kernels are not kept for the next time: %s", self._path, error)
-            self._kept = compiled
+            self._kept = len(compiled)
 
     def close(self) -> None:
         """The engine is going."""

@@ -172,10 +172,12 @@ class RuntimeCache:
     def __init__(self, double: TensorRTDouble) -> None:
         self._stamp = f"{double.__version__} {double.compute}".encode()
         self.compiled: set[bytes] = set()
+        self._is_reversed = False
 
     def serialize(self) -> bytes:
-        """All of it."""
-        return b"\n".join([self._stamp, *sorted(self.compiled)])
+        """All of it; as with the real one, the same kernels are other bytes each time."""
+        self._is_reversed = not self._is_reversed
+        return b"\n".join([self._stamp, *sorted(self.compiled, reverse=self._is_reversed)])
 
     def deserialize(self, blob: bytes, /) -> bool:
         """Take what another one serialised; False where that is damaged, or for another version or GPU."""

@@ -82,7 +82,7 @@ def test_a_result_that_changes_later_is_found() -> None:
     ids=["out of patience", "out of time"],
 )
 def test_a_hang_is_found_and_the_waiters_are_named(seconds: str, patience: str, why: str) -> None:
-    lost = "lambda hub: poll(hub) if next(polls) < 3000 else None"
+    lost = "lambda hub: poll(hub) if next(polls) < 500 else None"
     broken = ("aiotrt.completion.poller.Hub._poll", f"(lambda poll, polls: {lost})(Hub._poll, iter(range(10**9)))")
     started = time.monotonic()
     ended = soaked("--seconds", seconds, "--patience", patience, broken=broken)
