@@ -12,7 +12,7 @@ import pytest
 import aiotrt
 from aiotrt.completion.lane import Lane
 from aiotrt.completion.poller import Hub, wait
-from aiotrt.completion.prediction import Estimate, Progress
+from aiotrt.completion.prediction import EARLIER_TO_PREPARE, MARGIN, Estimate, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
@@ -471,3 +471,40 @@ async def test_wait_refuses_what_is_no_event(kind: Callable[[], object]) -> None
         aiotrt.UsageError, match=rf"cannot wait for an object of type {type(what).__name__}: .* that Lease\.launch returned"
     ):
         await wait(what)
+
+
+async def test_what_the_next_launch_needs_is_prepared_in_the_first_poll_before_the_end() -> None:
+    world = World(spin=40e-6)
+    lane = Lane()
+    start = world.now
+    prepared: list[float] = []
+
+    def prepare() -> None:
+        assert lane.is_polled
+        prepared.append(world.now - start)
+        world.now += 10e-6
+
+    lane.prepare = prepare
+    plain = Work(world, 0.010).watch(Lane(), estimate=learned(0.010))
+    work = Work(world, 0.010).watch(lane, estimate=learned(0.010))
+    due = lane.due
+    await world.advance(0.012)
+    assert work.outcomes == plain.outcomes == [None]
+    assert len(prepared) == 1
+    assert prepared[0] == pytest.approx(due - start, abs=5e-6)
+    assert due == pytest.approx(start + 0.010 - 35e-6 - 2 * MARGIN - EARLIER_TO_PREPARE)
+
+
+@pytest.mark.parametrize("ends", ["complete", "forgotten"])
+async def test_what_ends_before_its_first_poll_prepares_nothing(ends: str) -> None:
+    world = World(spin=40e-6)
+    lane = Lane()
+    lane.prepare = lambda: pytest.fail("nothing is in flight")
+    first = Work(world, 0.001 if ends == "complete" else None).watch(lane, estimate=learned(0.010))
+    if ends == "forgotten":
+        world.hub.forget(lane)
+    await world.advance(0.011)
+    second = Work(world, 0.010).watch(lane, estimate=learned(0.010))
+    await world.advance(0.012)
+    assert first.outcomes == ([None] if ends == "complete" else [])
+    assert second.outcomes == [None]

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 
 import aiotrt
+from aiotrt.runtime import executor, hold, memory, request
 from aiotrt.runtime import launch as submission
-from aiotrt.runtime import memory, request
-from aiotrt.testing import SimulatedDevice, SimulatedGraph
+from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
@@ -79,6 +79,115 @@ def test_without_memory_for_the_next_results_this_call_is_served(group: int) -> 
                 assert right(device.read(await model(x)), 1)
             assert right(device.read(await model(x)), 1)
             await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_for_long_work_the_next_results_get_their_memory_shortly_before_the_end(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        did: list[int] = []
+        empty = SimulatedDevice.empty
+
+        def allocated(*args: Any) -> Any:
+            assert model._executor is not None
+            did.append(model._executor.hub.polls)
+            return empty(*args)
+
+        side = device.stream()
+        model = load(device, slots=1, overlap=True, warmup=frame(0))
+        with mock.patch.object(SimulatedDevice, "empty", allocated):
+            async with model:
+                x = device.tensor(frame(3))
+                for _ in range(2):  # recognised from here on
+                    assert right(device.read(await model(x)), 3)
+                with mock.patch.object(executor, "LONG", 0.0):
+                    with held_streams(device, *streams_of(model)):
+                        did.clear()
+                        call = asyncio.ensure_future(model(x))
+                        await asyncio.sleep(0)
+                        assert model._executor is not None
+                        before = model._executor.hub.polls
+                        assert did == []
+                        await asyncio.sleep(0.1)
+                        assert did == [before + 1]
+                    assert right(device.read(await call), 3)
+                    with held_streams(device, *streams_of(model)):
+                        with device.use(side):
+                            call = asyncio.ensure_future(model(x))
+                            await asyncio.sleep(0)
+                        did.clear()
+                        await asyncio.sleep(0.1)
+                        assert did == [], "memory was allocated in the order of a stream that is not the caller's"
+                    assert right(device.read(await call), 3)
+        side.close()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), aiotrt.DeviceError("it broke", code=700, name="x")])
+@pytest.mark.parametrize("group", GROUPS)
+def test_long_work_ends_whatever_the_preparation_of_the_next_raises(group: int, error: Exception) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        empty = SimulatedDevice.empty
+        failures: list[Exception] = []
+
+        def allocated(*args: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return empty(*args)
+
+        with mock.patch.object(SimulatedDevice, "empty", allocated), mock.patch.object(executor, "LONG", 0.0):
+            model = await load(device, slots=1, overlap=True, warmup=frame(0))
+            x = device.tensor(frame(3))
+            for _ in range(2):
+                assert right(device.read(await model(x)), 3)
+            with held_streams(device, *streams_of(model)):
+                call = asyncio.ensure_future(model(x))
+                await asyncio.sleep(0)
+                failures.append(error)
+                await asyncio.sleep(0.1)
+                assert not failures
+            if isinstance(error, aiotrt.DeviceError):
+                with pytest.raises(aiotrt.DeviceError, match="it broke"):
+                    await call
+                assert not model.is_ready
+            else:
+                assert right(device.read(await call), 3)
+                assert right(device.read(await model(x)), 3)
+            await model.aclose()
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_driver_is_called_before_a_long_launch_of_a_lease_ends(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        asked: list[str] = []
+        current_handle = SimulatedDevice.current_handle
+
+        def handle(self: SimulatedDevice) -> int:
+            asked.append("handle")
+            return current_handle(self)
+
+        def query(self: SimulatedStream) -> bool:
+            asked.append("query")
+            raise RuntimeError("no answer")
+
+        with mock.patch.object(executor, "LONG", 0.0), mock.patch.object(hold, "LONG", 0.0):
+            async with load(device, slots=1, warmup=frame(0)) as model, model.lease(outputs="numpy") as slot:
+                slot.inputs[0][...] = frame(1)
+                await slot.replay()
+                with held_streams(device, *streams_of(model)):
+                    replay = asyncio.ensure_future(slot.replay())
+                    await asyncio.sleep(0)
+                    with (
+                        mock.patch.object(SimulatedDevice, "current_handle", handle),
+                        mock.patch.object(SimulatedStream, "query", query),
+                    ):
+                        await asyncio.sleep(0.1)
+                assert asked == ["handle", "query"]
+                assert right(await replay, 1)
 
     under_schedules(group, program)
 

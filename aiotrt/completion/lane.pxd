@@ -11,7 +11,7 @@ cdef class Pending:
 
 cdef class Lane:
     cdef object __weakref__
-    cdef public object pending
+    cdef public object pending, prepare
     cdef public bint is_first, is_listed, is_polled
     cdef public Estimate estimate
     cdef public double due, last_done, notified, polled, spin_until, stalled, started

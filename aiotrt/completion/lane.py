@@ -59,11 +59,13 @@ class Lane:
         notified: its `Pending.notified`.
         is_first: whether no other one was complete in the same poll.
         estimate: what has yet to learn of it; None where nothing has.
+        prepare: called once, inside the first poll that finds the head incomplete; None for nothing. Set before the work is
+            added, which is then polled a little earlier. It must not raise.
     """
 
     __slots__ = (
         "due", "estimate", "is_first", "is_listed", "is_polled", "last_done", "notified", "overdue", "pending", "polled",
-        "spin_until", "stalled", "started",
+        "prepare", "spin_until", "stalled", "started",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -74,6 +76,7 @@ class Lane:
         self.overdue = 0
         self.polled = self.stalled = self.spin_until = 0.0
         self.estimate: Estimate | None = None
+        self.prepare: Callable[[], object] | None = None
 
     @property
     def ran(self) -> float:
@@ -117,6 +120,7 @@ class Lane:
     def forget(self) -> None:
         """Drop everything pending; its callbacks never run."""
         self.pending.clear()
+        self.prepare = None
         self.is_polled = False
         self.overdue = 0
         self.stalled = self.spin_until = 0.0

@@ -33,6 +33,7 @@ from typing import Final
 
 from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
+    EARLIER_TO_PREPARE,
     LONGEST_SPIN,
     PREDICT,
     SHORTEST_SLEEP,
@@ -218,7 +219,10 @@ class Hub:
         queue.append(pending)
         if len(queue) == 1:
             lane.begin()
-            lane.due = due = self._first_poll(now, pending)
+            due = self._first_poll(now, pending)
+            if lane.prepare is not None:
+                due -= EARLIER_TO_PREPARE
+            lane.due = due
             if not lane.is_listed:  # it is while its last one is being completed
                 lane.is_listed = True
                 self.lanes.append(lane)
@@ -329,6 +333,11 @@ class Hub:
                         if error is None:
                             lane.is_polled = True
                             lane.polled = now
+                            prepare = lane.prepare
+                            if prepare is not None:
+                                lane.prepare = None
+                                prepare()
+                                now = clock()
                             break
                     now = clock()
                     pending.popleft()
@@ -339,6 +348,7 @@ class Hub:
                         lane.notified = head.notified
                         lane.is_first = is_first
                     is_first = False
+                    lane.prepare = None
                     lane.last_done = planned = now
                     try:
                         head.on_done(error)

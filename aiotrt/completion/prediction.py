@@ -20,7 +20,7 @@ import enum
 from math import inf
 from typing import Final
 
-__all__ = ["PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "next_look"]
+__all__ = ["LONG", "PREDICT", "SPIN", "Estimate", "Lateness", "Progress", "next_look"]
 
 MARGIN: Final = 5e-6  # seconds; aim this much earlier still, about one loop iteration
 SPIN_BUDGET: Final = 40e-6  # seconds after the predicted time for which looking at every loop iteration pays
@@ -30,6 +30,10 @@ OVERDUE_GROWTH: Final = 0.5  # of the time since the prediction: the same; so th
 #: this many seconds: to wake up once more costs the caller more than the processor time is worth.
 SPIN_SHARE: Final = 0.03
 LONGEST_SPIN: Final = 200e-6
+#: After a sleep of this many seconds the processor is slow for some tens of microseconds. So what the launch after work of
+#: this length needs is prepared shortly before its end, and the first poll comes so much earlier: see `Lane.prepare`.
+LONG: Final = 2e-3
+EARLIER_TO_PREPARE: Final = 25e-6
 SHORTEST_SLEEP: Final = 20e-6  # seconds; a timer shorter than this costs more than it saves
 #: A length within this of the estimate, in seconds or as a share of it, gets no poll of its own: see `Estimate.first`.
 NEAR: Final = 40e-6

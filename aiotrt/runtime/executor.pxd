@@ -25,9 +25,10 @@ cdef class Executor:
     cpdef _enter(self, Request request, bint bounded, prefer)
     @cython.locals(index=long, request=Request, slot=Slot, was_queued=bint)
     cpdef _serve(self, grant)
-    @cython.locals(route=Route, counters=Counters)
+    @cython.locals(route=Route, counters=Counters, prepares=bint)
     cpdef bint _replay(self, Slot slot, Request request, bint was_queued) except -1
     cpdef _results(self, program, origin)
+    cpdef _prepare_results(self, program, origin, bint is_current)
     @cython.locals(request=Request)
     cpdef _completed(self, Slot slot, error)
     @cython.locals(counters=Counters)

@@ -31,6 +31,7 @@ import torch
 
 from aiotrt.completion.lane import Lane
 from aiotrt.completion.poller import Hub, check_loop
+from aiotrt.completion.prediction import LONG
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import (
     AiotrtError,
@@ -490,19 +491,46 @@ class Executor:
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
+        prepares = origin is not None and not torch.is_inference_mode_enabled()
+        if prepares and program.estimate.seconds >= LONG and slot.when_complete is None:
+            slot.lane.prepare = partial(self._prepare_results, program, origin, False)
+            prepares = False
         self.hub.add(slot.lane, request, slot.when_complete)
-        if origin is not None:
-            try:
-                is_current = not was_queued or origin.handle == self.device.current_handle()
-                if is_current and not torch.is_inference_mode_enabled():
-                    spares = [make() for make in program.makers]
-                    program.graph.prepare(spares)
-                    program.spare = origin.handle, spares
-            except DeviceError as error:
-                self.device.fail(error)
-            except Exception as error:  # out of memory, say: the next launch does it anew, and is told
-                _log.debug("results for the next launch could not be allocated: %r", error)
+        if prepares:
+            self._prepare_results(program, origin, not was_queued)
         return True
+
+    def _prepare_results(self, program: Program, origin: Stream | None, is_current: bool) -> None:
+        """Allocate results for the next call, which mostly comes from the same stream, and point the graph's copies at them.
+
+        Args:
+            program: it is in flight.
+            origin: the caller's stream.
+            is_current: whether that is known to be the current one; results are allocated for no other.
+        """
+        try:
+            assert origin is not None
+            if is_current or origin.handle == self.device.current_handle():
+                spares = [make() for make in program.makers]
+                assert program.graph is not None
+                program.graph.prepare(spares)
+                program.spare = origin.handle, spares
+        except DeviceError as error:
+            self.device.fail(error)
+        except Exception as error:  # out of memory, say: the next launch does it anew, and is told
+            _log.debug("results for the next launch could not be allocated: %r", error)
+
+    def warm_up_driver(self, current: Stream) -> None:
+        """Make, and change nothing by, calls that a lease's next launch makes: after a sleep the first ones are slow.
+
+        Args:
+            current: the caller's stream at the last launch.
+        """
+        try:
+            self.device.current_handle()
+            current.query()
+        except Exception as error:  # the launch makes them too, and is told
+            _log.debug("the current stream could not be queried: %r", error)
 
     def _results(self, program: Program, origin: Stream) -> list[torch.Tensor]:
         """Memory for results of the caller's own, in the order of its stream: see `allocate`."""

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 import torch
 
 from aiotrt.completion.poller import check_loop
+from aiotrt.completion.prediction import LONG
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.runtime.executor import Executor
@@ -334,7 +335,12 @@ class Hold:
         slot.launches = replay.number = slot.launches + 1
         if slot.turn is not None:
             executor.latest = slot
-        executor.hub.add(slot.lane, replay, partial(executor.device.when_complete, replay.event) if self._tells else None)
+        if self._tells:
+            executor.hub.add(slot.lane, replay, partial(executor.device.when_complete, replay.event))
+            return
+        if replay.estimate.seconds >= LONG and self._current is not None:
+            slot.lane.prepare = partial(executor.warm_up_driver, self._current)
+        executor.hub.add(slot.lane, replay)
 
     def _completed(self, error: BaseException | None) -> None:
         """The hub, which is polling, has seen the end of the first launch that is pending."""
