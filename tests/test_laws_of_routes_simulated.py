@@ -120,6 +120,63 @@ def test_an_input_that_is_resized_while_it_waits_is_refused(group: int, kind: st
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_torch_tensors_in_host_memory_take_the_short_path(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+            x = torch.from_numpy(frame(1))
+            await seen(model, x)
+            route = executor_of(model)._route
+            assert route is not None
+            assert right(await model(torch.from_numpy(frame(2))), 2)
+            for other in (
+                x.t(),
+                x.double(),
+                x[None],
+                frame(1),
+                x.clone().requires_grad_(),
+                device.tensor(frame(1)),
+                x.to_sparse(),
+            ):
+                assert not route.matches((other,))
+            assert right(await model(x.clone().requires_grad_()), 1)
+            await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("change", ["gradient", "rank", "order"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_torch_tensor_that_changes_while_it_waits_is_read_as_it_is_then(group: int, change: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+            await seen(model, torch.from_numpy(frame(1)))
+            with held_streams(device, *streams_of(model)):
+                first = asyncio.ensure_future(model(torch.from_numpy(frame(1))))
+                await turns()
+                late = torch.from_numpy(frame(2)).clone()
+                if change == "order":
+                    late[0, 1] = 7.0
+                second = asyncio.ensure_future(model(late))
+                await turns()
+                assert model.statistics().waiting == 1
+                if change == "gradient":
+                    late.requires_grad_()
+                elif change == "rank":
+                    late.unsqueeze_(0)
+                else:
+                    late.set_(late.clone().t().contiguous().t())  # type: ignore[call-overload]  # a tensor is taken too
+            assert right(await first, 1)
+            if change == "rank":
+                with pytest.raises(aiotrt.InputError, match="rank 3"):
+                    await second
+            else:
+                assert np.array_equal(np.asarray(await second), 3 * late.detach().numpy() + 1)
+            await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_what_the_short_path_uses_is_not_evicted_for_what_it_does_not(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, overlap=True, warmup=frame(0), graph_cache_entries=2) as model:

@@ -103,7 +103,8 @@ class Lane:
             return
         ran = self.last_done - self.started
         if self.notified:
-            estimate.between(ran - self.late, ran - self.late)
+            ran -= self.late
+            estimate.between(ran, ran)
         elif self.is_polled:
             estimate.between(self.polled - self.started, ran)
         elif self.is_first:  # else its predecessor completed before this poll, at an unknown time

@@ -350,6 +350,7 @@ class Hub:
                     is_first = False
                     lane.prepare = None
                     lane.last_done = planned = now
+                    lane.due = -inf  # `add` sets it, if the callback submits the next head
                     try:
                         head.on_done(error)
                     except Exception as failure:
@@ -357,11 +358,12 @@ class Hub:
                         message = "aiotrt: a completion callback raised"
                         self._loop.call_exception_handler({"message": message, "exception": failure})
                     finally:  # after an interrupt too: the next head must not inherit this one's polls
-                        if pending:
+                        if pending and lane.due == -inf:
                             lane.begin()
                 else:
                     if pending:
-                        lane.due = self._first_poll(lane.last_done, pending[0])
+                        if lane.due == -inf:
+                            lane.due = self._first_poll(lane.last_done, pending[0])
                     elif lane.is_listed:  # unless a callback forgot it
                         lane.is_listed = False
                         lanes.remove(lane)
@@ -520,9 +522,10 @@ class Hub:
 
 def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
     """When to poll work whose end the device will notify: for a notification that was lost, and when it is overdue."""
-    if head.hang_timeout is None:
-        return now + PATROL
-    return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
+    patrol = now + PATROL
+    if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:
+        return patrol
+    return min(patrol, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))
 
 
 async def wait(event: object) -> None:

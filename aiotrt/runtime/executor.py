@@ -27,6 +27,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from aiotrt.completion.lane import Lane
@@ -451,7 +452,8 @@ class Executor:
                 view = program.input_views[i]
                 if view is None:
                     return self._detour(request)
-                view[...] = sources[i]
+                source = sources[i]
+                view[...] = source if type(source) is np.ndarray else source.numpy()
                 staged[i] = program.staged_inputs[i]
             sources = staged
         origin = request.origin if request.kind is DEVICE else None

@@ -11,6 +11,7 @@ import torch
 from aiotrt.devices import Device
 from aiotrt.runtime.programs import Program
 from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
+from aiotrt.tensors.conversion import NUMPY_DTYPES
 
 __all__ = ["Route"]
 
@@ -23,7 +24,7 @@ _HANDSHAKE: Final = frozenset({"_trt_ready_event", "_trt_reuse_as_input_buffer"}
 class Route:
     """One signature: the type, dtype, shape and place of each input, all of them plain.
 
-    Plain means contiguous in the case of device tensors, without attributes of the handshake, and without a lazy flag, so
+    Plain means contiguous in the case of tensors, without attributes of the handshake, gradient or lazy flag, so
     that such a call needs no arguments of its own. What does not match takes the long way, which explains what is wrong.
 
     Args:
@@ -72,7 +73,10 @@ class Route:
         self.nbytes = sum(argument.host.nbytes for argument in arguments if argument.host is not None)
         self._holds = device.holds
         self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
-        self._signature = [(type(value), value.dtype, tuple(value.shape)) for value in values]
+        self._signature = [
+            (type(value), value.dtype, tuple(value.shape), argument.host is not None)
+            for value, argument in zip(values, arguments, strict=True)
+        ]
 
     @property
     def key(self) -> Key:
@@ -85,7 +89,8 @@ class Route:
         for value, argument in zip(values, arguments, strict=True):
             if type(value) is np.ndarray and argument.host is not None:
                 continue
-            if type(value) is not _TENSOR or argument.tensor is None:
+            # A tensor on the host is copied as an array, so numpy must know its dtype.
+            if type(value) is not _TENSOR or (argument.host is not None and value.dtype not in NUMPY_DTYPES):
                 return False
         return True
 
@@ -96,7 +101,7 @@ class Route:
         index = self._index
         one: Any
         try:
-            for one, (kind, dtype, size) in zip(values, self._signature):  # noqa: B905  # of the same length
+            for one, (kind, dtype, size, on_host) in zip(values, self._signature):  # noqa: B905  # of the same length
                 if type(one) is not kind:
                     return False
                 if kind is not _TENSOR:
@@ -109,9 +114,15 @@ class Route:
                     or one.is_neg()
                     or (dtype.is_complex and one.is_conj())
                     or (one.__dict__ and not _HANDSHAKE.isdisjoint(one.__dict__))
-                    or (index is not None and one.get_device() != index)
-                    or (index is None and (one.layout is not _STRIDED or not self._holds(one)))
                 ):
+                    return False
+                elif on_host:
+                    if not one.is_cpu or one.requires_grad or one.layout is not _STRIDED or self._holds(one):
+                        return False
+                elif index is None:
+                    if one.layout is not _STRIDED or not self._holds(one):
+                        return False
+                elif one.get_device() != index:
                     return False
         except RuntimeError:  # a nested tensor has no shape, and one that is sparse by rows no order
             return False
@@ -121,9 +132,15 @@ class Route:
         """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""
         index = self._index
         one: Any
-        for one, (kind, dtype, size) in zip(values, self._signature, strict=True):
+        for one, (kind, dtype, size, on_host) in zip(values, self._signature, strict=True):
             if one.dtype != dtype or one.shape != size:
                 return False
-            if kind is _TENSOR and (not one.is_contiguous() or (index is not None and one.get_device() != index)):
-                return False
+            if kind is _TENSOR:
+                if not one.is_contiguous():
+                    return False
+                if on_host:
+                    if one.requires_grad:
+                        return False
+                elif index is not None and one.get_device() != index:
+                    return False
         return True
