@@ -14,6 +14,12 @@ from aiotrt._workers import Workers
 from tests.tools import no_threads
 
 
+def idle(pool: Workers, count: int) -> None:
+    """Wait until so many threads have come back for more."""
+    while len(pool._shared.idle) != count:
+        time.sleep(0)
+
+
 def test_jobs_run_side_by_side_on_as_many_threads_as_there_are() -> None:
     pool = Workers(3)
     together = threading.Barrier(3)
@@ -28,10 +34,24 @@ def test_jobs_run_side_by_side_on_as_many_threads_as_there_are() -> None:
 def test_a_thread_that_is_idle_takes_the_next_job() -> None:
     pool = Workers(3)
     pool.submit(int).result()
-    while not pool._idle._value:  # its thread has not come back for more yet
-        time.sleep(0)
+    idle(pool, 1)
     pool.submit(int).result()
     assert len(pool._threads) == 1
+    pool.shutdown()
+
+
+def test_the_thread_that_became_idle_last_takes_the_next_job() -> None:
+    pool, together, gate = Workers(3), threading.Barrier(3), threading.Event()
+    for future in [pool.submit(together.wait) for _ in range(3)]:
+        future.result()
+    idle(pool, 3)
+    held = pool.submit(lambda: gate.wait() and threading.get_ident())
+    idle(pool, 2)
+    gate.set()
+    last = held.result()
+    for _ in range(10):
+        idle(pool, 3)
+        assert pool.submit(threading.get_ident).result() == last
     pool.shutdown()
 
 
