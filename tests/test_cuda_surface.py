@@ -24,6 +24,9 @@ SOURCES = [ast.parse((FOLDER / name).read_text()) for name in FILES]
 CUDA_BUILDS_ONLY = {
     "torch._C._CudaEventBase.query",
     "torch._C._cuda_getCurrentRawStream",
+    "torch._C._cuda_getCurrentStream",
+    "torch._C._cuda_getDevice",
+    "torch._C._cuda_setStream",
     "torch.cuda.default_generators",
 }
 

@@ -127,12 +127,19 @@ class CudaStream:
                 driver.cuMemcpyAsync(destination.data_ptr(), source.data_ptr(), destination.nbytes, self.driver),
             )
             return
-        with _faults("copying a tensor"), torch.cuda.stream(self.torch), torch.no_grad():
+        with _faults("copying a tensor"), self.current(), torch.no_grad():
             destination.copy_(source, non_blocking=True)
 
     def run(self, function: Callable[[], object]) -> None:
-        with _faults("submitting work"), torch.cuda.stream(self.torch), torch.no_grad():
+        with _faults("submitting work"), self.current(), torch.no_grad():
             function()
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this is the thread's current stream."""
+        # `torch.cuda.stream` makes two Python objects of streams: 15 us for both ways on an H200's host, and 3 for this.
+        if torch._C._cuda_getDevice() != self.torch.device_index:
+            return torch.cuda.stream(self.torch)
+        return _Current(self.torch)
 
     def synchronize(self) -> None:
         with _faults("synchronising a stream"):
@@ -146,6 +153,23 @@ class CudaStream:
 
     def __repr__(self) -> str:
         return f"<CudaStream {self.handle:#x} on {self._device.name}>"
+
+
+class _Current:
+    """Inside, a stream of the thread's current GPU is its current one."""
+
+    __slots__ = ("_before", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = torch._C._cuda_getCurrentStream(self._stream.device_index)
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        stream, index, kind = self._before
+        torch._C._cuda_setStream(stream_id=stream, device_index=index, device_type=kind)
 
 
 class _DefaultStream(CudaStream):
@@ -434,7 +458,7 @@ class CudaDevice(BaseDevice):
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
         assert isinstance(stream, CudaStream), stream
         self.prepare_thread()
-        with _faults("submitting work"), torch.cuda.stream(stream.torch), torch.no_grad():
+        with _faults("submitting work"), stream.current(), torch.no_grad():
             return function()
 
     def synchronize(self) -> None:
