@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import aiotrt
-from aiotrt.completion.lane import Lane
+from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.poller import Hub, wait
 from aiotrt.completion.prediction import EARLIER_TO_PREPARE, MARGIN, Estimate, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
@@ -279,6 +279,25 @@ async def test_a_callback_may_watch_more() -> None:
     await world.advance(0.1)
     assert len(chain) == 5
     assert world.due is None
+
+
+async def test_work_that_ended_before_it_is_added_is_found_at_once() -> None:
+    world = World()
+    lane, other = Lane(), Lane()
+    works = [Work(world, 0.0) for _ in range(3)]
+    found: list[list[int]] = []
+
+    def add(work: Work, lane: Lane) -> None:
+        work._lane = lane
+        world.hub.add_ended(lane, Pending(work.query, work.done, learned(1e-6), None))
+        found.append([len(each.outcomes) for each in works])
+
+    add(works[0], lane)
+    works[1].watch(other, estimate=learned(1e-6))  # the loop is to have its turn before this is polled
+    add(works[2], lane)
+    await world.advance(0.001)
+    assert found == [[1, 0, 0], [1, 0, 0]]
+    assert [work.outcomes for work in works] == [[None]] * 3
 
 
 async def test_a_callback_that_raises_takes_nobody_with_it() -> None:

@@ -233,6 +233,16 @@ class Hub:
             # Weakly: the device's thread may be the last to drop this, and the request has its caller's inputs.
             when_complete(partial(self._notify, lane, weakref.ref(pending)))
 
+    def add_ended(
+        self, lane: Lane, pending: Pending, when_complete: Callable[[Callable[[], None]], None] | None = None
+    ) -> None:
+        """As `add`, for work that has probably ended: poll at once what the next iteration would. Not inside a task."""
+        is_first = self._soon is None  # else the loop is to have its turn before the next poll
+        self.add(lane, pending, when_complete)
+        if is_first and self._soon is not None:
+            self._soon.cancel()
+            self._poll()
+
     def forget(self, lane: Lane) -> None:
         """Drop everything pending on `lane`; its callbacks never run."""
         lane.forget()

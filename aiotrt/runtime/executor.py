@@ -709,8 +709,11 @@ class Executor:
         except Exception as error:  # out of memory, say: whoever launches next does it anew, and is told
             _log.debug("results for the next launch could not be allocated: %r", error)
 
-    def _watch(self, slot: Slot, program: Program) -> None:
-        """Poll the produce event of this slot's request: from now on the request is what is pending."""
+    def _watch(self, slot: Slot, program: Program, *, has_ended: bool = False) -> None:
+        """Poll the produce event of this slot's request: from now on the request is what is pending.
+
+        With `has_ended`, the work has probably ended, and no task is running.
+        """
         request = slot.request
         assert request is not None
         if not self._overlap:
@@ -720,7 +723,7 @@ class Executor:
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
-        self.hub.add(slot.lane, request, slot.when_complete)
+        (self.hub.add_ended if has_ended else self.hub.add)(slot.lane, request, slot.when_complete)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""
@@ -746,7 +749,7 @@ class Executor:
             except Exception as second:
                 self.lost_track(second)
             else:
-                self._watch(slot, slot.program)  # a draining slot too is free only when the device is done with it
+                self._watch(slot, slot.program, has_ended=True)  # a draining slot too is free only when the device is done
 
     def _launch_failed(self, slot: Slot, error: BaseException) -> None:
         """Part of the work may be on the stream already: the slot is not free before that has passed."""
