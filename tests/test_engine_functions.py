@@ -15,7 +15,7 @@ import torch
 from torch.export import Dim, ExportedProgram, export
 
 import aiotrt
-from tests.test_engines import FLOAT, cannot_load, save
+from tests.test_engines import FLOAT, save
 from tests.tools import Affine, frame
 
 X, Y = frame(5), frame(2)
@@ -220,16 +220,6 @@ async def test_a_program_exported_with_keywords(device: str) -> None:
     async with aiotrt.load(export(Subtract(), (a,), kwargs={"y": b}), device=device) as model:
         np.testing.assert_array_equal(await model(X, Y), frame(3))
         np.testing.assert_array_equal(await model(y=Y, x=X), frame(3))
-
-
-@pytest.mark.asyncio
-async def test_a_program_with_other_inputs_than_tensors(device: str) -> None:
-    class Scaled(torch.nn.Module):
-        def forward(self, x: torch.Tensor, scale: int) -> torch.Tensor:
-            return x * scale
-
-    program = export(Scaled(), (torch.ones(2, 3, device=place(device)), 2))
-    await cannot_load(program, aiotrt.EngineError, "'scale' is not a tensor", device=device)
 
 
 # Around the engine...

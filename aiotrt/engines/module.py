@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import logging
 import threading
 import warnings
@@ -13,7 +15,7 @@ import torch
 
 from aiotrt.devices.base import Device, Stream
 from aiotrt.errors import EngineError
-from aiotrt.tensors import Parameters, Shapes, Structure, TensorSpec, arrange
+from aiotrt.tensors import Parameters, Shapes, Structure, TensorSpec, arrange, children
 
 __all__ = ["ModuleEngine"]
 
@@ -41,11 +43,13 @@ class ModuleEngine:
     uncapturable: str | None = None
 
     def __init__(self, source: object, device: Device) -> None:
+        nested: _Exported | None = None
         if isinstance(source, torch.export.ExportedProgram):
             # The module keeps the program's guards on constant extents, so a shape outside them is a clear error.
             self.name = "ExportedProgram"
             function: Any = source.module()
             self.inputs = _exported_inputs(source)
+            nested = _Exported(source, function) if self.inputs is None else None
         elif isinstance(source, torch.nn.Module):
             self.name = type(source).__name__
             function = source
@@ -57,10 +61,13 @@ class ModuleEngine:
                 f"expected a file, a torch module, an ExportedProgram or a function, got {type(source).__name__}"
             )
         self._function: Callable[..., object] = function
-        self._described: Callable[..., object] = source.forward if isinstance(source, torch.nn.Module) else function
-        self.parameters = Parameters.of(self._described)
+        is_module = isinstance(source, torch.nn.Module) or nested is not None
+        self._described: Callable[..., object] = function.forward if is_module else function
+        self._called: Callable[..., object] = function if nested is None else nested
+        self.parameters = Parameters.of(self._described) if nested is None else nested.parameters
         self._exports: dict[Hashable, Callable[..., object] | None] = {}  # in the module's place; None where it has none
         self._exporting = threading.Lock()
+        self._is_exported = isinstance(source, torch.export.ExportedProgram)
         self._keywords: tuple[str, ...] = ()
         if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
             self._keywords = tuple(source.example_inputs[1])
@@ -100,13 +107,13 @@ class ModuleEngine:
 
     def function(self, key: Hashable) -> Callable[..., object]:
         """What to call with inputs of this key: the source, or the export that takes its place."""
-        return self._exports.get(key) or self._function
+        return self._exports.get(key) or self._called
 
     def exported(
         self, key: Hashable, args: Sequence[object], named: Mapping[str, object], reason: str
     ) -> Callable[..., object] | None:
         """The module's `torch.export` for inputs of this key; None if it has none. Blocks for seconds, the first time."""
-        if self.inputs is not None or not isinstance(self._function, torch.nn.Module):
+        if self._is_exported or not isinstance(self._function, torch.nn.Module):
             return None  # an export already, or a function, which might do something else the next time
         with self._exporting:  # the other slots take what the first one made
             if key not in self._exports:
@@ -246,16 +253,59 @@ def _differs_in_training(part: torch.nn.Module) -> bool:
     return "BatchNorm" in name or (name.endswith("Dropout") and getattr(part, "p", 1) > 0)
 
 
-def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
+class _Exported:
+    """An exported program with nested inputs or constants, as a function.
+
+    Any argument can be given by position or by name. One that is a constant can be left out.
+
+    Args:
+        program: the program.
+        module: made of it.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, module: Any) -> None:
+        by_position, by_name = children(program.call_spec.in_spec)
+        self._module = module
+        self._count = len(children(by_position))
+        self._names = [*inspect.signature(module.forward).parameters][: self._count] + list(by_name.context)
+        self._constants: dict[str, object] = {}
+        leaves = iter(_user_inputs(program))
+        for name, argument in zip(self._names, [*children(by_position), *children(by_name)], strict=True):
+            held = list(itertools.islice(leaves, argument.num_leaves))
+            if _is_leaf(argument) and isinstance(held[0], torch.export.graph_signature.ConstantArgument):
+                self._constants[name] = held[0].value
+        required = tuple(name for name in self._names if name not in self._constants)
+        self.parameters = Parameters(tuple(self._names), tuple(self._names), required, any_position=False)
+
+    def __call__(self, *args: object, **named: object) -> object:
+        values = self._constants | dict(zip(self._names, args, strict=False)) | named
+        count = self._count
+        return self._module(
+            *[values[name] for name in self._names[:count]], **{name: values[name] for name in self._names[count:]}
+        )
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> list[Any]:
+    """The tensors and constants that the program was exported with, in the order of its arguments."""
+    kind = torch.export.graph_signature.InputKind.USER_INPUT
+    return [spec.arg for spec in program.graph_signature.input_specs if spec.kind is kind]
+
+
+def _is_leaf(spec: Any) -> bool:
+    return bool(spec.num_nodes == spec.num_leaves == 1)
+
+
+def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...] | None:
+    """The program's inputs; None where they are nested, or not all of them are tensors."""
+    if not all(_is_leaf(argument) for group in children(program.call_spec.in_spec) for argument in children(group)):
+        return None
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     specs = []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is not torch.export.graph_signature.InputKind.USER_INPUT:
-            continue
-        name = spec.arg.name
+    for argument in _user_inputs(program):
+        name = argument.name
         value = values.get(name)
         if not isinstance(value, torch.Tensor):
-            raise EngineError(f"ExportedProgram: input {name!r} is not a tensor; only tensor inputs can be captured")
+            return None
         sizes: list[object] = list(value.shape)  # symbolic ones among them
         extents = tuple(size if isinstance(size, int) else None for size in sizes)
         ranges = [_range(program, size) for size in sizes]

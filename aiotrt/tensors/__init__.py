@@ -11,7 +11,7 @@ from aiotrt.tensors.kind import DEVICE, NUMPY, Kind
 from aiotrt.tensors.output_names import OutputNames, flatten
 from aiotrt.tensors.parameters import Parameters, arrange
 from aiotrt.tensors.signature import Key, Signature, Specs
-from aiotrt.tensors.structure import Structure, examples, take_apart
+from aiotrt.tensors.structure import Structure, children, examples, take_apart
 from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Structure",
     "TensorSpec",
     "arrange",
+    "children",
     "examples",
     "flatten",
     "number",

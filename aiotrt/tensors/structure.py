@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Structure", "examples", "is_tensor", "paths", "place_name", "take_apart"]
+__all__ = ["Structure", "children", "examples", "is_tensor", "paths", "place_name", "take_apart"]
 
 _CONSTANTS: Final = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(...), enum.Enum, np.generic,
@@ -76,7 +76,7 @@ class Structure:
         """Whether this is one tensor, or one list, tuple or mapping of nothing but tensors."""
         return self.is_bare or (
             all(place is _TENSOR for place in self._places)
-            and all(child.type is None for child in _children(self._spec))
+            and all(child.type is None for child in children(self._spec))
             and issubclass(self._kind, (list, tuple, Mapping))
         )
 
@@ -255,7 +255,8 @@ def _base(kind: type) -> Any:
     return next(one for one in kind.__mro__ if not one.__flags__ & _HEAP_TYPE)
 
 
-def _children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
+def children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
+    """Return the specs of what a container holds."""
     if hasattr(spec, "children"):
         return spec.children()
     older: Any = spec  # of an older torch
@@ -266,7 +267,7 @@ def _spec_key(spec: pytree.TreeSpec) -> object:
     if spec.type is None:
         return None
     # Of a list or tuple the context says nothing that its type and its children do not.
-    return spec.type, _frozen(spec.context), *map(_spec_key, _children(spec))
+    return spec.type, _frozen(spec.context), *map(_spec_key, children(spec))
 
 
 def _frozen(context: object) -> object:
