@@ -34,6 +34,13 @@ def empty_sparse(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(2, 3, device=x.device).to_sparse()
 
 
+def ragged(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that nested tensors are a prototype
+        tensor: torch.Tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+        return tensor
+
+
 def cyclic(x: torch.Tensor) -> list[Any]:
     items: list[Any] = [x]
     items.append(items)
@@ -58,6 +65,10 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "an empty dict": (lambda x: {}, "returned an empty dict; it must return at least one tensor"),
     "a dict of nothing": (lambda x: {"loss": None}, "returned a dict without a tensor; it must return at least one tensor"),
     "a sparse tensor": (empty_sparse, "returned 'output' as a torch.sparse_coo tensor; return a strided one"),
+    "a meta tensor": (lambda x: x.to("meta"), "returned 'output' as a meta tensor, which has no data; return one on c"),
+    "a meta tensor in a dict": (lambda x: {"a": x, "b": [x.to("meta")]}, r"returned 'b\[0\]' as a meta tensor"),
+    "a nested tensor": (lambda x: ragged(torch.strided), "returned 'output' as a nested tensor; return a strided one"),
+    "a jagged tensor": (lambda x: (x, ragged(torch.jagged)), "returned 'output_1' as a nested tensor; return a strided one"),
     "a sparse tensor in a tuple": (lambda x: (x + 1, empty_sparse(x)), "returned 'output_1' as a torch.sparse_coo tensor"),
 }
 

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import enum
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -318,10 +319,42 @@ pytree.register_pytree_node(
 )
 
 
+class EqualsAll:
+    """A constant, since it can be called, that claims to be equal to anything."""
+
+    def __call__(self) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class Hashless(EqualsAll):
+    """Another one, that cannot be hashed."""
+
+    def __hash__(self) -> int:
+        raise RuntimeError("no hash")
+
+
 def cyclic() -> list[Any]:
     items: list[Any] = [frame(1)]
     items.append(items)
     return items
+
+
+def cyclic_dict() -> dict[str, Any]:
+    items: dict[str, Any] = {"a": (frame(1),)}
+    items["b"] = [items]
+    return items
+
+
+def ragged() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that nested tensors are a prototype
+        tensor: torch.Tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        return tensor
 
 
 def cyclic_object() -> Layer:
@@ -337,6 +370,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "bytearray": (lambda: {"a": frame(1), "b": bytearray(2)}, r"input 'x\.b': .* got bytearray"),
     "generator": (lambda: [frame(1), (i for i in range(2))], r"input 'x\[1\]': .* got generator"),
     "context without a hash": (lambda: Uncomparable(frame(1), {1}), r"input 'x': .* got set, which cannot be hashed"),
+    "constant without a hash": (lambda: [frame(1), Hashless()], r"input 'x': .* got Hashless, which cannot be hashed"),
+    "slice of a list": (lambda: [frame(1), slice([1])], r"input 'x': .* got slice, which cannot be hashed"),
+    "cyclic dict": (cyclic_dict, r"input 'x': it contains itself, or is nested too deeply"),
+    "nested tensor": (lambda: {"a": ragged()}, r"input 'x\.a': expected a strided tensor, got a nested one"),
     "sparse": (lambda: [torch.ones(2, 3).to_sparse()], r"input 'x\[0\]': expected a strided tensor, got a sparse_coo one"),
     "meta": (lambda: {"a": [torch.ones(2, device="meta")]}, r"input 'x\.a\[0\]': a meta tensor has no data"),
     "object array": (lambda: [frame(1), np.full(2, None)], r"input 'x\[1\]': dtype object cannot be held"),
@@ -357,6 +394,19 @@ async def test_bad_structures_are_refused_by_name(device: str) -> None:
                     await model(make())
                 assert (model.statistics().submitted, model.statistics().free) == (model.statistics().completed, 2)
             np.testing.assert_array_equal(await model([frame(1)]), frame(2))
+
+
+@pytest.mark.asyncio
+async def test_a_constant_that_is_equal_to_anything_is_no_tensor(device: str) -> None:
+    def first(x: Any) -> Any:
+        return x[0] * 2, x[1]
+
+    constant = EqualsAll()
+    async with aiotrt.load(first, device=device) as model:
+        for _ in range(2):
+            result, same = await model([frame(1), constant])
+            np.testing.assert_array_equal(result, frame(2))
+            assert same is constant
 
 
 @pytest.mark.gpu

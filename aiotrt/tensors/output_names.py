@@ -125,5 +125,8 @@ def _at(value: object, kind: str) -> str:
 
 def _strided(source: str, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.is_nested or tensor.layout is not torch.strided:
-        raise EngineError(f"{source} returned {name!r} as a {tensor.layout} tensor; return a strided one")
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise EngineError(f"{source} returned {name!r} as a {kind} tensor; return a strided one")
+    if tensor.is_meta:
+        raise EngineError(f"{source} returned {name!r} as a meta tensor, which has no data; return one on {device}")
     return tensor.detach() if tensor.device == device else tensor.detach().to(device)

@@ -45,9 +45,15 @@ class Structure:
         self._spec = spec
         self._places = tuple(places)
         objects = [place.structure for place in places if isinstance(place, _Object)]
-        self.count: int = self._places.count(_TENSOR) + sum(structure.count for structure in objects)
+        # By identity: a constant may be equal to anything, or raise where it is compared.
+        self.count: int = sum([place is _TENSOR for place in places]) + sum(structure.count for structure in objects)
         self.key = _spec_key(spec), tuple(map(_place_key, self._places))
-        self._hash = hash(self.key)
+        try:
+            self._hash = hash(self.key)
+        except Exception:
+            for place in places:
+                _check_hash(place, _place_key(place))
+            raise
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Structure) and self._hash == other._hash and self.key == other.key)
@@ -69,7 +75,7 @@ class Structure:
     @property
     def is_bare(self) -> bool:
         """Whether this is one tensor by itself."""
-        return self._spec.type is None and self._places == (_TENSOR,)
+        return self._spec.type is None and self._places[0] is _TENSOR
 
     @property
     def is_flat(self) -> bool:
@@ -275,11 +281,15 @@ def _frozen(context: object) -> object:
         return type(context), *map(_frozen, context)
     if isinstance(context, Mapping):
         return type(context), *((_frozen(key), _frozen(value)) for key, value in context.items())
-    try:
-        hash(context)
-    except TypeError:
-        raise TypeError(f"{type(context).__name__}, which cannot be hashed") from None
+    _check_hash(context, context)
     return type(context), context
+
+
+def _check_hash(value: object, key: object) -> None:
+    try:
+        hash(key)
+    except Exception:  # of whatever kind: the method is the caller's
+        raise TypeError(f"{type(value).__name__}, which cannot be hashed") from None
 
 
 def _place_key(place: object) -> object:
