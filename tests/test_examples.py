@@ -40,6 +40,12 @@ SAYS: dict[str, list[str]] = {
         r"a spot at \[288, 208, 304, 224\], score 0\.6",
         r"1 call, 1 replay, fallbacks: \[\]",
     ],
+    "cut_a_module": [
+        r"with postprocess=: \d+ of 64 boxes, as expected: True",
+        r"parts without a graph: [01]",
+        r"on the CPU: \d+ of 64 boxes, as expected: True",
+        r"parts without a graph: 0",
+    ],
     "find_a_race": [
         r"without consumed\(\): write before read: 'a graph' may come before 'torch\.clone' is done; missing: .*",
         r"with consumed\(\): no race",
