@@ -208,7 +208,7 @@ class Caller:
         self._device = device
         self._on_device = device != "host"
         self._is_batching = is_batching
-        self._kept: deque[tuple[Sample, Sequence[object]]] = deque()
+        self._kept: deque[tuple[Sample, list[Any]]] = deque()
         self._ways: dict[Callable[[], Coroutine[Any, Any, None]], int] = {self.call: 6, self.map: 1}
         if not is_batching:
             self._ways |= {self.lease: 3, self.replay: 2}
