@@ -1,7 +1,7 @@
 """aiotrt: ``await model(frame)``. GPU inference that belongs in an asyncio program.
 
 Start reading at `aiotrt.model`, which tells the story. `aiotrt.runtime.slots` decides who owns what,
-`aiotrt.runtime.executor` does it, and `aiotrt.completion.poller` finds out when it is done.
+`aiotrt.runtime.executor` does it, and `aiotrt.completion.hub` finds out when it is done.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from aiotrt import _build, _impl  # first: `_impl` decides which files the modul
 from aiotrt.batching.queue import Batching
 from aiotrt.buffers import Buffer, Buffers
 from aiotrt.building import BuildProgress, build
-from aiotrt.completion.poller import wait
+from aiotrt.completion.hub import wait
 from aiotrt.devices import CaptureError, Device, Event, Graph, Stream
 from aiotrt.errors import (
     AiotrtError,

@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 #: The modules that a native build compiles: all of them, or none. Types for the compiler are in `.pxd` files beside them.
 COMPILED: Final = (
     *(("aiotrt.completion._timerfd",) if sys.platform == "linux" else ()),
+    "aiotrt.completion.hub",
     "aiotrt.completion.lane",
-    "aiotrt.completion.poller",
     "aiotrt.completion.prediction",
     "aiotrt.completion.waiter",
     "aiotrt.devices._submitter",

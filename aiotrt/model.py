@@ -26,7 +26,7 @@ from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
 from aiotrt.building.files import unreadable
 from aiotrt.building.profiles import Examples, ProfileArgument
-from aiotrt.completion.poller import Hub, check_asyncio, check_loop
+from aiotrt.completion.hub import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
 from aiotrt.devices import Device, Stream, open_device
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device

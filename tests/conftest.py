@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import uvloop
 
-import aiotrt.completion.poller
+import aiotrt.completion.hub
 import aiotrt.model
 from aiotrt.runtime.executor import Executor
 
@@ -75,7 +75,7 @@ def _no_leaks() -> Iterator[None]:
     """Fail a test that leaks: whatever it made and forgot to close is collected here, and warns."""
     yield
     gc.collect()
-    hubs = aiotrt.completion.poller._hubs
+    hubs = aiotrt.completion.hub._hubs
     leaked = {key: hub for key, hub in hubs.items() if hub._users}
     for key in leaked:  # the next test has not leaked them
         del hubs[key]

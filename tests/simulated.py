@@ -13,7 +13,7 @@ import torch
 
 import aiotrt.model
 from aiotrt import tensors
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
 from aiotrt.engines.module import ModuleEngine, ModuleExecution
 from aiotrt.runtime import launch as submission
 from aiotrt.runtime import memory

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import aiotrt
+from aiotrt.completion.hub import Hub, wait
 from aiotrt.completion.lane import Lane, Pending
-from aiotrt.completion.poller import Hub, wait
 from aiotrt.completion.prediction import EARLIER_TO_PREPARE, MARGIN, Estimate, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
 

@@ -194,7 +194,7 @@ def test_a_model_that_could_not_be_opened_leaves_nothing_behind(verb: str, kind:
     """`Executor.__init__` raised in the device's own words."""
 
     async def program(device: Striker) -> None:
-        from aiotrt.completion import poller as completion
+        from aiotrt.completion import hub as completion
 
         users = {key: hub._users for key, hub in completion._hubs.items()}
         device.strike(verb, kind)

@@ -17,9 +17,9 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
+from aiotrt.completion.hub import IDLE, PATROL, POLLS_BEFORE_HANG, REPEATS, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.lane import Lane, Pending
-from aiotrt.completion.poller import IDLE, PATROL, POLLS_BEFORE_HANG, REPEATS, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.prediction import (
     LONGEST_SLEEP,
     LONGEST_SPIN,

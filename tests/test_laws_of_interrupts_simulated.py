@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt.completion.poller import Hub
+from aiotrt.completion.hub import Hub
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.programs import ProgramCache
 from aiotrt.runtime.slots import Slots

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
+from aiotrt.completion.hub import Hub
 from aiotrt.completion.lane import Lane
-from aiotrt.completion.poller import Hub
 from aiotrt.completion.prediction import Estimate, Progress
 from aiotrt.errors import UsageError
 from aiotrt.testing import SimulatedDevice

@@ -658,7 +658,7 @@ def test_what_a_lease_has_that_is_forgotten_with_its_model_is_kept(group: int, l
 
 def test_a_model_that_outlives_its_loop_lets_go_of_everything() -> None:
     """On a loop of asyncio's own: there is a real timer, whose file must be closed."""
-    from aiotrt.completion import poller as completion
+    from aiotrt.completion import hub as completion
 
     hubs: list[completion.Hub] = []
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"building.cache"},
     {"building"},
     {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices"},
-    {"engines.base", "engines.module", "engines.onnx", "engines", "completion.poller"}
+    {"engines.base", "engines.module", "engines.onnx", "engines", "completion.hub"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},
     {"runtime.handshake"},
@@ -59,7 +59,7 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
-    "asyncio": {"completion.poller", "completion.timers", "completion.waiter", "run", "lease", "model"}
+    "asyncio": {"completion.hub", "completion.timers", "completion.waiter", "run", "lease", "model"}
     | {f"runtime.{name}" for name in ("alarm", "request", "replay", "executor", "hold", "mapping")}
     | {"batching.batch", "batching.batcher"},
 }

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion.poller import Hub
+from aiotrt.completion.hub import Hub
 
 
 def opened():

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.completion.poller import _hubs
+from aiotrt.completion.hub import _hubs
 from aiotrt.devices.host import HostDevice
 from aiotrt.runtime.slots import State
 from tests.tools import Affine, Latch, count, executor_of, frame, held, interruptible, turns, until
@@ -456,7 +456,7 @@ def test_models_that_are_loaded_after_a_fork_work_whatever_the_parent_did() -> N
         import asyncio, os, signal, warnings
         import numpy as np, torch, aiotrt
         from aiotrt import devices
-        from aiotrt.completion import poller as completion
+        from aiotrt.completion import hub as completion
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)  # torch's own threads do not survive a fork either
 

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt.completion.poller import Hub
+from aiotrt.completion.hub import Hub
 from aiotrt.devices.host import HostDevice
 from tests.tools import Affine, frame, no_threads, until
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
 from aiotrt.runtime import memory
 from aiotrt.testing import DeadlockError, HazardError
 from tests.machine.rules import Runtime
@@ -32,7 +32,7 @@ DEFECTS = [
     ("runtime.executor", "Executor.abandon", "self.machine.withdraw(request)"),
     ("runtime.executor", "Executor.break_down", "self.reject(request, error)"),
     ("runtime.hold", "Hold._record_readers", "self.slot.gates.append("),
-    ("completion.poller", "Hub._poll", "self.is_polling = False"),
+    ("completion.hub", "Hub._poll", "self.is_polling = False"),
 ]
 
 #: How the machine says that something is wrong. Which of them comes first for a defect is a matter of the order of things.

@@ -1,1 +1,1 @@
-"""How completion is found: the poller, its predictions and its timer. Nothing here blocks, or knows slots."""
+"""How completion is found: the hub, its predictions and its timer. Nothing here blocks, or knows slots."""

@@ -1,4 +1,4 @@
-"""What the poller works on: pending events, and the lane of each stream, in which they complete in order."""
+"""What the hub polls: pending events, and the lane of each stream, in which they complete in order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Lane:
         is_polled: whether the head was found not complete.
         polled: when that was last.
         overdue: how often that was after its hang timeout.
-        stalled: seconds of the head's time that do not count towards it: see `poller.STALL`.
+        stalled: seconds of the head's time that do not count towards it: see `hub.STALL`.
         last_done: when the last one was seen to be complete.
         started: when that one became the head.
         notified: its `Pending.notified`.

@@ -1,6 +1,6 @@
 # Types for the compiled build. executor.py is the source, and runs without this file.
 cimport cython
-from aiotrt.completion.poller cimport Hub
+from aiotrt.completion.hub cimport Hub
 from aiotrt.runtime.request cimport Request, Slot
 from aiotrt.runtime.route cimport Route
 from aiotrt.runtime.slots cimport Slots

@@ -30,8 +30,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from aiotrt.completion.hub import Hub, check_loop
 from aiotrt.completion.lane import Lane
-from aiotrt.completion.poller import Hub, check_loop
 from aiotrt.completion.prediction import LONG
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import (

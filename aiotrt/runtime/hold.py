@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 
-from aiotrt.completion.poller import check_loop
+from aiotrt.completion.hub import check_loop
 from aiotrt.completion.prediction import LONG
 from aiotrt.devices import Event, Stream
 from aiotrt.errors import AiotrtError, DeviceError, ModelBrokenError, ModelClosedError, UsageError

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
 from aiotrt.completion.prediction import SPIN_BUDGET, Progress
 from aiotrt.testing.faults import FaultInjector
 from aiotrt.testing.simulator import SimulatedDevice

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from aiotrt._workers import Workers
-from aiotrt.completion.poller import check_asyncio
+from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.video.cancellation import only_own, to_its_end
 from aiotrt.video.frames import Frame

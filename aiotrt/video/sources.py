@@ -18,7 +18,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from aiotrt.completion.poller import check_asyncio
+from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import InputError, UsageError
 from aiotrt.video.cancellation import only_own
 from aiotrt.video.decoding import Opening, camera

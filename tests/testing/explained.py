@@ -57,7 +57,7 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("programs.py", "Program.output_view", "self.staged_outputs[i] = output", 0): "saves making the same view for each call",
     ("hold.py", "Hold.results", "self._kept = tensor", 0): "saves making the same tensor for each launch",
     (
-        "poller.py",
+        "hub.py",
         "Hub._notify",
         "self._is_told = True",
         0,
@@ -68,14 +68,14 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
         "not needed: a lease that leave() finds not held was revoked, or its model broke; both are refused without it, in "
         "their own words"
     ),
-    ("poller.py", "Hub._poll", "lane.due = self._first_poll(lane.last_done, pending[0])", 0): (
+    ("hub.py", "Hub._poll", "lane.due = self._first_poll(lane.last_done, pending[0])", 0): (
         "saves a poll: `add` has said when, unless other work was before it, and then it is polled at once"
     ),
-    ("poller.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
+    ("hub.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
         "saves a call of this for each iteration in which it would say the same"
     ),
-    ("poller.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
-    ("poller.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
+    ("hub.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
+    ("hub.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
     ("programs.py", "Program.close", "self.graph = None", 0): "frees it: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",

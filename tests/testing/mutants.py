@@ -26,7 +26,7 @@ from tests.testing.search import Finding, Key
 __all__ = ["DECIDES", "MUTANTS", "mutants"]
 
 #: The modules that decide which request gets which slot, and when.
-DECIDES: Final = ("runtime.slots", "completion.prediction", "completion.poller", "runtime.executor")
+DECIDES: Final = ("runtime.slots", "completion.prediction", "completion.hub", "runtime.executor")
 
 
 def mutants() -> list[Mutation]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from aiotrt.completion import poller as completion
+from aiotrt.completion import hub as completion
 from aiotrt.runtime import memory
 from aiotrt.testing import HazardError
 from aiotrt.testing import loop as virtual_loop

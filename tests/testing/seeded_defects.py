@@ -33,7 +33,7 @@ __all__ = ["DEFECTS", "RUNTIME", "kind_of", "mutations"]
 RUNTIME: Final = (
     "runtime.launch", "runtime.request", "runtime.route", "runtime.executor", "runtime.hold", "lease", "buffers",
     "runtime.handshake",
-    "completion.poller", "completion.waiter", "runtime.programs", "runtime.slots", "model", "runtime.mapping",
+    "completion.hub", "completion.waiter", "runtime.programs", "runtime.slots", "model", "runtime.mapping",
     "batching.batcher", "batching.batch", "batching.queue",
 )  # fmt: skip
 

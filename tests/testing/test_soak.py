@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 BROKEN = """
 import sys
 from unittest import mock
-from aiotrt.completion.poller import Hub
+from aiotrt.completion.hub import Hub
 from tests.testing import soak
 
 with mock.patch({target!r}, {replacement}):
@@ -83,7 +83,7 @@ def test_a_result_that_changes_later_is_found() -> None:
 )
 def test_a_hang_is_found_and_the_waiters_are_named(seconds: str, patience: str, why: str) -> None:
     lost = "lambda hub: poll(hub) if next(polls) < 500 else None"
-    broken = ("aiotrt.completion.poller.Hub._poll", f"(lambda poll, polls: {lost})(Hub._poll, iter(range(10**9)))")
+    broken = ("aiotrt.completion.hub.Hub._poll", f"(lambda poll, polls: {lost})(Hub._poll, iter(range(10**9)))")
     started = time.monotonic()
     ended = soaked("--seconds", seconds, "--patience", patience, broken=broken)
     assert ended.returncode == 1, ended.stdout

@@ -1,4 +1,4 @@
-# Types for the compiled build. poller.py is the source, and runs without this file.
+# Types for the compiled build. hub.py is the source, and runs without this file.
 cimport cython
 from aiotrt.completion.lane cimport Lane, Pending
 from aiotrt.completion.prediction cimport Estimate, Lateness
