@@ -21,9 +21,10 @@ import torch
 
 from aiotrt._impl import IMPLEMENTATION
 from aiotrt._workers import Workers
-from aiotrt.batching.batch import Stacked, check_extents
+from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
 from aiotrt.batching.queue import Batching
+from aiotrt.batching.stacked import Stacked
 from aiotrt.building.files import unreadable
 from aiotrt.building.profiles import Examples, ProfileArgument
 from aiotrt.completion.hub import Hub, check_asyncio, check_loop
@@ -727,7 +728,7 @@ class Model(Generic[R]):
         if not self._is_closed:
             executor.refuse()
             if self._gatherer is not None:
-                self._gatherer.flush()
+                self._gatherer.pump()  # nothing is held back any more
             if not drain:
                 executor.drop()
 

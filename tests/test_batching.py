@@ -6,7 +6,6 @@ import heapq
 import itertools
 import math
 import random
-import weakref
 from collections.abc import Hashable
 from typing import Any, Literal
 from unittest import mock
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import aiotrt
-from aiotrt.batching.queue import Batching, Deadlines, Entry, Pace, Queue, choose_sizes, padded
+from aiotrt.batching.queue import Batching, Entry, Pace, Queue, choose_sizes, padded
 
 
 class Item:
@@ -464,64 +463,6 @@ class QueueMachine(RuleBasedStateMachine):
 
 QueueMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestQueueMachine = QueueMachine.TestCase
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=200))
-@settings(deadline=None)
-def test_deadlines(steps: list[tuple[bool, int]]) -> None:
-    deadlines: Deadlines[Entry] = Deadlines()
-    live: list[Entry] = []
-    now = 0.0
-    for adds, number in steps:
-        if adds:
-            live.append(entry(deadline=now + number))
-            deadlines.add(live[-1])
-        elif number < 20:
-            if live:
-                deadlines.discard(live.pop(number % len(live)))
-        else:
-            now += number - 20
-            expired = deadlines.expired(now)
-            assert all(one.deadline is not None and one.deadline <= now for one in expired)
-            assert sorted(map(id, expired)) == sorted(id(one) for one in live if (one.deadline or 0) <= now)
-            live = [one for one in live if (one.deadline or 0) > now]
-        assert len(deadlines) == len(live)
-        assert deadlines.next() == min((one.deadline for one in live if one.deadline is not None), default=None)
-        assert len(deadlines._heap) <= 2 * len(live) + 17, "memory for those who are done"
-
-
-def test_of_many_deadlines_those_that_count_are_kept_and_in_order() -> None:
-    deadlines: Deadlines[Entry] = Deadlines()
-    items = [entry(deadline=float(i)) for i in range(500)]
-    random.Random(1).shuffle(items)
-    for item in items:
-        deadlines.add(item)
-    for item in items[50:]:
-        deadlines.discard(item)
-    assert len(deadlines._heap) <= 2 * 50 + 17, "memory for those who are done"
-    found = []
-    while (deadline := deadlines.next()) is not None:
-        (due,) = deadlines.expired(deadline)
-        assert due.deadline == deadline
-        found.append(due)
-    assert found == sorted(items[:50], key=lambda item: item.deadline or 0.0)
-
-
-def test_who_is_watched_no_longer_is_not_held() -> None:
-    class Large(Item):
-        pass
-
-    deadlines: Deadlines[Entry] = Deadlines()
-    items = [Large("a", 0, 0.0, deadline) for deadline in (1.0, 2.0, 3.0)]
-    held = [weakref.ref(item) for item in items]
-    for item in items:
-        deadlines.add(item)
-    deadlines.discard(items[1])
-    deadlines.discard(entry(deadline=1.0))  # never watched: nothing happens
-    assert deadlines.expired(1.0) == items[:1]
-    del items, item
-    assert [reference() is None for reference in held] == [True, True, False], "held until somebody else's deadline"
-    assert (len(deadlines), deadlines.next()) == (1, 3.0)
 
 
 # --- shedding -----------------------------------------------------------------------------------------------------------

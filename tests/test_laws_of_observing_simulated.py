@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import aiotrt
+from aiotrt.batching.item import Item
 from aiotrt.runtime.slots import State
 from aiotrt.testing import SimulatedDevice
 from tests.simulated import held_streams
@@ -85,11 +86,12 @@ def test_the_times_of_an_item_say_when_it_went(group: int, stack: bool) -> None:
                     await asyncio.sleep(0)
                 calls.append(asyncio.ensure_future(model(frame(2))))
                 await turns()
-                first, second = [call.times for call in seen if not hasattr(call, "calls")]
+                items: list[Any] = [call for call in seen if isinstance(call, Item)]
+                first, second = [item.times for item in items]
                 assert 0.0 < first.entered <= first.granted <= second.entered
                 assert second.granted == 0.0
             assert all(map(right, await asyncio.gather(*calls), (1, 2)))
-            one, two = [batch.times for batch in seen if hasattr(batch, "calls")]
+            one, two = [request.times for request in seen if not isinstance(request, Item)]
             assert one.seen <= second.granted <= two.seen
             assert first.seen == second.seen == 0.0, "of the batch it is known"
 

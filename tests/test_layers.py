@@ -43,6 +43,8 @@ LAYERS = [
     {"runtime.launch"},
     {"runtime.executor"},
     {"runtime.hold"},
+    {"batching.group", "batching.stacked"},
+    {"batching.item"},
     {"batching.batch"},
     {"buffers", "runtime.mapping", "batching.batcher"},
     {"runtime", "completion", "batching"},
@@ -61,14 +63,14 @@ RESERVED = {
     "uvloop": {"run"},
     "asyncio": {"completion.hub", "completion.timers", "completion.waiter", "run", "lease", "model"}
     | {f"runtime.{name}" for name in ("alarm", "request", "replay", "executor", "hold", "mapping")}
-    | {"batching.batch", "batching.batcher"},
+    | {"batching.item", "batching.batcher"},
 }
 #: Pure modules, and all that they may import.
 PURE = {
     "errors": set(),
     "runtime.slots": {"enum", "collections", "typing"},
     "completion.prediction": {"enum", "math", "typing"},
-    "batching.queue": {"bisect", "collections", "dataclasses", "heapq", "math", "typing"},
+    "batching.queue": {"bisect", "collections", "dataclasses", "math", "typing"},
 }
 
 

@@ -1,293 +1,158 @@
-"""Several callers' items as one request: stacked on the way in, split on the way out.
+"""Several callers' items that one request runs: stacked on the way in, split on the way out.
 
-To the executor a batch is a request like any other: what it does otherwise stands here. Host items are copied straight into
-the rows of the slot's staging memory, device items into the rows of the graph's own input buffer, on the slot's stream,
-which has waited for each caller's. Each result is a copy of its own, of one row, in memory that it shares with nobody.
+To the executor a batch is a request like any other that has `Items`. Host items are copied straight into the rows of the
+slot's staging memory, device items into the rows of the graph's own input buffer, on the slot's stream, which has waited for
+each caller's. Each result is a copy of its own, of one row, in memory that it shares with nobody.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from aiotrt.completion.waiter import Waiter
-from aiotrt.devices import Device, Event, Stream
-from aiotrt.errors import EngineError, InputError
-from aiotrt.runtime.handshake import bound_inputs, mark_consumed, wants_consumed
+from aiotrt.batching.group import Group
+from aiotrt.batching.item import Item
+from aiotrt.batching.stacked import Stacked, write_rows
+from aiotrt.devices import Copies, Device
+from aiotrt.errors import EngineError
+from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES
+from aiotrt.runtime.handshake import bound_inputs, wants_consumed
 from aiotrt.runtime.memory import allocate
 from aiotrt.runtime.programs import Program
-from aiotrt.runtime.request import Request, Slot, Times
-from aiotrt.tensors import Argument, Kind, Signature, Specs
+from aiotrt.runtime.request import Request, Slot
+from aiotrt.tensors import DEVICE, Argument, own
+from aiotrt.tensors.conversion import Array
 
-__all__ = ["Batch", "Call", "Single", "Stacked", "check_extents", "check_stackable"]
-
-T = TypeVar("T")
-
-_NONE: Final = Signature(())
+__all__ = ["Batch", "check_extents"]
 
 
-class Call(Waiter):
-    """One caller's item, from its submission to its result. Awaiting it gives the item's results.
-
-    It is an `Entry` of the queue, which says what the attributes mean that are not below.
-
-    Attributes:
-        arguments: the checked inputs, kept alive until the device is done with them.
-        specs: what they were checked against.
-        kind: what the results should be.
-        origin: the caller's current stream, when inputs or results are on the device.
-        ready: events that the inputs carry.
-        batch: the batch that it went with, until that or it has ended.
-        expected: when, as it was let in, its result was thought to be there; None where nothing was.
-        times: what happened when; None where nobody observes.
-        span: what an observer keeps with it.
-    """
-
-    __slots__ = (
-        "arguments",
-        "arrival",
-        "batch",
-        "deadline",
-        "due",
-        "expected",
-        "group",
-        "is_bounded",
-        "kind",
-        "origin",
-        "place",
-        "priority",
-        "ready",
-        "span",
-        "specs",
-        "times",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        arguments: Sequence[Argument],
-        specs: Specs,
-        kind: Kind,
-        *,
-        group: Hashable,
-        priority: int,
-        arrival: float,
-        deadline: float | None,
-    ) -> None:
-        # As `Waiter` does, which has arguments for what is polled: a batch is, and its items are not.
-        self._loop = loop
-        self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
-        self._value = self._error = self._message = self._callback = self._context = self._others = None
-        self.group = group
-        self.priority = priority
-        self.arrival = self.due = arrival
-        self.deadline = deadline
-        self.is_bounded = True
-        self.place: Literal["queue", "door"] | None = None
-        self.arguments = arguments
-        self.specs = specs
-        self.kind = kind
-        self.origin: Stream | None = None
-        self.ready: list[Event] = []
-        self.batch: Batch | None = None
-        self.expected: float | None = None
-        self.times: Times | None = None
-        self.span: Any = None
-
-
-class Stacked(Argument):
-    """One input of a batch: the items' arguments on a new axis 0, the last one repeated up to the batch's size.
+class Batch:
+    """The items of one request. It is empty until `assemble` fills it, which may be when its slot is granted.
 
     Args:
-        items: at least one, all on the host or all on the device, of equal shapes.
-        size: of the batch.
-    """
-
-    __slots__ = ("items",)
-
-    def __init__(self, items: Sequence[Argument], size: int) -> None:
-        first = items[0]
-        shape = (size, *first.shape)
-        # Never read: it says where the input is, and how much there is to copy.
-        host = None if first.host is None else np.broadcast_to(first.host, shape)
-        super().__init__(shape, None, host, first.tensor)
-        self.items = items
-
-    def write(self, view: np.ndarray[Any, np.dtype[Any]]) -> None:
-        """Copy each item into its row."""
-        last = len(self.items) - 1
-        for i, item in enumerate(self.items):
-            assert item.host is not None
-            # An ellipsis, or the row of an item without extents would be a number and not a view.
-            np.copyto(view[i, ...] if i < last else view[i:, ...], item.host)
-
-    def copies(self, buffer: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """Each item goes to its row."""
-        tensors = [item.tensor for item in self.items if item.tensor is not None]
-        tensors += tensors[-1:] * (self.shape[0] - len(tensors))
-        return [(buffer[i], tensor) for i, tensor in enumerate(tensors)]
-
-
-class Batch(Request):
-    """A request that many callers wait for. It may stand in line empty: `assemble` fills it when its slot is granted.
-
-    Nobody awaits it: it tells its members when it is resolved or rejected. Its result is whether they have results.
-
-    Args:
-        loop: the model's.
-        assemble: fills this batch with whoever should go now; or cancels it, and then the slot goes on.
-        settle: is told how a member ended: with its result, or an error; nothing for a member that had gone.
+        assemble: chooses the items of this request, which may be none; then it cancels the request.
+        settle: called with this batch when it has ended, and with the items' results or an error.
+        stack: whether items are stacked; else there is one.
 
     Attributes:
-        calls: its members.
+        items: the items.
         left: how many of them still want their result.
+        size: what the batch is padded to.
+        number: what `Pace` knows it by.
     """
 
-    __slots__ = ("_assemble", "_settle", "_taken", "_untold", "calls", "left", "size")
+    __slots__ = ("_assemble", "_is_whole", "_settle", "_stack", "group", "items", "left", "number", "size")
+
+    group: Group
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
-        assemble: Callable[[Batch], None],
-        settle: Callable[[Call, object, BaseException | None], None],
+        assemble: Callable[[Request, Batch], object],
+        settle: Callable[[Batch, Sequence[object], BaseException | None], None],
+        *,
+        stack: bool,
     ) -> None:
-        super().__init__(loop, (), _NONE, (), Kind.NUMPY)
-        self._settle = settle
-        self.calls: list[Call] = []
-        self._untold: list[Call] = []
-        self.left = 0
-        self.size = 0
         self._assemble = assemble
-        self._taken: list[Call] = []
+        self._settle = settle
+        self._stack = stack
+        self._is_whole = False  # the device results have the batch axis
+        self.items: Sequence[Item] = ()
+        self.left = self.size = self.number = 0
 
-    def fill(self, calls: list[Call], size: int, specs: Specs) -> None:
-        """These go; all of one group. If it raises, the batch is as empty as it was."""
-        self.size = size
-        self.arguments = self.joined(calls)
-        self.calls = self._untold = calls
-        self.left = len(calls)
-        self.specs = specs
-        self.kind = calls[0].kind
-        self.shapes = tuple([argument.shape for argument in self.arguments])
-        for call in calls:
-            call.batch = self
+    def fill(self, request: Request, slot: Slot) -> bool:
+        """Copy the inputs into the slot's memory, and say whether `_replay` can launch them; see `Items.fill`."""
+        if not self.items:
+            self._assemble(request, self)
+            if not self.items:
+                return False
+        items, group, size = self.items, self.group, self.size
+        route = group.route_of(size)
+        request.specs, request.shapes, request.kind = group.batched, route.shapes, group.kind
+        request.origin = items[0].origin
+        program = route.holders.get(slot.index)
+        if (
+            program is None
+            or program.graph is None
+            or slot.turn is not None
+            or slot.gates
+            or (group.on_device and (size > 1 or items[0].arguments))
+            or group.nbytes * size > COPY_ON_LOOP_BYTES
+            or not program.is_staged(group.on_host, outputs=group.kind is not DEVICE)
+        ):
+            self._take_long_way(request)
+            return False
+        values: Sequence[Any]
+        if size == 1:
+            values = items[0].values
+            if group.on_device and self._stack:
+                check_extents(program, 1)
+                values = [value[None] for value in values]
+                self._is_whole = True
+        else:
+            for i, view in enumerate(program.input_views):
+                assert view is not None
+                write_rows(view, [item.values[i] for item in items])
+            values = program.staged_inputs
+        request.values = values
+        request.route = route
+        return True
 
-    def joined(self, calls: Sequence[Call]) -> Sequence[Argument]:
-        """The members' inputs as the batch's."""
-        return [Stacked(items, self.size) for items in zip(*[call.arguments for call in calls], strict=True)]
+    def allocate(self, device: Device, program: Program) -> Copies:
+        """Allocate each item's device results: see `Items.allocate`."""
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for item, outputs in zip(self.items, self._split(program, program.outputs), strict=True):
+            assert item.origin is not None
+            copies += zip(allocate(device, item.origin, outputs), outputs, strict=True)
+        return copies
 
-    def split(self, program: Program, outputs: Sequence[T]) -> Sequence[Sequence[T]]:
-        """Each member's part of these outputs.
+    def handed_out(self, results: Sequence[torch.Tensor]) -> Sequence[Sequence[torch.Tensor]]:
+        """Divide the device results of a request: see `Items.handed_out`."""
+        if self._is_whole:
+            return [[result[0] for result in results]]
+        count = len(results) // len(self.items)
+        return [results[i : i + count] for i in range(0, len(results), count)]
+
+    def copied(self, program: Program, views: Sequence[Array]) -> Sequence[Sequence[object]]:
+        """Copy each item's part of the outputs: see `Items.copied`."""
+        dtypes, kind = [output.dtype for output in program.outputs], self.group.kind
+        return [
+            () if item.is_done else [own(view, dtype, kind) for view, dtype in zip(part, dtypes, strict=True)]
+            for item, part in zip(self.items, self._split(program, views), strict=True)
+        ]
+
+    def settle(self, results: Sequence[object], error: BaseException | None) -> None:
+        """Give each item its result, or the error."""
+        self._settle(self, results, error)
+
+    def _take_long_way(self, request: Request) -> None:
+        """Make what the long way needs: arguments, and what they depend on."""
+        items = self.items
+        arguments = [item.arguments or [_argument(value) for value in item.values] for item in items]
+        if self._stack:
+            request.arguments = [Stacked(column, self.size) for column in zip(*arguments, strict=True)]
+        else:
+            request.arguments = arguments[0]
+            if self.group.on_device:
+                request.bound = bound_inputs(arguments[0])
+        if self.group.on_device:
+            origins = {item.origin.handle: item.origin for item in items if item.origin is not None}
+            request.origins = [origin for origin in origins.values() if origin is not request.origin]
+            request.ready = [event for item in items for event in item.ready]
+            request.marked = [one for item in items if wants_consumed(item.arguments) for one in item.arguments]
+
+    def _split(self, program: Program, outputs: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Each item's part of these outputs, or views of them.
 
         Raises:
             EngineError: they have no row for each.
         """
+        if not self._stack:
+            return [outputs]
         check_extents(program, self.size)
-        return [[_row(output, i) for output in outputs] for i in range(len(self.calls))]
-
-    def granted(self) -> None:
-        """Now is when it is decided who goes."""
-        if not self.calls:
-            self._assemble(self)
-
-    def order(self, slot: Slot) -> None:
-        """After every caller's stream, and every event that an item carries."""
-        for origin in self._origins():
-            slot.follow(origin)
-        for call in self.calls:
-            for event in call.ready:
-                slot.stream.wait(event)
-
-    def mark_consumed(self, stream: Stream) -> None:
-        """One event for all items."""
-        marked = [call.arguments for call in self.calls if call.origin is not None and wants_consumed(call.arguments)]
-        if marked:
-            event = stream.record()
-            for arguments in marked:
-                mark_consumed(arguments, event)
-
-    def allocate_results(self, device: Device, program: Program) -> None:
-        """Each member's, in the order of its own stream."""
-        self._taken = self.calls
-        results: list[torch.Tensor] = []
-        for call, outputs in zip(self.calls, self.split(program, program.outputs), strict=True):
-            assert call.origin is not None
-            results += allocate(device, call.origin, outputs)
-        self.results = results
-
-    def allocate_spare(self, device: Device, program: Program) -> None:
-        """None: who is in the next batch is not known."""
-
-    def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
-        """A part for each member and output."""
-        split = self.split(program, outputs)
-        if self.kind is not Kind.DEVICE:
-            self._taken = [call for call in self.calls if not call.is_done]  # the others' need no copying
-        taken = set(map(id, self._taken))
-        return [part for call, parts in zip(self.calls, split, strict=True) if id(call) in taken for part in parts]
-
-    def pack(self, program: Program, results: Sequence[object]) -> Any:
-        """Each member with its own."""
-        count = len(program.names.names)
-        return [
-            (call, program.names.pack(results[i * count : (i + 1) * count])) for i, call in enumerate(self._taken)
-        ]  # fmt: skip
-
-    def resolve(self, value: Any) -> None:
-        """Tell the members, with what `pack` returned."""
-        super().resolve(True)
-        calls, self._untold = self._untold, []
-        for call, result in value:
-            self._settle(call, result, None)
-        for call in calls:  # those that had gone before their rows were copied are settled too; the others are already
-            self._settle(call, None, None)
-
-    def reject(self, error: BaseException) -> None:
-        """Tell the members."""
-        super().resolve(False)
-        calls, self._untold = self._untold, []
-        for call in calls:
-            self._settle(call, None, error)
-
-    def _origins(self) -> Iterable[Stream]:
-        return {call.origin.handle: call.origin for call in self.calls if call.origin is not None}.values()
-
-
-class Single(Batch):
-    """A batch of one call, which has its batch axis already, or none: nothing is stacked, and nothing split."""
-
-    __slots__ = ()
-
-    def joined(self, calls: Sequence[Call]) -> Sequence[Argument]:
-        """The call's inputs."""
-        (call,) = calls
-        if call.origin is not None:
-            self.bound = bound_inputs(call.arguments)
-        return call.arguments
-
-    def split(self, program: Program, outputs: Sequence[T]) -> Sequence[Sequence[T]]:
-        """All is the call's."""
-        return [outputs]
-
-
-def check_stackable(items: Sequence[Argument], specs: Specs) -> None:
-    """An item's inputs can be rows of a batch's.
-
-    Raises:
-        InputError: one cannot; the message names it.
-    """
-    for item, spec in zip(items, specs, strict=True):
-        try:
-            Stacked([item], 1)
-        except ValueError as error:
-            raise InputError(
-                f"input {spec.name!r} has {len(item.shape)} extents, which leaves none for the batch: pass items of fewer, "
-                f"or load without batching= ({error})"
-            ) from None
+        return [[output[i, ...] for output in outputs] for i in range(len(self.items))]
 
 
 def check_extents(program: Program, size: int) -> None:
@@ -304,11 +169,8 @@ def check_extents(program: Program, size: int) -> None:
             )
 
 
-def _row(output: T, i: int) -> T:
-    """Row `i` of a tensor, or of a host view that comes with its dtype."""
-    if isinstance(output, tuple):
-        view, dtype = output
-        row: Any = (view[i, ...], dtype)
-    else:
-        row = output[i]  # type: ignore[index]
-    return row  # type: ignore[no-any-return]
+def _argument(value: Any) -> Argument:
+    """The argument of an input that a route has matched."""
+    if isinstance(value, np.ndarray):
+        return Argument(value.shape, value, host=value)
+    return Argument(tuple(value.shape), (value, value), tensor=value)

@@ -1,9 +1,9 @@
 """Dynamic batching, carried out: items in, batches to the executor, results out.
 
-`batching` decides, `stacking` copies. Here is what needs the loop. An item that comes waits for the end of this turn of the
-loop, so that a burst becomes one batch. Then, if a slot is free, whoever waits goes. If none is, one empty batch stands in
-the executor's line, as any caller would, and is filled with whoever waits when its turn comes. So a batch is decided at the
-last moment, by the event that freed its slot, and no timer has a part in it, except where `max_delay` wants one.
+`queue` decides, `batch` copies. Here is what needs the loop. An item waits for the end of the loop iteration in which it
+comes, so that a burst becomes one batch. Then, if a slot is free, the items that wait go. If none is, the request of one
+empty batch waits in the executor's queue, and is filled with the items that wait when it gets its slot. So a batch is
+decided at the last moment, by the event that freed its slot, and no timer has a part in it, unless `max_delay` wants one.
 
 Rules as in `executor`: the loop's thread only, and no `await` between two halves of a change.
 """
@@ -14,18 +14,29 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from aiotrt.batching.batch import Batch, Call, Single, check_stackable
-from aiotrt.batching.queue import Batching, Deadlines, Pace, Queue, choose_sizes
+from aiotrt.batching.batch import Batch
+from aiotrt.batching.group import Group
+from aiotrt.batching.item import Item
+from aiotrt.batching.queue import Batching, Pace, Queue, choose_sizes
+from aiotrt.batching.stacked import check_stackable
 from aiotrt.errors import DeadlineError, EngineError, InputError, OverloadedError, QueueFullError
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.handshake import ready_events
-from aiotrt.runtime.slots import State
-from aiotrt.tensors import InputSpecs, Kind, Shapes, Specs, TensorSpec
+from aiotrt.runtime.request import Request
+from aiotrt.runtime.route import Route
+from aiotrt.runtime.slots import FREE
+from aiotrt.tensors import DEVICE, NUMPY, Argument, InputSpecs, Shapes, Signature, Specs, TensorSpec
+from aiotrt.tensors.input_specs import remember
 
 __all__ = ["Gatherer", "ItemCounters"]
+
+
+#: Of an empty batch.
+NO_SPECS: Final = Signature(())
 
 
 @dataclass
@@ -72,15 +83,15 @@ class Gatherer:
         else:
             self.specs, self.sizes = executor.specs, (1,)
         self.counters = ItemCounters()
-        self._queue: Queue[Call] = Queue(batching, self.sizes, max_queue)
-        self._deadlines: Deadlines[Call] = Deadlines()
+        self._usual = 0 if batching.priorities == 1 else 1  # so that a call can be more urgent than those that do not say
+        self._queue: Queue[Item] = Queue(batching, self.sizes, max_queue)
         self._pace = Pace(len(executor.slots), self._queue.limit, batching.priorities)
         self._loop = executor.loop
-        self._open: Batch | None = None  # stands in the executor's line
+        self._groups: dict[Hashable, Group] = {}
+        self._group: Group | None = None  # of the item before, if its route may recognise the next one
+        self._open: Batch | None = None  # its request is in the executor's queue
         self._soon: asyncio.Handle | None = None
         self._held: asyncio.TimerHandle | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_due = math.inf  # uvloop's handles do not say, of what is due at once
         executor.on_failure.append(self._fail)
 
     @property
@@ -103,7 +114,7 @@ class Gatherer:
         deadline: float | None = None,
         priority: int | None = None,
         bounded: bool = True,
-    ) -> Call:
+    ) -> Item:
         """Check an item and let it wait.
 
         Raises:
@@ -115,58 +126,61 @@ class Gatherer:
             ModelClosedError, ModelBrokenError, UsageError: as for `Executor.submit`.
         """
         executor = self._executor
-        executor.check_usable()
-        self.learn()
-        arguments, shapes, kind, specs = self.specs.parse(values, named)
-        if self._batching.stack and specs is not self.specs.specs:  # else they have as many extents as those accepted before
-            check_stackable(arguments, specs)
-        priority = self._check(deadline, priority)
+        if asyncio._get_running_loop() is not self._loop or executor.closing or executor.broken is not None:
+            executor.check_usable()
+        group = self._group
+        arguments: Sequence[Argument] = ()
+        if group is None or named or group.route is None or not group.route.matches(values):
+            group, arguments = self._recognise(values, named)
+            values = [argument.tensor if argument.host is None else argument.host for argument in arguments]
+        priority = self._usual if priority is None and deadline is None else self._check(deadline, priority)
         now = self._loop.time()
-        call = Call(
-            self._loop,
-            arguments,
-            specs,
-            executor.outputs or kind,
-            group=(
-                shapes,
-                tuple([argument.tensor is None for argument in arguments]) if kind is Kind.DEVICE else (),
-                executor.outputs or kind,
-                None if specs is self.specs.specs else specs,  # before the first has been accepted, they may differ
-            ),
-            priority=priority,
-            arrival=now,
-            deadline=None if deadline is None else now + deadline,
-        )
-        if kind is Kind.DEVICE or call.kind is Kind.DEVICE:
-            call.origin = executor.device.current_stream()
-            call.ready = ready_events(arguments)
-        if deadline is not None and deadline <= 0:
-            self.counters.submitted += 1
-            self.counters.expired += 1
-            raise self._too_late(call)
-        if deadline is not None and self._batching.shed:
-            self._check_pace(call, deadline)
-        self._add(call, bounded)
+        item = Item(self._loop, group, values, arguments, priority, now, None if deadline is None else now + deadline)
+        if group.on_device:
+            item.origin = executor.device.current_stream()
+            item.ready = ready_events(arguments)
+        if deadline is not None:
+            if deadline <= 0:
+                self.counters.submitted += 1
+                self.counters.expired += 1
+                raise self._too_late(item)
+            if self._batching.shed:
+                self._check_pace(item, deadline)
+        self._add(item, bounded)
         self.counters.submitted += 1
         if executor.observer is not None:
-            executor.observe(call)
-        if call.deadline is not None:
-            self._deadlines.add(call)
-            self._set_alarm()
-        self._wake()
-        return call
+            executor.observe(item)
+        if deadline is not None and deadline < math.inf:
+            item.timer = self._loop.call_at(now + deadline, self._ring, item)
+        if self._open is None and self._soon is None:
+            self._soon = self._loop.call_soon(self._turn)
+        return item
 
-    def abandon(self, call: Call) -> None:
+    def _recognise(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Group, list[Argument]]:
+        """The long way in: check every input, and remember the signature if the next item may have it too."""
+        executor = self._executor
+        self.learn()
+        specs, leaves = self.specs.recognise(values, named)
+        arguments, shapes, kind = self.specs.check(specs, leaves)
+        on_host = tuple([argument.tensor is None for argument in arguments]) if kind is DEVICE else ()
+        key = shapes, on_host, executor.outputs or kind, specs
+        group = self._groups.get(key)
+        if group is None:
+            if self._batching.stack:
+                check_stackable(arguments, specs)
+            group = Group(executor, arguments, specs, shapes, executor.outputs or kind, stack=self._batching.stack)
+            remember(self._groups, key, group)
+        if group.route is None and group.batched in executor.specs.accepted and Route.suits(leaves, arguments):
+            group.route = Route(leaves, arguments, specs, shapes, kind, {}, executor.device)
+        self._group = None if named or specs.structure is not None else group
+        return group, arguments
+
+    def abandon(self, item: Item) -> None:
         """The caller no longer waits; nothing happens if the call has ended, or its loop was closed."""
         if self._executor.loop.is_closed():
             return
-        if call.place is not None:
-            self._queue.remove(call)
-        elif call.batch is not None:
-            self._leave(call)
-        else:
-            return
-        self._given_up(call)
+        if self._withdraw(item):
+            self._given_up(item)
 
     def learn(self) -> None:
         """Take over what the engine has accepted first, in batches."""
@@ -185,7 +199,7 @@ class Gatherer:
         """For items of these specs and shapes: those of each size of batch, and the size; None where nothing is stacked."""
         if not self._batching.stack:
             return [(specs, shapes, None)]
-        return [(self._of_batches(specs), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
+        return [(specs.batched(), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
 
     def _check(self, deadline: object, priority: object) -> int:
         try:
@@ -197,15 +211,15 @@ class Gatherer:
             raise InputError("deadline must be a number of seconds or None, got an integer too large for one") from None
         classes = self._batching.priorities
         if priority is None:
-            return 0 if classes == 1 else 1  # so that a call can be more urgent than those that do not say
+            return self._usual
         if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority < classes:
             raise InputError(f"priority must be an integer from 0, the most urgent, to {classes - 1}, got {priority!r}")
         return priority
 
-    def _check_pace(self, call: Call, deadline: float) -> None:
-        seconds = self._pace.seconds(self._queue.ahead(call.priority), self._free(), call.arrival, call.priority)
+    def _check_pace(self, item: Item, deadline: float) -> None:
+        seconds = self._pace.seconds(self._queue.ahead(item.priority), self._free(), item.arrival, item.priority)
         if seconds > 0.0:
-            call.expected = call.arrival + seconds
+            item.expected = item.arrival + seconds
         if seconds > deadline:
             self.counters.rejected += 1
             raise OverloadedError(
@@ -214,20 +228,20 @@ class Gatherer:
                 seconds=seconds - deadline,
             )
 
-    def _add(self, call: Call, bounded: bool) -> None:
+    def _add(self, item: Item, bounded: bool) -> None:
         try:
-            dropped = self._queue.add(call, bounded=bounded, spare=self._free())
+            dropped = self._queue.add(item, bounded=bounded, spare=self._free())
         except OverflowError:
             if self._free():  # those who came earlier in this turn take it, and make room
-                self._pump()
+                self.pump()
             try:
-                dropped = self._queue.add(call, bounded=bounded, spare=self._free())
+                dropped = self._queue.add(item, bounded=bounded, spare=self._free())
             except OverflowError:
                 self.counters.rejected += 1
                 raise self._full("call again later") from None
         for victim in dropped:
             self.counters.rejected += 1
-            self._deadlines.discard(victim)
+            _stop(victim)
             if not victim.is_done:
                 victim.reject(self._full("a newer call took this one's place"))
                 self._executor.hub.finish(victim)
@@ -235,183 +249,181 @@ class Gatherer:
     # Going out...
 
     def _free(self) -> int:
-        return self._executor.machine.count(State.FREE)
+        return self._executor.machine.count(FREE)
 
-    def _wake(self) -> None:
-        if self._open is None and self._soon is None:
-            self._soon = self._loop.call_soon(self._turn)
-
-    def _turn(self) -> None:
+    def _turn(self, is_first: bool = True) -> None:
+        """Pump in this loop iteration, or in the next one where callers of the last batch are still to be woken."""
         self._soon = None
-        self._pump()
+        if is_first and self._executor.hub.finished:
+            self._soon = self._loop.call_soon(self._turn, False)
+        else:
+            self.pump()
 
-    def _pump(self) -> None:
-        """Whoever waits goes, or stands in line by an empty batch."""
+    def pump(self) -> None:
+        """Submit batches of the items that wait, or an empty one if no slot is free."""
+        executor = self._executor
         while self._open is None and len(self._queue):
-            kind = Batch if self._batching.stack else Single
-            batch = kind(self._loop, self._granted, self._settle)
+            request = Request(self._loop, (), NO_SPECS, (), NUMPY)
+            request.batch = batch = Batch(self._granted, self._settle, stack=self._batching.stack)
+            prefer: Container[int] = ()
             if not self._free():
                 self._open = batch
-            elif not self._assemble(batch):
+            elif not self._assemble(request, batch):
                 return
-            self._executor.admit(batch)
+            else:
+                try:
+                    prefer = batch.group.route_of(batch.size).holders
+                except Exception as error:  # its items are in no queue any more
+                    executor.reject(request, executor.explain(error, "before it was launched"))
+                    continue
+            executor.admit(request, prefer)
 
-    def _granted(self, batch: Batch) -> None:
+    def _granted(self, request: Request, batch: Batch) -> None:
+        """An empty batch got its slot."""
         self._open = None
-        if self._assemble(batch):
-            self._pump()
-        else:  # everybody has left
-            batch.cancel()
-            self._loop.call_soon(self._executor.abandon, batch)  # not now: the executor is just granting it its slot
+        if self._assemble(request, batch):
+            self.pump()
+        else:  # all items have left
+            request.cancel()
+            self._loop.call_soon(self._executor.abandon, request)  # not now: the executor is just granting it its slot
 
-    def _assemble(self, batch: Batch) -> bool:
-        """Fill it with whoever should go now; false if nobody should."""
-        while True:
-            plan = self._queue.take(self._loop.time(), is_gone=self._is_gone, hold=not self._executor.closing)
-            for call in plan.expired:
-                self._expire(call)
-            if self._held is not None:
-                self._held.cancel()
-                self._held = None
-            if not plan.items:
-                if plan.until is not None:
-                    self._held = self._loop.call_at(plan.until, self._release)
-                return False
-            try:
-                batch.fill(plan.items, plan.size, self._of_batches(plan.items[0].specs))
-                break
-            except Exception as error:  # they are in no line any more: nobody else would tell them; whoever is next may go
-                refusal = self._executor.explain(error, "while a batch was put together")
-                for call in plan.items:
-                    call.batch = batch
-                    self._settle(call, None, refusal)
-        number = self._pace.begin(self._loop.time())
-        batch.add_done_callback(lambda batch: self._ended(number, batch))
+    def _assemble(self, request: Request, batch: Batch) -> bool:
+        """Choose the items that go now; false if there are none."""
+        now = self._loop.time()
+        plan = self._queue.take(now, is_gone=self._is_gone, hold=not self._executor.closing)
+        for item in plan.expired:
+            self._expire(item)
+        if self._held is not None:
+            self._held.cancel()
+            self._held = None
+        if not plan.items:
+            if plan.until is not None:
+                self._held = self._loop.call_at(plan.until, self._release)
+            return False
+        batch.items, batch.size, batch.group = plan.items, plan.size, plan.items[0].group
+        batch.left = len(plan.items)
+        batch.number = self._pace.begin(now)
+        for item in plan.items:
+            item.request = request
         if self._batching.stack:
             self.counters.batches[len(plan.items)] += 1
             self.counters.padding += plan.size - len(plan.items)
         if self._executor.observer is not None:
-            now = time.perf_counter()
-            for call in plan.items:
-                if call.times is not None:
-                    call.times.granted = now
+            moment = time.perf_counter()
+            for item in plan.items:
+                if item.times is not None:
+                    item.times.granted = moment
         return True
-
-    def _ended(self, number: int, batch: Batch) -> None:
-        # A batch that failed, or that nobody waits for any more, may have been much quicker than others.
-        self._pace.end(number, None if batch.cancelled() or not batch.result() else self._loop.time())
 
     def _release(self) -> None:
         self._held = None
-        self._pump()
+        self.pump()
 
-    def _is_gone(self, call: Call) -> bool:
-        """Whether it was cancelled and its task, which says so, has not run yet."""
-        if not call.is_done:
+    def _is_gone(self, item: Item) -> bool:
+        """Whether it was cancelled, and its task has not run yet; or was changed while it waited, and fits no longer."""
+        if item.is_done:
+            self._given_up(item)
+            return True
+        route = item.group.route
+        if item.arguments or route is None or route.still_matches(item.values):
             return False
-        self._given_up(call)
+        got = tuple([tuple(value.shape) for value in item.values])
+        name = self._executor.recipe.engine.name
+        refusal = f"{name}: an input was changed while its item waited: expected shapes {item.group.shapes}, got {got}"
+        self._end(item, None, InputError(refusal))
         return True
 
     # Ending...
 
-    def _settle(self, call: Call, result: object, error: BaseException | None) -> None:
-        if call.batch is None:
-            return  # it left
-        call.batch = None
-        if call.is_done:
-            self._given_up(call)
-            return
-        self._deadlines.discard(call)
+    def _settle(self, batch: Batch, results: Sequence[object], error: BaseException | None) -> None:
+        """A batch has ended, and so have the items that did not leave it."""
+        if batch.items:  # one that failed may have been much quicker than others
+            self._pace.end(batch.number, self._loop.time() if error is None else None)
+        for i, item in enumerate(batch.items):
+            if item.request is None:
+                continue
+            item.request = None
+            if item.is_done:
+                self._given_up(item)
+            else:
+                self._end(item, None if error is not None else results[i], error)
+
+    def _end(self, item: Item, result: object, error: BaseException | None) -> None:
+        if item.timer is not None:
+            _stop(item)
         if error is None:
             self.counters.completed += 1
-            if call.expected is not None:
-                self._pace.waited(call.priority, longer=self._loop.time() > call.expected)
-            call.resolve(result)
-            self._executor.hub.finish(call)
+            if item.expected is not None:
+                self._pace.waited(item.priority, longer=self._loop.time() > item.expected)
+            item.resolve(result)
         else:
             self.counters.failed += 1
-            call.reject(error)
-            self._executor.hub.finish(call)
+            item.reject(error)
+        self._executor.hub.finish(item)
 
-    def _given_up(self, call: Call) -> None:
-        """Its caller was cancelled. If that was later than it was told to wait, it would have waited longer still."""
+    def _given_up(self, item: Item) -> None:
+        """Record a cancelled item. If its expected completion had passed, count that as an under-estimate."""
         self.counters.cancelled += 1
-        self._deadlines.discard(call)
-        if call.expected is not None and self._loop.time() > call.expected:
-            self._pace.waited(call.priority, longer=True)
+        _stop(item)
+        if item.expected is not None and self._loop.time() > item.expected:
+            self._pace.waited(item.priority, longer=True)
 
-    def _leave(self, call: Call) -> None:
-        """The batch goes on without it, and nobody waits for the last one's."""
-        batch, call.batch = call.batch, None
-        assert batch is not None
-        batch.left -= 1
-        if batch.left == 0:
-            batch.cancel()
-            self._executor.abandon(batch)
+    def _withdraw(self, item: Item) -> bool:
+        """Take the item from the queue or its batch; false if it has ended."""
+        request = item.request
+        if item.place is not None:
+            self._queue.remove(item)
+        elif request is not None:
+            item.request = None
+            batch = request.batch
+            assert isinstance(batch, Batch)
+            batch.left -= 1
+            if batch.left == 0 and request.cancel():  # no caller waits for the batch
+                self._pace.end(batch.number, None)
+                self._executor.abandon(request)
+        else:
+            return False
+        return True
 
-    def _expire(self, call: Call) -> None:
+    def _expire(self, item: Item) -> None:
+        _stop(item)
         self.counters.expired += 1
-        self._deadlines.discard(call)
-        if not call.is_done:
-            if call.expected is not None:
-                self._pace.waited(call.priority, longer=True)
-            call.reject(self._too_late(call))
-            self._executor.hub.finish(call)
+        if not item.is_done:
+            if item.expected is not None:
+                self._pace.waited(item.priority, longer=True)
+            item.reject(self._too_late(item))
+            self._executor.hub.finish(item)
 
-    def _set_alarm(self) -> None:
-        """One timer for all deadlines."""
-        due = self._deadlines.next()
-        if self._alarm is not None:
-            if due == self._alarm_due:
-                return
-            self._alarm.cancel()
-            self._alarm = None
-        if due is not None and due < math.inf:
-            self._alarm, self._alarm_due = self._loop.call_at(due, self._ring), due
-
-    def _ring(self) -> None:
-        self._alarm = None
-        for call in self._deadlines.expired(self._loop.time()):
-            if call.place is not None:
-                self._queue.remove(call)
-            elif call.batch is not None:
-                self._leave(call)
-            if call.is_done:  # cancelled, and its task has not run yet
-                self._given_up(call)
+    def _ring(self, item: Item) -> None:
+        """The deadline of an item has passed."""
+        assert item.deadline is not None
+        if self._loop.time() < item.deadline:  # a loop's timers may ring early by as much as its clock is coarse
+            item.timer = self._loop.call_at(item.deadline, self._ring, item)
+        elif self._withdraw(item):
+            if item.is_done:  # cancelled, and its task has not run yet
+                self._given_up(item)
             else:
-                self._expire(call)
-        self._set_alarm()
-
-    def flush(self) -> None:
-        """The model is closing: nothing is held back any more, and the executor's line knows of everybody who waits."""
-        self._pump()
+                self._expire(item)
 
     def _fail(self, error: BaseException) -> None:
         """The executor broke, or was closed without waiting: so is everybody here."""
         self._open = None
-        for call in self._queue.clear():
-            self._deadlines.discard(call)
-            if call.is_done:
+        for item in self._queue.clear():
+            if item.is_done:
+                _stop(item)
                 self.counters.cancelled += 1
             else:
-                self.counters.failed += 1
-                call.reject(error)
-                self._executor.hub.finish(call)
+                self._end(item, None, error)
         self.close()
 
     def close(self) -> None:
         """Let the loop go."""
-        for handle in (self._soon, self._held, self._alarm):
+        for handle in (self._soon, self._held):
             if handle is not None:
                 handle.cancel()
-        self._soon = self._held = self._alarm = None
+        self._soon = self._held = None
 
     # Helpers...
-
-    def _of_batches(self, specs: Specs) -> Specs:
-        if not self._batching.stack:
-            return specs
-        return specs.batched()
 
     def _full(self, hint: str) -> QueueFullError:
         return QueueFullError(
@@ -419,11 +431,18 @@ class Gatherer:
             f"(max_queue and Batching.overload={self._batching.overload!r}); {hint}"
         )
 
-    def _too_late(self, call: Call) -> DeadlineError:
-        assert call.deadline is not None
+    def _too_late(self, item: Item) -> DeadlineError:
+        assert item.deadline is not None
         return DeadlineError(
-            f"{self._executor.recipe.engine.name}: there was no result within deadline={call.deadline - call.arrival:.3g} s"
+            f"{self._executor.recipe.engine.name}: there was no result within deadline={item.deadline - item.arrival:.3g} s"
         )
+
+
+def _stop(item: Item) -> None:
+    """Stop the timer of an item that has ended: it would keep the item until the deadline."""
+    if item.timer is not None:
+        item.timer.cancel()
+        item.timer = None
 
 
 def _of_items(name: str, specs: Specs) -> Specs:

@@ -17,16 +17,15 @@ most ``patience`` times plus once per other class.
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from aiotrt.errors import InputError
 
-__all__ = ["Batching", "Deadlines", "Entry", "Overload", "Pace", "Plan", "Queue", "choose_sizes", "padded"]
+__all__ = ["Batching", "Entry", "Overload", "Pace", "Plan", "Queue", "choose_sizes", "padded"]
 
 Overload = Literal["wait", "reject", "drop_oldest", "latest"]
 
@@ -138,7 +137,10 @@ class Entry(Protocol):
         place: where it waits: "queue" or "door", None when it does not.
     """
 
-    group: Hashable
+    @property
+    def group(self) -> Hashable:  # noqa: D102
+        ...
+
     priority: int
     arrival: float
     deadline: float | None
@@ -341,54 +343,6 @@ class Queue(Generic[E]):
         for line in lines:
             while line:
                 yield next(iter(line))
-
-
-class Deadlines(Generic[E]):
-    """Entries by deadline, the next one first; memory is proportional to those that count, and nobody else is held."""
-
-    def __init__(self) -> None:
-        self._heap: list[list[Any]] = []  # deadline, number, entry; None for one that is watched no longer
-        self._live: dict[E, list[Any]] = {}
-        self._added = 0
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def add(self, entry: E) -> None:
-        """Watch this one, which must have a deadline."""
-        assert entry.deadline is not None
-        self._added += 1
-        self._live[entry] = item = [entry.deadline, self._added, entry]
-        heapq.heappush(self._heap, item)
-
-    def discard(self, entry: E) -> None:
-        """Watch it no longer."""
-        item = self._live.pop(entry, None)
-        if item is None:
-            return
-        item[2] = None  # the heap would keep its inputs and its result until the next deadline
-        # Marked, and swept when the marked outnumber the others: most entries are done long before their deadline.
-        if len(self._heap) > 2 * len(self._live) + _SWEEP:
-            self._heap = [item for item in self._heap if item[2] is not None]
-            heapq.heapify(self._heap)
-
-    def next(self) -> float | None:
-        """The earliest deadline."""
-        while self._heap and self._heap[0][2] is None:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    def expired(self, now: float) -> list[E]:
-        """Who is past its deadline; watched no longer."""
-        found = []
-        while (deadline := self.next()) is not None and deadline <= now:
-            entry = heapq.heappop(self._heap)[2]
-            del self._live[entry]
-            found.append(entry)
-        return found
-
-
-_SWEEP: Final = 16
 
 
 class Pace:

@@ -25,6 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -245,12 +246,13 @@ class Executor:
             if carries_anything(arguments):
                 request.ready = ready_events(arguments)
                 request.bound = bound_inputs(arguments)
-                request.is_marked = wants_consumed(arguments)
+                if wants_consumed(arguments):
+                    request.marked = arguments
         holders = self.cache.holders(request.key)
         # Not for what runs without a graph: a route would be found useless only when the slot is granted.
         if self._overlap and specs in self.specs.accepted and all(program.captured for program in holders.values()):
             likely = shapes, kind, specs
-            if likely == self._likely and not request.is_marked and Route.suits(leaves, arguments):
+            if likely == self._likely and not request.marked and Route.suits(leaves, arguments):
                 route = Route(leaves, arguments, specs, shapes, kind, holders, self.device)
                 if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
                     if named or specs.structure is not None:
@@ -291,9 +293,9 @@ class Executor:
         self._enter(request, not is_warmup, self.cache.holders(request.key))
         return request
 
-    def admit(self, request: Request) -> None:
-        """A batch's way in: its items were checked and counted, and their number is bounded, already."""
-        self._enter(request, False, self.cache.holders(request.key))
+    def admit(self, request: Request, prefer: Container[int]) -> None:
+        """Submit a batch. Its items are already validated, counted and limited."""
+        self._enter(request, False, prefer)
 
     def check_usable(self) -> None:
         """Raise unless requests may come in now, here.
@@ -389,8 +391,11 @@ class Executor:
                     request.times.granted = time.perf_counter()
                 try:
                     if request.route is None or not self._replay(slot, request, was_queued):
-                        request.granted()
-                        self.begin(slot, request)
+                        batch = request.batch
+                        if batch is not None and batch.fill(request, slot) and self._replay(slot, request, False):
+                            request.route = None  # the short path's end does not know of items
+                        else:
+                            self.begin(slot, request)
                 except Exception as error:
                     self._begin_failed(slot, request, error)
                 except BaseException:
@@ -702,8 +707,11 @@ class Executor:
             self._prepare_next(request, program)
 
     def _prepare_next(self, request: Request, program: Program) -> None:
+        """Allocate results for the next call while the device is busy: mostly that is the same caller's."""
+        if not request.results or request.batch is not None or not program.captured or request.origin is None:
+            return
         try:
-            request.allocate_spare(self.device, program)
+            program.spare = request.origin.handle, allocate(self.device, request.origin, program.outputs)
         except DeviceError as error:
             self.device.fail(error)
         except Exception as error:  # out of memory, say: whoever launches next does it anew, and is told
@@ -822,20 +830,24 @@ class Executor:
             self._copy_out(slot, request)
             return
         complete = self.complete
-        for result in request.results:
+        results: Sequence[Any] = request.results
+        if request.batch is not None:
+            results = request.batch.handed_out(results)
+        for result in results if request.batch is None else chain.from_iterable(results):
             carry(result, complete)
-        self._finish(slot, request, request.results)
+        self._finish(slot, request, results)
 
     def _copy_out(self, slot: Slot, request: Request) -> None:
         program = slot.program
         assert program is not None
         views = [program.output_view(i) for i in range(len(program.outputs))]
         dtypes = [output.dtype for output in program.outputs]
-        kind = request.kind
+        kind, batch = request.kind, request.batch
 
-        def copy() -> list[Any]:
-            parts = request.parts(program, list(zip(views, dtypes, strict=True)))
-            return [own(view, dtype, kind) for view, dtype in parts]
+        def copy() -> Sequence[Any]:
+            if batch is not None:
+                return batch.copied(program, views)
+            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
 
         if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
             # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
@@ -848,7 +860,7 @@ class Executor:
         else:
             self._finish(slot, request, results)
 
-    def _copied(self, slot: Slot, results: list[Any] | None, error: BaseException | None) -> None:
+    def _copied(self, slot: Slot, results: Sequence[Any] | None, error: BaseException | None) -> None:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
@@ -865,15 +877,19 @@ class Executor:
     def _failed(self, slot: Slot, request: Request, error: AiotrtError) -> None:
         self.move(slot, COPIED, then=lambda: self.reject(request, error))
 
-    def _finish(self, slot: Slot, request: Request, results: Sequence[object]) -> None:
+    def _finish(self, slot: Slot, request: Request, results: Sequence[Any]) -> None:
+        """Give the caller its results, or each item of a batch its own, when the slot has gone on."""
         assert slot.program is not None
-        packed = request.pack(slot.program, results)
+        pack, batch = slot.program.names.pack, request.batch
+        packed = pack(results) if batch is None else [pack(one) if one else None for one in results]
 
         def resolve() -> None:
             if not request.is_done:
                 self.counters.completed += 1
                 self.hub.finish(request)  # first: a batch's own end comes before its items'
-                request.resolve(packed)
+                request.resolve(packed if batch is None else None)
+                if batch is not None:
+                    batch.settle(packed, None)
 
         self.move(slot, COPIED, then=resolve)
 
@@ -885,6 +901,8 @@ class Executor:
             self.counters.failed += 1
             self.hub.finish(request)
             request.reject(error)
+            if request.batch is not None:
+                request.batch.settle((), error)
 
     def failed(self, error: BaseException, when: str) -> AiotrtError:
         """What a caller gets for an error of the device; a fault breaks the device first."""

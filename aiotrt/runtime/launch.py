@@ -18,6 +18,8 @@ import torch
 
 from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.errors import DeviceError
+from aiotrt.runtime.handshake import mark_consumed
+from aiotrt.runtime.memory import allocate
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.request import Request, Slot
 from aiotrt.tensors import DEVICE, Kind, numpy_view
@@ -87,21 +89,22 @@ def submit_request(device: Device, slot: Slot, request: Request, program: Progra
                 before += argument.copies(program.inputs[i])
         elif not device.unified:
             before.append((program.inputs[i], program.staged_input(i)))
+    after: Copies = ()
     if program.captured:
-        if request.kind is DEVICE:
-            request.allocate_results(device, program)
+        after = _copies_out(device, request, program)
         request.order(slot)
-        program.launch(before, _copies_out(device, request, program), slot.predecessor, slot.turn)
-        request.mark_consumed(stream)
+        program.launch(before, after, slot.predecessor, slot.turn)
     else:
         request.order(slot)
         # Results are copied for the caller on this stream; on a unified device the loop copies them, later.
         program.launch(before, (), slot.predecessor, slot.turn, own=device.unified)
-        request.mark_consumed(stream)
+    if request.marked:
+        mark_consumed(request.marked, stream.record())
+    if not program.captured:
+        after = _copies_out(device, request, program)  # only now: the shapes may depend on the data
         if request.kind is DEVICE:
-            request.allocate_results(device, program)  # only now: the shapes may depend on the data
             request.order(slot)
-        for destination, source in _copies_out(device, request, program):
+        for destination, source in after:
             stream.copy(destination, source)
     stream.record(slot.event)
 
@@ -202,10 +205,20 @@ def open_gates(slot: Slot) -> None:
 
 
 def _copies_out(device: Device, request: Request, program: Program) -> Copies:
-    if request.kind is DEVICE:
-        # Strict: a result without a part would be memory that nobody wrote, handed to a caller.
-        return list(zip(request.results, request.parts(program, program.outputs), strict=True))
-    return () if device.unified else _staged_out(program)
+    """Allocate the results; what to copy. On the device, `Request.order` says when the slot's stream may write them."""
+    if request.kind is not DEVICE:
+        return () if device.unified else _staged_out(program)
+    if request.batch is not None:
+        copies = request.batch.allocate(device, program)
+        request.results = [result for result, _ in copies]
+        return copies
+    assert request.origin is not None
+    spare, program.spare = program.spare, None
+    if spare is not None and spare[0] == request.origin.handle:
+        request.results = spare[1]
+    else:
+        request.results = allocate(device, request.origin, program.outputs)
+    return list(zip(request.results, program.outputs, strict=True))
 
 
 def _staged_out(program: Program) -> Copies:

@@ -7,10 +7,11 @@ cdef class Times:
     cdef public double entered, granted, late, ran, seen
 
 cdef class Request(Waiter):
-    cdef public object arguments, bound, kind, origin, ready, record_readers, results, shapes, span, specs, times, values
+    cdef public object arguments, batch, bound, kind, marked, origin, origins, ready, record_readers, results, shapes, span, specs
+    cdef public object times, values
     cdef public Route route
     cdef public Slot slot
-    cdef public bint is_lease, is_marked, is_queued, is_revoked, is_warmup
+    cdef public bint is_lease, is_queued, is_revoked, is_warmup
 
 cdef class Slot:
     cdef object __weakref__

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol
 
 import torch
 
 from aiotrt.completion.lane import Lane
 from aiotrt.completion.waiter import Waiter
-from aiotrt.devices import Device, Event, Stream
-from aiotrt.runtime.handshake import mark_consumed
-from aiotrt.runtime.memory import allocate
+from aiotrt.devices import Copies, Device, Event, Stream
 from aiotrt.runtime.programs import Program
 from aiotrt.runtime.route import Route
 from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
+from aiotrt.tensors.conversion import Array
 
-__all__ = ["Request", "Slot", "Times"]
-
-T = TypeVar("T")
+__all__ = ["Items", "Request", "Slot", "Times"]
 
 _NONE: Final[Mapping[int, torch.Tensor]] = {}
 
@@ -43,6 +40,31 @@ class Times:
         self.granted = self.seen = self.ran = self.late = 0.0
 
 
+class Items(Protocol):
+    """What the executor asks of the items of many callers that one request is for. It calls these on the loop's thread.
+
+    Attributes:
+        left: how many of them still want their result.
+    """
+
+    left: int
+
+    def fill(self, request: Request, slot: Slot) -> bool:
+        """Decide which items go, now that the request has its slot. True: their inputs are in place for `_replay`."""
+
+    def allocate(self, device: Device, program: Program) -> Copies:
+        """Allocate each item's device results, in the order of its own stream: to where, and from which part of outputs."""
+
+    def handed_out(self, results: Sequence[torch.Tensor]) -> Sequence[Sequence[torch.Tensor]]:
+        """Divide the device results of a request."""
+
+    def copied(self, program: Program, views: Sequence[Array]) -> Sequence[Sequence[object]]:
+        """Copy each item's part of these host views of the outputs; nothing for one that left. A worker may call this."""
+
+    def settle(self, results: Sequence[object], error: BaseException | None) -> None:
+        """Give each item its result, or the error."""
+
+
 class Request(Waiter):
     """What one caller asked for: to run these arguments, or to lease a slot that is prepared for these shapes.
 
@@ -57,12 +79,14 @@ class Request(Waiter):
         bound: inputs that the graph shall read where they are.
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
-        is_marked: whether to say on the inputs when they will have been read.
+        marked: the inputs on which to say when they will have been read.
         is_queued: whether it stands in line.
         is_warmup: whether it only prepares slots.
         is_revoked: whether the model was closed under a lease.
         slot: the slot that it was granted, until the slot is free again.
         origin: the caller's current stream, when inputs or results are on the device.
+        origins: those of a batch's other callers.
+        batch: the items of many callers, which this request is for; None where it is one caller's.
         ready: events that the inputs carry.
         record_readers: makes who reads a lease's buffers gate their next use, for when it is taken from its holder.
         results: device results of the caller's own.
@@ -71,8 +95,8 @@ class Request(Waiter):
     """
 
     __slots__ = (
-        "arguments", "bound", "is_lease", "is_marked", "is_queued", "is_revoked", "is_warmup", "kind",
-        "origin", "ready", "record_readers", "results", "route", "shapes", "slot", "span", "specs", "times", "values",
+        "arguments", "batch", "bound", "is_lease", "is_queued", "is_revoked", "is_warmup", "kind", "marked", "origin",
+        "origins", "ready", "record_readers", "results", "route", "shapes", "slot", "span", "specs", "times", "values",
     )  # fmt: skip
 
     def __init__(
@@ -98,12 +122,14 @@ class Request(Waiter):
         self.kind = kind
         self.is_lease = is_lease
         self.record_readers: Callable[[], None] | None = None
-        self.is_marked = False
+        self.marked: Sequence[Argument] = ()
+        self.batch: Items | None = None
         self.is_queued = False
         self.is_warmup = False
         self.is_revoked = False
         self.slot: Slot | None = None
         self.origin: Stream | None = None
+        self.origins: Sequence[Stream] = ()
         self.ready: Sequence[Event] = ()
         self.results: Sequence[torch.Tensor] = ()
         self.values: Sequence[Any] = ()
@@ -121,6 +147,8 @@ class Request(Waiter):
         """Make the slot's stream wait for what the device inputs depend on, and for who had the results' memory before."""
         if self.origin is not None:
             slot.follow(self.origin)
+            for origin in self.origins:
+                slot.follow(origin)
             for event in self.ready:
                 slot.stream.wait(event)
 
@@ -132,38 +160,6 @@ class Request(Waiter):
             if argument.host is not None:
                 return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
         return ()
-
-    # What a batch, which is many callers' request, does otherwise...
-
-    def granted(self) -> None:
-        """It has its slot. A batch decides only now who is in it."""
-
-    def mark_consumed(self, stream: Stream) -> None:
-        """Say on the inputs when they will have been read, where somebody wants to know."""
-        if self.is_marked:
-            mark_consumed(self.arguments, stream.record())
-
-    def allocate_results(self, device: Device, program: Program) -> None:
-        """Device memory for results; `order` says when the slot's stream may write it."""
-        assert self.origin is not None
-        spare, program.spare = program.spare, None
-        if spare is not None and spare[0] == self.origin.handle:
-            self.results = spare[1]
-        else:
-            self.results = allocate(device, self.origin, program.outputs)
-
-    def allocate_spare(self, device: Device, program: Program) -> None:
-        """Results for the next call, while the device is at work: mostly that is the same caller's."""
-        if self.results and program.captured and self.origin is not None:
-            program.spare = self.origin.handle, allocate(device, self.origin, program.outputs)
-
-    def parts(self, program: Program, outputs: Sequence[T]) -> Sequence[T]:
-        """What each result is copied from, of the program's outputs or views of them."""
-        return outputs
-
-    def pack(self, program: Program, results: Sequence[object]) -> Any:
-        """What the future is resolved with."""
-        return program.names.pack(results)
 
 
 class Slot:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Histogram
 
-from aiotrt.batching.batch import Batch, Call
+from aiotrt.batching.batch import Batch
+from aiotrt.batching.item import Item
 from aiotrt.errors import DeadlineError, QueueFullError
 from aiotrt.model import Model
 from aiotrt.runtime.request import Request, Times
@@ -71,11 +72,11 @@ class Observer:
         """Look at what this model does from now on."""
         model.observe(self)
 
-    def __call__(self, what: Request | Call) -> None:
+    def __call__(self, what: Request | Item) -> None:
         """Something comes in, in its caller's context."""
-        if isinstance(what, Batch):
-            what.add_done_callback(functools.partial(self._batch_ended, what))
-        elif isinstance(what, Call) or not what.is_lease:  # how long somebody holds a lease is his own business
+        if isinstance(what, Request) and isinstance(what.batch, Batch):
+            what.add_done_callback(functools.partial(self._batch_ended, what, what.batch))
+        elif isinstance(what, Item) or not what.is_lease:  # how long somebody holds a lease is his own business
             if self._tracing is not None:
                 try:
                     self._tracing.begin(what)
@@ -83,7 +84,7 @@ class Observer:
                     _log.exception("a span could not be begun")
             what.add_done_callback(functools.partial(self._call_ended, what))
 
-    def _call_ended(self, call: Request | Call, future: asyncio.Future[Any]) -> None:
+    def _call_ended(self, call: Request | Item, future: asyncio.Future[Any]) -> None:
         now, times = time.perf_counter(), call.times
         assert times is not None
         error = None if future.cancelled() else future.exception()
@@ -105,14 +106,14 @@ class Observer:
         if self._tracing is not None:
             self._tracing.end(call, outcome, queued, error)
 
-    def _batch_ended(self, batch: Batch, future: asyncio.Future[bool]) -> None:
-        now, times = time.perf_counter(), batch.times
+    def _batch_ended(self, request: Request, batch: Batch, future: asyncio.Future[Any]) -> None:
+        now, times = time.perf_counter(), request.times
         if future.cancelled() or times is None:
             return  # nobody waits for it any more
         if times.seen:
             self._ran(times, now)
         if self._tracing is not None:
-            self._tracing.batch(batch, now - times.granted, failed=not future.result())
+            self._tracing.batch(batch, times, now - times.granted, failed=future.exception() is not None)
 
     def _ran(self, times: Times, now: float) -> None:
         self._gpu.observe(times.ran - times.late)

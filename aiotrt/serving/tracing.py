@@ -13,7 +13,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 import aiotrt
-from aiotrt.batching.batch import Batch, Call
+from aiotrt.batching.batch import Batch
+from aiotrt.batching.item import Item
 from aiotrt.runtime.request import Request, Times
 
 __all__ = ["Tracing"]
@@ -30,7 +31,7 @@ class Tracing:
         self._name = name
         self._tracer = trace.get_tracer("aiotrt", aiotrt.__version__)
 
-    def begin(self, call: Request | Call) -> None:
+    def begin(self, call: Request | Item) -> None:
         """A call comes in. The span that is current is its parent. Without an SDK there is none."""
         # One that goes nowhere would cost as much as all else that a call is measured with.
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
@@ -39,7 +40,7 @@ class Tracing:
             f"aiotrt {self._name}", kind=SpanKind.INTERNAL, attributes={"aiotrt.model": self._name}
         )
 
-    def end(self, call: Request | Call, outcome: str, queued: float | None, error: BaseException | None) -> None:
+    def end(self, call: Request | Item, outcome: str, queued: float | None, error: BaseException | None) -> None:
         """It has ended.
 
         Args:
@@ -61,17 +62,17 @@ class Tracing:
                 span.set_status(Status(StatusCode.ERROR, type(error).__name__))
         span.end()
 
-    def batch(self, batch: Batch, seconds: float, *, failed: bool) -> None:
+    def batch(self, batch: Batch, times: Times, seconds: float, *, failed: bool) -> None:
         """A batch has ended, and began so many seconds ago. It has many callers, and so no parent: links say whose it is."""
-        contexts = [call.span.get_span_context() for call in batch.calls if call.span is not None]
+        contexts = [call.span.get_span_context() for call in batch.items if call.span is not None]
         links = [Link(context) for context in contexts if context.trace_flags.sampled]
         if not links:
             return  # nobody looks at any of its calls
         attributes: dict[str, Any] = {
             "aiotrt.model": self._name,
-            "aiotrt.batch.items": len(batch.calls),
+            "aiotrt.batch.items": len(batch.items),
             "aiotrt.batch.size": batch.size,
-        } | _on_the_device(batch.times)
+        } | _on_the_device(times)
         now = time.time_ns()
         span = self._tracer.start_span(
             f"aiotrt {self._name} batch",

@@ -19,7 +19,7 @@ from aiotrt.tensors.signature import Signature
 from aiotrt.tensors.structure import is_tensor, paths, place_name, take_apart
 from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
 
-__all__ = ["InputSpecs"]
+__all__ = ["InputSpecs", "remember"]
 
 #: How many signatures are remembered. One that was forgotten is recognised anew, at more cost.
 KEPT: Final = 64
@@ -98,7 +98,7 @@ class InputSpecs:
         if self._fixed:
             self.accepted[specs] = None
         else:
-            _remember(self.accepted, specs, None)
+            remember(self.accepted, specs, None)
         self.specs = self.specs or specs
         self._narrow()
 
@@ -214,7 +214,7 @@ class InputSpecs:
             order += sorted(range(len(values), len(names)), key=lambda i: (rank.get(names[i], len(rank)), names[i]))
             signature = self._known_as(Signature([_spec(names[i], probes[i]) for i in order]))
             found = signature, (None if order == sorted(order) else order)
-            _remember(self._recognised, key, found)
+            remember(self._recognised, key, found)
         signature, permutation = found
         return signature, leaves if permutation is None else [leaves[i] for i in permutation]
 
@@ -244,7 +244,7 @@ class InputSpecs:
             constants = [(name, leaf) for name, leaf in _leaf_names(names, given) if not is_tensor(leaf)]
             specs = [_spec(name, probe) for name, probe in zip(places, probes, strict=True)]
             found = self._known_as(Signature(specs, structure, constants)), None
-            _remember(self._recognised, key, found)
+            remember(self._recognised, key, found)
         return found[0], leaves
 
     def _names(self, values: Sequence[object], named: Mapping[str, object]) -> list[str]:
@@ -388,7 +388,7 @@ def _leaf_names(names: Sequence[str], given: Sequence[object]) -> list[tuple[str
     return [(place_name(name, place), leaf) for name, one in zip(names, given, strict=True) for place, leaf in paths(one)]
 
 
-def _remember(where: dict[Any, Any], key: object, value: object) -> None:
+def remember(where: dict[Any, Any], key: object, value: object) -> None:
     """Add to a bounded memory, which forgets what came first."""
     where[key] = value
     if len(where) > KEPT:

@@ -21,7 +21,7 @@ from opentelemetry.trace import StatusCode
 
 import aiotrt
 from aiotrt import serving
-from aiotrt.batching.batch import Call
+from aiotrt.batching.item import Item
 from aiotrt.runtime.slots import State
 from aiotrt.serving.history import KEPT, History, quantile
 from tests.tools import Affine, count, executor_of, frame, held, turns, until
@@ -303,7 +303,7 @@ async def test_without_an_sdk_there_are_no_spans() -> None:
 
         def observer(what: Any) -> None:
             observe(what)
-            seen.append(what.span if isinstance(what, Call) else what)
+            seen.append(what.span if isinstance(what, Item) else what)
 
         executor.observer = observer
         await model(frame(2))
