@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt.batching.batch import Batch
 from aiotrt.batching.group import Group
 from aiotrt.runtime.route import Route
 from aiotrt.runtime.slots import State
@@ -304,9 +305,28 @@ def test_outputs_on_the_device_that_cannot_be_split_are_named(group: int) -> Non
 
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, max_size=2, source=reduced) as model:
-            with pytest.raises(aiotrt.EngineError, match="output 'lost' has shape"):
-                await model(device.tensor(frame(0)))
-            await settle(model, 1)
+            for _ in range(4):  # from the third on, by the short path
+                with pytest.raises(aiotrt.EngineError, match="output 'lost' has shape"):
+                    await model(device.tensor(frame(0)))
+                await settle(model, 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("stack", [True, False])
+@pytest.mark.parametrize("group", GROUPS)
+def test_one_item_on_the_device_at_a_time_takes_the_short_path(group: int, stack: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4, stack=stack, warmup=frame(0)) as model:
+            long = Batch._take_long_way
+            for value in range(4):
+                with mock.patch.object(Batch, "_take_long_way", side_effect=long, autospec=True) as took_long_way:
+                    result = await model(device.tensor(frame(value)))
+                assert right(device.read(result), value)
+                assert tuple(result.shape) == SHAPE
+                assert result._trt_produce_event is executor_of(model).complete
+                assert took_long_way.called is (value == 0), "only the first one's signature was new"
+            assert balanced(model)
 
     under_schedules(group, program)
 

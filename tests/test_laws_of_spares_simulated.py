@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 import aiotrt
-from aiotrt.runtime import executor, hold, memory, request
+from aiotrt.runtime import executor, hold
 from aiotrt.runtime import launch as submission
 from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
@@ -55,8 +55,7 @@ def test_a_device_that_breaks_while_the_next_results_get_their_memory_is_broken(
         fault = aiotrt.DeviceError("it broke", code=700, name="cudaErrorIllegalAddress")
         model = await load(device, slots=1, warmup=frame(0))
         x = device.tensor(frame(1))
-        allocate = memory.allocate
-        with mock.patch.object(request, "allocate", side_effect=[allocate(device, device.current_stream(), [x]), fault]):
+        with mock.patch.object(executor, "allocate", side_effect=fault):
             with pytest.raises(aiotrt.DeviceError):
                 await model(x)
         assert not model.is_ready
@@ -70,12 +69,7 @@ def test_without_memory_for_the_next_results_this_call_is_served(group: int) -> 
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         async with load(device, slots=1, warmup=frame(0)) as model:
             x = device.tensor(frame(1))
-            allocate = memory.allocate
-            with mock.patch.object(
-                request,
-                "allocate",
-                side_effect=[allocate(device, device.current_stream(), [x]), MemoryError("none left")],
-            ):
+            with mock.patch.object(executor, "allocate", side_effect=MemoryError("none left")):
                 assert right(device.read(await model(x)), 1)
             assert right(device.read(await model(x)), 1)
             await settle(model, 1)

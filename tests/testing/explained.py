@@ -89,19 +89,11 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("mapping.py", "map_in_order", "request.cancel()", 0): (
         "not needed: `abandon` withdraws it; kept so that an abandoned request is cancelled, whoever abandons it"
     ),
-    ("batcher.py", "Gatherer._assemble", "self._expire(call)", 0): (
-        "not needed: its deadline's alarm is due, rings in the same turn of the loop, and tells it"
-    ),
     ("batcher.py", "Gatherer._assemble", "self._held = None", 0): "lets go of a timer that was cancelled",
     ("batcher.py", "Gatherer._release", "self._held = None", 0): "lets go of a timer that has rung",
     ("batcher.py", "Gatherer._fail", "self._open = None", 0): "lets go of a batch: a model that ended takes no more items",
     ("batcher.py", "Gatherer._fail", "self.close()", 0): (
         "not needed: nobody waits any more, so what rings finds nothing to do, and `Model.aclose` closes as well"
     ),
-    ("batcher.py", "Gatherer.close", "self._soon = self._held = self._alarm = None", 0): (
-        "lets go of timers that were cancelled"
-    ),
-    ("batch.py", "Batch.resolve", "self._settle(call, None, None)", 0): (
-        "not needed: the task of a member that had gone runs next, and says so itself"
-    ),
+    ("batcher.py", "Gatherer.close", "self._soon = self._held = None", 0): "lets go of timers that were cancelled",
 }

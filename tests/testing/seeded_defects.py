@@ -34,7 +34,7 @@ RUNTIME: Final = (
     "runtime.launch", "runtime.request", "runtime.route", "runtime.executor", "runtime.hold", "lease", "buffers",
     "runtime.handshake",
     "completion.hub", "completion.waiter", "runtime.programs", "runtime.slots", "model", "runtime.mapping",
-    "batching.batcher", "batching.batch", "batching.queue",
+    "batching.batcher", "batching.batch", "batching.group", "batching.item", "batching.queue", "batching.stacked",
 )  # fmt: skip
 
 #: What a statement is for, by what stands in it; the first that fits. The rest are steps from one of these to the next.

@@ -74,7 +74,7 @@ def results_belong_to_the_wrong_stream() -> Iterator[None]:
         wrong = streams.setdefault(id(device), device.stream())
         return device.call(wrong, lambda: [device.empty(output.shape, output.dtype) for output in outputs])
 
-    with mock.patch("aiotrt.runtime.request.allocate", allocate):
+    with mock.patch("aiotrt.runtime.launch.allocate", allocate), mock.patch("aiotrt.runtime.executor.allocate", allocate):
         yield
 
 
