@@ -313,6 +313,21 @@ def test_outputs_on_the_device_that_cannot_be_split_are_named(group: int) -> Non
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("group", GROUPS)
+def test_tensors_on_the_host_share_a_batch_by_either_way(group: int, warm: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=4, warmup=frame(0) if warm else ()) as model:
+            for count_of_items in (1, 1, 3, 3):  # the first batches of a size take the long way
+                items = [torch.full(SHAPE, float(value)) for value in range(count_of_items)]
+                results = await asyncio.gather(*map(model, items))
+                assert all(isinstance(result, torch.Tensor) for result in results)
+                assert all(map(right, results, range(count_of_items)))
+            assert balanced(model)
+
+    under_schedules(group, program)
+
+
 @pytest.mark.parametrize("stack", [True, False])
 @pytest.mark.parametrize("group", GROUPS)
 def test_one_item_on_the_device_at_a_time_takes_the_short_path(group: int, stack: bool) -> None:

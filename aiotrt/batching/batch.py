@@ -130,7 +130,10 @@ class Batch:
     def _take_long_way(self, request: Request) -> None:
         """Make what the long way needs: arguments, and what they depend on."""
         items = self.items
-        arguments = [item.arguments or [_argument(value) for value in item.values] for item in items]
+        on_host = self.group.on_host
+        arguments = [
+            item.arguments or [_argument(value, i in on_host) for i, value in enumerate(item.values)] for item in items
+        ]
         if self._stack:
             request.arguments = [Stacked(column, self.size) for column in zip(*arguments, strict=True)]
         else:
@@ -169,8 +172,8 @@ def check_extents(program: Program, size: int) -> None:
             )
 
 
-def _argument(value: Any) -> Argument:
+def _argument(value: Any, is_on_host: bool) -> Argument:
     """The argument of an input that a route has matched."""
-    if isinstance(value, np.ndarray):
-        return Argument(value.shape, value, host=value)
+    if is_on_host:
+        return Argument(tuple(value.shape), value, host=value if type(value) is np.ndarray else value.numpy())
     return Argument(tuple(value.shape), (value, value), tensor=value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +44,13 @@ class Stacked(Argument):
         return [(buffer[i], tensor) for i, tensor in enumerate(tensors)]
 
 
-def write_rows(view: Array, items: Sequence[Array | None]) -> None:
-    """Copy each array into its row, and the last one into the rows that are left."""
+def write_rows(view: Array, items: Sequence[Any]) -> None:
+    """Copy each array, or host tensor, into its row, and the last one into the rows that are left."""
     i = 0
     for item in items:
-        view[i] = item
+        view[i] = item if type(item) is np.ndarray else item.numpy()
         i += 1
-    view[i:] = items[-1]
+    view[i:] = view[i - 1]
 
 
 def check_stackable(items: Sequence[Argument], specs: Specs) -> None:
