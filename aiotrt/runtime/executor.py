@@ -731,7 +731,10 @@ class Executor:
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
-        (self.hub.add_ended if has_ended else self.hub.add)(slot.lane, request, slot.when_complete)
+        if has_ended:
+            self.hub.add_ended(slot.lane, request, slot.when_complete)
+        else:
+            self.hub.add(slot.lane, request, slot.when_complete)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
         """On a worker thread: all of it, for a program whose launch occupies the thread."""
