@@ -1,12 +1,12 @@
 """What the server does under load, in processes of their own.
 
     python -m benchmarks serving [--part attacks|overload] [--seconds 600] [--quick] [--out DIR]
-    python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3]
+    python -m benchmarks serving --part side_by_side [--device host|cuda] [--model NAME] [--litserve PYTHON] [--seconds 3]
         [--limit SECONDS] [--quick] [--out DIR]
 
 `overload`: see `bench_serving_overload`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see
-`bench_serving_attacks`. They take what `aiotrt[serving]`
-needs, aiohttp, onnx and, but for `--device cuda`, which takes torchvision where it is installed, the demo's models.
+`bench_serving_attacks`. They take what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; with `--device cuda`
+torchvision and not the last two.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_serving_attacks, bench_serving_overload, bench_serving_side_by_side
+from benchmarks import bench_serving_side_by_side
 from benchmarks.measure import RESULTS
-from examples import ocr
+from benchmarks.serving_rivals.work import MODELS
 
 __all__ = ["main"]
 
@@ -33,29 +33,41 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, default="overload", help="what to measure (overload)")
     parser.add_argument("--seconds", type=float, help="how long the overload lasts (600), or each load side by side (3)")
     parser.add_argument("--device", choices=["host", "cuda"], default="host", help="where the model runs, side by side")
-    parser.add_argument("--limit", type=float, help="side by side: seconds after which no other round is begun (no limit)")
+    parser.add_argument("--model", choices=MODELS, help="side by side: reader, or on CUDA resnet50")
+    parser.add_argument("--limit", type=float, help="side by side: seconds until the last round ends (no limit)")
     parser.add_argument("--litserve", metavar="PYTHON", help="an interpreter that has LitServe, where this one has not")
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works; no results")
     parser.add_argument("--out", type=Path, help=f"folder for the results; {RESULTS.name} beside this file if not quick")
     arguments = parser.parse_args(words)
     quick, folder = arguments.quick, arguments.out or (None if arguments.quick else RESULTS)
+    device = arguments.device
+    model = arguments.model or ("resnet50" if device == "cuda" else "reader")
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"skipped: torch {torch.__version__} sees no CUDA device here")
+        return 0
+    if device == "cuda" and model == "reader":
+        parser.error("the reader is a model of the host's device")
+    # The parts are imported where they are run: on CUDA neither onnx nor the demo's packages are needed.
     if arguments.part == "attacks":
+        from benchmarks import bench_serving_attacks
+
         return bench_serving_attacks.measure(quick=quick, folder=folder)
-    if arguments.device == "host":
+    if model == "reader":
+        from examples import ocr
+
         try:
             ocr.detector_file()
         except FileNotFoundError as error:
             print(f"skipped: {error}")
             return 0
-    elif not torch.cuda.is_available():
-        print(f"skipped: torch {torch.__version__} sees no CUDA device here")
-        return 0
     if arguments.part == "side_by_side":
         seconds = arguments.seconds or (0.4 if quick else 3.0)
         return bench_serving_side_by_side.measure(
-            device=arguments.device, litserve=arguments.litserve, seconds=seconds, limit=arguments.limit or math.inf,
+            device=device, model=model, litserve=arguments.litserve, seconds=seconds, limit=arguments.limit or math.inf,
             quick=quick, folder=folder,
         )  # fmt: skip
-    if arguments.device != "host":
+    if device != "host":
         parser.error("the overload is of the host's device")
+    from benchmarks import bench_serving_overload
+
     return bench_serving_overload.measure(seconds=arguments.seconds or (5.0 if quick else 600.0), quick=quick, folder=folder)

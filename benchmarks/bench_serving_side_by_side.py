@@ -1,11 +1,13 @@
-"""The same model behind three kinds of server, one after the other, asked by the same client.
+"""The same model behind three kinds of server, sent the same raw frames by the same clients.
 
-    python -m benchmarks serving --part side_by_side [--device host|cuda] [--litserve PYTHON] [--seconds 3] [--limit SECONDS]
+    python -m benchmarks serving --part side_by_side [--device host|cuda] [--model NAME] [--litserve PYTHON] [--seconds 3]
+        [--limit SECONDS]
 
 A plain FastAPI endpoint that calls the model in a thread pool, LitServe with and without batches, and aiotrt in FastAPI with
-and without batches; in processes of their own, started anew for each round, behind uvicorn with the same loop and parser. On
-the host the model is PP-OCR's recogniser, in ONNX Runtime for all. On CUDA it is torchvision's ResNet-50 in FP16: aiotrt
-captures it, and the others call the same module as it is, each thread on a stream of its own.
+and without batches; in processes of their own, started anew for each round, behind uvicorn with the same loop and parser.
+Each has the best engine that it can use. On the host the model is PP-OCR's recogniser, in ONNX Runtime for all. On CUDA it
+is torchvision's ResNet-50, or with `--model detector` its RetinaNet from pixels to boxes, in FP16 and in CUDA graphs for
+all: each thread of the pool takes one of several graphs, and each of LitServe's processes has graphs for its batches.
 
 First each server's settings are tuned on this machine: of its candidates those win that answer the most requests a second to
 32 connections, and among those within 5 % of that, the one that answers most to a single connection. Then come several
@@ -13,8 +15,8 @@ rounds, in an order that is turned round each time. The loads: 1, 8 and 32 conne
 answered; and requests at random moments, the same for all, 70 % as many a second as the server in the middle can answer at
 its best: how long each takes counts from the moment when a request is due, and a server that cannot keep up shows it there.
 
-Where time is short, `--limit` ends it after so many seconds and the round that is under way then; a third of it is for the
-tuning, in which each server has had as many of its candidates tried as the others. The results say what was tried.
+Where time is short, no round begins that would end after `--limit` seconds. A third of it is for the tuning, in which each
+server has as many of its candidates tried as the others. There is always one of each. The results say what was tried.
 
 The bars: aiotrt without batches is ahead of the others without, and with batches of all others, in requests a second and in
 p99; and every answer is the right one.
@@ -22,7 +24,6 @@ p99; and every answer is the right one.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -33,15 +34,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.measure import as_record, finish
+from benchmarks.measure import as_record, finish, loops
 from benchmarks.rows import MEETS, Row, verdict
-from benchmarks.serving_model import reader
-from benchmarks.serving_rivals.asker import Known
+from benchmarks.serving_rivals.clients import Clients, Load
 from benchmarks.serving_rivals.contenders import MISSING, OURS, Contender, contenders, interpreter, same_server, versions
-from benchmarks.serving_rivals.trial import Load, Seen, Trials
+from benchmarks.serving_rivals.known import Known
+from benchmarks.serving_rivals.trial import Seen, Trials
 from benchmarks.tables import as_text, tables_of
 
-__all__ = ["compare", "judge", "measure", "overall"]
+__all__ = ["Clock", "compare", "judge", "measure", "overall"]
 
 PART: Final = "side_by_side"
 MOST: Final = 32  # connections
@@ -51,19 +52,22 @@ MOMENTS: Final = 300  # at the least: of fewer there is no 99th percentile worth
 ROUNDS: Final = 3
 
 
-def measure(*, device: str, litserve: str | None, seconds: float, limit: float, quick: bool, folder: Path | None) -> int:
+def measure(
+    *, device: str, model: str, litserve: str | None, seconds: float, limit: float, quick: bool, folder: Path | None
+) -> int:
     """Run it; returns the exit status.
 
     Args:
         device: "host" or "cuda".
+        model: of `work.MODELS`.
         litserve: an interpreter that has LitServe; None for this one.
         seconds: how long each load lasts.
-        limit: after so many seconds no other round is begun, and after a third of them no other candidates are tried.
-        quick: one short round, with the first candidate of each; on the host, of a torch model as well.
+        limit: no round is begun that would end after so many seconds, and no candidates after a third of them.
+        quick: one short round, with the first candidate of each.
         folder: for the results; None for none.
     """
-    results = compare(device, litserve, seconds, limit, quick=quick)
-    name = f"serving-side-by-side-{device}"
+    results = compare(device, model, litserve, seconds, limit, quick=quick)
+    name = f"serving-side-by-side{'-detector' if model == 'detector' else ''}-{device}"
     if folder is not None:
         is_whole = not results["failed"] and not results["unreached"]
         print(finish(name, results, folder, is_whole=is_whole))
@@ -71,7 +75,7 @@ def measure(*, device: str, litserve: str | None, seconds: float, limit: float, 
     return 1 if results["failed"] or results["wrong"] else 0
 
 
-def compare(device: str, litserve: str | None, seconds: float, limit: float, *, quick: bool) -> dict[str, Any]:
+def compare(device: str, model: str, litserve: str | None, seconds: float, limit: float, *, quick: bool) -> dict[str, Any]:
     """All of it; for the arguments see `measure`."""
     began = time.monotonic()
     found = interpreter(litserve)
@@ -84,39 +88,43 @@ def compare(device: str, litserve: str | None, seconds: float, limit: float, *, 
     field = [who for who in contenders(device) if found is not None or who.program != "litserve"]
     if found is None:
         results["skipped"]["LitServe"] = f"{MISSING}; --litserve takes an interpreter that has it"
-    models = ["resnet50"] if device == "cuda" else ["reader", "tiny"] if quick else ["reader"]
-    if device == "cuda" and importlib.util.find_spec("torchvision") is None:
-        models, results["skipped"]["ResNet-50"] = ["tiny"], f"torchvision is {MISSING}; a small network in its place"
     with tempfile.TemporaryDirectory() as place:
-        for model in models:
-            file = reader(Path(place) / "reader.onnx") if model == "reader" else None
+        file = None
+        if model == "reader":
+            from benchmarks.serving_model import reader  # needs onnx and scikit-image, which no other model does
+
+            file = reader(Path(place) / "reader.onnx")
+        with Clients(Known(model, file, device), "uvloop" if "uvloop" in loops() else "asyncio") as clients:
             trials = Trials(
-                model, device, file, Known(model, file, device), server,
-                {} if found is None else {"litserve": found[0]}, Path(place), 0.2 if quick else 0.5,
+                model, device, file, clients, server, {} if found is None else {"litserve": found[0]}, Path(place),
+                0.2 if quick else 0.5,
             )  # fmt: skip
-            rows = _rounds(trials, field, results, seconds, limit, quick=quick)
-            results["rows"] += rows
-            results["failed"] |= trials.failed
-            results["wrong"] |= {f"{model}, {who}": wrong for who, wrong in trials.wrong.items() if wrong}
+            results["rows"] = _rounds(trials, field, results, seconds, began, limit, quick=quick)
+        results["failed"] = trials.failed
+        results["wrong"] = {f"{model}, {who}": wrong for who, wrong in trials.wrong.items() if wrong}
     judge(results["rows"])
     return results | {"seconds": time.monotonic() - began, "verdict": overall(results["rows"])}
 
 
 def _rounds(
-    trials: Trials, field: Sequence[Contender], results: dict[str, Any], seconds: float, limit: float, *, quick: bool
-) -> list[Row]:
+    trials: Trials, field: Sequence[Contender], results: dict[str, Any], seconds: float, began: float, limit: float, *,
+    quick: bool,
+) -> list[Row]:  # fmt: skip
     """The rows of one model."""
-    began = time.monotonic()
     tuned: dict[str, Mapping[str, Any]] = {}
     best: dict[str, float] = {}
     every: dict[str, list[tuple[Mapping[str, Any], list[Seen]]]] = {who.name: [] for who in field}
-    for candidates in zip_longest(*(who.candidates[: 1 if quick else None] for who in field)):
-        if time.monotonic() - began > limit / 3:
-            results["unreached"].append(f"{trials.model}: candidates after the first {max(map(len, every.values()))}")
+    loads = [Load(_connections(n), seconds / 3, n) for n in (MOST, 1)]
+    clock = Clock(began)
+    for number, candidates in enumerate(zip_longest(*(who.candidates[: 1 if quick else None] for who in field))):
+        if number and not clock.has_time(limit / 3):
+            results["unreached"].append(f"{trials.model}: candidates after the first {number}")
             break
-        for who, settings in zip(field, candidates, strict=True):
-            if settings is not None and (seen := _tried(trials, who, settings, seconds / 3)):
+        pairs = [(who, settings) for who, settings in zip(field, candidates, strict=True) if settings is not None]
+        for (who, settings), seen in zip(pairs, trials.of(pairs, loads), strict=True):
+            if seen:
                 every[who.name].append((settings, seen))
+        clock.step()
     for who in field:
         tried = every[who.name]
         results["tuning"][f"{trials.model}, {who.name}"] = [
@@ -136,12 +144,14 @@ def _rounds(
     there = [who for who in field if who.name in tuned]
     visits: dict[str, list[list[Seen]]] = {who.name: [] for who in there}
     for number in range(1 if quick else ROUNDS):
-        if number and time.monotonic() - began > limit:
+        if number and not clock.has_time(limit):
             results["unreached"].append(f"{trials.model}: rounds after the first {number}")
             break
-        for who in there if number % 2 == 0 else reversed(there):
-            if visit := trials.of(who, tuned[who.name], loads):
+        turn = there if number % 2 == 0 else there[::-1]
+        for who, visit in zip(turn, trials.of([(who, tuned[who.name]) for who in turn], loads), strict=True):
+            if visit:
                 visits[who.name].append(visit)
+        clock.step()
     return [
         _row(trials, who, load, tuned[who.name], [visit[i] for visit in visits[who.name]])
         for i, load in enumerate(loads)
@@ -150,9 +160,26 @@ def _rounds(
     ]
 
 
-def _tried(trials: Trials, who: Contender, settings: Mapping[str, Any], seconds: float) -> list[Seen]:
-    """With many connections, and with one."""
-    return trials.of(who, settings, [Load(_connections(n), seconds, n) for n in (MOST, 1)])
+class Clock:
+    """Tells whether another step fits into a limit, if it takes as long as the last one.
+
+    Args:
+        began: since when the limit counts, by `time.monotonic`.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self._last = time.monotonic()
+        self._took = 0.0
+
+    def step(self) -> None:
+        """End a step."""
+        now = time.monotonic()
+        self._took, self._last = now - self._last, now
+
+    def has_time(self, limit: float) -> bool:
+        """Whether another step would end within so many seconds."""
+        return time.monotonic() - self._began + self._took <= limit
 
 
 def _connections(n: int) -> str:

@@ -222,7 +222,7 @@ _SUMMARY: Final[Sequence[tuple[str, str, Mapping[str, object], Cell, Sequence[st
     (
         "serving-side-by-side-cuda",
         "ResNet-50 behind HTTP, 32 connections: requests/s (p99, ms)",
-        {"load": "32 connections"},
+        {"load": "32 connections", "model": "resnet50"},
         lambda row: f"{row['rate']:,.0f} ({1e3 * row['latency']['p99']:.0f})",
         ("FastAPI, thread pool", "LitServe, batches"),
         ("aiotrt", "aiotrt, batches"),
@@ -555,7 +555,16 @@ def _side_by_side(record: Record) -> list[Table]:
             f"{facts['client_cpu']:.2f}",
         ]
 
-    headings = ["server", "requests/s", "p50, ms", "p99, ms", "loop lag p50 / p99, ms", "cores", "MiB", "client's cores"]
+    headings = [
+        "server",
+        "requests/s",
+        "p50, ms",
+        "p99, ms",
+        "loop lag p50 / p99, ms",
+        "cores",
+        "MiB",
+        "busiest client's cores",
+    ]
     settings = dict.fromkeys((row["setting"]["model"], row["setting"]["load"]) for row in record["rows"])
     return [
         Table(
@@ -649,4 +658,5 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "serving-attacks": _attacks,
     "serving-overload": _overload,
     "serving-side-by-side": _side_by_side,
+    "serving-side-by-side-detector": _side_by_side,
 }

@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final, Self
+from collections.abc import Sequence
+from typing import Final, Self
 
 import aiohttp
-import numpy as np
 
-from benchmarks.serving_model import crops
-from benchmarks.serving_rivals.work import LAG, MODELS, OCTETS, READY, Array, Job
+from benchmarks.serving_rivals.known import ITEMS, Known
+from benchmarks.serving_rivals.work import OCTETS
 
-__all__ = ["Asker", "Known"]
+__all__ = ["Asker"]
 
-ITEMS: Final = 64  # different ones
 PATIENCE: Final = 30.0  # seconds, after which a request is lost
-#: Of the largest output: as near as FP16 comes to itself with other batches. What is whole must be equal.
-TOLERANCE: Final = 0.02
-
-
-class Known:
-    """Items, and what the model, asked directly, says of each."""
-
-    def __init__(self, model: str, file: Path | None, device: str) -> None:
-        random = np.random.default_rng(1)
-        _, height, width = shape = MODELS[model]
-        is_text = model == "reader"
-        items: list[Array] = (
-            crops(ITEMS, width, random) if is_text else list(random.integers(0, 256, (ITEMS, *shape), np.uint8))
-        )
-        assert items[0].shape == (3, height, width), "the reader's items are not what its server takes"
-        run = Job(model, file, device, {"threads": 1}).run()
-        found = [run(item[None], np.zeros(1, np.int64)) for item in items]
-        self.bodies = [item.tobytes() for item in items]
-        self.outputs = [outputs[0] for outputs, _ in found]
-        self.sums = [int(item.astype(np.int64).sum()) for item in items]
-
-    def is_output(self, data: bytes, item: int) -> bool:
-        """Whether this is what the model says of that item."""
-        wanted = self.outputs[item]
-        if len(data) != wanted.nbytes:
-            return False
-        output = np.frombuffer(data, wanted.dtype)
-        if wanted.dtype.kind != "f":
-            return bool((output == wanted).all())
-        return bool(np.abs(output - wanted).max() <= TOLERANCE * np.abs(wanted).max())
 
 
 class Asker:
@@ -59,13 +25,15 @@ class Asker:
         url: the server's.
         known: what to ask, and what is right.
         wrong: counts requests without the answer that they must have, by what is wrong.
+        first: the number of the first request; the others are numbered from there.
 
     Attributes:
         sent: how many requests.
     """
 
-    def __init__(self, url: str, known: Known, wrong: Counter[str]) -> None:
+    def __init__(self, url: str, known: Known, wrong: Counter[str], first: int = 0) -> None:
         self.sent = 0
+        self._first = first
         self.wrong = wrong
         self._url = url
         self._known = known
@@ -83,34 +51,6 @@ class Asker:
         assert self._session is not None
         await self._session.close()
 
-    async def until_ready(self, is_running: Callable[[], bool]) -> None:
-        """Wait for the server.
-
-        Raises:
-            RuntimeError: it ended.
-            TimeoutError: it is not ready within two minutes.
-        """
-        assert self._session is not None
-        async with asyncio.timeout(120):
-            while True:
-                if not is_running():
-                    raise RuntimeError("the server ended before it was ready")
-                try:
-                    async with self._session.get(self._url + READY) as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientError:
-                    pass
-                await asyncio.sleep(0.05)
-
-    async def lags(self) -> list[float]:
-        """The server's event loop's, since this was last asked; in seconds."""
-        assert self._session is not None
-        async with self._session.get(self._url + LAG) as response:
-            found: dict[str, Any] = json.loads(await response.read())
-        lags: list[float] = found["lags"]
-        return lags
-
     async def ask(self, since: float | None = None) -> float:
         """One request, of a number that no other has; returns the seconds until its answer.
 
@@ -118,7 +58,7 @@ class Asker:
             since: when it should have been sent, for a clock that runs while it waits to be.
         """
         assert self._session is not None
-        number, self.sent = self.sent, self.sent + 1
+        number, self.sent = self._first + self.sent, self.sent + 1
         item = number % ITEMS
         body = self._known.bodies[item] + number.to_bytes(8, "little")
         began = time.perf_counter() if since is None else since
@@ -137,24 +77,28 @@ class Asker:
             self.wrong["mismatched: another output"] += 1
         return seconds
 
-    async def closed(self, connections: int, seconds: float) -> list[float]:
-        """So many clients, each of which waits for its answer before it asks again; how long each answer took."""
-        end = time.perf_counter() + seconds
+    async def closed(self, connections: int, end: float) -> list[float]:
+        """So many clients, each of which waits for its answer before it asks again; how long each answer took.
+
+        Args:
+            connections: how many.
+            end: by `time.perf_counter`, when a client with an answer stops; each sends at least one request.
+        """
         took: list[float] = []
 
         async def client() -> None:
+            took.append(await self.ask())
             while time.perf_counter() < end:
                 took.append(await self.ask())
 
         await asyncio.gather(*(client() for _ in range(connections)))
         return took
 
-    async def open(self, moments: Sequence[float]) -> list[float]:
-        """A request at each of these seconds from now, whatever becomes of the others; how long each answer took.
+    async def open(self, moments: Sequence[float], start: float) -> list[float]:
+        """A request at each of these seconds after `start`, whatever becomes of the others; how long each answer took.
 
         From the moment on, not from the sending: a server that makes the client late does not look better for it.
         """
-        began = time.perf_counter()
         took: list[float] = []
 
         async def one(due: float) -> None:
@@ -162,7 +106,7 @@ class Asker:
 
         async with asyncio.TaskGroup() as group:
             for moment in moments:
-                due = began + moment
+                due = start + moment
                 if (pause := due - time.perf_counter()) > 0:
                     await asyncio.sleep(pause)
                 group.create_task(one(due))

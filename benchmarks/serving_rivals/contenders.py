@@ -50,45 +50,48 @@ def contenders(device: str) -> list[Contender]:
     """All of them.
 
     On the host the engine's threads and the runs at once share the processors: one run that uses all, one on each, or twice
-    as many, so that one is always ready to go. On CUDA only the runs at once matter. The likeliest come first, for those who
-    have no time to try all.
+    as many, so that one is always ready to go. On CUDA only the runs at once matter, each with a graph of its own, and the
+    largest batch. The likeliest come first, for those who have no time to try all.
     """
-    cores = len(os.sched_getaffinity(0))
-    waits: tuple[float, ...]
     if device == "cuda":
-        shared = [(1, 2), (1, 4), (1, 1), (1, 8)]
-        processes, waits = [(1, 2), (1, 4), (1, 1)], (0.001, 0.005)
-    else:
-        shared = [(1, cores), (1, 2 * cores), (cores, 1), (cores, 2)]
-        processes, waits = [(1, cores), (cores, 1)], (0.0, 0.002, 0.01)
-    every, batch = {"sizes": list(range(1, BATCH + 1))}, {"max_batch": BATCH}
-    plain = [{"threads": threads, "at_once": count} for threads, count in shared]
+        return _on_cuda()
+    cores = len(os.sched_getaffinity(0))
+    shared = [(1, cores), (1, 2 * cores), (cores, 1), (cores, 2)]
+    workers = [{"threads": threads, "workers": count} for threads, count in shared[::2]]
     slots = [{"threads": threads, "slots": count} for threads, count in shared]
-    workers = [{"threads": threads, "workers": count} for threads, count in processes]
-    spinning = [] if device == "cuda" else [{"threads": cores, "at_once": 1, "spin": True}]
-    return [
-        Contender("FastAPI, thread pool", "plain", is_batched=False, candidates=[*plain, *spinning]),
-        Contender(
-            "LitServe",
-            "litserve",
-            is_batched=False,
-            candidates=[*workers, *({**one, "fast_queue": True} for one in workers)],
-        ),
-        Contender(
-            "LitServe, batches",
-            "litserve",
-            is_batched=True,
-            candidates=[{**one, **batch, "batch_timeout": wait} for one, wait in product(workers, waits)],
-        ),
-        Contender(OURS, "aiotrt", is_batched=False, candidates=slots),
-        Contender(
-            f"{OURS}, batches",
-            "aiotrt",
-            is_batched=True,
-            # Padding to powers of two saves graphs, which cost nothing on the host, where padding does.
-            candidates=[{**one, **batch, **(every if device == "host" else {})} for one in slots],
-        ),
+    plain = [{"threads": threads, "at_once": count} for threads, count in shared]
+    waits = [{"max_batch": BATCH, "batch_timeout": wait} for wait in (0.0, 0.002, 0.01)]
+    every = {"max_batch": BATCH, "sizes": list(range(1, BATCH + 1))}  # padding saves graphs, of which there are none here
+    return _field(
+        [*plain, {"threads": cores, "at_once": 1, "spin": True}],
+        [*workers, *({**one, "fast_queue": True} for one in workers)],
+        [{**one, **wait} for one, wait in product(workers, waits)],
+        slots,
+        [{**one, **every} for one in slots],
+    )
+
+
+def _on_cuda() -> list[Contender]:
+    workers = [{"workers": count, "fast_queue": fast} for count, fast in ((2, True), (1, True), (4, True), (2, False))]
+    batches = [(1, 16, 0.001, True), (2, 8, 0.001, True), (1, 32, 0.002, True), (2, 16, 0.001, False)]
+    return _field(
+        [{"at_once": 4}, {"at_once": 8}, {"at_once": 4, "blocks": True}, {"at_once": 2}],
+        workers,
+        [dict(zip(("workers", "max_batch", "batch_timeout", "fast_queue"), one, strict=True)) for one in batches],
+        [{"slots": slots} for slots in (3, 4, 2, 8)],
+        [{"slots": slots, "max_batch": most} for slots, most in ((2, 16), (3, 8), (2, 32), (3, 16))],
+    )
+
+
+def _field(*candidates: Sequence[Mapping[str, Any]]) -> list[Contender]:
+    kinds = [
+        ("FastAPI, thread pool", "plain", False),
+        ("LitServe", "litserve", False),
+        ("LitServe, batches", "litserve", True),
+        (OURS, "aiotrt", False),
+        (f"{OURS}, batches", "aiotrt", True),
     ]
+    return [Contender(*kind, candidates=own) for kind, own in zip(kinds, candidates, strict=True)]
 
 
 def versions(python: str = sys.executable) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ Model = Annotated[aiotrt.Model, Depends(serving.get("model"))]
 
 
 def application(job: Job) -> FastAPI:
-    """With the settings' `slots` and `threads`; and with `max_batch`, in batches, of any of `sizes` if that is there."""
+    """With the settings' `slots`, and `threads` on the host; with `max_batch` in batches, of `sizes` if they are there."""
     settings = job.settings
     is_batched = "max_batch" in settings
     item = np.zeros(job.shape, np.uint8), np.zeros((), np.int64)
@@ -28,7 +28,7 @@ def application(job: Job) -> FastAPI:
             job.file or network(job.model, job.device),
             device=job.device,
             slots=settings["slots"],
-            threads=settings["threads"],
+            threads=settings.get("threads", 1),
             batching=Batching(max_size=settings["max_batch"], sizes=settings.get("sizes")) if is_batched else None,
             warmup=[item if is_batched else tuple(array[None] for array in item)],
         )

@@ -13,9 +13,9 @@ import gc
 import importlib
 import math
 import os
-import threading
+import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -28,18 +28,34 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LAG", "MODELS", "OCTETS", "READY", "Array", "Heart", "Job", "Run", "decode", "encode", "network"]
+__all__ = [
+    "BEAT",
+    "LAG",
+    "MODELS",
+    "OCTETS",
+    "READY",
+    "Array",
+    "Heart",
+    "Job",
+    "Run",
+    "decode",
+    "directly",
+    "encode",
+    "network",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
-#: From pixels (n, ...) and numbers (n,) to outputs (n, 20) and checksums (n,).
-Run: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]
+Items: TypeAlias = Sequence[Array] | Array
+#: From n items' pixels and numbers to outputs (n, 20, ...) and checksums (n,).
+Run: TypeAlias = Callable[[Items, Items], tuple[Array, Array]]
 
-#: An item's pixels, by the model's name: PP-OCR's recogniser, torchvision's ResNet-50, and a network to try things with.
-MODELS: Final = {"reader": (3, 48, 160), "resnet50": (3, 224, 224), "tiny": (3, 32, 32)}
+#: An item's pixels, by the model's name: PP-OCR's recogniser, torchvision's ResNet-50 and RetinaNet, and a network to try
+#: things with.
+MODELS: Final = {"reader": (3, 48, 160), "resnet50": (3, 224, 224), "detector": (3, 320, 320), "tiny": (3, 32, 32)}
 OCTETS: Final = "application/octet-stream"
 READY: Final = "/health"  # LitServe's
 LAG: Final = "/lag"
-SCORES: Final = 20  # of a network's, that are sent
+SCORES: Final = 20  # of a network's, or boxes of a detector's, that are sent
 BEAT: Final = 5e-3  # seconds
 _SEED: Final = 1
 
@@ -66,10 +82,14 @@ class Job:
         return MODELS[self.model]
 
     def run(self) -> Run:
-        """The model, as one calls it without aiotrt, from any thread; it blocks, and releases the interpreter lock."""
+        """The model with the best engine that there is without aiotrt.
+
+        That is ONNX Runtime for a file, and CUDA graphs or torch on the CPU for a network. It may be called from as many
+        threads as the settings' `at_once`; it blocks, and releases the interpreter lock.
+        """
         if self.file is not None:
             return _session(self.file, self.settings["threads"], spins=self.settings.get("spin", False))
-        return _eager(self.model, self.device)
+        return _replayed(self) if self.device == "cuda" else directly(self.model, None, self.device)
 
 
 def decode(body: bytes, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -110,9 +130,19 @@ def network(name: str, device: str) -> torch.nn.Module:
     dtype = torch.float16 if device == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        inside = _tiny() if name == "tiny" else importlib.import_module("torchvision.models").resnet50(weights=None)
-    module = Scored(inside).eval().to(device.replace("host", "cpu"), dtype)
+        module = Scored(_inside(name)).eval().to(device.replace("host", "cpu"), dtype)
     return module.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]  # torch's hint lacks it
+
+
+def _inside(name: str) -> torch.nn.Module:
+    if name == "tiny":
+        return _tiny()
+    if name == "detector":
+        from benchmarks.serving_rivals.detector import Detector
+
+        return Detector(MODELS[name][-1], SCORES)
+    made: torch.nn.Module = importlib.import_module("torchvision.models").resnet50(weights=None)
+    return made
 
 
 def _tiny() -> torch.nn.Module:
@@ -133,34 +163,49 @@ def _session(file: Path, threads: int, *, spins: bool) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def run(pixels: Array, numbers: Array) -> tuple[Array, Array]:
-        letters, checksums = session.run(None, {"pixels": pixels, "number": numbers})
+    def run(pixels: Items, numbers: Items) -> tuple[Array, Array]:
+        letters, checksums = session.run(None, {"pixels": np.asarray(pixels), "number": np.asarray(numbers)})
         return letters, checksums
 
     return run
 
 
-def _eager(name: str, device: str) -> Run:
-    """A torch model, called as it is; on CUDA each thread has a stream of its own."""
+def directly(name: str, file: Path | None, device: str) -> Run:
+    """The model as it is, for one call at a time on CUDA."""
+    if file is not None:
+        return _session(file, 1, spins=False)
     import torch
 
     module = network(name, device)
     place = next(module.parameters()).device
-    own = threading.local()
     torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = True
-    if place.type == "cuda":
-        torch.cuda.synchronize()  # the weights are on their way on another stream than those that will read them
 
     @torch.inference_mode()
-    def run(pixels: Array, numbers: Array) -> tuple[Array, Array]:
-        if place.type == "cuda" and not hasattr(own, "stream"):
-            own.stream = torch.cuda.Stream()
-        with torch.cuda.stream(getattr(own, "stream", None)):
-            # What came with a request cannot be written to, of which torch would warn; a batch was stacked.
-            sent = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in (pixels, numbers)]
-            outputs, checksums = module(*(tensor.to(place) for tensor in sent))
-            return outputs.cpu().numpy(), checksums.cpu().numpy()
+    def run(pixels: Items, numbers: Items) -> tuple[Array, Array]:
+        # torch warns of memory that is read-only, as a request's is.
+        sent = [torch.from_numpy(np.array(items)) for items in (pixels, numbers)]
+        outputs, checksums = module(*(tensor.to(place) for tensor in sent))
+        return outputs.cpu().numpy(), checksums.cpu().numpy()
+
+    return run
+
+
+def _replayed(job: Job) -> Run:
+    """CUDA graphs, `at_once` of them for each batch size: powers of two up to `max_batch`, as aiotrt has them."""
+    from benchmarks.serving_rivals.graphs import Graphs
+
+    module, most = network(job.model, job.device), job.settings.get("max_batch", 1)
+    sizes = [1 << i for i in range(most.bit_length())]
+    free: queue.SimpleQueue[Graphs] = queue.SimpleQueue()
+    for _ in range(job.settings.get("at_once", 1)):
+        free.put(Graphs(module, job.shape, sizes, blocks=job.settings.get("blocks", False)))
+
+    def run(pixels: Items, numbers: Items) -> tuple[Array, Array]:
+        graphs = free.get()
+        try:
+            return graphs(pixels, numbers)
+        finally:
+            free.put(graphs)
 
     return run
 

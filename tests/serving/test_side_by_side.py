@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ pytest.importorskip("onnx", reason="the benchmark's model")
 pytest.importorskip("skimage", reason="the benchmark's pictures")
 
 from benchmarks import bench_serving, bench_serving_side_by_side, tables
-from benchmarks.bench_serving_side_by_side import judge, overall
+from benchmarks.bench_serving_side_by_side import Clock, judge, overall
 from benchmarks.measure import Spread
 from benchmarks.rows import MEETS, Row, Run
 from benchmarks.serving_rivals import contenders
-from benchmarks.serving_rivals.asker import Asker, Known
-from benchmarks.serving_rivals.trial import Load, Trials
-from benchmarks.serving_rivals.work import READY, Heart, Job, decode, encode
+from benchmarks.serving_rivals.asker import Asker
+from benchmarks.serving_rivals.clients import Clients, Load
+from benchmarks.serving_rivals.known import Known
+from benchmarks.serving_rivals.trial import Trials
+from benchmarks.serving_rivals.work import LAG, MODELS, Heart, Job, decode, encode
 from examples import ocr
 from tests.serving.tools import served
 
@@ -86,9 +89,6 @@ async def test_a_wrong_answer_is_counted_whatever_is_wrong_with_it() -> None:
     faults = iter(["none", "checksum", "output", "short", "status"])
     app = FastAPI()
 
-    @app.get(READY)
-    async def ready() -> None: ...
-
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         fault = next(faults)
@@ -103,16 +103,51 @@ async def test_a_wrong_answer_is_counted_whatever_is_wrong_with_it() -> None:
 
     wrong: Counter[str] = Counter()
     async with served(Heart(app)) as client, Asker(str(client.base_url).rstrip("/"), known, wrong) as asker:
-        await asker.until_ready(lambda: True)
         for _ in range(5):
             await asker.ask()
-        lags = await asker.lags()
-        while not lags:  # the heart beats from the first request on
+        while not (await client.get(LAG)).json()["lags"]:  # the heart beats from the first request on
             await asyncio.sleep(0)
-            lags = await asker.lags()
-        with pytest.raises(RuntimeError, match="ended before"):
-            await asker.until_ready(lambda: False)
     assert wrong == {"mismatched: another request's checksum": 1, "mismatched: another output": 2, "status 503": 1}
+
+
+def test_boxes_are_compared_by_their_scores() -> None:
+    known = Known("tiny", None, "host")
+    known.outputs[0] = np.array([[0.9, 1, 2, 3, 4, 5], [0.9, 6, 7, 8, 9, 10]], np.float32)
+    assert known.is_output(known.outputs[0][::-1].tobytes(), 0)
+    assert not known.is_output((0.9 * known.outputs[0]).tobytes(), 0)
+
+
+def test_processes_share_a_load_without_loss() -> None:
+    load = Load("all", 2.0, 7, [0.1, 0.2, 0.3])
+    shares = [load.share(i, 4) for i in range(4)]
+    assert [one.connections for one in shares] == [2, 2, 2, 1]
+    assert [list(one.moments) for one in shares] == [[0.1], [0.2], [0.3], []]
+
+
+def test_another_round_begins_only_if_it_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr(bench_serving_side_by_side, "time", SimpleNamespace(monotonic=lambda: now))
+    clock = Clock(began=0.0)
+    now = 30.0
+    clock.step()
+    assert clock.has_time(50)
+    assert not clock.has_time(49)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny", "resnet50", "detector"])
+def test_graphs_by_hand_answer_as_the_model_does(model: str) -> None:
+    if model != "tiny":
+        pytest.importorskip("torchvision")
+    run = Job(model, None, "cuda", {"at_once": 2, "max_batch": 4}).run()
+    known = Known(model, None, "cuda")
+    items = [np.frombuffer(body, np.uint8).reshape(MODELS[model]) for body in known.bodies]
+    for count in (1, 2, 3, 4, 1):
+        outputs, checksums = run(items[:count], np.arange(count))
+        assert len(outputs) == len(checksums) == count
+        for i in range(count):
+            assert known.is_output(outputs[i].tobytes(), i)
+            assert checksums[i] == known.sums[i] + i
 
 
 def test_the_parser_and_the_loop_are_those_that_every_server_has() -> None:
@@ -133,15 +168,16 @@ def test_every_setting_can_be_sent_to_a_server() -> None:
 
 @pytest.mark.proof
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("model", ["reader", "tiny"])
 def test_it_runs_without_litserve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         ocr.detector_file()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(bench_serving_side_by_side, "interpreter", lambda asked: None)
-    assert bench_serving.main(["--part", "side_by_side", "--quick", "--out", str(tmp_path)]) == 0
+    assert bench_serving.main(["--part", "side_by_side", "--model", model, "--quick", "--out", str(tmp_path)]) == 0
     record = tables.load(tmp_path / "serving-side-by-side-host.json")
     assert record["quick"]
     assert not record["failed"]
@@ -149,9 +185,9 @@ def test_it_runs_without_litserve(
     assert "not installed" in record["skipped"]["LitServe"]
     ways = ["FastAPI, thread pool", "aiotrt", "aiotrt, batches"]
     assert [(one["setting"]["model"], one["way"]) for one in record["rows"]] == [
-        (model, way) for model in ("reader", "tiny") for _ in range(3) for way in ways
+        (model, way) for _ in range(3) for way in ways
     ]
-    assert list(record["tuning"]) == [f"{model}, {way}" for model in ("reader", "tiny") for way in ways]
+    assert list(record["tuning"]) == [f"{model}, {way}" for way in ways]
     for one in record["rows"]:
         assert one["rate"] > 0
         assert one["cpu"] > 0
@@ -166,9 +202,10 @@ def test_it_runs_without_litserve(
 
 
 def test_a_server_that_does_not_start_is_a_failure(tmp_path: Path) -> None:
-    trials = Trials("tiny", "host", None, Known("tiny", None, "host"), {}, {}, tmp_path, 0.1)
+    clients = Clients(Known("tiny", None, "host"), "asyncio")  # its processes are started when it is entered
+    trials = Trials("tiny", "host", None, clients, {}, {}, tmp_path, 0.1)
     who = contenders.Contender("FastAPI", "plain", is_batched=False, candidates=[])
-    assert trials.of(who, {"threads": 1}, [Load("1 connection", 0.1, 1)]) == []
+    assert trials.of([(who, {"threads": 1})], [Load("1 connection", 0.1, 1)]) == [[]]
     (said,) = trials.failed.values()
     assert "ended before it was ready" in said
     assert "KeyError: 'at_once'" in said
