@@ -143,7 +143,7 @@ async def test_a_request_whose_client_has_gone_counts_while_the_device_reads_it(
 
 def budget_behind(http: Served) -> Budget:
     app: Any = http.server.config.app
-    budget: Budget = app.state.budget
+    budget: Budget = app.state.service.budget
     return budget
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,23 +15,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import aiotrt
-from aiotrt.errors import AiotrtError, ModelBrokenError, UsageError
-from aiotrt.model import Model
+from aiotrt.errors import AiotrtError
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.disconnect import CancelOnDisconnect
-from aiotrt.serving.errors import BodyError, BodyTooLargeError, UnsupportedMediaTypeError, problem
+from aiotrt.serving.errors import BodyError, BodyTooLargeError, UnsupportedMediaTypeError
 from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse
 from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
-from aiotrt.serving.kserve.servable import VERSION, Servable
+from aiotrt.serving.kserve.service import Service
 from aiotrt.serving.kserve.settings import ServerSettings
-from aiotrt.serving.models import Models, Standing, running
 from aiotrt.serving.status import status_page
 from aiotrt.serving.threads import COPIED, off_loop
-from aiotrt.tensors import TensorSpec
 
 __all__ = ["create_app"]
 
@@ -55,29 +51,13 @@ def create_app(
         on_failure: called when a model that was to be loaded at the start cannot be.
         on_loaded: called when all of those are.
     """
-    server = _Server(settings)
+    service = Service(settings)
+    server = _Server(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        first = [model.name for model in settings.models if model.is_loaded]
-
-        async def load_first() -> None:
-            try:
-                for name in first:
-                    await server.models.load(name)
-            except Exception as error:
-                if on_failure is not None:
-                    on_failure(error)
-            else:
-                if on_loaded is not None:
-                    on_loaded()
-
-        try:
-            async with running(server.models, wait=False, loading=load_first):
-                yield {"aiotrt": server.models}
-        except asyncio.CancelledError:  # by a second signal: the models are closed, and there is nothing to report
-            if not server.models.is_draining:
-                raise
+        async with service.running(on_failure, on_loaded):
+            yield {"aiotrt": service.models}
 
     app = FastAPI(
         title="aiotrt",
@@ -88,7 +68,7 @@ def create_app(
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
     )
-    app.state.models, app.state.budget = server.models, server.budget
+    app.state.service, app.state.models = service, service.models
     app.include_router(server.routes())
     ready = readyz if settings.token is None else server.readyz
     for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):
@@ -110,24 +90,18 @@ def create_app(
     is_private = settings.token is None and is_loopback(settings.host)
     hosts = [settings.host, *settings.allowed_hosts] if settings.allowed_hosts or is_private else None
     app.add_middleware(Origins, hosts=hosts, origins=settings.cors_origins)
-    app.add_middleware(Draining, models=server.models)
+    app.add_middleware(Draining, models=service.models)
     return app
 
 
 class _Server:
     """The routes, and what they share."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self._settings = settings
-        self._servables = {model.name: Servable(model) for model in settings.models}
-        self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
-        self._first = {model.name for model in settings.models if model.is_loaded}
-        self.models = Models(
-            {model.name: model.maker() for model in settings.models},
-            close_timeout=settings.drain_timeout,
-            opened=lambda name, model: self._servables[name].opened(model),
-            required=self._first,
-        )
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._settings = service.settings
+        self._budget = service.budget
+        self._models = service.models
 
     def routes(self) -> APIRouter:
         router = APIRouter()
@@ -152,7 +126,7 @@ class _Server:
 
     async def server_metadata(self) -> dict[str, Any]:
         """The server's name, version and extensions."""
-        return {"name": "aiotrt", "version": aiotrt.__version__, "extensions": list(_EXTENSIONS)}
+        return self._service.metadata()
 
     async def server_live(self) -> dict[str, bool]:
         """Whether the event loop turns."""
@@ -160,64 +134,57 @@ class _Server:
 
     async def server_ready(self, request: Request) -> Response:
         """Whether all models can be called."""
-        return JSONResponse({"ready": self.models.is_ready}, 200 if self.models.is_ready else 503)
+        return JSONResponse({"ready": self._models.is_ready}, 200 if self._models.is_ready else 503)
 
     async def readyz(self, request: Request) -> Response:
         """Likewise for probes, which have no token: they are not told which models there are, and how each stands."""
-        said = {"ready": self.models.is_ready, "draining": self.models.is_draining}
-        return JSONResponse(said, 200 if self.models.is_ready else 503)
+        said = {"ready": self._models.is_ready, "draining": self._models.is_draining}
+        return JSONResponse(said, 200 if self._models.is_ready else 503)
 
     # A model...
 
     async def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
         """A model's inputs and outputs. Dimensions whose size may differ from call to call are -1."""
-        model = self._model(name, version)
-        return self._servables[name].metadata(model)
+        model, servable = self._service.model(name, version)
+        return servable.metadata(model)
 
     async def model_config(self, name: str, version: str | None = None) -> dict[str, Any]:
         """A model's configuration, as far as Triton's clients read it."""
-        model = self._model(name, version)
-        return self._servables[name].config(model)
+        model, servable = self._service.model(name, version)
+        return servable.config(model)
 
     async def model_statistics(self, name: str, version: str | None = None) -> dict[str, Any]:
         """How many requests a model had, and where their time went."""
-        self._check(name, version)
-        return {"model_stats": [self._statistics(name)]}
+        return self._service.statistics(name, version)
 
     async def all_statistics(self) -> dict[str, Any]:
         """The statistics of all models."""
-        return {"model_stats": [self._statistics(name) for name in self.models.names()]}
+        return self._service.statistics()
 
     async def model_ready(self, name: str, version: str | None = None) -> Response:
         """Whether a model can be called."""
-        self._check(name, version)
-        standing, reason = self.models.standing(name)
-        is_ready = standing is Standing.READY
+        is_ready, reason = self._service.standing(name, version)
         said = {"name": name, "ready": is_ready, **({} if is_ready else {"error": reason})}
         return JSONResponse(said, 200 if is_ready else 503)
 
     async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
         """Run a model."""
-        model, servable = self._model(name, version), self._servables[name]
+        model, servable = self._service.model(name, version)
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
         with servable.counted() as passed:
-            body = await self.budget.read(request)  # kept until the end: tensors of JSON take about as much
+            body = await self._budget.read(request)  # kept until the end: tensors of JSON take about as much
             called = await self._parse(request, body)
             passed()
-            wanted = _wanted(called, servable.outputs)  # before the call, which would be for nothing
-            results = await servable.run(model, called, self._settings.max_deadline)
+            head, outputs = await self._service.run(model, servable, called)
             passed()
-            head: dict[str, object] = {"model_name": name, "model_version": VERSION}
-            if called.id is not None:
-                head["id"] = called.id
 
             def encoded() -> tuple[bytes, list[memoryview]]:
-                return encode(head, [(output, is_binary, results[output]) for output, is_binary in wanted])
+                return encode(head, outputs)
 
             # Bytes are sent from where they are; numbers are written as text, which takes a while.
-            is_short = all(is_binary or results[output].numel() < 1024 for output, is_binary in wanted)
-            response = _InferResponse(self.budget, *await off_loop(encoded, 0 if is_short else None))
+            is_short = all(is_binary or tensor.numel() < 1024 for _, is_binary, tensor in outputs)
+            response = _InferResponse(self._budget, *await off_loop(encoded, 0 if is_short else None))
             passed()
             return response
 
@@ -229,34 +196,19 @@ class _Server:
         is_ready = False if is_ready is None else is_ready
         if not isinstance(is_ready, bool):
             raise BodyError("ready must be true or false")
-        entries = []
-        for name in self.models.names():
-            standing, reason = self.models.standing(name)
-            if standing is Standing.READY or not is_ready:
-                entries.append({"name": name, "version": VERSION, "state": standing.value, "reason": reason})
-        return entries
+        return self._service.index(is_ready)
 
     async def load(self, request: Request, name: str) -> dict[str, Any]:
         """Load a model that the server was started with, as it was told then."""
-        self._check(name, None)
-        fields = await self._small_json(request)
-        if fields.get("parameters"):
-            raise BodyError("a model is loaded with the server's settings: parameters are not taken")
-        try:
-            await self.models.load(name)
-            self.models.required |= {name} & self._first
-        except AiotrtError as error:  # of others there is more in the log
-            _log.error("model %s could not be loaded: %s", name, error)
-            raise
+        self._service.check(name, None)
+        await self._service.load(name, (await self._small_json(request)).get("parameters"))
         return {}
 
     async def unload(self, request: Request, name: str) -> dict[str, Any]:
         """Unload a model; calls that are under way end first."""
-        self._check(name, None)
+        self._service.check(name, None)
         await self._small_json(request)
-        if not self._settings.strict_readiness:
-            self.models.required.discard(name)  # a client wanted it so: the others are served
-        await self.models.unload(name)
+        await self._service.unload(name)
         return {}
 
     # Errors...
@@ -264,32 +216,13 @@ class _Server:
     async def answer_error(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        if not isinstance(error, (AiotrtError, TimeoutError)):  # Starlette raises it once more, so that it is logged
-            return JSONResponse({"error": "the server failed"}, 500)
-        found = problem(error, self.models.monitor.seconds_to_wait())
+        # What is none of ours Starlette raises once more, so that it is logged.
+        found = self._service.problem(error)
         # What is wrong with a request is always 400 here, as in other servers of this protocol.
         status = 400 if found.status == 422 else found.status
         return JSONResponse({"error": found.message}, status, found.headers)
 
     # Helpers...
-
-    def _check(self, name: str, version: str | None) -> None:
-        try:
-            self.models.standing(name)
-        except UsageError as error:
-            raise HTTPException(404, f"there is no model {name[:80]!r}") from error
-        if version not in (None, "", VERSION):
-            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {VERSION}")
-
-    def _statistics(self, name: str) -> dict[str, Any]:
-        return self._servables[name].statistics(self.models.open().get(name), self.models.registry)
-
-    def _model(self, name: str, version: str | None) -> Model:
-        self._check(name, version)
-        model = self.models[name]
-        if not model.is_ready:
-            raise ModelBrokenError(f"model {name!r} is broken")  # before a body is read for nothing
-        return model
 
     async def _parse(self, request: Request, body: Body) -> InferRequest:
         length = header_length(request.headers.get("inference-header-content-length"), len(body))
@@ -331,14 +264,3 @@ class _InferResponse(Response):
                         {"type": "http.response.body", "body": bytes(part[start : start + _CHUNK]), "more_body": True}
                     )
         await send({"type": "http.response.body", "body": b""})
-
-
-def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
-    """Names, and whether as bytes."""
-    if not called.outputs:
-        return [(output.name, called.is_binary) for output in outputs]
-    names = [output.name for output in outputs]
-    for requested in called.outputs:
-        if requested.name not in names:
-            raise BodyError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
-    return [(requested.name, requested.is_binary) for requested in called.outputs]

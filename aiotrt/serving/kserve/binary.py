@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import torch
 
@@ -23,9 +24,23 @@ from aiotrt.serving.json_body import dumped, loads, numbers, said
 from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
 
-__all__ = ["InferRequest", "Input", "Requested", "encode", "header_length", "parse", "result_tensor"]
+__all__ = [
+    "MOST_TENSORS",
+    "InferRequest",
+    "Input",
+    "Requested",
+    "Rest",
+    "described",
+    "encode",
+    "header_length",
+    "parse",
+    "read_fields",
+    "result_tensor",
+    "tensor_bytes",
+]
 
-_MOST_TENSORS: Final = 256
+#: Inputs, or outputs, of one request.
+MOST_TENSORS: Final = 256
 _MOST_DIMENSIONS: Final = 32
 _LONGEST_NAME: Final = 1024
 #: Parameters that ask for what is not done here. To ignore them would be to give another answer than was asked for.
@@ -117,13 +132,27 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
     """
     json_length = len(body) if json_length is None else json_length
     fields = _mapping("the request", loads("the request", body, json_length))
+    rest = _Rest(memoryview(body), json_length)
+    called = read_fields(fields, rest)
+    rest.check_empty()
+    return called
+
+
+def read_fields(fields: Mapping[str, Any], rest: Rest) -> InferRequest:
+    """A request's fields.
+
+    Args:
+        fields: as JSON has them. The data of a tensor may also be a flat array.
+        rest: has the bytes of inputs that have no data.
+
+    Raises:
+        BodyError: something about them is wrong; the message says what.
+    """
     parameters = _parameters("the request", fields)
     name = fields.get("id")
     if name is not None and (not isinstance(name, str) or len(name) > _LONGEST_NAME):
         raise BodyError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
-    rest = _Rest(memoryview(body), json_length)
     inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
-    rest.check_empty()
     binary_by_default = _flag("the request", parameters, "binary_data_output", default=False)
     outputs = tuple(_requested(entry, binary_by_default) for entry in _list("outputs", _given(fields, "outputs", [])))
     for what, names in (("input", [i.name for i in inputs]), ("output", [o.name for o in outputs])):
@@ -154,12 +183,9 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
     entries: list[bytes] = []
     chunks: list[memoryview] = []
     for name, is_binary, tensor in outputs:
-        datatype = of_torch(tensor.dtype)
-        if datatype is None:
-            raise BodyError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
-        entry: dict[str, object] = {"name": name, "datatype": datatype.name, "shape": list(tensor.shape)}
+        entry = described(name, tensor)
         if is_binary:
-            data = _bytes(tensor)
+            data = tensor_bytes(tensor)
             chunks.append(data)
             entry["parameters"] = {"binary_data_size": len(data)}
             entries.append(orjson.dumps(entry))
@@ -168,12 +194,38 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
     return orjson.dumps({**head, "outputs": []})[:-2] + b",".join(entries) + b"]}", chunks
 
 
+def described(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Name, datatype and shape of an output.
+
+    Raises:
+        BodyError: the protocol has no such datatype.
+    """
+    datatype = of_torch(tensor.dtype)
+    if datatype is None:
+        raise BodyError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
+    return {"name": name, "datatype": datatype.name, "shape": list(tensor.shape)}
+
+
 def result_tensor(result: object) -> torch.Tensor:
     """A model's result on the host as a tensor, whatever kind it is."""
     return result.cpu() if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
 
 
-class _Rest:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, little-endian. Not copied where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    return memoryview(array)
+
+
+class Rest(Protocol):
+    """Has the bytes of inputs, in their order."""
+
+    def take(self, name: str, size: int) -> tuple[memoryview, int]:
+        """The next input's bytes: what they are in, and where."""
+
+
+class _Rest(Rest):
     """The bytes after the JSON, taken from the front."""
 
     def __init__(self, body: memoryview, start: int) -> None:
@@ -193,7 +245,7 @@ class _Rest:
             raise BodyError(f"{left:,} bytes at the end of the body belong to no input")
 
 
-def _input(entry: object, rest: _Rest) -> Input:
+def _input(entry: object, rest: Rest) -> Input:
     fields = _mapping("an input", entry)
     name = _name("input", fields)
     what = f"input {name!r}"
@@ -206,7 +258,7 @@ def _input(entry: object, rest: _Rest) -> Input:
             raise BodyError(f"{what} has neither data nor the parameter binary_data_size")
         if are_strings:
             return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
-        array = numbers(what, fields["data"], datatype.numbers, shape)
+        array = _numbers(what, fields["data"], datatype, shape)
         tensor = torch.from_numpy(array)
         return Input(name, datatype, tensor.to(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
     if fields.get("data") is not None:
@@ -231,6 +283,14 @@ def _input(entry: object, rest: _Rest) -> Input:
         raise BodyError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
     tensor = torch.from_numpy(array)
     return Input(name, datatype, tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
+
+
+def _numbers(what: str, data: object, datatype: Datatype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    if not isinstance(data, np.ndarray):
+        return numbers(what, data, datatype.numbers, shape)
+    if data.size != math.prod(shape):
+        raise BodyError(f"{what}: expected data of shape {list(shape)}, got {data.size} numbers")
+    return data.reshape(shape)
 
 
 def _requested(entry: object, binary_by_default: bool) -> Requested:
@@ -270,8 +330,8 @@ def _mapping(what: str, value: object) -> Mapping[str, Any]:
 
 
 def _list(what: str, value: object, least: int = 0) -> list[object]:
-    if not isinstance(value, list) or not least <= len(value) <= _MOST_TENSORS:
-        raise BodyError(f"{what} must be a list of {least} to {_MOST_TENSORS} tensors, got {_said(value)}")
+    if not isinstance(value, list) or not least <= len(value) <= MOST_TENSORS:
+        raise BodyError(f"{what} must be a list of {least} to {MOST_TENSORS} tensors, got {_said(value)}")
     return value
 
 
@@ -321,12 +381,6 @@ def _said(value: object) -> str:
     if isinstance(value, (list, dict)):
         return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
     return said(value)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1)
-    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    return memoryview(array)
 
 
 def _json_numbers(name: str, tensor: torch.Tensor) -> bytes:

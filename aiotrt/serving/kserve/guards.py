@@ -17,11 +17,17 @@ from aiotrt.serving.bodies import read_body
 from aiotrt.serving.errors import BusyError
 from aiotrt.serving.models import Models
 
-__all__ = ["BearerToken", "Body", "Budget", "Draining"]
+__all__ = ["BearerToken", "Body", "Budget", "Draining", "has_token"]
 
 #: Probes have no token, and learn no more than whether the server is ready. Nor has who opens the status page, which has
 #: nothing to show before it was given one.
 _OPEN: Final = frozenset(("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
+
+
+def has_token(header: bytes, token: str) -> bool:
+    """Whether a header ``Authorization`` has the token. The time it takes does not tell how much of it was right."""
+    scheme, _, given = header.partition(b" ")
+    return hmac.compare_digest(scheme.lower() + b" " + given.strip(), b"bearer " + token.encode())
 
 
 class BearerToken:
@@ -34,15 +40,13 @@ class BearerToken:
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app = app
-        self._expected = b"bearer " + token.encode()
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "lifespan" and scope["path"] not in _OPEN:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, token = given.partition(b" ")
-            # In a time that does not tell how much of it was right.
-            if not hmac.compare_digest(scheme.lower() + b" " + token.strip(), self._expected):
+            if not has_token(given, self._token):
                 answer = JSONResponse({"error": "the token is missing or wrong"}, 401, {"WWW-Authenticate": "Bearer"})
                 await answer(scope, receive, send)
                 return

@@ -46,7 +46,7 @@ def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[in
 
 
 def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The strings in JSON's lists, nested or flat, in UTF-8.
+    """The strings in lists, nested or flat: JSON's, which become UTF-8, or bytes.
 
     Raises:
         BodyError: they are not strings, not as many as the shape says, or not of one length.
@@ -56,11 +56,11 @@ def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.u
     while len(found) < len(shape) and strings and all(_is_like(strings[0], one) for one in strings):
         found = (*found, len(strings[0]))
         strings = list(chain.from_iterable(strings))
-    if not all(isinstance(string, str) for string in strings):
+    if not all(isinstance(string, (str, bytes)) for string in strings):
         raise BodyError(f"{what}: expected lists of strings, of the same lengths")
     if found not in (shape, (math.prod(shape),)):
         raise BodyError(f"{what}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
-    encoded = [string.encode() for string in strings]
+    encoded = [string.encode() if isinstance(string, str) else string for string in strings]
     length = len(encoded[0]) if encoded else 0
     if any(len(string) != length for string in encoded):
         raise BodyError(f"{what}: strings must be of one length, since a tensor holds no others")

@@ -1,0 +1,205 @@
+"""What the server does, whatever the protocol of the request: `app` has it over HTTP, `grpc_server` over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final
+
+import torch
+from starlette.exceptions import HTTPException
+
+import aiotrt
+from aiotrt.errors import AiotrtError, ModelBrokenError, UsageError
+from aiotrt.model import Model
+from aiotrt.serving.errors import BodyError, Problem, problem
+from aiotrt.serving.kserve.binary import InferRequest
+from aiotrt.serving.kserve.guards import Budget
+from aiotrt.serving.kserve.servable import VERSION, Servable
+from aiotrt.serving.kserve.settings import ServerSettings
+from aiotrt.serving.models import Models, Standing, running
+from aiotrt.tensors import TensorSpec
+
+__all__ = ["Service"]
+
+_log: Final = logging.getLogger("aiotrt")
+_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+
+
+class Service:
+    """The models, and what may be asked of them. For one event loop.
+
+    Args:
+        settings: what is served, and how.
+
+    Attributes:
+        settings: the argument.
+        models: the models by name, loaded or not.
+        budget: the bytes of requests and answers that are in memory, of both protocols.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self._servables = {model.name: Servable(model) for model in settings.models}
+        self._first = [model.name for model in settings.models if model.is_loaded]
+        self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
+        self.models = Models(
+            {model.name: model.maker() for model in settings.models},
+            close_timeout=settings.drain_timeout,
+            opened=lambda name, model: self._servables[name].opened(model),
+            required=self._first,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, on_failure: Callable[[BaseException], None] | None = None, on_loaded: Callable[[], object] | None = None
+    ) -> AsyncIterator[None]:
+        """Load models inside the block, in a task of their own, and close them at its end.
+
+        Args:
+            on_failure: called when a model that was to be loaded at the start cannot be.
+            on_loaded: called when all of those are.
+        """
+
+        async def load_first() -> None:
+            try:
+                for name in self._first:
+                    await self.models.load(name)
+            except Exception as error:
+                if on_failure is not None:
+                    on_failure(error)
+            else:
+                if on_loaded is not None:
+                    on_loaded()
+
+        try:
+            async with running(self.models, wait=False, loading=load_first):
+                yield
+        except asyncio.CancelledError:  # by a second signal: the models are closed, and there is nothing to report
+            if not self.models.is_draining:
+                raise
+
+    # The server...
+
+    def metadata(self) -> dict[str, Any]:
+        """The server's name, version and extensions."""
+        return {"name": "aiotrt", "version": aiotrt.__version__, "extensions": list(_EXTENSIONS)}
+
+    def index(self, is_ready: bool) -> list[dict[str, str]]:
+        """All models, loaded or not; or those that can be called."""
+        entries = []
+        for name in self.models.names():
+            standing, reason = self.models.standing(name)
+            if standing is Standing.READY or not is_ready:
+                entries.append({"name": name, "version": VERSION, "state": standing.value, "reason": reason})
+        return entries
+
+    def problem(self, error: Exception) -> Problem:
+        """What to answer where this was raised; see `aiotrt.serving.errors.problem`."""
+        if isinstance(error, HTTPException):
+            return Problem(error.status_code, "", error.detail)
+        if not isinstance(error, (AiotrtError, TimeoutError)):
+            return Problem(500, "server_error", "the server failed")
+        return problem(error, self.models.monitor.seconds_to_wait())
+
+    # A model...
+
+    def check(self, name: str, version: str | None) -> None:
+        """Check that there is this model.
+
+        Raises:
+            HTTPException: there is none of this name or version; 404.
+        """
+        try:
+            self.models.standing(name)
+        except UsageError as error:
+            raise HTTPException(404, f"there is no model {name[:80]!r}") from error
+        if version not in (None, "", VERSION):
+            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {VERSION}")
+
+    def model(self, name: str, version: str | None) -> tuple[Model, Servable]:
+        """A model that can be called.
+
+        Raises:
+            HTTPException: as `check` does.
+            ModelClosedError: it is not loaded.
+            ModelBrokenError: it is broken. Said before a body is read for nothing.
+        """
+        self.check(name, version)
+        model = self.models[name]
+        if not model.is_ready:
+            raise ModelBrokenError(f"model {name!r} is broken")
+        return model, self._servables[name]
+
+    def standing(self, name: str, version: str | None) -> tuple[bool, str]:
+        """Whether a model can be called, and why not. Raises as `check` does."""
+        self.check(name, version)
+        standing, reason = self.models.standing(name)
+        return standing is Standing.READY, reason
+
+    def statistics(self, name: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """How many requests a model had, or each model, and where their time went. Raises as `check` does."""
+        if name is not None:
+            self.check(name, version)
+        names = self.models.names() if name is None else [name]
+        is_open = self.models.open()
+        return {"model_stats": [self._servables[n].statistics(is_open.get(n), self.models.registry) for n in names]}
+
+    async def run(
+        self, model: Model, servable: Servable, called: InferRequest
+    ) -> tuple[dict[str, object], list[tuple[str, bool, torch.Tensor]]]:
+        """Run a model.
+
+        Returns:
+            The answer but for its outputs, and of each output its name, whether it is sent as bytes, and it.
+
+        Raises:
+            BodyError: there is no such output, or as `Servable.run` does.
+            AiotrtError: as `Servable.run` does.
+        """
+        wanted = _wanted(called, servable.outputs)  # before the call, which would be for nothing
+        results = await servable.run(model, called, self.settings.max_deadline)
+        head: dict[str, object] = {"model_name": servable.name, "model_version": VERSION}
+        if called.id is not None:
+            head["id"] = called.id
+        return head, [(output, is_binary, results[output]) for output, is_binary in wanted]
+
+    # The repository...
+
+    async def load(self, name: str, parameters: object) -> None:
+        """Load a model that the server was started with, as it was told then.
+
+        Raises:
+            HTTPException: as `check` does.
+            BodyError: there are parameters, which are not taken.
+            AiotrtError: as `Models.load` does.
+        """
+        self.check(name, None)
+        if parameters:
+            raise BodyError("a model is loaded with the server's settings: parameters are not taken")
+        try:
+            await self.models.load(name)
+            self.models.required |= {name} & set(self._first)
+        except AiotrtError as error:  # of others there is more in the log
+            _log.error("model %s could not be loaded: %s", name, error)
+            raise
+
+    async def unload(self, name: str) -> None:
+        """Unload a model; calls that are under way end first. Raises as `check` does."""
+        self.check(name, None)
+        if not self.settings.strict_readiness:
+            self.models.required.discard(name)  # a client wanted it so: the others are served
+        await self.models.unload(name)
+
+
+def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
+    """Names, and whether as bytes."""
+    if not called.outputs:
+        return [(output.name, called.is_binary) for output in outputs]
+    names = [output.name for output in outputs]
+    for requested in called.outputs:
+        if requested.name not in names:
+            raise BodyError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
+    return [(requested.name, requested.is_binary) for requested in called.outputs]
