@@ -1,8 +1,9 @@
-"""``aiotrt serve``: models over HTTP, as the Open Inference Protocol has it."""
+"""``aiotrt serve``: models over HTTP and gRPC, as the Open Inference Protocol has it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,8 +32,9 @@ def register(
     """Add the command to the program's."""
     parser = subparsers.add_parser(
         "serve",
-        help="serve models over HTTP",
-        description="Serve models over HTTP: the Open Inference Protocol (KServe v2), which Triton's clients speak.",
+        help="serve models over HTTP and gRPC",
+        description="Serve models over HTTP, and with --grpc-port over gRPC: the Open Inference Protocol (KServe v2), which "
+        "Triton's clients speak.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
@@ -41,6 +43,9 @@ def register(
     parser.add_argument("--config", metavar="FILE", type=Path, help="TOML with [server] and [models.NAME]; options win")
     parser.add_argument("--host", help="the address to bind to (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, help="default: 8000; 0 for any that is free")
+    parser.add_argument(
+        "--grpc-port", type=int, help="serve gRPC too, at this port (Triton's is 8001); 0 for any that is free"
+    )
     parser.add_argument("--token-file", metavar="FILE", type=Path, help="a token that clients must send; or AIOTRT_TOKEN")
     parser.add_argument("--max-body", metavar="SIZE", help="of one request, such as 64M (the default)")
     parser.add_argument(
@@ -79,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     from aiotrt.serving.kserve import serve
 
     settings = settings_from(arguments)
-
+    # gRPC's library logs clients' mistakes on standard error, one line each.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     loading = ", ".join(model.name for model in settings.models if model.is_loaded)
 
     def started(address: str) -> None:
@@ -87,11 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         if settings.token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
             print("anybody who can reach this address may use it: there is no token", flush=True)
 
+    def grpc_started(address: str) -> None:
+        print(f"gRPC at {address}", flush=True)
+
     def loaded() -> None:
         print(f"serving {', '.join(model.name for model in settings.models)}", flush=True)
 
     try:
-        return serve(settings, started=started, loaded=loaded)
+        return serve(settings, started=started, grpc_started=grpc_started, loaded=loaded)
     except InputError as error:
         if arguments.shape:  # what it says is for who calls a model
             raise InputError(f"--shape {' '.join(arguments.shape)}: {error}") from error
@@ -110,7 +119,17 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
     from aiotrt.serving.kserve import ServerSettings, read_config, token_from
 
     server, models = read_config(arguments.config) if arguments.config is not None else ({}, [])
-    for name in ("host", "port", "token_file", "drain_delay", "drain_timeout", "keep_alive_timeout", "access_log", "docs"):
+    for name in (
+        "host",
+        "port",
+        "grpc_port",
+        "token_file",
+        "drain_delay",
+        "drain_timeout",
+        "keep_alive_timeout",
+        "access_log",
+        "docs",
+    ):
         if getattr(arguments, name) is not None:
             server[name] = getattr(arguments, name)
     for name in ("allowed_host", "cors_origin"):

@@ -46,17 +46,22 @@ def create_app(
 ) -> FastAPI:
     """The application. ``app.state.models`` are its models.
 
+    With `grpc_port` in the settings, its lifespan serves gRPC too; ``app.state.grpc.address`` says where.
+
     Args:
         settings: what it serves, and how.
         on_failure: called when a model that was to be loaded at the start cannot be.
         on_loaded: called when all of those are.
+
+    Raises:
+        MissingDependencyError: a package for gRPC is missing.
     """
     service = Service(settings)
     server = _Server(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with service.running(on_failure, on_loaded):
+        async with service.running(on_failure, on_loaded), app.state.grpc or contextlib.nullcontext():
             yield {"aiotrt": service.models}
 
     app = FastAPI(
@@ -68,7 +73,11 @@ def create_app(
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
     )
-    app.state.service, app.state.models = service, service.models
+    app.state.service, app.state.models, app.state.grpc = service, service.models, None
+    if settings.grpc_port is not None:
+        from aiotrt.serving.kserve.grpc_server import GrpcServer
+
+        app.state.grpc = GrpcServer(service)
     app.include_router(server.routes())
     ready = readyz if settings.token is None else server.readyz
     for path, endpoint in (("/livez", livez), ("/readyz", ready), ("/metrics", metrics)):

@@ -154,16 +154,22 @@ class Budget:
 class Body(bytearray):
     """A request's body that counts itself."""
 
-    __slots__ = ("_budget",)
+    __slots__ = ("_budget", "_counted")
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
         self._budget = budget
+        self._counted = 0
+
+    def count(self, size: int) -> None:
+        """Count bytes that will be appended with `extend`, or are kept with this body. Raises as `Budget.add` does."""
+        self._budget.add(size)
+        self._counted += size
 
     def __iadd__(self, data: bytes) -> Self:  # type: ignore[misc, override]
-        self._budget.add(len(data))
+        self.count(len(data))
         self.extend(data)
         return self
 
     def __del__(self) -> None:
-        self._budget.free(len(self))
+        self._budget.free(self._counted)

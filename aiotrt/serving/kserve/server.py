@@ -32,6 +32,7 @@ def serve(
     settings: ServerSettings,
     *,
     started: Callable[[str], None] | None = None,
+    grpc_started: Callable[[str], None] | None = None,
     loaded: Callable[[], object] | None = None,
 ) -> int:
     """Serve until a signal comes: SIGTERM, or Ctrl-C.
@@ -43,14 +44,15 @@ def serve(
     Args:
         settings: what to serve, and how.
         started: called with the address when connections are accepted; models are being loaded then.
+        grpc_started: called then with the host and port of gRPC, if the settings have it.
         loaded: called when all models are that are loaded at the start.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C.
 
     Raises:
-        AiotrtError: a model could not be loaded.
-        OSError: the address cannot be bound to.
+        AiotrtError: a model could not be loaded, or a package for gRPC is missing.
+        OSError: an address cannot be bound to.
     """
     failures: list[BaseException] = []
 
@@ -90,7 +92,14 @@ def serve(
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.create_server((settings.host, settings.port), family=family, backlog=config.backlog) as listener:
         address = listener.getsockname()[:2]
-        server = _Server(config, app, settings.drain_delay, started and (lambda: started(_url(*address))))
+
+        def tell() -> None:
+            if started is not None:
+                started(_url(*address))
+            if grpc_started is not None and app.state.grpc is not None:
+                grpc_started(app.state.grpc.address)
+
+        server = _Server(config, app, settings.drain_delay, tell, fail)
         server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -111,18 +120,39 @@ def _url(host: str, port: int) -> str:
 class _Server(uvicorn.Server):
     """uvicorn's, which says first that it is about to end, and does not end the process by the signal that ended it."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, delay: float, started: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        delay: float,
+        started: Callable[[], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
         super().__init__(config)
         self._models: Models = app.state.models
+        self._grpc = app.state.grpc
+        self._fail = fail
         self._delay = delay
         self._started = started
         self.signal: int | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if self._grpc is not None:
+            try:
+                self._grpc.bind()
+            except OSError as error:
+                self._fail(error)
+                return
         await super().startup(sockets)
-        if self._started is not None:
-            self._started()
+        self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Beside HTTP: the end of the lifespan, which is the last thing here, waits for it.
+        stopping = None if self._grpc is None else asyncio.create_task(self._grpc.stop())
+        await super().shutdown(sockets)
+        if stopping is not None:
+            stopping.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -155,3 +185,5 @@ class _Server(uvicorn.Server):
         """End the requests that are under way: each is answered 503, see `guards.Draining`."""
         for task in self.server_state.tasks:
             task.cancel()
+        if self._grpc is not None:
+            self._grpc.end()

@@ -132,6 +132,7 @@ class ServerSettings:
         models: what it serves.
         host: the address that it binds to.
         port: 0 for any that is free.
+        grpc_port: likewise, of the protocol over gRPC; None for HTTP only.
         token: what clients must send as ``Authorization: Bearer``; None for no such thing.
         max_body: bytes of one request.
         max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
@@ -155,6 +156,7 @@ class ServerSettings:
     models: tuple[ModelSettings, ...]
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
+    grpc_port: Annotated[int, Field(ge=0, lt=65536)] | None = None
     token: str | None = field(default=None, repr=False)
     max_body: Count = 64 << 20
     max_json: Count = 4 << 20

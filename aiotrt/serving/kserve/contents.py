@@ -1,0 +1,267 @@
+"""Requests and answers of the Open Inference Protocol over gRPC: tensors in messages, from bytes and to bytes.
+
+A message's tensors are in `raw_input_contents`, as bytes, or in typed lists inside the inputs. The bytes are taken from the
+message before the rest is parsed, so that each is copied once. What is parsed holds the interpreter lock and takes more
+memory than it has bytes, so it is bounded as JSON is. Everything that both protocols check is checked in `binary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from google.protobuf.message import DecodeError
+
+from aiotrt.serving.errors import BodyError, BodyTooLargeError
+from aiotrt.serving.kserve import strings
+from aiotrt.serving.kserve.binary import MOST_TENSORS, InferRequest, Rest, described, read_fields, tensor_bytes
+from aiotrt.serving.kserve.datatypes import DATATYPES
+from aiotrt.serving.kserve.guards import Body
+from aiotrt.serving.kserve.messages import messages
+
+__all__ = ["Parts", "decode", "encode", "parsed", "split", "streamed"]
+
+_RAW: Final = 7  # field of ModelInferRequest
+_RAW_OUTPUT: Final = 6  # field of ModelInferResponse
+_RESPONSE: Final = 2  # field of ModelStreamInferResponse
+_BYTES: Final = 2  # wire type
+#: Of a message with as many tensors as are taken; more would only cost memory.
+_MOST_FIELDS: Final = 4 * MOST_TENSORS
+_MOST_STRINGS: Final = 1 << 18
+#: Of each tensor: numpy makes no view of numbers that stand where their size does not divide the address.
+_ALIGNMENT: Final = 16
+#: Numbers that are converted by one call, which takes less than a millisecond.
+_PIECE: Final = 1 << 15
+#: Which field has the numbers of a datatype. Others come as bytes only.
+_FIELDS: Final = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    strings.NAME: "bytes_contents",
+}
+
+
+@dataclass
+class Parts:
+    """A request's message, taken apart.
+
+    Attributes:
+        data: the message; empty once it was decoded.
+        head: the message but for `raw_input_contents`, parsed.
+        head_size: how many bytes that has.
+        raw: where each of those begins and ends in the message.
+    """
+
+    data: bytes
+    head: Any
+    head_size: int
+    raw: Sequence[tuple[int, int]]
+
+
+def split(data: bytes, max_head: int) -> Parts:
+    """Take a ModelInferRequest apart.
+
+    Args:
+        data: the message.
+        max_head: how many bytes it may have beside those of `raw_input_contents`.
+
+    Raises:
+        BodyTooLargeError: it has more, or too many fields.
+        BodyError: it is no such message.
+    """
+    raw: list[tuple[int, int]] = []
+    rest: list[bytes] = []
+    at = begin = count = 0
+    while at < len(data):
+        count += 1
+        if count > _MOST_FIELDS:
+            raise BodyTooLargeError(f"the request has more than {_MOST_FIELDS:,} fields, which is all that is taken")
+        start = at
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == _BYTES:
+            size, at = _varint(data, at)
+            if tag >> 3 == _RAW:
+                rest.append(data[begin:start])
+                raw.append((at, at + size))
+                begin = at + size
+            at += size
+        elif kind == 0:
+            _, at = _varint(data, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            raise BodyError(f"the request is not a ModelInferRequest: it has a field of wire type {kind}")
+        if at > len(data):
+            raise BodyError("the request is not a ModelInferRequest: a field ends after its message")
+    rest.append(data[begin:])
+    head = b"".join(rest)
+    if len(head) > max_head:
+        raise BodyTooLargeError(
+            f"the request has {len(head):,} bytes beside raw_input_contents, at most {max_head:,} are taken: "
+            "send tensors in raw_input_contents"
+        )
+    return Parts(data, parsed("ModelInferRequest", head), len(head), raw)
+
+
+def parsed(name: str, data: bytes) -> Any:
+    """A message.
+
+    Raises:
+        BodyError: the bytes are no such message.
+    """
+    try:
+        return messages[name].FromString(data)
+    except DecodeError as error:
+        raise BodyError(f"the request is not a {name}") from error
+
+
+def decode(parts: Parts, body: Body) -> InferRequest:
+    """The request in a message.
+
+    Args:
+        parts: what `split` made of it; the message is dropped.
+        body: empty; the tensors that came as bytes are copied into it, and are views of it. The message is counted.
+
+    Raises:
+        BodyTooLargeError: there are more strings than are taken.
+        BodyError: something else about it is wrong; the message says what.
+    """
+    head = parts.head
+    for what, entries in (("inputs", head.inputs), ("outputs", head.outputs)):
+        if len(entries) > MOST_TENSORS:
+            raise BodyError(f"{what} must be at most {MOST_TENSORS} tensors, got {len(entries)}")
+    if parts.raw and len(parts.raw) != len(head.inputs):
+        raise BodyError(f"the request has {len(head.inputs)} inputs, and {len(parts.raw)} raw_input_contents")
+    starts = []
+    with memoryview(parts.data) as view:
+        for start, end in parts.raw:
+            body.extend(bytes(-len(body) % _ALIGNMENT))
+            starts.append(len(body))
+            body.extend(view[start:end])
+    parts.data = b""
+    inputs = []
+    for i, tensor in enumerate(head.inputs):
+        fields = {**_named(tensor), "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        if parts.raw:
+            if tensor.HasField("contents"):
+                raise BodyError(f"input {tensor.name[:80]!r} has contents, and there are raw_input_contents")
+            fields["parameters"]["binary_data_size"] = parts.raw[i][1] - parts.raw[i][0]
+        else:
+            fields["data"] = _typed(tensor)
+        inputs.append(fields)
+    outputs = [{**_named(output), "parameters": {**_parameters(output), "binary_data": True}} for output in head.outputs]
+    parameters = {**_parameters(head), "binary_data_output": True}
+    fields = {"id": head.id or None, "inputs": inputs, "outputs": outputs, "parameters": parameters}
+    return read_fields(fields, _Raw(memoryview(body), starts))
+
+
+def encode(head: dict[str, Any], outputs: Sequence[tuple[str, bool, torch.Tensor]]) -> list[bytes | memoryview]:
+    """A ModelInferResponse, in pieces that follow each other. Tensors are not copied.
+
+    Args:
+        head: the answer but for its outputs.
+        outputs: name, whether as bytes, which all are here, and a tensor on the host.
+
+    Raises:
+        BodyError: the protocol has no datatype for a tensor.
+    """
+    entries = [described(name, tensor) for name, _, tensor in outputs]
+    pieces = [messages["ModelInferResponse"](**head, outputs=entries).SerializeToString()]
+    for _, _, tensor in outputs:
+        data = tensor_bytes(tensor)
+        pieces += [_head(_RAW_OUTPUT, len(data)), data]
+    return pieces
+
+
+def streamed(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
+    """A ModelStreamInferResponse around a ModelInferResponse, in pieces."""
+    return [_head(_RESPONSE, sum(map(len, pieces))), *pieces]
+
+
+class _Raw(Rest):
+    """The bytes of the inputs, one after the other."""
+
+    def __init__(self, body: memoryview, starts: Sequence[int]) -> None:
+        self._body = body
+        self._starts = iter(starts)
+
+    def take(self, name: str, size: int) -> tuple[memoryview, int]:
+        return self._body, next(self._starts)
+
+
+def _named(message: Any) -> dict[str, Any]:
+    return {"name": message.name, "parameters": _parameters(message)}
+
+
+def _parameters(message: Any) -> dict[str, object]:
+    if len(message.parameters) > MOST_TENSORS:
+        raise BodyError(f"there may be at most {MOST_TENSORS} parameters, got {len(message.parameters)}")
+    found = {}
+    for name, parameter in message.parameters.items():
+        choice = parameter.WhichOneof("choice")
+        found[name] = None if choice is None else getattr(parameter, choice)
+    for name in ("binary_data_size", "binary_data", "binary_data_output"):
+        found.pop(name, None)  # of the binary extension over HTTP: all is binary here
+    return found
+
+
+def _typed(tensor: Any) -> npt.NDArray[Any] | list[bytes]:
+    what = f"input {tensor.name[:80]!r}"
+    given = [field.name for field, _ in tensor.contents.ListFields()]
+    field = _FIELDS.get(tensor.datatype)
+    if field is None and tensor.datatype in DATATYPES:
+        raise BodyError(f"{what}: {tensor.datatype} comes in raw_input_contents only")
+    if any(name != field for name in given):
+        raise BodyError(f"{what}: the contents of {tensor.datatype[:40]!r} belong in {field}, got {', '.join(given)}")
+    if field is None:
+        return []  # refused for its datatype
+    values = getattr(tensor.contents, field)
+    if field == "bytes_contents":
+        if len(values) > _MOST_STRINGS:
+            raise BodyTooLargeError(f"{what} has {len(values):,} strings, at most {_MOST_STRINGS:,} are taken")
+        return list(values)
+    array = np.empty(len(values), DATATYPES[tensor.datatype].numbers)
+    for start in range(0, len(values), _PIECE):
+        piece = np.array(values[start : start + _PIECE])
+        if array.dtype.kind in "iu":
+            limits, low, high = np.iinfo(array.dtype), piece.min(), piece.max()
+            if low < limits.min or high > limits.max:
+                raise BodyError(f"{what}: {low if low < limits.min else high} does not fit into {tensor.datatype}")
+        array[start : start + _PIECE] = piece
+    return array
+
+
+def _head(number: int, size: int) -> bytes:
+    """What stands before the value of a field that has `size` bytes."""
+    head = bytearray([number << 3 | _BYTES])
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise BodyError("the request is not a ModelInferRequest: a number does not end")
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7

@@ -1,0 +1,450 @@
+"""The Open Inference Protocol over gRPC, on the event loop of the models.
+
+Methods take and give bytes: messages are parsed after the token was checked, within the limits, and in a thread where they
+are large. A method with one request reads it like a stream of one, because only then its arrival has an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final, Self
+
+from aiotrt.errors import AiotrtError, MissingDependencyError, UsageError
+
+try:
+    import grpc
+    from google.protobuf import json_format
+except ImportError as error:
+    raise MissingDependencyError(f"gRPC needs {error.name}; pip install 'aiotrt[grpc]'") from error
+
+from starlette.exceptions import HTTPException
+
+from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError
+from aiotrt.serving.kserve.contents import Parts, decode, encode, parsed, split, streamed
+from aiotrt.serving.kserve.guards import Body, has_token
+from aiotrt.serving.kserve.messages import messages
+from aiotrt.serving.kserve.service import Service
+from aiotrt.serving.threads import COPIED, off_loop
+
+__all__ = ["GrpcServer"]
+
+_log: Final = logging.getLogger("aiotrt")
+_access: Final = logging.getLogger("uvicorn.access")
+_SERVICE: Final = "inference.GRPCInferenceService"
+_HEALTH: Final = "grpc.health.v1.Health"
+#: Probes have no token, as over HTTP.
+_OPEN: Final = frozenset(("ServerLive", "ServerReady", "Check", "Watch"))
+#: Methods of the protocol that are refused, by what they are for.
+_REFUSED: Final = {
+    "tensors in shared memory": [
+        f"{kind}SharedMemory{action}" for kind in ("System", "Cuda") for action in ("Status", "Register", "Unregister")
+    ],
+    "trace settings": ["TraceSetting"],
+    "log settings": ["LogSettings"],
+}
+#: gRPC's codes, by HTTP's; 5xx that are not here are `INTERNAL`.
+_CODES: Final = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+#: Characters of an error's message: gRPC sends it in a header, and clients refuse long ones.
+_LONGEST_MESSAGE: Final = 1000
+#: Requests of one stream that are run at once; no more is read until one has ended.
+_MOST_IN_STREAM: Final = 64
+#: Bytes that a message may have beside its body: names, shapes, parameters.
+_OVERHEAD: Final = 64 << 10
+#: Seconds until a message that is still arriving counts as slow.
+_SLOW: Final = 1.0
+#: Seconds between two looks at whether the server is ready, for clients that watch.
+_WATCHED: Final = 0.5
+
+#: `grpc.aio` has no types.
+_Context = Any
+
+
+class GrpcServer:
+    """Serves a `Service` over gRPC.
+
+    ::
+
+        service = Service(settings)
+        async with service.running(), GrpcServer(service, port=8001) as server:
+            await server.wait()
+
+    The service may be served over HTTP too, by the application that `create_app` made: ``app.state.service``.
+
+    Args:
+        service: the models, and the settings: the token, limits, and times.
+        host: the address to bind to; by default that of the settings.
+        port: 0 for any that is free; by default that of the settings.
+
+    Raises:
+        UsageError: neither `port` nor the settings say where.
+    """
+
+    def __init__(self, service: Service, host: str | None = None, port: int | None = None) -> None:
+        settings = service.settings
+        port = settings.grpc_port if port is None else port
+        if port is None:
+            raise UsageError("a gRPC server needs a port: GrpcServer(service, port=...), or grpc_port in its settings")
+        self._service = service
+        self._settings = settings
+        self._host = settings.host if host is None else host
+        self._port = port
+        self._server: Any = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._slow: dict[asyncio.Timeout, None] = {}
+        self._stopping: asyncio.Task[None] | None = None
+        self._is_stopping = asyncio.Event()
+        self._is_ending = False
+
+    @property
+    def address(self) -> str:
+        """Host and port, as clients of gRPC take them."""
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+
+    def bind(self) -> None:
+        """Bind to the address; then `address` has the port. Called on the event loop.
+
+        Raises:
+            OSError: it cannot be bound to.
+        """
+        if self._server is not None:
+            return
+        settings = self._settings
+        most = settings.max_body + _OVERHEAD
+        server = grpc.aio.server(
+            handlers=self._handlers(),
+            maximum_concurrent_rpcs=settings.max_connections,
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", most),
+                ("grpc.max_send_message_length", -1),
+                # Compressed messages are refused, as over HTTP: gRPC does not bound what they unpack to.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+                ("grpc.server_handshake_timeout_ms", round(1e3 * settings.body_timeout)),
+            ],
+        )
+        try:
+            self._port = server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise OSError(f"cannot bind to {self.address} for gRPC") from error
+        self._server = server
+
+    async def start(self) -> None:
+        """Accept connections.
+
+        Raises:
+            OSError: as `bind` does.
+        """
+        self.bind()
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Accept no more calls, and wait until those that are under way have ended.
+
+        Calls that have not ended after the settings' `drain_timeout` get `UNAVAILABLE`. Cancellation stops the waiting only.
+        """
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(), name="aiotrt stopping gRPC")
+        await asyncio.shield(self._stopping)
+
+    def end(self) -> None:
+        """End the calls that are under way at once: they get `UNAVAILABLE`."""
+        self._is_ending = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait(self) -> None:
+        """Wait until the server was stopped."""
+        await self._server.wait_for_termination()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _stop(self) -> None:
+        self._is_stopping.set()
+        if self._server is None:
+            return
+        seconds = self._settings.drain_timeout
+        timer = asyncio.get_running_loop().call_later(seconds, self.end)
+        await self._server.stop(seconds + _SLOW)
+        timer.cancel()
+
+    # Methods...
+
+    def _handlers(self) -> list[Any]:
+        models = self._service.models
+        methods: dict[str, Any] = {
+            "ServerLive": self._method("ServerLive", lambda _: {"live": True}),
+            "ServerReady": self._method("ServerReady", lambda _: {"ready": models.is_ready}),
+            "ModelReady": self._method("ModelReady", self._model_ready),
+            "ServerMetadata": self._method("ServerMetadata", lambda _: self._service.metadata()),
+            "ModelMetadata": self._method("ModelMetadata", self._model_metadata),
+            "ModelConfig": self._method("ModelConfig", self._model_config),
+            "ModelStatistics": self._method("ModelStatistics", self._model_statistics),
+            "RepositoryIndex": self._method("RepositoryIndex", lambda said: {"models": self._service.index(said.ready)}),
+            "RepositoryModelLoad": self._method("RepositoryModelLoad", self._load),
+            "RepositoryModelUnload": self._method("RepositoryModelUnload", self._unload),
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(self._called("ModelInfer", self._infer)),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._called("ModelStreamInfer", self._stream)),
+        }
+        for what, names in _REFUSED.items():
+            for name in names:
+                methods[name] = self._method(name, self._refuse(f"this server does not have {what}"))
+        health = {
+            "Check": self._method("Check", self._check, ("HealthCheckRequest", "HealthCheckResponse")),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._called("Watch", self._watch)),
+        }
+        return [
+            grpc.method_handlers_generic_handler(_SERVICE, methods),
+            grpc.method_handlers_generic_handler(_HEALTH, health),
+        ]
+
+    def _method(self, name: str, answer: Callable[[Any], Any], kinds: tuple[str, str] | None = None) -> Any:
+        """A method with one request and one answer, which `answer` gives as a mapping, at once or later."""
+        asked, answered = kinds or (f"{name}Request", f"{name}Response")
+
+        async def run(context: _Context) -> bytes:
+            data = await self._read(context)
+            if len(data) > _OVERHEAD:
+                raise BodyTooLargeError(f"the request has {len(data):,} bytes, at most {_OVERHEAD:,} are taken")
+            found = answer(parsed(asked, data) if asked in messages else None)
+            said = await found if isinstance(found, Awaitable) else found
+            message = json_format.ParseDict(said, messages[answered](), ignore_unknown_fields=True)
+            return bytes(message.SerializeToString())
+
+        return grpc.stream_unary_rpc_method_handler(self._called(name, run))
+
+    def _called(self, name: str, run: Callable[[_Context], Awaitable[bytes | None]]) -> Any:
+        """What `grpc.aio` calls for a method: checks the token, answers errors, and can be ended."""
+
+        async def call(_: object, context: _Context) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            code, message, wait = grpc.StatusCode.OK, "", None
+            try:
+                self._check_token(name, context)
+                return await run(context)
+            except asyncio.CancelledError:
+                if not self._is_ending:
+                    code = grpc.StatusCode.CANCELLED
+                    raise
+                task.uncancel()
+                code, message = grpc.StatusCode.UNAVAILABLE, "the server ended before this request did"
+            except Exception as error:
+                if not isinstance(error, (AiotrtError, HTTPException, TimeoutError)):
+                    _log.exception("a request failed")
+                found = self._service.problem(error)
+                code, message = _CODES.get(found.status, grpc.StatusCode.INTERNAL), found.message
+                wait = found.retry_after
+            finally:
+                self._tasks.discard(task)
+                if self._settings.access_log:
+                    _access.info('%s - "gRPC %s" %s', context.peer(), name, code.name)
+            trailer = () if wait is None else (("grpc-retry-pushback-ms", str(1000 * wait)),)
+            return await context.abort(code, message[:_LONGEST_MESSAGE], trailer)  # raises
+
+        return call
+
+    def _check_token(self, name: str, context: _Context) -> None:
+        token = self._settings.token
+        if token is None or name in _OPEN:
+            return
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if not has_token(given.encode() if isinstance(given, str) else given, token):
+            raise HTTPException(401, "the token is missing or wrong")
+
+    def _model_ready(self, said: Any) -> Mapping[str, Any]:
+        try:
+            return {"ready": self._service.standing(said.name, said.version)[0]}
+        except HTTPException:  # as Triton answers for a model that it does not have
+            return {"ready": False}
+
+    def _model_metadata(self, said: Any) -> Mapping[str, Any]:
+        model, servable = self._service.model(said.name, said.version)
+        return servable.metadata(model)
+
+    def _model_config(self, said: Any) -> Mapping[str, Any]:
+        model, servable = self._service.model(said.name, said.version)
+        return {"config": servable.config(model)}
+
+    def _model_statistics(self, said: Any) -> Mapping[str, Any]:
+        return self._service.statistics(said.name or None, said.version)
+
+    async def _load(self, said: Any) -> Mapping[str, Any]:
+        self._check_repository()
+        await self._service.load(said.model_name, said.parameters)
+        return {}
+
+    async def _unload(self, said: Any) -> Mapping[str, Any]:
+        self._check_repository()
+        await self._service.unload(said.model_name)
+        return {}
+
+    def _check_repository(self) -> None:
+        if not self._settings.repository:
+            raise HTTPException(501, "clients may not load and unload models here")
+
+    def _refuse(self, message: str) -> Callable[[Any], Any]:
+        def refuse(_: Any) -> Mapping[str, Any]:
+            raise HTTPException(501, message)
+
+        return refuse
+
+    # Health...
+
+    def _check(self, said: Any) -> Mapping[str, Any]:
+        if said.service not in ("", _SERVICE):
+            raise HTTPException(404, f"there is no service {said.service[:80]!r}")
+        return {"status": "SERVING" if self._service.models.is_ready else "NOT_SERVING"}
+
+    async def _watch(self, context: _Context) -> None:
+        said = parsed("HealthCheckRequest", await self._read(context))
+        last = None
+        while not self._is_stopping.is_set():
+            try:
+                status = self._check(said)["status"]
+            except HTTPException:
+                status = "SERVICE_UNKNOWN"
+            if status != last:
+                last = status
+                await context.write(messages["HealthCheckResponse"](status=status).SerializeToString())
+            await asyncio.sleep(_WATCHED)
+
+    # Inference...
+
+    async def _infer(self, context: _Context) -> bytes:
+        answer = await self._answer(await self._split(await self._read(context)), context)
+        self._sends(context, len(answer))
+        return answer
+
+    async def _stream(self, context: _Context) -> None:
+        """Each request is a task; answers are written as they are there, one at a time."""
+        writing, room = asyncio.Lock(), asyncio.Semaphore(_MOST_IN_STREAM)
+
+        async def answer(data: bytes) -> None:
+            name = ""
+            try:
+                try:
+                    parts = await self._split(data)
+                    del data
+                    name = parts.head.id
+                    said = await self._answer(parts, context, is_streamed=True)
+                except Exception as error:
+                    if not isinstance(error, (AiotrtError, HTTPException, TimeoutError)):
+                        _log.exception("a request failed")
+                    found = self._service.problem(error).message
+                    said = messages["ModelStreamInferResponse"](error_message=found, infer_response={"id": name})
+                    said = said.SerializeToString()
+                async with writing:
+                    with self._service.budget.sending(len(said)):
+                        async with asyncio.timeout(self._settings.body_timeout):
+                            await context.write(said)
+            finally:
+                room.release()
+
+        stopping = asyncio.ensure_future(self._is_stopping.wait())
+        reading: asyncio.Future[Any] | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                while not stopping.done():
+                    await room.acquire()
+                    reading = asyncio.ensure_future(context.read())
+                    await asyncio.wait([reading, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    if not reading.done() or (data := reading.result()) is grpc.aio.EOF:
+                        break
+                    group.create_task(answer(data))
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        finally:
+            stopping.cancel()
+            if reading is not None:
+                reading.cancel()
+        if self._is_stopping.is_set():
+            raise HTTPException(503, "the server ends: it takes no more requests of this stream")
+
+    async def _split(self, data: bytes) -> Parts:
+        return await off_loop(lambda: split(data, self._settings.max_json), len(data), COPIED)
+
+    async def _answer(self, parts: Parts, context: _Context, *, is_streamed: bool = False) -> bytes:
+        """Run a model for one request, and return the answer's message."""
+        body = Body(self._service.budget)
+        body.count(len(parts.data))
+        model, servable = self._service.model(parts.head.model_name, parts.head.model_version)
+        with servable.counted() as passed:
+            size = parts.head_size if len(parts.data) < COPIED else len(parts.data)
+            called = await off_loop(lambda: decode(parts, body), size, json=parts.head_size)
+            remaining = context.time_remaining()
+            if remaining is not None:
+                remaining = max(remaining, 1e-3)  # it has passed: gRPC is about to cancel this
+                called = replace(called, deadline=min(remaining, called.deadline or remaining))
+            passed()
+            head, outputs = await self._service.run(model, servable, called)
+            passed()
+            pieces = encode(head, outputs)
+            pieces = streamed(pieces) if is_streamed else pieces
+            answer = await off_loop(lambda: b"".join(pieces), sum(map(len, pieces)), COPIED)
+            passed()
+            return answer
+
+    # Limits...
+
+    async def _read(self, context: _Context) -> bytes:
+        """The one request of a call.
+
+        gRPC keeps a message that is arriving by itself, so what has arrived cannot be counted. The number of those that
+        arrive slowly is limited instead, by what they may have together; one too many ends the slowest.
+
+        Raises:
+            BodyTimeoutError: it did not arrive in time.
+        """
+        try:
+            async with asyncio.timeout(self._settings.body_timeout) as timeout:
+                timer = asyncio.get_running_loop().call_later(_SLOW, self._is_slow, timeout)
+                try:
+                    data = await context.read()
+                finally:
+                    timer.cancel()
+                    self._slow.pop(timeout, None)
+        except TimeoutError as error:
+            raise BodyTimeoutError("the request did not arrive in time") from error
+        if data is grpc.aio.EOF:
+            raise HTTPException(400, "the call ended without a request")
+        return bytes(data)
+
+    def _is_slow(self, timeout: asyncio.Timeout) -> None:
+        if len(self._slow) >= max(self._settings.max_bodies // self._settings.max_body, 1):
+            slowest = next(iter(self._slow))
+            del self._slow[slowest]
+            slowest.reschedule(asyncio.get_running_loop().time())
+        self._slow[timeout] = None
+
+    def _sends(self, context: _Context, size: int) -> None:
+        """Count an answer until it was taken, which has a time limit."""
+        task = asyncio.current_task()
+        assert task is not None
+        sending = self._service.budget.sending(size)
+        sending.__enter__()
+        timer = asyncio.get_running_loop().call_later(self._settings.body_timeout, task.cancel)
+
+        def sent(_: object) -> None:
+            timer.cancel()
+            sending.__exit__(None, None, None)
+
+        context.add_done_callback(sent)
