@@ -1,12 +1,12 @@
 """What the server does under load, in processes of their own.
 
-    python -m benchmarks serving [--part attacks|overload] [--seconds 600] [--quick] [--out DIR]
+    python -m benchmarks serving [--part attacks|overload|overload_grpc|protocols] [--seconds 600] [--quick] [--out DIR]
     python -m benchmarks serving --part side_by_side [--device host|cuda] [--model NAME] [--litserve PYTHON] [--seconds 3]
         [--limit SECONDS] [--quick] [--out DIR]
 
-`overload`: see `bench_serving_overload`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see
-`bench_serving_attacks`. They take what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; with `--device cuda`
-torchvision and not the last two.
+`overload`, over HTTP, and `overload_grpc`: see `bench_serving_overload`; `protocols`, HTTP and gRPC by turns: see
+`bench_serving_protocols`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see `bench_serving_attacks`. They take
+what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; with `--device cuda` torchvision and not the last two.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from benchmarks.serving_rivals.work import MODELS
 
 __all__ = ["main"]
 
-PARTS = ("attacks", "overload", "side_by_side")
+PARTS = ("attacks", "overload", "overload_grpc", "protocols", "side_by_side")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks serving", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--part", choices=PARTS, default="overload", help="what to measure (overload)")
-    parser.add_argument("--seconds", type=float, help="how long the overload lasts (600), or each load side by side (3)")
+    parser.add_argument("--seconds", type=float, help="how long the overload lasts (600), or each load of the others (3)")
     parser.add_argument("--device", choices=["host", "cuda"], default="host", help="where the model runs, side by side")
     parser.add_argument("--model", choices=MODELS, help="side by side: reader, or on CUDA resnet50")
     parser.add_argument("--limit", type=float, help="side by side: seconds until the last round ends (no limit)")
@@ -52,6 +52,11 @@ def main(words: Sequence[str] | None = None) -> int:
         from benchmarks import bench_serving_attacks
 
         return bench_serving_attacks.measure(quick=quick, folder=folder)
+    if arguments.part == "protocols":
+        from benchmarks import bench_serving_protocols
+
+        seconds = arguments.seconds or (0.4 if quick else 3.0)
+        return bench_serving_protocols.measure(seconds=seconds, quick=quick, folder=folder)
     if model == "reader":
         from examples import ocr
 
@@ -70,4 +75,9 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("the overload is of the host's device")
     from benchmarks import bench_serving_overload
 
-    return bench_serving_overload.measure(seconds=arguments.seconds or (5.0 if quick else 600.0), quick=quick, folder=folder)
+    return bench_serving_overload.measure(
+        seconds=arguments.seconds or (5.0 if quick else 600.0),
+        quick=quick,
+        folder=folder,
+        is_grpc=arguments.part == "overload_grpc",
+    )

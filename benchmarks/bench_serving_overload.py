@@ -1,6 +1,6 @@
 """Twice as much as a server can do, for ten minutes.
 
-    python -m benchmarks serving --part overload [--seconds 600]
+    python -m benchmarks serving --part overload|overload_grpc [--seconds 600]
 
 `aiotrt serve`, with batches of up to 8, in a process of its own, and a client in another, which first asks as fast as it is
 answered, for what the server can do a second, and then twice as often, with a deadline on each request and no regard for the
@@ -30,7 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.measure import Spread, Usage, run_on, write
 from benchmarks.rows import verdict
-from benchmarks.serving_asker import Answer, Asker
+from benchmarks.serving_asker import Answer, Asker, GrpcAsker
 from benchmarks.serving_model import WIDTH, reader
 from benchmarks.serving_processes import free_port, resident, started, used
 
@@ -50,6 +50,7 @@ OUTCOMES: Final = ("completed", "failed", "cancelled", "rejected", "expired")
 CONFIG: Final = f"""
 [server]
 port = %d
+grpc_port = %d
 
 [models.reader]
 path = "reader.onnx"
@@ -106,27 +107,29 @@ class Watch:
             await asyncio.sleep(pause)
 
 
-def measure(*, seconds: float, quick: bool, folder: Path | None) -> int:
+def measure(*, seconds: float, quick: bool, folder: Path | None, is_grpc: bool = False) -> int:
     """Run it; returns the exit status."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        file, port, log = reader(place / "reader.onnx"), free_port(), place / "log"
-        (place / "models.toml").write_text(CONFIG % port, encoding="utf-8")
+        file, ports, log = reader(place / "reader.onnx"), (free_port(), free_port()), place / "log"
+        (place / "models.toml").write_text(CONFIG % ports, encoding="utf-8")
+        url = f"http://127.0.0.1:{ports[0]}"
+        asker = GrpcAsker(f"127.0.0.1:{ports[1]}", file) if is_grpc else Asker(url, file)
         with started(["-m", "aiotrt", "serve", "--config", place / "models.toml"], log) as process:
             try:
-                results = run_on("uvloop", overload(f"http://127.0.0.1:{port}", file, process.pid, seconds, quick=quick))
+                results = run_on("uvloop", overload(url, asker, process.pid, seconds, quick=quick))
             except BaseException:
                 print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
                 raise
     show(results)
     if folder is not None:
-        print(f"results: {write('serving-overload', results, folder)}")
+        print(f"results: {write('serving-overload-grpc' if is_grpc else 'serving-overload', results, folder)}")
     return 0 if results["verdict"] == "meets" else 1
 
 
-async def overload(url: str, file: Path, pid: int, seconds: float, *, quick: bool) -> dict[str, Any]:
+async def overload(url: str, asker: Asker, pid: int, seconds: float, *, quick: bool) -> dict[str, Any]:
     """All of it."""
-    asker, watch = Asker(url, file), Watch(url, pid)
+    watch = Watch(url, pid)
     async with asker:
         await _until_ready(url)
         await _as_fast_as_answered(asker, 1.0)  # warms up what warms up

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Final, Self
 
 import aiohttp
+import grpc
 import numpy as np
 import onnxruntime
 
+from aiotrt.serving.kserve.messages import messages
 from benchmarks.serving_model import WIDTH, crops
 
-__all__ = ["Answer", "Asker"]
+__all__ = ["Answer", "Asker", "GrpcAsker"]
 
 CROPS: Final = 64  # different ones
 PATIENCE: Final = 30.0  # seconds, after which a request is lost
 _LENGTH: Final = "Inference-Header-Content-Length"
+#: HTTP's, by gRPC's; others are 500.
+_STATUS: Final = {grpc.StatusCode.UNAVAILABLE: 503, grpc.StatusCode.DEADLINE_EXCEEDED: 504}
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,21 @@ class Asker:
 
     async def ask(self, deadline: float | None = None) -> Answer:
         """One request, of a number that no other has; `deadline` in seconds."""
-        assert self._session is not None
         number, self.sent = self.sent, self.sent + 1
+        began = time.monotonic()
+        try:
+            status, wait, outputs = await self._send(number, deadline)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.wrong[f"lost: {type(error).__name__}"] += 1
+            return Answer(0, began, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        if status == 200:
+            self._check(number, *outputs)
+        return Answer(status, began, seconds, wait)
+
+    async def _send(self, number: int, deadline: float | None) -> tuple[int, str | None, tuple[str, list[int], list[int]]]:
+        """Status, when to come back, and of a good answer its id, checksum and letters."""
+        assert self._session is not None
         crop = self._crops[number % CROPS]
         tensors = [
             {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": size}}
@@ -89,28 +106,66 @@ class Asker:
         parameters = {} if deadline is None else {"deadline_ms": 1e3 * deadline}
         head = json.dumps({"id": str(number), "inputs": tensors, "parameters": parameters}).encode()
         body = head + crop.tobytes() + np.int64(number).tobytes()
-        began = time.monotonic()
-        try:
-            async with self._session.post(self._url, data=body, headers={_LENGTH: str(len(head))}) as response:
-                data = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self.wrong[f"lost: {type(error).__name__}"] += 1
-            return Answer(0, began, time.monotonic() - began)
-        seconds = time.monotonic() - began
-        if response.status == 200:
-            self._check(number, data)
-        return Answer(response.status, began, seconds, response.headers.get("Retry-After"))
-
-    def _check(self, number: int, data: bytes) -> None:
+        async with self._session.post(self._url, data=body, headers={_LENGTH: str(len(head))}) as response:
+            data = await response.read()
+        if response.status != 200:
+            return response.status, response.headers.get("Retry-After"), ("", [], [])
         found = json.loads(data)
         outputs = {output["name"]: output["data"] for output in found["outputs"]}
-        name = found["id"]
+        return 200, None, (found["id"], outputs["checksum"], outputs["letters"])
+
+    def _check(self, number: int, name: str, checksum: list[int], letters: list[int]) -> None:
         if name in self._answered:
             self.wrong["duplicated: an id that was answered before"] += 1
         self._answered.add(name)
         if name != str(number):
             self.wrong["mismatched: another request's id"] += 1
-        if outputs["checksum"] != [self._sums[number % CROPS] + number]:
+        if checksum != [self._sums[number % CROPS] + number]:
             self.wrong["mismatched: another request's checksum"] += 1
-        if outputs["letters"] != self._letters[number % CROPS]:
+        if letters != self._letters[number % CROPS]:
             self.wrong["mismatched: other letters"] += 1
+
+
+class GrpcAsker(Asker):
+    """The same over gRPC.
+
+    Args:
+        address: the server's, host and port.
+        file: the model.
+    """
+
+    def __init__(self, address: str, file: Path) -> None:
+        super().__init__("", file)
+        self._address = address
+        self._model = file.stem
+
+    async def __aenter__(self) -> Self:
+        self._channel = grpc.aio.insecure_channel(self._address)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def _send(self, number: int, deadline: float | None) -> tuple[int, str | None, tuple[str, list[int], list[int]]]:
+        crop = self._crops[number % CROPS]
+        request = messages["ModelInferRequest"](
+            model_name=self._model,
+            id=str(number),
+            inputs=[
+                {"name": "pixels", "shape": crop.shape, "datatype": "UINT8"},
+                {"name": "number", "datatype": "INT64"},
+            ],
+            raw_input_contents=[crop.tobytes(), np.int64(number).tobytes()],
+        )
+        if deadline is not None:
+            request.parameters["deadline_ms"].double_param = 1e3 * deadline
+        infer = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        call = infer(request.SerializeToString(), timeout=PATIENCE)
+        try:
+            answer = messages["ModelInferResponse"].FromString(await call)
+        except grpc.aio.AioRpcError as error:
+            wait = dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")
+            return _STATUS.get(error.code(), 500), wait and str(int(wait) // 1000), ("", [], [])
+        raw = zip(answer.outputs, answer.raw_output_contents, strict=True)
+        outputs = {output.name: np.frombuffer(data, np.int64).tolist() for output, data in raw}
+        return 200, None, (answer.id, outputs["checksum"], outputs["letters"])

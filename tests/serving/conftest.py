@@ -21,6 +21,8 @@ if any(
     importlib.util.find_spec(name) is None for name in ("fastapi", "httpx", "orjson", "prometheus_client", "tritonclient")
 ):
     collect_ignore_glob = ["test_*.py"]
+elif any(importlib.util.find_spec(name) is None for name in ("grpc", "google.protobuf")):
+    collect_ignore_glob = ["test_contents.py", "test_grpc*.py", "test_messages.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

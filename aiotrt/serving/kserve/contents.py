@@ -36,21 +36,19 @@ _MOST_STRINGS: Final = 1 << 18
 _ALIGNMENT: Final = 16
 #: Numbers that are converted by one call, which takes less than a millisecond.
 _PIECE: Final = 1 << 15
-#: Which field has the numbers of a datatype. Others come as bytes only.
+#: Which field has the values of a datatype. Others come as bytes only.
 _FIELDS: Final = {
     "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
     "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     strings.NAME: "bytes_contents",
 }
+#: What a field's values are, where they may be other than its datatype's.
+_WIDE: Final = {"int_contents": np.int32, "uint_contents": np.uint32}
 
 
 @dataclass
@@ -235,8 +233,8 @@ def _typed(tensor: Any) -> npt.NDArray[Any] | list[bytes]:
         return list(values)
     array = np.empty(len(values), DATATYPES[tensor.datatype].numbers)
     for start in range(0, len(values), _PIECE):
-        piece = np.array(values[start : start + _PIECE])
-        if array.dtype.kind in "iu":
+        piece = np.array(values[start : start + _PIECE], _WIDE.get(field, array.dtype))
+        if field in _WIDE:
             limits, low, high = np.iinfo(array.dtype), piece.min(), piece.max()
             if low < limits.min or high > limits.max:
                 raise BodyError(f"{what}: {low if low < limits.min else high} does not fit into {tensor.datatype}")

@@ -7,6 +7,7 @@ are large. A method with one request reads it like a stream of one, because only
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ except ImportError as error:
 
 from starlette.exceptions import HTTPException
 
-from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError
+from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, Problem
 from aiotrt.serving.kserve.contents import Parts, decode, encode, parsed, split, streamed
 from aiotrt.serving.kserve.guards import Body, has_token
 from aiotrt.serving.kserve.messages import messages
@@ -70,6 +71,10 @@ _WATCHED: Final = 0.5
 
 #: `grpc.aio` has no types.
 _Context = Any
+
+
+class _NotTakenError(Exception):
+    """A client does not take its answers."""
 
 
 class GrpcServer:
@@ -122,7 +127,9 @@ class GrpcServer:
         if self._server is not None:
             return
         settings = self._settings
-        most = settings.max_body + _OVERHEAD
+        if tuple(map(int, grpc.__version__.split(".")[:2])) >= (1, 84):
+            _log.warning("grpcio %s ends the server at a path that is no UTF-8: install grpcio<1.84", grpc.__version__)
+        most, seconds = settings.max_body + _OVERHEAD, round(1e3 * settings.body_timeout)
         server = grpc.aio.server(
             handlers=self._handlers(),
             maximum_concurrent_rpcs=settings.max_connections,
@@ -132,7 +139,12 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 # Compressed messages are refused, as over HTTP: gRPC does not bound what they unpack to.
                 ("grpc.compression_enabled_algorithms_bitset", 1),
-                ("grpc.server_handshake_timeout_ms", round(1e3 * settings.body_timeout)),
+                ("grpc.server_handshake_timeout_ms", seconds),
+                # Ends connections that are not read, or whose other end is gone.
+                ("grpc.keepalive_time_ms", seconds),
+                ("grpc.keepalive_timeout_ms", seconds),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
             ],
         )
         try:
@@ -247,10 +259,11 @@ class GrpcServer:
                     raise
                 task.uncancel()
                 code, message = grpc.StatusCode.UNAVAILABLE, "the server ended before this request did"
+            except (grpc.aio.BaseError, _NotTakenError) as error:  # a status would not be taken either
+                code = grpc.StatusCode.CANCELLED
+                raise asyncio.CancelledError from error
             except Exception as error:
-                if not isinstance(error, (AiotrtError, HTTPException, TimeoutError)):
-                    _log.exception("a request failed")
-                found = self._service.problem(error)
+                found = self._problem(error)
                 code, message = _CODES.get(found.status, grpc.StatusCode.INTERNAL), found.message
                 wait = found.retry_after
             finally:
@@ -258,9 +271,17 @@ class GrpcServer:
                 if self._settings.access_log:
                     _access.info('%s - "gRPC %s" %s', context.peer(), name, code.name)
             trailer = () if wait is None else (("grpc-retry-pushback-ms", str(1000 * wait)),)
-            return await context.abort(code, message[:_LONGEST_MESSAGE], trailer)  # raises
+            try:
+                await context.abort(code, message[:_LONGEST_MESSAGE], trailer)  # raises
+            except grpc.aio.InternalError as error:
+                raise asyncio.CancelledError from error
 
         return call
+
+    def _problem(self, error: Exception) -> Problem:
+        if not isinstance(error, (AiotrtError, HTTPException, TimeoutError)):
+            _log.error("a request failed", exc_info=error)
+        return self._service.problem(error)
 
     def _check_token(self, name: str, context: _Context) -> None:
         token = self._settings.token
@@ -347,15 +368,16 @@ class GrpcServer:
                     name = parts.head.id
                     said = await self._answer(parts, context, is_streamed=True)
                 except Exception as error:
-                    if not isinstance(error, (AiotrtError, HTTPException, TimeoutError)):
-                        _log.exception("a request failed")
-                    found = self._service.problem(error).message
+                    found = self._problem(error).message
                     said = messages["ModelStreamInferResponse"](error_message=found, infer_response={"id": name})
                     said = said.SerializeToString()
                 async with writing:
                     with self._service.budget.sending(len(said)):
-                        async with asyncio.timeout(self._settings.body_timeout):
-                            await context.write(said)
+                        try:
+                            async with asyncio.timeout(self._settings.body_timeout):
+                                await context.write(said)
+                        except TimeoutError as error:
+                            raise _NotTakenError from error
             finally:
                 room.release()
 
@@ -385,7 +407,7 @@ class GrpcServer:
     async def _answer(self, parts: Parts, context: _Context, *, is_streamed: bool = False) -> bytes:
         """Run a model for one request, and return the answer's message."""
         body = Body(self._service.budget)
-        body.count(len(parts.data))
+        body.reserve(len(parts.data))
         model, servable = self._service.model(parts.head.model_name, parts.head.model_version)
         with servable.counted() as passed:
             size = parts.head_size if len(parts.data) < COPIED else len(parts.data)
@@ -436,15 +458,9 @@ class GrpcServer:
         self._slow[timeout] = None
 
     def _sends(self, context: _Context, size: int) -> None:
-        """Count an answer until it was taken, which has a time limit."""
-        task = asyncio.current_task()
-        assert task is not None
-        sending = self._service.budget.sending(size)
-        sending.__enter__()
-        timer = asyncio.get_running_loop().call_later(self._settings.body_timeout, task.cancel)
-
-        def sent(_: object) -> None:
-            timer.cancel()
-            sending.__exit__(None, None, None)
-
-        context.add_done_callback(sent)
+        """Count an answer until it was taken, or `body_timeout` is over: gRPC cannot end a call that has its answer."""
+        sent = contextlib.ExitStack()
+        sent.enter_context(self._service.budget.sending(size))
+        timer = asyncio.get_running_loop().call_later(self._settings.body_timeout, sent.close)
+        sent.callback(timer.cancel)
+        context.add_done_callback(lambda _: sent.close())

@@ -161,13 +161,13 @@ class Body(bytearray):
         self._budget = budget
         self._counted = 0
 
-    def count(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count bytes that will be appended with `extend`, or are kept with this body. Raises as `Budget.add` does."""
         self._budget.add(size)
         self._counted += size
 
     def __iadd__(self, data: bytes) -> Self:  # type: ignore[misc, override]
-        self.count(len(data))
+        self.reserve(len(data))
         self.extend(data)
         return self
 
