@@ -74,7 +74,7 @@ async def _all(http: int, rpc: int, pid: int, seconds: float, rounds: int) -> li
                     for way in ways:
                         runs[way].append(await _one(senders[way][:clients], pid, seconds))
                 for way, found in runs.items():
-                    row = {
+                    row: dict[str, Any] = {
                         "size": size,
                         "clients": clients,
                         "way": way,

@@ -436,7 +436,16 @@ async def test_a_failure_of_the_servers_own_is_logged_and_says_nothing(
 
 async def test_a_path_that_is_no_text_does_not_end_the_server(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
-        fields = (b":method", b"POST", b":scheme", b"http", b":path", b"/\xff", b":authority", b"localhost")
+        fields: tuple[bytes, ...] = (
+            b":method",
+            b"POST",
+            b":scheme",
+            b"http",
+            b":path",
+            b"/\xff",
+            b":authority",
+            b"localhost",
+        )
         fields += (b"content-type", b"application/grpc", b"te", b"trailers")
         head = b"".join((b"" if i % 2 else b"\0") + bytes([len(field)]) + field for i, field in enumerate(fields))
         reader, writer = await asyncio.open_connection(*server.server.address.split(":"))

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
+from aiotrt.cli import main
 from aiotrt.serving.kserve.messages import messages
 from benchmarks.serving_processes import resident
 from tests.building import models as onnx_models
@@ -126,7 +127,9 @@ async def many_connections(address: str, count: int, randomly: random.Random) ->
 @pytest.mark.parametrize(
     ("in_messages", "in_frames"), [(2_100, 240), pytest.param(100_000, 10_000, marks=pytest.mark.proof)]
 )
-async def test_nonsense_harms_nobody_and_costs_no_memory(tmp_path: Path, in_messages: int, in_frames: int) -> None:
+async def test_nonsense_harms_nobody_and_costs_no_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_messages: int, in_frames: int
+) -> None:
     relu = onnx_models.relu(tmp_path / "relu.onnx", ("?", "?"))
     arguments = ["-m", "aiotrt", "serve", relu, "--device", "host", "--port", "0", "--grpc-port", "0"]
     randomly = random.Random(0)
@@ -141,6 +144,9 @@ async def test_nonsense_harms_nobody_and_costs_no_memory(tmp_path: Path, in_mess
             await many_messages(address, in_messages // 3, randomly)
             await many_connections(address, in_frames // 3, randomly)
             sizes.append(resident(server.pid))
+        port = address.rpartition(":")[2]
+        assert await asyncio.to_thread(main, ["serve", str(relu), "--port", "0", "--grpc-port", port]) == 1
+        assert f"cannot bind to {address} for gRPC" in capsys.readouterr().err
         async with grpc.aio.insecure_channel(address) as channel:
             answer = await channel.unary_unary(f"{SERVICE}ModelInfer")(message())
             assert messages["ModelInferResponse"].FromString(answer).raw_output_contents[0] == X.tobytes()

@@ -214,6 +214,7 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, relu: Path, capsys: pytes
         (2, f"{tmp_path / 'none'}: there is no such file", ["--config", str(tmp_path / "none")]),
         (2, f"{tmp_path}: cannot be read: Is a directory", ["--config", str(tmp_path)]),
         (2, "--shape 3: input 'x': ", [str(relu), "--port", "0", "--device", "host", "--shape", "3"]),
+        (2, "grpc_port must be less than 65536, got 99999", [str(relu), "--grpc-port", "99999"]),
         (1, "cannot load this file", [str(bad), "--port", "0", "--device", "host"]),
     ):
         assert main(["serve", *arguments]) == status, says

@@ -110,7 +110,7 @@ class Service:
         """Check that there is this model.
 
         Raises:
-            HTTPException: there is none of this name or version; 404.
+            starlette.exceptions.HTTPException: there is none of this name or version; 404.
         """
         try:
             self.models.standing(name)
@@ -123,7 +123,7 @@ class Service:
         """A model that can be called.
 
         Raises:
-            HTTPException: as `check` does.
+            starlette.exceptions.HTTPException: as `check` does.
             ModelClosedError: it is not loaded.
             ModelBrokenError: it is broken. Said before a body is read for nothing.
         """
@@ -172,7 +172,7 @@ class Service:
         """Load a model that the server was started with, as it was told then.
 
         Raises:
-            HTTPException: as `check` does.
+            starlette.exceptions.HTTPException: as `check` does.
             BodyError: there are parameters, which are not taken.
             AiotrtError: as `Models.load` does.
         """
