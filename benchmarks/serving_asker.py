@@ -164,7 +164,7 @@ class GrpcAsker(Asker):
         try:
             answer = messages["ModelInferResponse"].FromString(await call)
         except grpc.aio.AioRpcError as error:
-            wait = dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")
+            wait = dict(iter(error.trailing_metadata())).get("grpc-retry-pushback-ms")
             return _STATUS.get(error.code(), 500), wait and str(int(wait) // 1000), ("", [], [])
         raw = zip(answer.outputs, answer.raw_output_contents, strict=True)
         outputs = {output.name: np.frombuffer(data, np.int64).tolist() for output, data in raw}

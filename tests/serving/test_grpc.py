@@ -370,7 +370,7 @@ async def test_deadlines_and_full_queues(tmp_path: Path) -> None:
             await until_waiting(model, 1)
             call = server.raw()(iter([message("double", "3")]))
             assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
-            assert 1000 <= int(dict(await call.trailing_metadata())["grpc-retry-pushback-ms"]) <= 60_000
+            assert 1000 <= int(dict(iter(await call.trailing_metadata()))["grpc-retry-pushback-ms"]) <= 60_000
             second.cancel()
             await until_waiting(model, 0)
             late = messages["ModelInferRequest"].FromString(message("double", "4"))
@@ -510,7 +510,7 @@ async def test_a_large_request_and_answer_arrive_whole(tmp_path: Path) -> None:
 
 
 async def test_a_request_that_does_not_arrive_ends(tmp_path: Path) -> None:
-    async with serving(tmp_path, body_timeout=0.2) as server:
+    async with serving(tmp_path, body_timeout=1.0) as server:
         call = server.raw()()
         await call.wait_for_connection()
         assert await code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -537,8 +537,8 @@ async def test_of_too_many_slow_requests_the_slowest_ends(tmp_path: Path, monkey
 
 
 async def test_an_answer_that_is_not_taken_holds_up_nobody(tmp_path: Path) -> None:
-    big = np.zeros((1 << 20, 3), np.float32)
-    async with serving(tmp_path, body_timeout=0.5) as server:
+    big = np.zeros((1 << 17, 3), np.float32)
+    async with serving(tmp_path, body_timeout=2.0) as server:
         call = server.channel.stream_stream(f"{SERVICE}ModelStreamInfer")()
         await call.write(message("double", "1", array=big))
         await until_slow(lambda: server.model.statistics().completed == 1)
@@ -560,7 +560,8 @@ async def test_a_client_that_cannot_take_an_answer_is_not_the_servers_failure(
         await call.write(message("double", "1", array=big))
         with contextlib.suppress(grpc.aio.AioRpcError):
             assert await call.read() is grpc.aio.EOF
-        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # more than the client takes
+        # More than the client takes; what that is called depends on gRPC's version.
+        assert await call.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
         await until_slow(lambda: not server.server._tasks and server.service.budget.used == 0)
         np.testing.assert_array_equal(await server.infer(), X + X)
     assert not caplog.records
