@@ -5,8 +5,8 @@
         [--limit SECONDS] [--quick] [--out DIR]
 
 `overload`, over HTTP, and `overload_grpc`: see `bench_serving_overload`; `protocols`, HTTP and gRPC by turns: see
-`bench_serving_protocols`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see `bench_serving_attacks`. They take
-what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; with `--device cuda` torchvision and not the last two.
+`bench_serving_protocols`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see `bench_serving_attacks`. They
+take what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; on CUDA torchvision and not the last two.
 """
 
 from __future__ import annotations
