@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import aiotrt
-from aiotrt.runtime import executor
+from aiotrt.runtime import executor, route
 from aiotrt.runtime import launch as submission
 from aiotrt.runtime.request import Request
 from aiotrt.runtime.slots import State
@@ -36,8 +36,21 @@ def everything_is_large() -> Iterator[list[Request]]:
             copied.append(request)
         copy_in(request, program)
 
-    with mock.patch.object(executor, "IN_PLACE_BYTES", 0), mock.patch.object(executor, "copy_in", counted):
+    with large_from(0), mock.patch.object(executor, "copy_in", counted):
         yield copied
+
+
+@contextlib.contextmanager
+def large_from(nbytes: int) -> Iterator[None]:
+    """Inputs of this size are read in place, if they can be."""
+    with mock.patch.object(executor, "IN_PLACE_BYTES", nbytes), mock.patch.object(route, "IN_PLACE_BYTES", nbytes):
+        yield
+
+
+async def by_the_long_way(model: aiotrt.Model, x: Any) -> Any:
+    """The result of a call whose signature is not remembered."""
+    executor_of(model)._route = executor_of(model)._likely = None
+    return await model(x)
 
 
 def pinned(
@@ -110,23 +123,52 @@ def test_what_is_not_plain_or_not_large_is_copied(group: int) -> None:
         plain = pinned(device, 4)
         with everything_is_large() as copied:
             async with load(device, slots=1, warmup=frame(0)) as model:
-                assert right(await model(wide.T), 4)
+                assert right(await by_the_long_way(model, wide.T), 4)
                 read_only = plain.numpy()[...]
                 read_only.flags.writeable = False
-                assert right(await model(read_only), 4)
-                assert right(await model(frame(4)), 4)
+                assert right(await by_the_long_way(model, read_only), 4)
+                assert right(await by_the_long_way(model, frame(4)), 4)
                 assert len(copied) == 3
-                assert right(await model(plain), 4)
+                assert right(await by_the_long_way(model, plain), 4)
                 assert len(copied) == 3
-                with mock.patch.object(executor, "IN_PLACE_BYTES", plain.nbytes + 1):
-                    assert right(await model(plain), 4)
+                with large_from(plain.nbytes + 1):
+                    assert right(await by_the_long_way(model, plain), 4)
                     assert len(copied) == 4
-                    assert right(await model(plain.numpy()), 4)
+                    assert right(await by_the_long_way(model, plain.numpy()), 4)
                     assert len(copied) == 5
-                with mock.patch.object(executor, "IN_PLACE_BYTES", plain.nbytes):
-                    assert right(await model(plain), 4)
-                    assert right(await model(plain.numpy()), 4)
+                with large_from(plain.nbytes):
+                    assert right(await by_the_long_way(model, plain), 4)
+                    assert right(await by_the_long_way(model, plain.numpy()), 4)
                 assert len(copied) == 5
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("group", range(2))
+def test_a_page_locked_input_of_a_remembered_signature_is_read_where_it_is(group: int, kind: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        def as_given(tensor: torch.Tensor) -> Any:
+            return tensor.numpy() if kind == "numpy" else tensor
+
+        buffer, plain = pinned(device, 4), torch.from_numpy(frame(5))
+        with large_from(buffer.nbytes):
+            async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+                known = executor_of(model)
+                for _ in range(3):
+                    assert right(await model(as_given(plain)), 5)
+                assert known._route is not None
+                for x, value, is_copied in ((buffer, 4, False), (plain, 5, True)):
+                    request = known.submit((as_given(x),), {})
+                    assert (request.route is not None) == is_copied
+                    assert right(await request, value)
+        with large_from(buffer.nbytes + 1):
+            async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+                for _ in range(3):
+                    assert right(await model(as_given(plain)), 5)
+                request = executor_of(model).submit((as_given(buffer),), {})
+                assert request.route is not None, "a small one is copied"
+                assert right(await request, 4)
 
     under_schedules(group, program)
 

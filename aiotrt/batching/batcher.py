@@ -170,7 +170,11 @@ class Gatherer:
                 check_stackable(arguments, specs)
             group = Group(executor, arguments, specs, shapes, executor.outputs or kind, stack=self._batching.stack)
             remember(self._groups, key, group)
-        if group.route is None and group.batched in executor.specs.accepted and Route.suits(leaves, arguments):
+        if (
+            group.route is None
+            and group.batched in executor.specs.accepted
+            and Route.suits(leaves, arguments, executor.device)
+        ):
             group.route = Route(leaves, arguments, specs, shapes, kind, {}, executor.device)
         self._group = None if named or specs.structure is not None else group
         return group, arguments

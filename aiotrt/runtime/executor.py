@@ -54,7 +54,7 @@ from aiotrt.runtime.memory import allocate, keep, release_when_idle
 from aiotrt.runtime.programs import Program, ProgramCache, Recipe
 from aiotrt.runtime.replay import Replay
 from aiotrt.runtime.request import Request, Slot, Times
-from aiotrt.runtime.route import Route
+from aiotrt.runtime.route import IN_PLACE_BYTES, Route
 from aiotrt.runtime.slots import BROKEN, COMPLETE, COPIED, DRAINING, FREE, IN_FLIGHT, LAUNCH, Grant, Slots, State
 from aiotrt.runtime.slots import Event as Move
 from aiotrt.tensors import DEVICE, Argument, InputSpecs, Kind, Shapes, Specs, own
@@ -63,9 +63,6 @@ __all__ = ["Counters", "Executor"]
 
 _log: Final = logging.getLogger("aiotrt")
 
-#: Host inputs of this size are read in place where they are page-locked. To ask takes about 2 us of the loop's thread, and
-#: to copy as much 5 to 10 (H200's host).
-IN_PLACE_BYTES: Final = 128 << 10
 
 #: Host copies larger than this go to a worker thread. A thread hop costs tens of microseconds and copying a mebibyte about
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
@@ -252,9 +249,9 @@ class Executor:
         # Not for what runs without a graph: a route would be found useless only when the slot is granted.
         if self._overlap and specs in self.specs.accepted and all(program.captured for program in holders.values()):
             likely = shapes, kind, specs
-            if likely == self._likely and not request.marked and Route.suits(leaves, arguments):
+            if likely == self._likely and not request.marked and Route.suits(leaves, arguments, self.device):
                 route = Route(leaves, arguments, specs, shapes, kind, holders, self.device)
-                if route.nbytes < IN_PLACE_BYTES:  # larger ones may be read in place, or by a worker
+                if route.nbytes <= COPY_ON_LOOP_BYTES:  # larger ones are copied by a worker
                     if named or specs.structure is not None:
                         self._nested_route = route
                     else:

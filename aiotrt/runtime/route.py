@@ -13,10 +13,13 @@ from aiotrt.runtime.programs import Program
 from aiotrt.tensors import Argument, Key, Kind, Shapes, Specs
 from aiotrt.tensors.conversion import NUMPY_DTYPES
 
-__all__ = ["Route"]
+__all__ = ["IN_PLACE_BYTES", "Route"]
 
 _TENSOR: Final = torch.Tensor
 _STRIDED: Final = torch.strided
+#: Host inputs of this size are read in place where they are page-locked. To ask takes about 2 us of the loop's thread, and
+#: to copy as much 5 to 10 (H200's host).
+IN_PLACE_BYTES: Final = 128 << 10
 #: Attributes of an input that the long way must see to; see `handshake`.
 _HANDSHAKE: Final = frozenset({"_trt_ready_event", "_trt_reuse_as_input_buffer"})
 
@@ -44,6 +47,8 @@ class Route:
     __slots__ = (
         "_holds",
         "_index",
+        "_is_pinned",
+        "_large",
         "_signature",
         "holders",
         "kind",
@@ -71,6 +76,13 @@ class Route:
         self.on_host = tuple(i for i, argument in enumerate(arguments) if argument.host is not None)
         self.on_device = len(self.on_host) < len(arguments)
         self.nbytes = sum(argument.host.nbytes for argument in arguments if argument.host is not None)
+        self._is_pinned = device.is_pinned
+        #: Those that the device would read in place, if their memory is page-locked.
+        self._large = tuple(
+            i
+            for i, argument in enumerate(arguments)
+            if argument.host is not None and argument.host.nbytes >= IN_PLACE_BYTES and not device.unified
+        )
         self._holds = device.holds
         self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
         self._signature = [
@@ -84,14 +96,15 @@ class Route:
         return self.shapes, (), self.specs
 
     @staticmethod
-    def suits(values: Sequence[object], arguments: Sequence[Argument]) -> bool:
+    def suits(values: Sequence[object], arguments: Sequence[Argument], device: Device) -> bool:
         """Whether calls like this one can have a route."""
         for value, argument in zip(values, arguments, strict=True):
-            if type(value) is np.ndarray and argument.host is not None:
-                continue
-            # A tensor on the host is copied as an array, so numpy must know its dtype.
-            if type(value) is not _TENSOR or (argument.host is not None and value.dtype not in NUMPY_DTYPES):
-                return False
+            if argument.host is None:
+                # What the device reads in place in host memory is none of its own.
+                if type(value) is not _TENSOR or not device.holds(value):
+                    return False
+            elif type(value) is not np.ndarray and (type(value) is not _TENSOR or value.dtype not in NUMPY_DTYPES):
+                return False  # a tensor on the host is copied as an array, so numpy must know its dtype
         return True
 
     def matches(self, values: Sequence[object]) -> bool:
@@ -126,7 +139,22 @@ class Route:
                     return False
         except RuntimeError:  # a nested tensor has no shape, and one that is sparse by rows no order
             return False
-        return True
+        return not self._large or not self._has_pinned(values)
+
+    def _has_pinned(self, values: Sequence[Any]) -> bool:
+        """Whether a large input is in page-locked memory, from which the long way needs no copy to staging memory."""
+        for i in self._large:
+            value = values[i]
+            if type(value) is np.ndarray:
+                if not (value.flags.writeable and value.flags.c_contiguous):  # the long way copies it too
+                    continue
+                try:
+                    value = torch.from_numpy(value)
+                except (TypeError, ValueError):  # the stride of an axis of size 1 may be anything
+                    continue
+            if self._is_pinned(value):
+                return True
+        return False
 
     def still_matches(self, values: Sequence[object]) -> bool:
         """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""

@@ -120,7 +120,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "executor.py",
         "Executor._submit_new",
-        "route.nbytes < IN_PLACE_BYTES -> route.nbytes <= IN_PLACE_BYTES, in: if route.nbytes < IN_PLACE_BYTES:",
+        "route.nbytes <= COPY_ON_LOOP_BYTES -> route.nbytes < COPY_ON_LOOP_BYTES, in: if route.nbytes <= COPY_ON_LOOP_BYTES:",
         0,
     ): "at just this size both ways are as good",
     (
