@@ -12,7 +12,7 @@ import pytest
 import aiotrt
 from aiotrt.completion.hub import Hub, wait
 from aiotrt.completion.lane import Lane, Pending
-from aiotrt.completion.prediction import EARLIER_TO_PREPARE, MARGIN, Estimate, Progress
+from aiotrt.completion.prediction import EARLIER_TO_PREPARE, Estimate, Lateness, Progress
 from aiotrt.errors import DeviceError, DeviceHangError
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.every_loop]
@@ -300,6 +300,15 @@ async def test_work_that_ended_before_it_is_added_is_found_at_once() -> None:
     assert [work.outcomes for work in works] == [[None]] * 3
 
 
+async def test_work_that_had_not_ended_when_it_was_added_is_polled_once_in_each_iteration() -> None:
+    world = World(Progress.SPIN)
+    work = Work(world, None)
+    world.hub.add_ended(Lane(), Pending(work.query, work.done, Estimate(), None))
+    for queries in range(1, 5):
+        assert work.queries == queries
+        await asyncio.sleep(0)
+
+
 async def test_a_callback_that_raises_takes_nobody_with_it() -> None:
     world = World()
     contexts: list[dict[str, Any]] = []
@@ -511,7 +520,24 @@ async def test_what_the_next_launch_needs_is_prepared_in_the_first_poll_before_t
     assert work.outcomes == plain.outcomes == [None]
     assert len(prepared) == 1
     assert prepared[0] == pytest.approx(due - start, abs=5e-6)
-    assert due == pytest.approx(start + 0.010 - 35e-6 - 2 * MARGIN - EARLIER_TO_PREPARE)
+    earlier = Lateness().allowance(0.010) + EARLIER_TO_PREPARE
+    assert due == pytest.approx(start + 0.010 - earlier, rel=0.0, abs=1e-9)
+
+
+async def test_what_a_callback_submits_with_something_to_prepare_is_polled_earlier_too() -> None:
+    world = World(spin=40e-6)
+    lane = Lane()
+    due: list[float] = []
+
+    def more(error: BaseException | None) -> None:
+        lane.prepare = lambda: None
+        Work(world, 0.010).watch(lane, estimate=learned(0.010))
+        due.append(lane.due)
+
+    world.hub.watch(lane, Work(world, 0.0).query, more)
+    while not due:
+        await world.advance(1e-5)
+    assert due == [lane.due]
 
 
 @pytest.mark.parametrize("ends", ["complete", "forgotten"])

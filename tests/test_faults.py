@@ -147,14 +147,15 @@ async def test_overdue_work_is_a_hang_that_breaks_this_model_only() -> None:
 
 async def test_a_consumer_that_never_ends_is_a_hang_when_the_model_closes() -> None:
     device = Faulty()
-    model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0), hang_timeout=0.02)
+    model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0))
     side = model.stream()
     release = threading.Event()
     async with model.lease() as slot:
         slot.inputs[0][...] = frame(1)
-        side.wait(slot.launch())
+        await slot.replay()
         side.run(lambda: release.wait(30))
         slot.consumed(side)
+    executor_of(model).hang_timeout = 0.02  # only now: on a busy machine the launch itself may take longer
     await model.aclose()
     release.set()
     side.close()
@@ -163,13 +164,14 @@ async def test_a_consumer_that_never_ends_is_a_hang_when_the_model_closes() -> N
 async def test_a_consumer_that_never_ends_is_a_hang_for_the_next_caller() -> None:
     device = Faulty()
     release = threading.Event()
-    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0), hang_timeout=0.02) as model:
+    async with aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0)) as model:
         side = model.stream()
         async with model.lease() as slot:
             slot.inputs[0][...] = frame(1)
             await slot.replay()
             side.run(lambda: release.wait(30))
             slot.consumed(side)
+        executor_of(model).hang_timeout = 0.02  # only now, as above
         with pytest.raises(aiotrt.DeviceHangError):
             await model(frame(2))
         release.set()

@@ -1096,6 +1096,17 @@ async def test_told_work_hangs_as_soon_as_other_work_does(hang_timeout: float) -
     assert work.queries == int(hang_timeout / PATROL) + 1 + POLLS_BEFORE_HANG
 
 
+async def test_told_work_is_not_polled_as_overdue_work_for_the_time_in_which_the_machine_stood_still() -> None:
+    world = World()
+    work = Told(world, None).watch(Lane(), hang_timeout=2.5 * PATROL)
+    await world.advance(0.5 * PATROL)
+    world.stall(3600.0)
+    await world.advance(2.4 * PATROL)
+    assert work.queries == 3
+    await world.advance(PATROL)
+    assert isinstance(work.outcomes[0], DeviceHangError)
+
+
 async def test_work_that_is_told_of_too_early_is_asked_from_then_on() -> None:
     """As when its event was recorded again: of that record nobody tells."""
     world = World()

@@ -60,6 +60,12 @@ def test_options_of_files_are_refused_where_the_engine_is_none(group: int) -> No
     under_schedules(group, program)
 
 
+def test_the_engine_is_built_for_the_shapes_of_the_examples() -> None:
+    found = model_module._example_shapes([frame(0), {"x": frame(0, (4, 3))}, (2, 5)], aiotrt.Batching(max_size=4))
+    assert found.batch == 4
+    assert list(found.shapes) == [(((2, 3),), {}), ((), {"x": (4, 3)}), (((2, 5),), {})]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_model_that_is_closed_while_it_opens_is_closed_when_that_is_over(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

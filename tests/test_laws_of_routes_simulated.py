@@ -480,6 +480,33 @@ def test_named_and_nested_inputs_take_a_short_path_too(group: int, form: Any) ->
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize(("given", "outputs"), [("device", "numpy"), ("host", "device")])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_nested_input_and_a_result_in_different_memory_are_ordered(group: int, given: str, outputs: Any) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with aiotrt.load(sum_of, device=device, slots=1, overlap=True, outputs=outputs) as model:
+            executor = executor_of(model)
+            stream = device.stream()
+            routes = []
+            with device.use(stream):
+                for value in range(6):
+                    x: Any = frame(value)
+                    y: Any = frame(2)
+                    if given == "device":
+                        x, y = device.tensor(frame(0)), device.tensor(y)
+                        stream.run(lambda x=x, value=value: x.fill_(value))  # type: ignore[misc]  # still to be done
+                    request = executor.submit(({"a": [x, y]},), {"scale": 3.0})
+                    routes.append(request.route)
+                    result = (await request)["sum"]
+                    assert device.holds(torch.as_tensor(result)) == (outputs == "device")
+                    expected = device.read(result) if outputs == "device" else result
+                    assert (np.asarray(expected) == (value + 2) * 3).all()
+            assert routes[-1] is executor._nested_route is not None
+            stream.close()
+
+    under_schedules(group, program)
+
+
 @pytest.mark.parametrize("form", [named, nested])
 def test_a_nested_input_that_is_resized_while_it_waits_is_refused(form: Any) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

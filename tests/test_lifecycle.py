@@ -53,6 +53,16 @@ async def test_what_is_no_device_is_refused(wrong: Any) -> None:
 
 
 @asyncio_test
+async def test_a_device_whose_time_is_not_the_loops_is_refused() -> None:
+    class Elsewhere(HostDevice):
+        def check_loop(self) -> None:
+            raise aiotrt.UsageError("not on this loop")
+
+    with pytest.raises(aiotrt.UsageError, match="not on this loop"):
+        _ = await aiotrt.load(Affine(), device=Elsewhere())
+
+
+@asyncio_test
 async def test_closing_a_model_that_was_never_opened(device: str) -> None:
     model = aiotrt.load(Affine(), device=device)
     await model.aclose()

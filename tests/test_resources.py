@@ -18,7 +18,7 @@ import pytest
 import aiotrt
 from aiotrt.completion.hub import Hub
 from aiotrt.devices.host import HostDevice
-from tests.tools import Affine, frame, no_threads, until
+from tests.tools import Affine, executor_of, frame, no_threads, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -102,8 +102,10 @@ async def test_a_model_is_closed_without_a_thread() -> None:
     device = HostDevice()
     threads = threading.active_count()
     model = await aiotrt.load(Affine(), device=device, slots=2, warmup=frame(0))
+    cache = executor_of(model).cache
     with no_threads():
         await model.aclose()
+    assert len(cache) == 0
     assert repr(model) == "<aiotrt.Model Affine: closed>"
     assert not device._callbacks
     await until(lambda: threading.active_count() <= threads)

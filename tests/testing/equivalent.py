@@ -44,8 +44,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): EITHER,
     ("hub.py", "Hub.__init__", "0.0 -> 1.0, in: self._slept = 0.0", 0): ANY,
     ("hub.py", "Hub.__init__", "0.0 -> -1.0, in: self._slept = 0.0", 0): ANY,
-    ("hub.py", "Hub._poll", "len(due) > 1 -> len(due) >= 1, in: if len(due) > 1:", 0): "to sort one or none does nothing",
-    ("hub.py", "Hub._poll", "1 -> 0, in: if len(due) > 1:", 0): "to sort one or none does nothing",
     ("hub.py", "Hub._poll", "now - start > TURN -> now - start >= TURN, in: if now - start > TURN:", 0): TOO_LONG,
     ("hub.py", "Hub._poll", "lane.due < earliest -> lane.due <= earliest, in: if lane.due < earliest:", 0): EITHER,
     (
@@ -77,12 +75,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ("hub.py", "Hub._next_poll", "0.0 -> -1.0, in: return max(predicted, next_look(now, now, now, 0.0))", 0): STOPS,
     (
         "hub.py",
-        "Hub._next_poll",
-        "predicted + spin -> predicted - spin, in: lane.spin_until = predicted + spin",
-        0,
-    ): SAVES,
-    (
-        "hub.py",
         "Hub._arm",
         "0.0 -> -1.0, in: self._soon = self._loop.call_later(0.0, self._poll) if was_long else self._loop.call_soon(self._poll)",
         0,
@@ -90,7 +82,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "hub.py",
         "_patrol",
-        "0.0 -> -1.0, in: return min(now + PATROL, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))",
+        "0.0 -> -1.0, in: return min(patrol, max(started + stalled + head.hang_timeout, next_look(now, started, started, 0.0)))",
         0,
     ): STOPS,
     (
@@ -126,12 +118,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "executor.py",
         "Executor._replay",
-        "was_queued and (request.is_done or not route.still_matches(request.values)) -> was_queued or (request.is_done or not route.still_matches(request.values)), in: if program is None or program.graph is None or (was_queued and (request.is_done or not route.still_matches(request.values))):",
-        0,
-    ): "the long way gives the same result",
-    (
-        "executor.py",
-        "Executor._replay",
         "1 -> 2, in: cache.uses = program.used = cache.uses + 1",
         0,
     ): "only the order of uses counts",
@@ -150,7 +136,7 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "executor.py",
         "Executor._copy_out.copy",
-        "True -> False, in: parts = request.parts(program, list(zip(views, dtypes, strict=True)))",
+        "True -> False, in: return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]",
         0,
     ): "there are as many of both, by construction",
     (
@@ -161,12 +147,6 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "at just this size both ways are as good",
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
-    (
-        "executor.py",
-        "Executor._replay",
-        "not was_queued or origin.handle == self.device.current_handle() -> not was_queued and origin.handle == self.device.current_handle(), in: is_current = not was_queued or origin.handle == self.device.current_handle()",
-        0,
-    ): "results that are not allocated now are allocated by the next launch",
     (
         "prediction.py",
         "Estimate.between",
@@ -282,22 +262,10 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "exactly so long is as good a bound",
     (
         "hub.py",
-        "Hub._poll",
-        "0 -> 1, in: repeats = 0",
-        0,
-    ): "one query more, where the loop has other work or several lanes are due",
-    (
-        "hub.py",
         "Hub._wake",
         "self._clock() - start > WAKES -> self._clock() - start >= WAKES, in: if finished and self._clock() - start > WAKES:",
         0,
     ): "exactly so long is as good a bound",
-    (
-        "hub.py",
-        "Hub._next_poll",
-        "wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds) -> wait > SHORTEST_SLEEP or (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds), in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
-        0,
-    ): "a wait that short is shorter than any allowance",
     (
         "hub.py",
         "Hub._next_poll",
@@ -316,4 +284,34 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "wait > SPIN_SHARE * estimate.seconds -> wait >= SPIN_SHARE * estimate.seconds, in: if wait > SHORTEST_SLEEP and (not spin or wait > LONGEST_SPIN or wait > SPIN_SHARE * estimate.seconds):",
         0,
     ): "exactly so long is as good a bound",
+    (
+        "executor.py",
+        "Executor.discard",
+        "1 -> 2, in: self.device.workers(1).submit(release_when_idle, self, self.device)",
+        0,
+    ): "the pool has one job, so a second thread has nothing to do",
+    (
+        "hub.py",
+        "Hub._poll",
+        "pending and lane.due == -inf -> pending or lane.due == -inf, in: if pending and lane.due == -inf:",
+        0,
+    ): "the estimate learns before the callers are resumed and not after; a head that was not polled yet begins twice",
+    (
+        "hub.py",
+        "_patrol",
+        "started + stalled + head.hang_timeout >= patrol -> started + stalled + head.hang_timeout > patrol, in: if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:",
+        0,
+    ): EITHER,
+    (
+        "hub.py",
+        "_patrol",
+        "started + stalled + head.hang_timeout -> started + stalled - head.hang_timeout, in: if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:",
+        0,
+    ): "saves the calls below, which give the same result",
+    (
+        "hub.py",
+        "_patrol",
+        "started + stalled -> started - stalled, in: if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:",
+        0,
+    ): "saves the calls below, which give the same result",
 }

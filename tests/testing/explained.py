@@ -31,8 +31,14 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ): LOGS,
     (
         "executor.py",
-        "Executor._replay",
+        "Executor._prepare_results",
         "_log.debug('results for the next launch could not be allocated: %r', error)",
+        0,
+    ): LOGS,
+    (
+        "executor.py",
+        "Executor.warm_up_driver",
+        "_log.debug('the current stream could not be queried: %r', error)",
         0,
     ): LOGS,
     ("executor.py", "Executor._stage", "slot.launches = 0", 0): (
@@ -71,11 +77,11 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("hub.py", "Hub._poll", "lane.due = self._first_poll(lane.last_done, pending[0])", 0): (
         "saves a poll: `add` has said when, unless other work was before it, and then it is polled at once"
     ),
-    ("hub.py", "Hub._next_poll", "lane.spin_until = predicted + spin", 0): (
-        "saves a call of this for each iteration in which it would say the same"
-    ),
     ("hub.py", "Hub.close", "self._soon.cancel()", 0): "saves a turn of the loop: a closed hub does not look",
     ("hub.py", "Hub.close", "self._soon = None", 0): "lets go of a handle that will never be called",
+    ("programs.py", "Program.launch", "steps[-1].own = own", 0): (
+        "saves copying the results once more: results in memory of the program's own are right as well"
+    ),
     ("programs.py", "Program.close", "self.graph = None", 0): "frees it: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._steps = ()", 0): "lets go of what ran: a closed program is dropped right after",
     ("programs.py", "Program.close", "self._closers = ()", 0): "makes closing idempotent; nobody closes twice",

@@ -45,6 +45,7 @@ MODULES: Final = (
     "tests.test_laws_of_observing_simulated",
     "tests.test_laws_of_interrupts_simulated",
     "tests.test_laws_of_routes_simulated",
+    "tests.test_laws_of_programs_simulated",
     "tests.test_laws_of_handover",
     "tests.test_laws_of_estimates",
     "tests.test_laws_virtual_host",
@@ -70,11 +71,14 @@ ON_THE_HOST: Final = (
     "tests.test_lease",
     "tests.test_faults",
     "tests.test_batches",
+    "tests.test_engine_modules",
+    "tests.test_resources",
+    "tests.test_signatures",
 )
 #: These try every schedule or step or pair there is, compare two runs or need a GPU: not one schedule of one program.
 NOT_LAWS: Final = (
     "every_schedule", "every_step", "every_pair", "equal_seeds", "ten_thousand", "ctrl_c", "after_a_fork",
-    "on_the_device_only",
+    "on_the_device_only", "thousands_of",
 )  # fmt: skip
 
 #: Seconds of processor time, and of real time, that one schedule may take before it counts as one that does not end.
@@ -152,8 +156,8 @@ def _laws_in(name: str, module: str, function: Callable[..., Any]) -> Iterator[L
     choices: list[list[dict[str, Any]]] = []
     unknown = set(inspect.signature(function).parameters)
     for mark in getattr(function, "pytestmark", ()):
-        if mark.name == "xfail":
-            return  # it finds what is wrong already
+        if mark.name in ("xfail", "gpu"):
+            return  # it finds what is wrong already, or cannot run
         if mark.name != "parametrize":
             continue
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
@@ -163,7 +167,8 @@ def _laws_in(name: str, module: str, function: Callable[..., Any]) -> Iterator[L
         elif names == ["fault"]:
             faults = list(mark.args[1])
         else:
-            choices.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in mark.args[1]])
+            values = [value for value in mark.args[1] if not getattr(value, "marks", ())]  # else too long: in the proof only
+            choices.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in values])
     if unknown == {"device"}:
         function = functools.partial(function, device="host")
     elif unknown:
