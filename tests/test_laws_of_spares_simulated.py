@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 import aiotrt
 from aiotrt.runtime import executor, hold
@@ -117,6 +118,25 @@ def test_for_long_work_the_next_results_get_their_memory_shortly_before_the_end(
         side.close()
 
     under_schedules(group, program)
+
+
+def test_results_that_are_prepared_while_another_task_infers_can_be_written() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, overlap=True, warmup=frame(0)) as model:
+            x = device.tensor(frame(3))
+            for _ in range(2):
+                assert right(device.read(await model(x)), 3)
+            with mock.patch.object(executor, "LONG", 0.0), held_streams(device, *streams_of(model)):
+                call = asyncio.ensure_future(model(x))
+                await asyncio.sleep(0)
+                with torch.inference_mode():  # the mode is the thread's, and so the poll's
+                    await asyncio.sleep(0.1)
+            assert right(device.read(await call), 3)
+            result = await model(x)
+            assert not result.is_inference()
+            assert right(device.read(result), 3)
+
+    under_schedules(0, program)
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), aiotrt.DeviceError("it broke", code=700, name="x")])

@@ -495,7 +495,7 @@ class Executor:
         request.on_done = slot.on_done
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
-        prepares = origin is not None and not torch.is_inference_mode_enabled()
+        prepares = origin is not None
         if prepares and program.estimate.seconds >= LONG and slot.when_complete is None:
             slot.lane.prepare = partial(self._prepare_results, program, origin, False)
             prepares = False
@@ -514,7 +514,8 @@ class Executor:
         """
         try:
             assert origin is not None
-            if is_current or origin.handle == self.device.current_handle():
+            is_current = is_current or origin.handle == self.device.current_handle()
+            if is_current and not torch.is_inference_mode_enabled():  # some other task's, maybe: then they would be its kind
                 spares = [make() for make in program.makers]
                 assert program.graph is not None
                 program.graph.prepare(spares)
