@@ -20,7 +20,7 @@ from aiotrt.runtime import executor
 from aiotrt.testing import SimulatedDevice, SimulatedStream
 from tests.test_laws_of_owners_simulated import GROUPS
 from tests.test_laws_simulated import right, settle, under_schedules
-from tests.tools import Affine, frame
+from tests.tools import Affine, executor_of, frame
 
 
 def picky(x: torch.Tensor) -> torch.Tensor:
@@ -133,3 +133,34 @@ def test_a_call_whose_signature_is_not_allowed_any_more_never_runs(group: int) -
             await settle(model, 1)
 
     under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_results_whose_shapes_depend_on_the_data_are_allocated_when_they_are_known(group: int) -> None:
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return x[: 1 + int(x[0])] * 2
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with aiotrt.load(first, device=device, slots=1, hang_timeout=1.0) as model:
+            for count in (1, 3, 0, 2):
+                result = await model(device.tensor(frame(count, (4,))))
+                assert device.read(result).tolist() == [2.0 * count] * (count + 1)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.interpreted
+def test_only_what_a_worker_launched_is_polled_as_soon_as_the_loop_hears_of_it() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with (
+            aiotrt.load(picky, device=device, slots=1, hang_timeout=1.0) as by_worker,
+            aiotrt.load(Affine(), device=device, slots=1, hang_timeout=1.0) as by_loop,
+        ):
+            hub = executor_of(by_worker).hub
+            with mock.patch.object(hub, "add_ended", wraps=hub.add_ended) as added:
+                assert right(await by_worker(frame(1)), 1)
+                assert added.call_count == 1
+                assert right(await by_loop(frame(2)), 2)
+                assert added.call_count == 1
+
+    under_schedules(0, program)

@@ -314,4 +314,10 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
         "started + stalled -> started - stalled, in: if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:",
         0,
     ): "saves the calls below, which give the same result",
+    (
+        "executor.py",
+        "Executor._replay",
+        "program.estimate.seconds >= LONG -> program.estimate.seconds > LONG, in: if prepares and program.estimate.seconds >= LONG and (slot.when_complete is None):",
+        0,
+    ): "exactly so long is as good a bound",
 }
