@@ -190,6 +190,7 @@ def auditing(device: SimulatedDevice) -> Iterator[Audit]:
     with (
         contextlib.ExitStack() as stack,
         mock.patch("aiotrt.runtime.executor.own", own),
+        mock.patch("aiotrt.batching.batch.own", own),
         mock.patch("aiotrt.runtime.executor.copy_in", copy_in),
         mock.patch.object(_Selector, "select", audited_select),
         mock.patch("aiotrt.model.Executor", audited_executor),

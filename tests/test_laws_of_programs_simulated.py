@@ -135,20 +135,6 @@ def test_a_call_whose_signature_is_not_allowed_any_more_never_runs(group: int) -
     under_schedules(group, program)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_results_whose_shapes_depend_on_the_data_are_allocated_when_they_are_known(group: int) -> None:
-    def first(x: torch.Tensor) -> torch.Tensor:
-        return x[: 1 + int(x[0])] * 2
-
-    async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        async with aiotrt.load(first, device=device, slots=1, hang_timeout=1.0) as model:
-            for count in (1, 3, 0, 2):
-                result = await model(device.tensor(frame(count, (4,))))
-                assert device.read(result).tolist() == [2.0 * count] * (count + 1)
-
-    under_schedules(group, program)
-
-
 @pytest.mark.interpreted
 def test_only_what_a_worker_launched_is_polled_as_soon_as_the_loop_hears_of_it() -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:

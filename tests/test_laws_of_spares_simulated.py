@@ -20,7 +20,7 @@ from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
 from tests.simulated import held_streams
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
-from tests.tools import frame, turns
+from tests.tools import executor_of, frame, turns
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -118,6 +118,16 @@ def test_for_long_work_the_next_results_get_their_memory_shortly_before_the_end(
         side.close()
 
     under_schedules(group, program)
+
+
+def test_results_that_go_to_the_host_need_no_memory_on_the_device_in_advance() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0), outputs="numpy") as model:
+            for _ in range(3):
+                assert right(await model(device.tensor(frame(3))), 3)
+                assert [program.spare for program in executor_of(model).cache] == [None]
+
+    under_schedules(0, program)
 
 
 def test_results_that_are_prepared_while_another_task_infers_can_be_written() -> None:
