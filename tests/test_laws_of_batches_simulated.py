@@ -503,6 +503,46 @@ def test_an_alarm_that_rings_a_moment_early_rings_again() -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_a_batch_that_all_have_left_is_over(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            with held_streams(device, *streams_of(model)):
+                flying = calls(model, range(2))
+                await in_flight(model)
+                for call in flying:
+                    call.cancel()
+                await asyncio.wait(flying)
+            await settle(model, 1)
+            assert model._gatherer is not None
+            assert not model._gatherer._pace._running, "it is thought to be on the device still"
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_batch_that_all_left_before_its_slot_was_free_is_not_launched(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            counters = executor_of(model).counters
+            before = counters.failed, counters.misses
+            with held_streams(device, *streams_of(model)):
+                flying = calls(model, range(2))
+                await in_flight(model)
+                waiting = calls(model, range(2))
+                await turns()
+                for call in waiting:
+                    call.cancel()
+                await asyncio.wait(waiting)
+            await asyncio.gather(*flying)
+            await settle(model, 1)
+            assert (counters.failed, counters.misses) == before, "something was built for a batch of nothing"
+            assert right(await model(frame(3)), 3)
+            assert balanced(model)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_batch_that_failed_is_over(group: int) -> None:
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
         striker = Striker(device)

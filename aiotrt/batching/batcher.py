@@ -446,7 +446,6 @@ def _stop(item: Item) -> None:
     """Stop the timer of an item that has ended: it would keep the item until the deadline."""
     if item.timer is not None:
         item.timer.cancel()
-        item.timer = None
 
 
 def _of_items(name: str, specs: Specs) -> Specs:
