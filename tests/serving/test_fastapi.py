@@ -280,7 +280,7 @@ BAD_ARRAYS: list[tuple[int, str, dict[str, Any]]] = [
     (422, "got dtype object", {"content": npy(np.array([{}], object))}),
     (422, "got dtype", {"content": npy(np.zeros(2, [("a", "f4")]))}),
     (422, "input 'x': expected", {"content": npy(X[None])}),
-    (422, "not JSON", {"content": b'{"array": [NaN]}', "headers": {"content-type": "application/json"}}),
+    (422, "not JSON", {"content": b'{"array": [nan]}', "headers": {"content-type": "application/json"}}),
     (422, "not JSON", {"content": b"[" * 4000, "headers": {"content-type": "application/json"}}),
     (422, "differ in length", {"json": [[1, 2], [3]]}),
     (422, "expected only numbers, got 'a'", {"json": [["a", 2]]}),

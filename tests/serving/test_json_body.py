@@ -45,8 +45,8 @@ def test_what_json_contains_is_bounded_before_it_is_parsed(name: str, monkeypatc
 
 
 def test_as_much_as_may_be() -> None:
-    assert len(loads("it", b"[" + b"[]," * 65_000 + b"0]")) == 65_001
-    assert len(loads("it", b"[" + b"0," * (1 << 20) + b"0]")) == (1 << 20) + 1
+    assert len(loads("it", b'["",' + b"[]," * 65_000 + b"0]")) == 65_002
+    assert loads("it", b"[" + b"0," * (1 << 20) + b"0]").shape == ((1 << 20) + 1,)
     assert loads("it", b"[1]" + BOMBS["arrays"], 3) == [1], "what follows the text does not count"
     assert loads("it", json.dumps("[" * 65_000).encode()) == "[" * 65_000
 
@@ -69,6 +69,77 @@ def test_numbers_in_pieces(count: int) -> None:
         for nested in (rows, rows.T):
             if nested.size:
                 np.testing.assert_array_equal(numbers("x", nested.tolist(), np.dtype(np.int64)), nested)
+
+
+@pytest.mark.parametrize("shape", [(40_000,), (5000, 8), (2, 100, 200), (1, 1, 20_000, 2)])
+@pytest.mark.parametrize("separators", [(",", ":"), (",\n ", " : ")])
+def test_long_arrays_are_parsed_in_pieces(
+    shape: tuple[int, ...], separators: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    parse = orjson.loads
+
+    def counted(text: memoryview) -> Any:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return parse(text)
+
+    monkeypatch.setattr(orjson, "loads", counted)
+    given = np.arange(40_000, dtype=np.int64).reshape(shape)
+    decoy = '\\":[' + "1," * 70_000 + "1]"
+    fields = {"a": decoy, "data": given.tolist(), "b": [{"data": (given + 1).tolist()}], "c": "\\"}
+    text = json.dumps(fields, separators=separators).encode()
+    found = loads("it", text)
+    assert (found["a"], found["c"]) == (decoy, "\\")
+    assert longest < 4 * len(decoy), "the text but for its arrays"
+    longest = 0
+    for data, expected in ((found["data"], given), (found["b"][0]["data"], given + 1)):
+        np.testing.assert_array_equal(numbers("x", data, np.dtype(np.int64)), expected)
+        np.testing.assert_array_equal(numbers("x", data, np.dtype(np.int64), shape), expected)
+        with pytest.raises(InputError, match="flat or nested, got shape"):
+            numbers("x", data, np.dtype(np.int64), (2, 20_001))
+    assert longest < 2 * json_body._TEXT_PIECE
+    root = loads("it", json.dumps(given.tolist(), separators=separators).encode())
+    np.testing.assert_array_equal(numbers("x", root, np.dtype(np.int64)), given)
+
+
+ROWS = b"[1,2,3]," * 20_000
+MANY = b"1," * 40_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROWS[:-3] + b",4]", ROWS[:-3] + b"]", ROWS + b"4", ROWS + b"[]", ROWS + b"[[1,2,3]]", ROWS[:-2] + b"]4",
+        b"[4" + ROWS[:-1], MANY + b"", MANY + b"[1]", MANY + b"1 2", MANY + b"x", b"," + MANY + b"1", MANY + b"]",
+        b"[" * 40 + MANY + b"1" + b"]" * 40,
+        b" " * 70_000, MANY + b",1", MANY + b"null", MANY + b"true", b"[" + MANY + b"1", b"[],[5]," + ROWS[:-1],
+    ],
+)  # fmt: skip
+def test_what_is_no_array_of_numbers_is_refused_however_long(text: bytes) -> None:
+    with pytest.raises(InputError, match=r"not JSON|differ in length|expected only integers"):
+        numbers("x", loads("it", b'{"data": [' + text + b"]}")["data"], np.dtype(np.int64))
+
+
+def test_numbers_that_json_does_not_have() -> None:
+    odd = [float("nan"), float("inf"), -float("inf"), 1.5]
+    for count in (1, 20_000):
+        text = json.dumps({"id": "é", "data": odd * count}).encode()
+        array = numbers("x", loads("it", text)["data"], np.dtype(np.float32))
+        np.testing.assert_array_equal(array, np.array(odd * count, np.float32))
+        np.testing.assert_array_equal(np.array(json.loads(dumped(array)), np.float32), array)
+    assert dumped(np.array(odd, np.float16)) == b"[NaN,Infinity,-Infinity,1.5]"
+    with pytest.raises(InputError, match="expected only integers, got nan"):
+        numbers("x", loads("it", b"[NaN]"), np.dtype(np.int8))
+    for wrong in (
+        b'["\\ud800",NaN]',
+        b"[NaN,1e]",
+        b"[NaN," + b"9" * 30 + b"]",
+        b"[" * 1100 + b"NaN" + b"]" * 1100,
+        b"\xff[NaN]",
+    ):
+        with pytest.raises(InputError, match="it is not JSON"):
+            loads("it", wrong)
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ async def test_bad_requests_are_400_and_harm_nobody(tmp_path: Path) -> None:
         for status, says, options in (
             (400, "not JSON", {"content": b"{"}),
             (400, "not JSON", {"content": b""}),
-            (400, "not JSON", {"content": json.dumps(request_of()).replace("1.0", "NaN")}),
+            (400, "not JSON", {"content": json.dumps(request_of()).replace("1.0", "nan")}),
             (400, "not JSON", {"content": b"[" * 10_000}),
             (
                 400,
