@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from aiotrt.serving.errors import FROM_CLIENT, BodyError, BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
-from aiotrt.serving.images import Pixels, decode_off_loop
+from aiotrt.serving.images import FORMATS, Pixels, decode_off_loop
 from aiotrt.serving.json_body import from_base64, loads, numbers, said
 from aiotrt.serving.threads import COPIED, off_loop
 
@@ -245,17 +245,44 @@ def _array_in_json(data: bytearray, dtype: np.dtype[Any]) -> Array:
     return numbers("the array", found, dtype)
 
 
+def _error(description: str, **more: Any) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": _ERROR}}, **more}
+
+
+_ERROR: Final = {
+    "type": "object",
+    "properties": {"detail": {"type": "string"}, "type": {"type": "string"}},
+    "required": ["detail", "type"],
+}
+_ERRORS: Final[dict[str, Any]] = {
+    "408": _error("The body took too long to arrive."),
+    "413": _error("The body, or the image in it, is too large."),
+    "415": _error("The content type is not taken."),
+    # FastAPI merges its own schema into this one where a handler has parameters: there `detail` is a list.
+    "422": {
+        "description": "The body cannot be read, or the model does not take it.",
+        "content": {"application/json": {"schema": {"type": "object", "required": ["detail"]}}},
+    },
+    "503": _error(
+        "Not now: too much to do, or the model is not ready.",
+        headers={"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds, where there is too much to do."}},
+    ),
+    "504": _error("The deadline passed before there was a result."),
+}
+
+
 def _binary(media_types: tuple[str, ...], field: str, json: Mapping[str, Any]) -> dict[str, Any]:
     file = {"type": "string", "format": "binary"}
     content: dict[str, Any] = {kind: {"schema": file} for kind in media_types}
     content["multipart/form-data"] = {"schema": {"type": "object", "properties": {field: file}, "required": [field]}}
     content["application/json"] = {"schema": json}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": True, "content": content}, "responses": _ERRORS}
 
 
-#: For a route's ``openapi_extra=``: what `image_body` and `array_body` take, so that the description and its page say it.
+#: For a route's ``openapi_extra=``: what `image_body` and `array_body` take and which errors there are, so that the
+#: description and its page say it.
 image_request: Final = _binary(
-    ("image/jpeg", "image/png", "application/octet-stream"),
+    (*(f"image/{name.lower()}" for name in FORMATS), "application/octet-stream"),
     "file",
     {"type": "object", "properties": {"image": {"type": "string", "format": "byte"}}, "required": ["image"]},
 )

@@ -8,24 +8,25 @@ from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from aiotrt.serving.errors import BodyError, BodyTooLargeError
 from aiotrt.serving.threads import memory, off_loop
 
-__all__ = ["Pixels", "decode_image", "decode_off_loop"]
+__all__ = ["FORMATS", "Pixels", "decode_image", "decode_off_loop"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+Data: TypeAlias = bytes | bytearray | memoryview
 
-#: Formats that people send, and whose decoders are fuzzed by many.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+#: Formats that people send, and whose decoders are fuzzed by many. AVIF where Pillow was built with it.
+FORMATS: Final = ("JPEG", "PNG", "WEBP", *(["AVIF"] if features.check("avif") else []), "BMP", "GIF", "TIFF")
 #: Pixels of one side; JPEG's own limit. Pillow allocates row by row: fifty million rows of one pixel cost a gigabyte.
 _MAX_SIDE: Final = 65_535
 #: Pixels that are converted by one call, which takes some milliseconds.
 _PIECE: Final = 1 << 20
 
 
-def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") -> Pixels:
+def decode_image(data: Data, max_pixels: int, mode: str = "RGB") -> Pixels:
     """Decode an image file to pixels (height, width, channels). Takes a while; for a thread.
 
     Raises:
@@ -36,7 +37,7 @@ def decode_image(data: bytes | bytearray, max_pixels: int, mode: str = "RGB") ->
         return _pixels(image, len(data), mode)
 
 
-async def decode_off_loop(data: bytes | bytearray, max_pixels: int, mode: str) -> Pixels:
+async def decode_off_loop(data: Data, max_pixels: int, mode: str) -> Pixels:
     """Decode an image file in a thread, once there is room for it beside the images that are being decoded.
 
     Raises:
@@ -48,10 +49,10 @@ async def decode_off_loop(data: bytes | bytearray, max_pixels: int, mode: str) -
             return await off_loop(partial(_pixels, image, len(data), mode))
 
 
-def _opened(data: bytes | bytearray, max_pixels: int) -> Image.Image:
+def _opened(data: Data, max_pixels: int) -> Image.Image:
     """The image, of which only the head was read."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BodyTooLargeError(f"the image has too many pixels; at most {max_pixels:,} are taken: {error}") from error
     except Exception as error:
@@ -69,8 +70,8 @@ def _opened(data: bytes | bytearray, max_pixels: int) -> Image.Image:
 def _needed(image: Image.Image, mode: str) -> int:
     """Bytes that decoding takes at most."""
     stored = 4 if len(image.getbands()) > 1 else 2  # Pillow's own; of 16 bits two, and less otherwise
-    # WebP's decoder has two canvases, and gives a copy; the others' images may be turned, which makes a second one.
-    copies = 4 if image.format == "WEBP" else 2
+    # The decoders of WebP and AVIF have two canvases, and give a copy; other images may be turned, which makes a second one.
+    copies = 4 if image.format in ("WEBP", "AVIF") else 2
     width, height = image.size
     return width * height * (copies * stored + Image.getmodebands(mode))
 
@@ -94,5 +95,5 @@ def _pixels(image: Image.Image, size: int, mode: str) -> Pixels:
 
 def _unreadable(size: int, error: Exception) -> BodyError:
     """What to say of whatever Pillow raised: its decoders raise many unrelated classes for one and the same, a bad file."""
-    reason = f"its format is none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = f"its format is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
     return BodyError(f"the body is not an image that can be read ({size:,} bytes): {reason}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from aiotrt.errors import InputError
 from aiotrt.serving import BodyTooLargeError, decode_image, images
@@ -47,8 +47,25 @@ def test_pieces_make_the_whole(stored: str, mode: str, orientation: int, monkeyp
     np.testing.assert_array_equal(decode_image(file.getvalue(), 1000, mode), expected)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.full((40, 60, 3), (200, 30, 30), np.uint8)
+    for turned, options in ((pixels, {}), (pixels.transpose(1, 0, 2), {"exif": exif})):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "AVIF", quality=95, **options)
+        found = decode_image(file.getvalue(), 2400)
+        assert found.shape == turned.shape
+        assert np.abs(found.astype(int) - turned).max() < 10
+        with pytest.raises(BodyTooLargeError, match="60 x 40 pixels; at most 2,399 are taken"):
+            decode_image(file.getvalue(), 2399)
+        with pytest.raises(InputError, match="not an image that can be read"):
+            decode_image(file.getvalue()[:-100], 2400)
+
+
 def test_an_error_names_no_object() -> None:
-    with pytest.raises(InputError, match=r"\(5 bytes\): its format is none of JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+    with pytest.raises(InputError, match=r"\(5 bytes\): its format is none of JPEG, PNG, WEBP, (AVIF, )?BMP, GIF, TIFF"):
         decode_image(b"GIF89", 1000)
 
 
@@ -113,7 +130,9 @@ async def test_memory_goes_to_one_after_the_other_and_comes_back() -> None:
         pass
 
 
-@pytest.mark.parametrize(("form", "most"), [("PNG", 12), ("JPEG", 12), ("BMP", 12), ("WEBP", 20)])
+@pytest.mark.parametrize(("form", "most"), [("PNG", 12), ("JPEG", 12), ("BMP", 12), ("WEBP", 20), ("AVIF", 20)])
 def test_what_an_image_takes_is_not_underestimated(form: str, most: int) -> None:
+    if form not in images.FORMATS:
+        pytest.skip("Pillow was built without it")
     with images._opened(png(100, 100, form), 10_000) as image:
         assert 7 * 10_000 <= images._needed(image, "RGB") <= most * 10_000
