@@ -223,7 +223,10 @@ async def test_strings(tmp_path: Path) -> None:
         )
         answer = await server.raw()(iter([message.SerializeToString()]))
         assert messages["ModelInferResponse"].FromString(answer).raw_output_contents == [b"abcdef"]
-        with refused("INVALID_ARGUMENT", "strings must be of one length"):
+        texts = np.array([b"a", b"bcd"], np.object_)
+        result = await server.client.infer("text", [given(texts, datatype="BYTES")])
+        assert result.as_numpy("y").tobytes() == b"a\0\0bcd", "shorter strings end in zeros"
+        with refused("INVALID_ARGUMENT", r"must have the shape \[-1, 3\]"):
             await server.client.infer("text", [given(np.array([b"a", b"bc"], np.object_), datatype="BYTES")])
 
 

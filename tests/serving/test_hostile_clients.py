@@ -106,9 +106,11 @@ LIES = st.one_of(
     of(st.integers(-60, -1), lambda said, n: setattr(said, "more_body", n)),
     of(st.integers(1, 1000) | st.sampled_from([1 << 20, 1 << 62]), lambda said, n: setattr(said, "more_body", n)),
     of(WRONG_HEADERS, lambda said, header: said.headers.append(header)),
+    of(st.sampled_from(["sequence_id", "sequence_start"]), lambda said, name: said.request["parameters"].update({name: 1})),
+    of(st.sampled_from([1, "a"]), lambda said, region: said.parameters.update(shared_memory_region=region)),
     of(
-        st.sampled_from(["shared_memory_region", "sequence_id", "classification"]),
-        lambda said, name: said.request["parameters"].update({name: 1}),
+        st.sampled_from([-1, "1", True]),
+        lambda said, count: said.request.update(outputs=[{"name": "y", "parameters": {"classification": count}}]),
     ),
     of(st.sampled_from([None, [], {}, 7, "x"]), lambda said, inputs: said.request.update(inputs=inputs)),
     of(st.just("x"), lambda said, _: said.request["inputs"].append(said.tensor)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
@@ -16,15 +16,18 @@ from starlette.types import Receive, Scope, Send
 
 import aiotrt
 from aiotrt.errors import AiotrtError
+from aiotrt.model import Model
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.disconnect import CancelOnDisconnect
-from aiotrt.serving.errors import BodyError, BodyTooLargeError, UnsupportedMediaTypeError
+from aiotrt.serving.errors import BodyError, BodyTooLargeError
 from aiotrt.serving.health import livez, metrics, readyz
 from aiotrt.serving.json_body import loads
 from aiotrt.serving.kserve.binary import InferRequest, encode, header_length, parse
+from aiotrt.serving.kserve.compression import compress, wanted_coding
 from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
+from aiotrt.serving.kserve.servable import Servable
 from aiotrt.serving.kserve.service import Service
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.status import status_page
@@ -32,8 +35,6 @@ from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["create_app"]
 
-_log: Final = logging.getLogger("aiotrt")
-_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 #: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
 _CHUNK: Final = 256 << 10
 
@@ -179,21 +180,22 @@ class _Server:
     async def infer(self, request: Request, name: str, version: str | None = None) -> Response:
         """Run a model."""
         model, servable = self._service.model(name, version)
-        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-            raise UnsupportedMediaTypeError("compressed requests are not taken: send the body as it is")
         with servable.counted() as passed:
             body = await self._budget.read(request)  # kept until the end: tensors of JSON take about as much
-            called = await self._parse(request, body)
+            called = await self._parse(request, body, model, servable)
+            head, outputs = await self._service.run(model, servable, called, passed)
             passed()
-            head, outputs = await self._service.run(model, servable, called)
-            passed()
+            coding = wanted_coding(request.headers.get("accept-encoding"))
 
             def encoded() -> tuple[bytes, list[memoryview]]:
                 return encode(head, outputs)
 
             # Bytes are sent from where they are; numbers are written as text, which takes a while.
-            is_short = all(is_binary or tensor.numel() < 1024 for _, is_binary, tensor in outputs)
-            response = _InferResponse(self._budget, *await off_loop(encoded, 0 if is_short else None))
+            is_short = all(is_binary or math.prod(output.shape) < 1024 for _, is_binary, output in outputs)
+            json, chunks = await off_loop(encoded, 0 if is_short else None)
+            response = _InferResponse(self._budget, json, chunks)
+            if coding is not None:
+                response.compress(coding, await off_loop(lambda: compress([json, *chunks], coding)))
             passed()
             return response
 
@@ -233,15 +235,18 @@ class _Server:
 
     # Helpers...
 
-    async def _parse(self, request: Request, body: Body) -> InferRequest:
+    async def _parse(self, request: Request, body: Body, model: Model, servable: Servable) -> InferRequest:
         length = header_length(request.headers.get("inference-header-content-length"), len(body))
+        if not length and body:
+            return servable.raw(model, body)
         if length > self._settings.max_json:
             raise BodyTooLargeError(
                 f"the request has {length:,} bytes of JSON, at most {self._settings.max_json:,} are taken: "
                 "send tensors with the binary extension"
             )
         # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
-        return await off_loop(lambda: parse(body, length), length if len(body) < COPIED else len(body), json=length)
+        size = length if len(body) < COPIED else len(body)
+        return await off_loop(lambda: parse(body, length, servable.images), size, json=length)
 
     async def _small_json(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, 64 << 10, self._settings.body_timeout)
@@ -258,11 +263,18 @@ class _InferResponse(Response):
 
     def __init__(self, budget: Budget, json: bytes, chunks: list[memoryview]) -> None:
         self._budget = budget
-        self._parts = [memoryview(json), *chunks]
+        self._parts: list[bytes | memoryview] = [json, *chunks]
         super().__init__(media_type="application/octet-stream" if chunks else "application/json")
         self.headers["content-length"] = str(sum(map(len, self._parts)))
         if chunks:
             self.headers["inference-header-content-length"] = str(len(json))
+
+    def compress(self, coding: str, body: bytes) -> None:
+        """Send this instead, which is the same compressed."""
+        self._parts = [body]
+        self.headers["content-length"] = str(len(body))
+        self.headers["content-encoding"] = coding
+        self.headers["vary"] = "Accept-Encoding"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._budget.sending(sum(map(len, self._parts))):

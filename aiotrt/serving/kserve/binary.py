@@ -9,9 +9,9 @@ allocated for them, with Python's integers, which do not overflow, and every ans
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from aiotrt.serving.errors import BodyError
 from aiotrt.serving.json_body import dumped, loads, numbers, said
 from aiotrt.serving.kserve import strings
 from aiotrt.serving.kserve.datatypes import DATATYPES, Datatype, of_torch
+from aiotrt.tensors import TensorSpec
 
 __all__ = [
     "MOST_TENSORS",
@@ -30,14 +31,19 @@ __all__ = [
     "Input",
     "Requested",
     "Rest",
+    "Result",
+    "bytes_of",
     "described",
     "encode",
     "header_length",
     "parse",
+    "raw",
     "read_fields",
     "result_tensor",
-    "tensor_bytes",
 ]
+
+#: A model's result, or an array of strings: the classes in it.
+Result: TypeAlias = torch.Tensor | npt.NDArray[Any]
 
 #: Inputs, or outputs, of one request.
 MOST_TENSORS: Final = 256
@@ -49,7 +55,6 @@ _REFUSED: Final = {
     "sequence_start": "sequences of requests",
     "sequence_end": "sequences of requests",
     "shared_memory_region": "tensors in shared memory",
-    "classification": "the classification extension",
 }
 
 
@@ -60,20 +65,24 @@ class Input:
     Attributes:
         name: the model's name for it.
         datatype: what the client says it is; UINT8 for strings.
-        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned.
+        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned. Of files it
+            has the shape, and no elements.
+        files: the strings of an input that takes image files.
     """
 
     name: str
     datatype: Datatype
     tensor: torch.Tensor
+    files: Sequence[bytes | bytearray | memoryview] = ()
 
 
 @dataclass(frozen=True)
 class Requested:
-    """One output that was asked for, and whether as bytes."""
+    """One output that was asked for, whether as bytes, and if not 0 how many of its largest elements instead of all."""
 
     name: str
     is_binary: bool
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,13 @@ def header_length(header: str | None, length: int) -> int:
     return int(header)
 
 
-def parse(body: bytes | bytearray, json_length: int | None = None) -> InferRequest:
+def parse(body: bytes | bytearray, json_length: int | None = None, images: Collection[str] = ()) -> InferRequest:
     """A request's body.
 
     Args:
         body: all of it. Tensors are views of it where they can be, so it must not change as long as they are in use.
         json_length: how many bytes at its front are JSON; None for all.
+        images: names of inputs whose strings are image files.
 
     Raises:
         BodyTooLargeError: its JSON contains more than is taken.
@@ -133,17 +143,18 @@ def parse(body: bytes | bytearray, json_length: int | None = None) -> InferReque
     json_length = len(body) if json_length is None else json_length
     fields = _mapping("the request", loads("the request", body, json_length))
     rest = _Rest(memoryview(body), json_length)
-    called = read_fields(fields, rest)
+    called = read_fields(fields, rest, images)
     rest.check_empty()
     return called
 
 
-def read_fields(fields: Mapping[str, Any], rest: Rest) -> InferRequest:
+def read_fields(fields: Mapping[str, Any], rest: Rest, images: Collection[str] = ()) -> InferRequest:
     """A request's fields.
 
     Args:
         fields: as JSON has them. The data of a tensor may also be a flat array.
         rest: has the bytes of inputs that have no data.
+        images: names of inputs whose strings are image files.
 
     Raises:
         BodyError: something about them is wrong; the message says what.
@@ -152,7 +163,7 @@ def read_fields(fields: Mapping[str, Any], rest: Rest) -> InferRequest:
     name = fields.get("id")
     if name is not None and (not isinstance(name, str) or len(name) > _LONGEST_NAME):
         raise BodyError(f"the request's id must be a string of at most {_LONGEST_NAME} characters")
-    inputs = tuple(_input(entry, rest) for entry in _list("inputs", fields.get("inputs"), least=1))
+    inputs = tuple(_input(entry, rest, images) for entry in _list("inputs", fields.get("inputs"), least=1))
     binary_by_default = _flag("the request", parameters, "binary_data_output", default=False)
     outputs = tuple(_requested(entry, binary_by_default) for entry in _list("outputs", _given(fields, "outputs", [])))
     for what, names in (("input", [i.name for i in inputs]), ("output", [o.name for o in outputs])):
@@ -170,12 +181,12 @@ def read_fields(fields: Mapping[str, Any], rest: Rest) -> InferRequest:
     )
 
 
-def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.Tensor]]) -> tuple[bytes, list[memoryview]]:
+def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, Result]]) -> tuple[bytes, list[memoryview]]:
     """An answer's body: its JSON, and the bytes that follow it. Without such, it is no binary answer.
 
     Args:
         head: the answer but for its outputs.
-        outputs: name, whether as bytes, and a tensor on the host. Not copied where it is contiguous.
+        outputs: name, whether as bytes, and a tensor on the host, or an array of strings. Not copied where it is contiguous.
 
     Raises:
         BodyError: a tensor cannot be sent in this way.
@@ -185,21 +196,23 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, torch.
     for name, is_binary, tensor in outputs:
         entry = described(name, tensor)
         if is_binary:
-            data = tensor_bytes(tensor)
+            data = bytes_of(tensor)
             chunks.append(data)
             entry["parameters"] = {"binary_data_size": len(data)}
             entries.append(orjson.dumps(entry))
         else:
-            entries.append(orjson.dumps(entry)[:-1] + b',"data":' + _json_numbers(name, tensor) + b"}")
+            entries.append(orjson.dumps(entry)[:-1] + b',"data":' + _json(tensor) + b"}")
     return orjson.dumps({**head, "outputs": []})[:-2] + b",".join(entries) + b"]}", chunks
 
 
-def described(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+def described(name: str, tensor: Result) -> dict[str, Any]:
     """Name, datatype and shape of an output.
 
     Raises:
         BodyError: the protocol has no such datatype.
     """
+    if isinstance(tensor, np.ndarray):
+        return {"name": name, "datatype": strings.NAME, "shape": list(tensor.shape)}
     datatype = of_torch(tensor.dtype)
     if datatype is None:
         raise BodyError(f"output {name!r} is {tensor.dtype}, for which the protocol has no datatype")
@@ -211,8 +224,10 @@ def result_tensor(result: object) -> torch.Tensor:
     return result.cpu() if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, little-endian. Not copied where it is contiguous."""
+def bytes_of(tensor: Result) -> memoryview:
+    """The bytes of a tensor on the host, little-endian, not copied where it is contiguous; or of an array of strings."""
+    if isinstance(tensor, np.ndarray):
+        return memoryview(strings.to_bytes(tensor))
     flat = tensor.contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     return memoryview(array)
@@ -245,7 +260,7 @@ class _Rest(Rest):
             raise BodyError(f"{left:,} bytes at the end of the body belong to no input")
 
 
-def _input(entry: object, rest: Rest) -> Input:
+def _input(entry: object, rest: Rest, images: Collection[str]) -> Input:
     fields = _mapping("an input", entry)
     name = _name("input", fields)
     what = f"input {name!r}"
@@ -256,6 +271,8 @@ def _input(entry: object, rest: Rest) -> Input:
     if parameters.get("binary_data_size") is None:
         if fields.get("data") is None:
             raise BodyError(f"{what} has neither data nor the parameter binary_data_size")
+        if are_strings and name in images:
+            return _of_files(name, strings.files_of_json(what, fields["data"], shape), shape)
         if are_strings:
             return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
         array = _numbers(what, fields["data"], datatype, shape)
@@ -269,20 +286,60 @@ def _input(entry: object, rest: Rest) -> Input:
     assert isinstance(announced, int)
     if are_strings:
         body, start = rest.take(name, announced)
+        if name in images:
+            return _of_files(name, strings.files_of_bytes(what, body, start, announced, shape), shape)
         return Input(name, datatype, torch.from_numpy(strings.of_bytes(what, body, start, announced, shape)))
     size = math.prod(shape) * datatype.stored.itemsize
     if announced != size:
         raise BodyError(
             f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, binary_data_size is {announced:,}"
         )
-    body, start = rest.take(name, size)
+    return Input(name, datatype, _tensor(what, datatype, shape, *rest.take(name, size)))
+
+
+def raw(body: bytearray, spec: TensorSpec, *, has_axis: bool, is_image: bool) -> InferRequest:
+    """A request that is nothing but the bytes of a model's only input.
+
+    Args:
+        body: all of it.
+        spec: the input. One of its dimensions may be of any size, which the length of the body decides.
+        has_axis: whether a batch axis, of 1, goes before its dimensions.
+        is_image: whether it is an image file.
+
+    Raises:
+        BodyError: the body has not so many bytes as the input, or cannot say its shape.
+    """
+    what, datatype = f"input {spec.name!r}", of_torch(spec.dtype)
+    view = memoryview(body)
+    if is_image:
+        given = _of_files(spec.name, [view], (1,))
+        return InferRequest(None, (given,), (), True, None, None, None)
+    unknown = 1 if spec.shape is None else sum(size is None for size in spec.shape)
+    if datatype is None or spec.shape is None or unknown > 1:
+        raise BodyError(f"{what} has a shape that a raw request cannot say: send JSON before the bytes")
+    known = math.prod(size for size in spec.shape if size is not None) * datatype.stored.itemsize
+    shape = tuple(len(body) // max(known, 1) if size is None else size for size in spec.shape)
+    size = math.prod(shape) * datatype.stored.itemsize
+    if size != len(body):
+        dims = [-1 if size is None else size for size in spec.shape]
+        raise BodyError(f"{what} is {datatype.name} of shape {dims}, where -1 is any size; {len(body):,} bytes do not fit")
+    tensor = _tensor(what, datatype, (1, *shape) if has_axis else shape, view, 0)
+    return InferRequest(None, (Input(spec.name, datatype, tensor),), (), True, None, None, None)
+
+
+def _of_files(name: str, files: Sequence[bytes | bytearray | memoryview], shape: tuple[int, ...]) -> Input:
+    return Input(name, DATATYPES["UINT8"], torch.empty((*shape, 0), dtype=torch.uint8), files)
+
+
+def _tensor(what: str, datatype: Datatype, shape: tuple[int, ...], body: memoryview, start: int) -> torch.Tensor:
+    """The tensor whose bytes begin at `start`: a view of them where it can be."""
     array = np.frombuffer(body, datatype.stored, math.prod(shape), start).reshape(shape)
     if not array.flags.aligned or not array.flags.writeable or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))  # what torch cannot view
     if datatype.torch is torch.bool and array.size and array.view(np.uint8).max() > 1:
         raise BodyError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
     tensor = torch.from_numpy(array)
-    return Input(name, datatype, tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor)
+    return tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor
 
 
 def _numbers(what: str, data: object, datatype: Datatype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -297,7 +354,12 @@ def _requested(entry: object, binary_by_default: bool) -> Requested:
     fields = _mapping("an output", entry)
     name = _name("output", fields)
     what = f"output {name!r}"
-    return Requested(name, _flag(what, _parameters(what, fields), "binary_data", default=binary_by_default))
+    parameters = _parameters(what, fields)
+    classes = _given(parameters, "classification", 0)
+    if not _is_count(classes):
+        raise BodyError(f"{what}: the parameter classification must be a number of classes, got {_said(classes)}")
+    assert isinstance(classes, int)
+    return Requested(name, _flag(what, parameters, "binary_data", default=binary_by_default), classes)
 
 
 def _seconds(parameters: Mapping[str, object], name: str, unit: float) -> float | None:
@@ -383,9 +445,9 @@ def _said(value: object) -> str:
     return said(value)
 
 
-def _json_numbers(name: str, tensor: torch.Tensor) -> bytes:
+def _json(tensor: Result) -> bytes:
+    if isinstance(tensor, np.ndarray):
+        return orjson.dumps(tensor.ravel().tolist())
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.float()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise BodyError(f"output {name!r} has NaN or infinite numbers, which JSON cannot hold: ask for it with binary_data")
     return dumped(tensor.contiguous().reshape(-1).numpy())

@@ -7,18 +7,17 @@ memory than it has bytes, so it is bounded as JSON is. Everything that both prot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from google.protobuf.message import DecodeError
 
 from aiotrt.serving.errors import BodyError, BodyTooLargeError
 from aiotrt.serving.kserve import strings
-from aiotrt.serving.kserve.binary import MOST_TENSORS, InferRequest, Rest, described, read_fields, tensor_bytes
+from aiotrt.serving.kserve.binary import MOST_TENSORS, InferRequest, Rest, Result, bytes_of, described, read_fields
 from aiotrt.serving.kserve.datatypes import DATATYPES
 from aiotrt.serving.kserve.guards import Body
 from aiotrt.serving.kserve.messages import messages
@@ -126,12 +125,13 @@ def parsed(name: str, data: bytes) -> Any:
         raise BodyError(f"the request is not a {name}") from error
 
 
-def decode(parts: Parts, body: Body) -> InferRequest:
+def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferRequest:
     """The request in a message.
 
     Args:
         parts: what `split` made of it; the message is dropped.
         body: empty; the tensors that came as bytes are copied into it, and are views of it. The message is counted.
+        images: names of inputs whose strings are image files.
 
     Raises:
         BodyTooLargeError: there are more strings than are taken.
@@ -163,15 +163,15 @@ def decode(parts: Parts, body: Body) -> InferRequest:
     outputs = [{**_named(output), "parameters": {**_parameters(output), "binary_data": True}} for output in head.outputs]
     parameters = {**_parameters(head), "binary_data_output": True}
     fields = {"id": head.id or None, "inputs": inputs, "outputs": outputs, "parameters": parameters}
-    return read_fields(fields, _Raw(memoryview(body), starts))
+    return read_fields(fields, _Raw(memoryview(body), starts), images)
 
 
-def encode(head: dict[str, Any], outputs: Sequence[tuple[str, bool, torch.Tensor]]) -> list[bytes | memoryview]:
+def encode(head: dict[str, Any], outputs: Sequence[tuple[str, bool, Result]]) -> list[bytes | memoryview]:
     """A ModelInferResponse, in pieces that follow each other. Tensors are not copied.
 
     Args:
         head: the answer but for its outputs.
-        outputs: name, whether as bytes, which all are here, and a tensor on the host.
+        outputs: name, whether as bytes, which all are here, and a tensor on the host, or an array of strings.
 
     Raises:
         BodyError: the protocol has no datatype for a tensor.
@@ -179,7 +179,7 @@ def encode(head: dict[str, Any], outputs: Sequence[tuple[str, bool, torch.Tensor
     entries = [described(name, tensor) for name, _, tensor in outputs]
     pieces = [messages["ModelInferResponse"](**head, outputs=entries).SerializeToString()]
     for _, _, tensor in outputs:
-        data = tensor_bytes(tensor)
+        data = bytes_of(tensor)
         pieces += [_head(_RAW_OUTPUT, len(data)), data]
     return pieces
 

@@ -411,13 +411,12 @@ class GrpcServer:
         model, servable = self._service.model(parts.head.model_name, parts.head.model_version)
         with servable.counted() as passed:
             size = parts.head_size if len(parts.data) < COPIED else len(parts.data)
-            called = await off_loop(lambda: decode(parts, body), size, json=parts.head_size)
+            called = await off_loop(lambda: decode(parts, body, servable.images), size, json=parts.head_size)
             remaining = context.time_remaining()
             if remaining is not None:
                 remaining = max(remaining, 1e-3)  # it has passed: gRPC is about to cancel this
                 called = replace(called, deadline=min(remaining, called.deadline or remaining))
-            passed()
-            head, outputs = await self._service.run(model, servable, called)
+            head, outputs = await self._service.run(model, servable, called, passed)
             passed()
             pieces = encode(head, outputs)
             pieces = streamed(pieces) if is_streamed else pieces

@@ -14,8 +14,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aiotrt.serving.bodies import read_body
-from aiotrt.serving.errors import BusyError
+from aiotrt.serving.errors import BodyTooLargeError, BusyError
+from aiotrt.serving.kserve.compression import coding_of, decompressed
 from aiotrt.serving.models import Models
+from aiotrt.serving.threads import off_loop
 
 __all__ = ["BearerToken", "Body", "Budget", "Draining", "has_token"]
 
@@ -114,16 +116,29 @@ class Budget:
         return self._used
 
     async def read(self, request: Request) -> Body:
-        """The body of a request.
+        """The body of a request, decompressed.
 
         Raises:
+            UnsupportedMediaTypeError: it is compressed in a way that is not known.
             BusyError: there is no room for more of it.
-            BodyTooLargeError: as `read_body` does.
+            BodyTooLargeError: as `read_body` does, or decompressed it is too large.
             BodyTimeoutError: as `read_body` does.
+            BodyError: it cannot be decompressed.
         """
+        coding = coding_of(request.headers.get("content-encoding"))
         body = Body(self)
         await read_body(request, self._longest, self._timeout, body)
-        return body
+        if coding is None:
+            return body
+        pieces, plain = decompressed(body, coding), Body(self)
+        # The first piece of a short body here, and all others in a thread.
+        while piece := await off_loop(lambda: next(pieces, b""), None if plain else len(body)):
+            plain += piece
+            if len(plain) > self._longest:
+                raise BodyTooLargeError(
+                    f"the body has more than {self._longest:,} bytes once it is decompressed, which is all that is taken"
+                )
+        return plain
 
     def add(self, size: int) -> None:
         """Count bytes of a body that arrived.
@@ -140,6 +155,19 @@ class Budget:
     def free(self, size: int) -> None:
         """Count a body that is no longer in memory. May be called in any thread."""
         self._freed.append(size)
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count what was made of a body, such as pixels, as long as it is needed.
+
+        Raises:
+            BusyError: there is no room for it.
+        """
+        self.add(size)
+        try:
+            yield
+        finally:
+            self._used -= size
 
     @contextmanager
     def sending(self, size: int) -> Iterator[None]:

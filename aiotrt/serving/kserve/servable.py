@@ -7,9 +7,10 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
@@ -21,9 +22,11 @@ from aiotrt.engines.tensorrt_plan import read_plan
 from aiotrt.errors import EngineError
 from aiotrt.model import Model
 from aiotrt.serving.errors import BodyError
-from aiotrt.serving.kserve.binary import InferRequest, Input, result_tensor
+from aiotrt.serving.kserve.binary import InferRequest, Input, Result, raw, result_tensor
+from aiotrt.serving.kserve.classes import classified
 from aiotrt.serving.kserve.datatypes import of_torch
-from aiotrt.serving.kserve.settings import ModelSettings
+from aiotrt.serving.kserve.image_input import ImageInput, image_inputs
+from aiotrt.serving.kserve.settings import ModelSettings, read_text
 from aiotrt.serving.threads import COPIED, off_loop
 from aiotrt.tensors import TensorSpec
 
@@ -64,21 +67,30 @@ class Servable:
 
     Attributes:
         outputs: what the loaded model gives; with batching, of one item.
+        images: the inputs for which image files may be sent as strings, by name.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
         self.name = settings.name
         self.outputs: Sequence[TensorSpec] = ()
+        self.images: Mapping[str, ImageInput] = {}
         self._path = settings.path
         self._batching = settings.batching
         self._heeds_timeout = settings.heeds_timeout
+        self._labels_path = settings.labels
+        self._labels: Sequence[str] = ()
+        self._takes_images = settings.takes_images
         self._done, self._read, self._ran, self._wrote, self._failed = (Duration() for _ in range(5))
         self._last = 0.0
         self._parameters: dict[str, str] = {}
         self._taken: set[tuple[tuple[int, ...], ...]] = set()  # shapes of inputs
 
     async def opened(self, model: Model) -> None:
-        """Learn what the model is, which was loaded just now."""
+        """Learn what the model is, which was loaded just now.
+
+        Raises:
+            InputError: it is to take images, and has no input for them; or its labels cannot be read.
+        """
         # A client asks for outputs by name, and a single output comes bare, so its name is known from here alone.
         specs = model.outputs
         assert specs is not None  # engines that come from files all declare them
@@ -87,6 +99,10 @@ class Servable:
             replace(s, shape=s.shape and s.shape[1:], minimum=None, maximum=None) if is_item else s for s in specs
         ]
         self._taken = set()
+        if self._takes_images:
+            self.images = image_inputs(self.name, model.inputs or ())
+        if (file := self._labels_path) is not None:
+            self._labels = (await off_loop(lambda: read_text(file))).splitlines()
         try:
             self._parameters = await off_loop(lambda: _parameters(self._path))
         except (OSError, ValueError) as error:
@@ -119,7 +135,10 @@ class Servable:
                 {**_configured(spec), "format": "FORMAT_NONE", "allow_ragged_batch": False, "optional": False}
                 for spec in model.inputs or ()
             ],
-            "output": [{**_configured(spec), "label_filename": ""} for spec in self.outputs],
+            "output": [
+                {**_configured(spec), "label_filename": self._labels_path.name if self._labels_path else ""}
+                for spec in self.outputs
+            ],
             "batch_input": [],
             "batch_output": [],
             "instance_group": [
@@ -192,8 +211,35 @@ class Servable:
 
     # Requests...
 
-    async def run(self, model: Model, called: InferRequest, most: float) -> dict[str, torch.Tensor]:
-        """Outputs by name, within the client's deadline, and within `most` seconds.
+    def raw(self, model: Model, body: bytearray) -> InferRequest:
+        """The request that a body without JSON is: the bytes of the only input, with a batch axis of 1 where there is one.
+
+        Raises:
+            BodyError: the model has several inputs, or one that these bytes are not.
+        """
+        specs = model.inputs or ()
+        if len(specs) != 1:
+            raise BodyError(f"a raw request is for a model of one input, and {self.name!r} has {len(specs)}")
+        return raw(body, specs[0], has_axis=self._batching.stack, is_image=specs[0].name in self.images)
+
+    async def decoded(self, called: InferRequest) -> InferRequest:
+        """The request with pixels for image files.
+
+        Raises:
+            BodyError: a file is no image, or images that belong together differ in size.
+            BodyTooLargeError: they have more pixels than one image may have.
+        """
+        inputs = []
+        for one in called.inputs:
+            if one.files:
+                tensor = await self.images[one.name].decoded(one.files, has_axis=self._batching.stack)
+                inputs.append(replace(one, tensor=tensor, files=()))
+            else:
+                inputs.append(one)
+        return replace(called, inputs=tuple(inputs))
+
+    async def run(self, model: Model, called: InferRequest, most: float) -> dict[str, Result]:
+        """Outputs by name, within the client's deadline, and within `most` seconds; strings where classes were asked for.
 
         With batching the inputs may have a batch axis, and the outputs have one if they do: the items are queued one by one,
         and meet those of others in batches.
@@ -222,7 +268,11 @@ class Servable:
             raise BodyError(f"the model fails for inputs of these shapes: {listing}; it took others") from error
         if shapes not in self._taken and len(self._taken) < _MOST_SHAPES:
             self._taken.add(shapes)
-        return {output.name: result for output, result in zip(outputs, results, strict=True)}
+        found: dict[str, Any] = {output.name: result for output, result in zip(outputs, results, strict=True)}
+        for name, classes in ((one.name, one.classes) for one in called.outputs if one.classes):
+            classify = partial(classified, f"output {name!r}", found[name], classes, self._labels, has_axis=rows is not None)
+            found[name] = await off_loop(classify, found[name].numel())
+        return found
 
     def _checked(self, model: Model, called: InferRequest) -> tuple[list[torch.Tensor], int | None]:
         """The inputs in the model's order, since by name one called ``deadline`` would be the call's; and how many items."""

@@ -8,14 +8,13 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
-import torch
 from starlette.exceptions import HTTPException
 
 import aiotrt
 from aiotrt.errors import AiotrtError, ModelBrokenError, UsageError
 from aiotrt.model import Model
 from aiotrt.serving.errors import BodyError, Problem, problem
-from aiotrt.serving.kserve.binary import InferRequest
+from aiotrt.serving.kserve.binary import InferRequest, Result
 from aiotrt.serving.kserve.guards import Budget
 from aiotrt.serving.kserve.servable import VERSION, Servable
 from aiotrt.serving.kserve.settings import ServerSettings
@@ -25,7 +24,7 @@ from aiotrt.tensors import TensorSpec
 __all__ = ["Service"]
 
 _log: Final = logging.getLogger("aiotrt")
-_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics")
 
 
 class Service:
@@ -148,19 +147,30 @@ class Service:
         return {"model_stats": [self._servables[n].statistics(is_open.get(n), self.models.registry) for n in names]}
 
     async def run(
-        self, model: Model, servable: Servable, called: InferRequest
-    ) -> tuple[dict[str, object], list[tuple[str, bool, torch.Tensor]]]:
+        self, model: Model, servable: Servable, called: InferRequest, prepared: Callable[[], object]
+    ) -> tuple[dict[str, object], list[tuple[str, bool, Result]]]:
         """Run a model.
+
+        Args:
+            model: what to run.
+            servable: likewise.
+            called: the request.
+            prepared: called when its image files were decoded.
 
         Returns:
             The answer but for its outputs, and of each output its name, whether it is sent as bytes, and it.
 
         Raises:
-            BodyError: there is no such output, or as `Servable.run` does.
-            AiotrtError: as `Servable.run` does.
+            BodyError: there is no such output, or as `Servable.decoded` and `Servable.run` do.
+            AiotrtError: as these do; or `BusyError`, there is no room for pixels.
         """
         wanted = _wanted(called, servable.outputs)  # before the call, which would be for nothing
-        results = await servable.run(model, called, self.settings.max_deadline)
+        with contextlib.ExitStack() as held:
+            if any(one.files for one in called.inputs):
+                called = await servable.decoded(called)
+                held.enter_context(self.budget.holding(sum(one.tensor.nbytes for one in called.inputs)))
+            prepared()
+            results = await servable.run(model, called, self.settings.max_deadline)
         head: dict[str, object] = {"model_name": servable.name, "model_version": VERSION}
         if called.id is not None:
             head["id"] = called.id

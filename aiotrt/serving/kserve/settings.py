@@ -18,7 +18,7 @@ from aiotrt.batching.queue import Batching
 from aiotrt.errors import InputError
 from aiotrt.model import Model, load
 
-__all__ = ["ModelSettings", "ServerSettings", "read_config", "token_from"]
+__all__ = ["ModelSettings", "ServerSettings", "read_config", "read_text", "token_from"]
 
 #: Of `load`, those that make sense in a file: no functions, and nothing that is the server's own.
 _OPTIONS: Final = frozenset(
@@ -38,6 +38,8 @@ _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "profiles": ("a list of tables", (list, tuple, Mapping, NoneType)),
     "batching": ("true, false or a table", (bool, Mapping)),
 }
+#: Of a model in a file, with their defaults.
+_FLAGS: Final = {"load": True, "heed_timeout": False, "images": False}
 Count: TypeAlias = Annotated[int, Field(gt=0)]
 Duration: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pause: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -60,6 +62,8 @@ class ModelSettings:
         is_loaded: whether it is loaded as the server starts, or only when a client asks for it.
         heeds_timeout: whether Triton's parameter ``timeout``, in microseconds, is a deadline. Clients send it to Triton with
             values that it does not heed by default either, such as 30.
+        labels: a text file with the name of a class in each line, for the classification extension.
+        takes_images: whether strings sent for inputs of UINT8 with 1, 3 or 4 channels are image files, which are decoded.
     """
 
     name: str
@@ -68,6 +72,8 @@ class ModelSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_loaded: bool = True
     heeds_timeout: bool = False
+    labels: Path | None = None
+    takes_images: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -193,7 +199,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
         InputError: it is missing, not TOML, or has something that is not known.
     """
     try:
-        found = tomllib.loads(_text(path))
+        found = tomllib.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     server, models = found.pop("server", {}), found.pop("models", {})
@@ -215,11 +221,16 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
         file = options.pop("path", None)
         if not isinstance(file, str):
             raise InputError(f"{path}: [models.{name}] needs a path")
-        warmup, is_loaded, heeds = options.pop("warmup", ()), options.pop("load", True), options.pop("heed_timeout", False)
-        for option, value in (("load", is_loaded), ("heed_timeout", heeds)):
+        warmup, labels = options.pop("warmup", ()), options.pop("labels", None)
+        flags = [options.pop(option, default) for option, default in _FLAGS.items()]
+        for option, value in zip(_FLAGS, flags, strict=True):
             if not isinstance(value, bool):
                 raise InputError(f"model {name!r}: {option} must be true or false, got {value!r}")
-        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded, heeds))
+        if not isinstance(labels, str | None):
+            raise InputError(f"model {name!r}: labels must be the name of a file, got {labels!r}")
+        is_loaded, heeds, images = flags
+        labels = None if labels is None else path.parent / labels
+        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded, heeds, labels, images))
     return server, settings
 
 
@@ -230,7 +241,7 @@ def token_from(file: Path | None) -> str | None:
         InputError: the file cannot be read, or the token is too short to be one.
     """
     try:
-        token = os.environ.get("AIOTRT_TOKEN") if file is None else _text(file)
+        token = os.environ.get("AIOTRT_TOKEN") if file is None else read_text(file)
     except InputError as error:
         raise InputError(f"token file {error}") from error
     if token is None:
@@ -256,7 +267,12 @@ def _check(settings: ServerSettings) -> None:
             raise InputError(f"{name} must {said}, got {value!r}") from None
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        InputError: it cannot be read; the message names it.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

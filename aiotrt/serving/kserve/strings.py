@@ -1,13 +1,14 @@
-"""BYTES, the protocol's strings, as tensors of their bytes.
+"""BYTES, the protocol's strings, as tensors of their bytes, or as files.
 
-No tensor holds strings, but one of UINT8 holds those of one length: of shape (2, 3) and 5 bytes each they are (2, 3, 5). So
-a model that takes a file, or text, has an input of UINT8, and its clients may send either. In the binary extension four
-bytes before each string say its length. Nothing is believed here either.
+No tensor holds strings, but one of UINT8 holds their bytes: strings of shape (2, 3), of which the longest has 5 bytes, are
+(2, 3, 5). Shorter ones end in zeros, as numpy's do. So a model that takes a file, or text, has an input of UINT8, and its
+clients may send either. In the binary extension four bytes before each string say its length.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -15,42 +16,86 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotrt.serving.errors import BodyError
+from aiotrt.serving.json_body import from_base64
 
-__all__ = ["NAME", "of_bytes", "of_json"]
+__all__ = ["NAME", "files_of_bytes", "files_of_json", "of_bytes", "of_json", "to_bytes"]
 
 #: The datatype's.
 NAME: Final = "BYTES"
 _PREFIX: Final = 4  # bytes
+#: Strings that are looked at one by one, in a request.
+_MOST: Final = 1 << 17
+#: Bytes that strings of different lengths may take as a tensor, however short they are; and how many times what was sent.
+_PADDED: Final = 1 << 20
+_MOST_PADDING: Final = 8
 
 
 def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """The strings in `size` bytes of `body`.
 
     Raises:
-        BodyError: they are not as many as the shape says, or not of one length.
+        BodyError: they are not as many as the shape says, or differ too much in length.
     """
     count = math.prod(shape)
     length = int.from_bytes(body[start : start + _PREFIX], "little") if count else 0
-    wanted = count * (_PREFIX + length)
-    if wanted != size:
-        raise BodyError(
-            f"{what}: BYTES of shape {list(shape)}, the first of {length:,} bytes, have {wanted:,} bytes with their "
-            f"lengths, not {size:,}; strings must be of one length"
-        )
-    if not count:
-        return np.empty((*shape, 0), np.uint8)
-    rows = np.frombuffer(body, np.uint8, size, start).reshape(count, _PREFIX + length)
-    if (rows[:, :_PREFIX] != rows[0, :_PREFIX]).any():
-        raise BodyError(f"{what}: strings must be of one length, since a tensor holds no others")
-    return rows[:, _PREFIX:].reshape(*shape, length).copy()
+    if count and count * (_PREFIX + length) == size:
+        rows = np.frombuffer(body, np.uint8, size, start).reshape(count, _PREFIX + length)
+        if (rows[:, :_PREFIX] == rows[0, :_PREFIX]).all():
+            return rows[:, _PREFIX:].reshape(*shape, length).copy()
+    return _padded(what, files_of_bytes(what, body, start, size, shape), shape)
+
+
+def files_of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[int, ...]) -> list[memoryview]:
+    """The strings in `size` bytes of `body`, one by one, as views of it.
+
+    Raises:
+        BodyError: they are not as many as the shape says.
+    """
+    count, at, end = math.prod(shape), start, start + size
+    if count > _MOST:
+        raise BodyError(f"{what}: strings of different lengths must be at most {_MOST:,}, got {count:,}")
+    if count * _PREFIX <= size:
+        files: list[memoryview] = []
+        while at + _PREFIX <= end and len(files) < count:
+            begin = at + _PREFIX
+            at = begin + int.from_bytes(body[at:begin], "little")
+            files.append(body[begin:at])
+        if len(files) == count and at == end:
+            return files
+    raise BodyError(
+        f"{what}: {size:,} bytes are not BYTES of shape {list(shape)}, each with its length in four bytes before it"
+    )
 
 
 def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """The strings in lists, nested or flat: JSON's, which become UTF-8, or bytes.
 
     Raises:
-        BodyError: they are not strings, not as many as the shape says, or not of one length.
+        BodyError: they are not strings, not as many as the shape says, or differ too much in length.
     """
+    found = _strings(what, data, shape)
+    return _padded(what, [string.encode() if isinstance(string, str) else string for string in found], shape)
+
+
+def files_of_json(what: str, data: object, shape: tuple[int, ...]) -> list[bytes | bytearray]:
+    """The files in lists, nested or flat: JSON's, in base64, or bytes.
+
+    Raises:
+        BodyError: they are not strings in base64, or not as many as the shape says.
+    """
+    try:
+        return [from_base64(one) if isinstance(one, str) else one for one in _strings(what, data, shape)]
+    except ValueError as error:
+        raise BodyError(f"{what}: expected files in base64: {error}") from error
+
+
+def to_bytes(strings: npt.NDArray[Any]) -> bytes:
+    """Strings as the binary extension has them, in UTF-8."""
+    encoded = [string.encode() for string in strings.flat]
+    return b"".join(chain.from_iterable((len(one).to_bytes(_PREFIX, "little"), one) for one in encoded))
+
+
+def _strings(what: str, data: object, shape: tuple[int, ...]) -> list[str | bytes]:
     strings: list[Any] = data if isinstance(data, list) else [data]
     found: tuple[int, ...] = (len(strings),)
     while len(found) < len(shape) and strings and all(_is_like(strings[0], one) for one in strings):
@@ -60,11 +105,21 @@ def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.u
         raise BodyError(f"{what}: expected lists of strings, of the same lengths")
     if found not in (shape, (math.prod(shape),)):
         raise BodyError(f"{what}: expected data of shape {list(shape)}, flat or nested, got shape {list(found)}")
-    encoded = [string.encode() if isinstance(string, str) else string for string in strings]
-    length = len(encoded[0]) if encoded else 0
-    if any(len(string) != length for string in encoded):
-        raise BodyError(f"{what}: strings must be of one length, since a tensor holds no others")
-    return np.frombuffer(bytearray().join(encoded), np.uint8).reshape(*shape, length)
+    return strings
+
+
+def _padded(what: str, strings: Sequence[bytes | memoryview], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    length = max(map(len, strings), default=0)
+    size, sent = length * len(strings), sum(map(len, strings)) + _PREFIX * len(strings)
+    if size > max(_PADDED, _MOST_PADDING * sent):
+        raise BodyError(
+            f"{what}: {len(strings):,} strings, the longest of {length:,} bytes, would be {size:,} bytes as a tensor, and "
+            f"{sent:,} were sent: send strings of more equal lengths"
+        )
+    rows = np.zeros((len(strings), length), np.uint8)
+    for row, string in zip(rows, strings, strict=True):
+        row[: len(string)] = np.frombuffer(string, np.uint8)
+    return rows.reshape(*shape, length)
 
 
 def _is_like(first: object, other: object) -> bool:

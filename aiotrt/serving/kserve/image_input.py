@@ -1,0 +1,87 @@
+"""Inputs that take image files: which they are, and the pixels as they take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from aiotrt.errors import InputError
+from aiotrt.serving.errors import BodyError, BodyTooLargeError
+from aiotrt.serving.images import decode_off_loop
+from aiotrt.tensors import TensorSpec
+
+__all__ = ["ImageInput", "image_inputs"]
+
+#: Pixels of all images of one input.
+_MAX_PIXELS: Final = 50_000_000
+#: Pillow's modes, by channels.
+_MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An input of pixels.
+
+    Attributes:
+        name: of the input.
+        mode: Pillow's name for its pixels: "L", "RGB" or "RGBA".
+        is_planar: whether its dimensions are (channels, height, width), and not (height, width, channels).
+        is_many: whether there is one more dimension before these, of images.
+    """
+
+    name: str
+    mode: str
+    is_planar: bool
+    is_many: bool
+
+    async def decoded(self, files: Sequence[bytes | bytearray | memoryview], *, has_axis: bool) -> torch.Tensor:
+        """The pixels of image files, which must agree in size where there are several.
+
+        Args:
+            files: at least one.
+            has_axis: whether they are items of a batch.
+
+        Raises:
+            BodyError: a file is no image, they differ in size, or are more than the input takes.
+            BodyTooLargeError: they have more than 50 million pixels together.
+        """
+        has_axis = has_axis or self.is_many
+        if len(files) > 1 and not has_axis:
+            raise BodyError(f"input {self.name!r} takes one image, got {len(files)}")
+        left, images = _MAX_PIXELS, list[torch.Tensor]()
+        for file in files:
+            if left <= 0:
+                raise BodyTooLargeError(f"the images have too many pixels; at most {_MAX_PIXELS:,} are taken together")
+            pixels = torch.from_numpy(await decode_off_loop(file, left, self.mode))
+            left -= pixels.shape[0] * pixels.shape[1]
+            images.append(pixels.permute(2, 0, 1).contiguous() if self.is_planar else pixels)
+            if images[0].shape != images[-1].shape:
+                raise BodyError(f"input {self.name!r}: images of one request must have the same size")
+        if not has_axis:
+            return images[0]
+        return images[0][None] if len(images) == 1 else torch.stack(images)
+
+
+def image_inputs(model: str, specs: Sequence[TensorSpec]) -> Mapping[str, ImageInput]:
+    """The inputs of UINT8 that have 1, 3 or 4 channels, by name.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = {}
+    for spec in specs:
+        shape = spec.shape or ()
+        if spec.dtype is torch.uint8 and len(shape) in (3, 4):
+            is_planar = shape[-1] not in _MODES
+            mode = _MODES.get(shape[-3 if is_planar else -1] or 0)
+            if mode is not None:
+                found[spec.name] = ImageInput(spec.name, mode, is_planar, len(shape) == 4)
+    if not found:
+        raise InputError(
+            f"model {model!r}: images = true is for models with an input of UINT8 of shape (height, width, channels), "
+            "(channels, height, width) or one dimension more, with 1, 3 or 4 channels"
+        )
+    return found
