@@ -296,3 +296,32 @@ async def test_what_a_model_cannot_have_is_an_error_as_it_is_loaded(
     async with settings.maker()() as model:
         with pytest.raises(InputError, match=says):
             await Servable(settings).opened(model)
+
+
+# --- what is not there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (http, client):
+        for call, says in (
+            (client.get_trace_settings(), "this server does not have trace settings"),
+            (client.update_trace_settings("double", {"trace_level": ["OFF"]}), "this server does not have trace settings"),
+            (client.get_log_settings(), "this server does not have log settings"),
+            (client.update_log_settings({"log_info": False}), "this server does not have log settings"),
+            (client.infer("double", [given(X)], sequence_id=3, sequence_start=True), "does not have sequences of requests"),
+            (client.get_model_metadata("wrong"), "Request for unknown model: 'wrong' is not found"),
+            (client.get_model_config("double", "7"), "Request for unknown model: 'double' version 7 is not found"),
+            (client.infer("wrong", [given(X)]), "Request for unknown model: 'wrong' is not found"),
+            (client.load_model("wrong"), "failed to load 'wrong': Request for unknown model: 'wrong' is not found"),
+            (client.unload_model("wrong"), "Request for unknown model: 'wrong' is not found"),
+            (
+                client.load_model("double", config='{"max_batch_size": "16"}'),
+                "failed to load 'double': it is loaded with the",
+            ),
+        ):
+            with pytest.raises(InferenceServerException) as caught:
+                await call
+            assert says in str(caught.value)
+        answer = await http.post("/v2/models/double/generate", json={"text_input": "hello"})
+        assert (answer.status_code, answer.json()) == (501, {"error": "this server does not have the generate extension"})

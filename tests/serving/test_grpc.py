@@ -120,9 +120,9 @@ async def test_health_and_metadata(tmp_path: Path) -> None:
             "inputs": [{"name": "x", "datatype": "FP32", "shape": ["-1", "3"]}],
             "outputs": [{"name": "y", "datatype": "FP32", "shape": ["-1", "3"]}],
         }
-        with refused("NOT_FOUND", "no model 'other'"):
+        with refused("NOT_FOUND", "Request for unknown model: 'other' is not found"):
             await client.get_model_metadata("other")
-        with refused("NOT_FOUND", "no version '7'"):
+        with refused("NOT_FOUND", "Request for unknown model: 'double' version 7 is not found"):
             await client.get_model_config("double", "7")
 
 
@@ -271,7 +271,7 @@ async def test_the_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         assert "missing.onnx" in caplog.text
         with refused("INVALID_ARGUMENT", "parameters are not taken"):
             await client.load_model("later", config='{"path": "/etc/passwd"}')
-        with refused("NOT_FOUND", "no model"):
+        with refused("NOT_FOUND", "failed to load .*unknown model"):
             await client.load_model("../../etc/passwd")
 
 
@@ -322,7 +322,7 @@ async def test_an_error_is_of_one_request_of_a_stream(tmp_path: Path) -> None:
         assert await call.read() is grpc.aio.EOF
         assert await call.code() is grpc.StatusCode.OK
         assert [answer.infer_response.id for answer in answers] == ["1", "2", "", "4"]
-        assert "no model 'nowhere'" in answers[0].error_message
+        assert "unknown model: 'nowhere'" in answers[0].error_message
         assert "has 36 bytes" in answers[1].error_message
         assert "wire type 3" in answers[2].error_message
         assert not answers[3].error_message

@@ -107,7 +107,7 @@ async def test_what_tritons_client_asks(tmp_path: Path) -> None:
             "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
             "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
         }
-        with pytest.raises(InferenceServerException, match="no model 'other'"):
+        with pytest.raises(InferenceServerException, match="Request for unknown model: 'other' is not found"):
             await client.get_model_metadata("other")
 
 

@@ -35,6 +35,14 @@ from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["create_app"]
 
+#: What Triton has and this server does not, by path.
+_ABSENT: Final = {
+    "/v2/trace/setting": "trace settings",
+    "/v2/models/{name}/trace/setting": "trace settings",
+    "/v2/logging": "log settings",
+    "/v2/models/{name}/generate": "the generate extension",
+    "/v2/models/{name}/generate_stream": "the generate extension",
+}
 #: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
 _CHUNK: Final = 256 << 10
 
@@ -130,6 +138,8 @@ class _Server:
         if self._settings.repository:
             add("/v2/repository/models/{name}/load", self.load, methods=["POST"], tags=["repository"], **LOAD)
             add("/v2/repository/models/{name}/unload", self.unload, methods=["POST"], tags=["repository"], **UNLOAD)
+        for path, feature in _ABSENT.items():
+            add(path, functools.partial(_absent, feature), methods=["GET", "POST"], include_in_schema=False)
         return router
 
     # The server...
@@ -211,7 +221,6 @@ class _Server:
 
     async def load(self, request: Request, name: str) -> dict[str, Any]:
         """Load a model that the server was started with, as it was told then."""
-        self._service.check(name, None)
         await self._service.load(name, (await self._small_json(request)).get("parameters"))
         return {}
 
@@ -254,6 +263,11 @@ class _Server:
         if not isinstance(fields, dict) or not isinstance(fields.get("parameters"), dict | None):
             raise BodyError("the request must be a JSON object, and so must its parameters, if it has some")
         return fields
+
+
+async def _absent(feature: str) -> Response:
+    """Name what is asked for and not there; a bare 404 would leave a client to guess whether its URL is wrong."""
+    return JSONResponse({"error": f"this server does not have {feature}"}, 501)
 
 
 class _InferResponse(Response):

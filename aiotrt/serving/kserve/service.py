@@ -114,9 +114,9 @@ class Service:
         try:
             self.models.standing(name)
         except UsageError as error:
-            raise HTTPException(404, f"there is no model {name[:80]!r}") from error
+            raise HTTPException(404, _unknown(name)) from error
         if version not in (None, "", VERSION):
-            raise HTTPException(404, f"there is no version {version[:80]!r} of model {name!r}: it is version {VERSION}")
+            raise HTTPException(404, _unknown(name, version))
 
     def model(self, name: str, version: str | None) -> tuple[Model, Servable]:
         """A model that can be called.
@@ -186,9 +186,13 @@ class Service:
             BodyError: there are parameters, which are not taken.
             AiotrtError: as `Models.load` does.
         """
-        self.check(name, None)
+        failed = f"failed to load '{name[:80]}'"  # Triton's words, which its clients compare
+        try:
+            self.check(name, None)
+        except HTTPException as error:
+            raise HTTPException(404, f"{failed}: {error.detail}") from error
         if parameters:
-            raise BodyError("a model is loaded with the server's settings: parameters are not taken")
+            raise BodyError(f"{failed}: it is loaded with the server's settings, and parameters are not taken")
         try:
             await self.models.load(name)
             self.models.required |= {name} & set(self._first)
@@ -202,6 +206,12 @@ class Service:
         if not self.settings.strict_readiness:
             self.models.required.discard(name)  # a client wanted it so: the others are served
         await self.models.unload(name)
+
+
+def _unknown(name: str, version: str | None = None) -> str:
+    """What to say of a model or version that is not there. Clients compare these words, which are Triton's."""
+    version = "" if version is None else f" version {version[:80]}"
+    return f"Request for unknown model: '{name[:80]}'{version} is not found"
 
 
 def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[str, bool]]:
