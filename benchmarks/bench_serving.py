@@ -1,12 +1,14 @@
 """What the server does under load, in processes of their own.
 
-    python -m benchmarks serving [--part attacks|overload|overload_grpc|protocols] [--seconds 600] [--quick] [--out DIR]
+    python -m benchmarks serving [--part attacks|overload|overload_grpc|protocols|shared_memory] [--seconds 600] [--quick]
+        [--out DIR]
     python -m benchmarks serving --part side_by_side [--device host|cuda] [--model NAME] [--litserve PYTHON] [--seconds 3]
         [--limit SECONDS] [--quick] [--out DIR]
 
 `overload`, over HTTP, and `overload_grpc`: see `bench_serving_overload`; `protocols`, HTTP and gRPC by turns: see
-`bench_serving_protocols`; `side_by_side`: see `bench_serving_side_by_side`; `attacks`: see `bench_serving_attacks`. They
-take what `aiotrt[serving]` needs, aiohttp, onnx and the demo's models; on CUDA torchvision and not the last two.
+`bench_serving_protocols`; `shared_memory`: see `bench_serving_shared_memory`; `side_by_side`: see
+`bench_serving_side_by_side`; `attacks`: see `bench_serving_attacks`. They take what `aiotrt[serving]` needs, aiohttp, onnx
+and the demo's models; on CUDA torchvision and not the last two.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from benchmarks.serving_rivals.work import MODELS
 
 __all__ = ["main"]
 
-PARTS = ("attacks", "overload", "overload_grpc", "protocols", "side_by_side")
+PARTS = ("attacks", "overload", "overload_grpc", "protocols", "shared_memory", "side_by_side")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -52,6 +54,10 @@ def main(words: Sequence[str] | None = None) -> int:
         from benchmarks import bench_serving_attacks
 
         return bench_serving_attacks.measure(quick=quick, folder=folder)
+    if arguments.part == "shared_memory":
+        from benchmarks import bench_serving_shared_memory
+
+        return bench_serving_shared_memory.measure(quick=quick, folder=folder)
     if arguments.part == "protocols":
         from benchmarks import bench_serving_protocols
 

@@ -599,6 +599,19 @@ def _attacks(record: Record) -> list[Table]:
     return [Table("Requests that are meant to stop a server", headings, rows)]
 
 
+def _shared_memory(record: Record) -> list[Table]:
+    rows = [
+        [
+            way,
+            " / ".join(f"{1e3 * row['seconds'][name]:.1f}" for name in ("p50", "p99")),
+            f"{1e3 * row['server_cpu']:.1f} / {1e3 * row['client_cpu']:.1f}",
+        ]
+        for way, row in record["ways"].items()
+    ]
+    headings = ["tensors in", "a request, ms, p50 / p99", "processor time for one, ms, server / client"]
+    return [Table(f"One client, {record['size'] >> 20} MiB each way", headings, rows)]
+
+
 def _overload(record: Record) -> list[Table]:
     def times(of: Record | None) -> str:
         return "none" if of is None else " / ".join(f"{1e3 * of[name]:.1f}" for name in ("p50", "p99", "worst"))
@@ -657,6 +670,7 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "tensorrt": _tensorrt,
     "serving-attacks": _attacks,
     "serving-overload": _overload,
+    "serving-shared-memory": _shared_memory,
     "serving-side-by-side": _side_by_side,
     "serving-side-by-side-detector": _side_by_side,
 }

@@ -31,7 +31,7 @@ LAYERS = [
     {"building.builder"},
     {"building.cache"},
     {"building"},
-    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices"},
+    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "devices"},
     {"engines.base", "engines.module", "engines.onnx", "engines", "completion.hub"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},
@@ -55,7 +55,7 @@ LAYERS = [
 UPPER = {"testing", "selftest", "cli", "serving", "video", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
-    "cuda": {"devices.cuda", "devices.cuda_graphs", "selftest.instruments"},
+    "cuda": {"devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "selftest.instruments"},
     "tensorrt": {"engines.tensorrt_runtime"},
     "tensorrt_rtx": {"engines.tensorrt_runtime"},
     "tensorrt_lean": {"engines.tensorrt_runtime"},

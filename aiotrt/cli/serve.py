@@ -59,6 +59,9 @@ def register(
     parser.add_argument(
         "--keep-alive-timeout", metavar="SECONDS", type=float, help="for which a connection may be idle (default: 75)"
     )
+    parser.add_argument(
+        "--shared-memory", action="store_true", default=None, help="let clients register shared memory for their tensors"
+    )
     parser.add_argument("--access-log", action="store_true", default=None, help="log each request on standard output")
     parser.add_argument(
         "--docs", action="store_true", default=None, help="show the API at /docs, by scripts of a public CDN"
@@ -119,17 +122,8 @@ def settings_from(arguments: argparse.Namespace) -> ServerSettings:
     from aiotrt.serving.kserve import ServerSettings, read_config, token_from
 
     server, models = read_config(arguments.config) if arguments.config is not None else ({}, [])
-    for name in (
-        "host",
-        "port",
-        "grpc_port",
-        "token_file",
-        "drain_delay",
-        "drain_timeout",
-        "keep_alive_timeout",
-        "access_log",
-        "docs",
-    ):
+    names = ("host", "port", "grpc_port", "token_file", "drain_delay", "drain_timeout", "keep_alive_timeout")
+    for name in (*names, "shared_memory", "access_log", "docs"):
         if getattr(arguments, name) is not None:
             server[name] = getattr(arguments, name)
     for name in ("allowed_host", "cors_origin"):

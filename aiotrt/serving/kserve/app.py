@@ -27,6 +27,7 @@ from aiotrt.serving.kserve.compression import compress, wanted_coding
 from aiotrt.serving.kserve.guards import BearerToken, Body, Budget, Draining
 from aiotrt.serving.kserve.openapi import INDEX, INFER, LOAD, UNLOAD, described, whether_ready
 from aiotrt.serving.kserve.origins import Origins, is_loopback
+from aiotrt.serving.kserve.regions import Kind
 from aiotrt.serving.kserve.servable import Servable
 from aiotrt.serving.kserve.service import Service
 from aiotrt.serving.kserve.settings import ServerSettings
@@ -138,6 +139,16 @@ class _Server:
         if self._settings.repository:
             add("/v2/repository/models/{name}/load", self.load, methods=["POST"], tags=["repository"], **LOAD)
             add("/v2/repository/models/{name}/unload", self.unload, methods=["POST"], tags=["repository"], **UNLOAD)
+        for kind in ("system", "cuda"):
+            prefix = f"/v2/{kind}sharedmemory"
+            for path, method, function in (
+                ("status", "GET", self.region_status),
+                ("region/{name}/status", "GET", self.region_status),
+                ("region/{name}/register", "POST", self.register_region),
+                ("region/{name}/unregister", "POST", self.unregister_region),
+                ("unregister", "POST", self.unregister_region),
+            ):
+                add(f"{prefix}/{path}", functools.partial(function, kind), methods=[method], include_in_schema=False)
         for path, feature in _ABSENT.items():
             add(path, functools.partial(_absent, feature), methods=["GET", "POST"], include_in_schema=False)
         return router
@@ -193,12 +204,11 @@ class _Server:
         with servable.counted() as passed:
             body = await self._budget.read(request)  # kept until the end: tensors of JSON take about as much
             called = await self._parse(request, body, model, servable)
-            head, outputs = await self._service.run(model, servable, called, passed)
-            passed()
+            head, outputs, placed = await self._service.run(model, servable, called, passed)
             coding = wanted_coding(request.headers.get("accept-encoding"))
 
             def encoded() -> tuple[bytes, list[memoryview]]:
-                return encode(head, outputs)
+                return encode(head, outputs, placed)
 
             # Bytes are sent from where they are; numbers are written as text, which takes a while.
             is_short = all(is_binary or math.prod(output.shape) < 1024 for _, is_binary, output in outputs)
@@ -208,6 +218,23 @@ class _Server:
                 response.compress(coding, await off_loop(lambda: compress([json, *chunks], coding)))
             passed()
             return response
+
+    # Shared memory...
+
+    async def region_status(self, kind: Kind, name: str | None = None) -> list[dict[str, Any]]:
+        """The regions that are registered, or the one of this name."""
+        return self._service.region_status(kind, name)
+
+    async def register_region(self, kind: Kind, name: str, request: Request) -> dict[str, Any]:
+        """Register a region of shared memory, for tensors of requests and answers."""
+        await self._service.register_region(kind, name, await self._small_json(request))
+        return {}
+
+    async def unregister_region(self, kind: Kind, request: Request, name: str | None = None) -> dict[str, Any]:
+        """Forget a region, or all. Requests that use it are not disturbed."""
+        await self._small_json(request)
+        self._service.unregister_region(kind, name)
+        return {}
 
     # The repository...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -29,12 +29,14 @@ __all__ = [
     "MOST_TENSORS",
     "InferRequest",
     "Input",
+    "Placed",
     "Requested",
     "Rest",
     "Result",
     "bytes_of",
     "described",
     "encode",
+    "from_bytes",
     "header_length",
     "parse",
     "raw",
@@ -45,6 +47,7 @@ __all__ = [
 #: A model's result, or an array of strings: the classes in it.
 Result: TypeAlias = torch.Tensor | npt.NDArray[Any]
 
+_NOTHING: Final = torch.empty(0, dtype=torch.uint8)
 #: Inputs, or outputs, of one request.
 MOST_TENSORS: Final = 256
 _MOST_DIMENSIONS: Final = 32
@@ -54,8 +57,26 @@ _REFUSED: Final = {
     "sequence_id": "sequences of requests",
     "sequence_start": "sequences of requests",
     "sequence_end": "sequences of requests",
-    "shared_memory_region": "tensors in shared memory",
 }
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies in shared memory.
+
+    Attributes:
+        region: the name under which it was registered.
+        offset: in the region, in bytes.
+        size: in bytes; of an output, the most.
+        shape: of an input.
+        are_strings: whether an input is BYTES.
+    """
+
+    region: str
+    offset: int
+    size: int
+    shape: tuple[int, ...] = ()
+    are_strings: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,24 +86,34 @@ class Input:
     Attributes:
         name: the model's name for it.
         datatype: what the client says it is; UINT8 for strings.
-        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned. Of files it
-            has the shape, and no elements.
+        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned. Without
+            elements where there are `files`, or where it is `placed`.
         files: the strings of an input that takes image files.
+        placed: where it lies, if that is not in the request.
     """
 
     name: str
     datatype: Datatype
     tensor: torch.Tensor
     files: Sequence[bytes | bytearray | memoryview] = ()
+    placed: Placed | None = None
 
 
 @dataclass(frozen=True)
 class Requested:
-    """One output that was asked for, whether as bytes, and if not 0 how many of its largest elements instead of all."""
+    """One output that was asked for.
+
+    Attributes:
+        name: the model's name for it.
+        is_binary: whether as bytes.
+        classes: how many of its largest elements instead of all; 0 for all.
+        placed: where to write it, if it is not to be in the answer.
+    """
 
     name: str
     is_binary: bool
     classes: int = 0
+    placed: Placed | None = None
 
 
 @dataclass(frozen=True)
@@ -181,12 +212,16 @@ def read_fields(fields: Mapping[str, Any], rest: Rest, images: Collection[str] =
     )
 
 
-def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, Result]]) -> tuple[bytes, list[memoryview]]:
+def encode(
+    head: Mapping[str, object], outputs: Sequence[tuple[str, bool, Result]], placed: Collection[str] = ()
+) -> tuple[bytes, list[memoryview]]:
     """An answer's body: its JSON, and the bytes that follow it. Without such, it is no binary answer.
 
     Args:
         head: the answer but for its outputs.
         outputs: name, whether as bytes, and a tensor on the host, or an array of strings. Not copied where it is contiguous.
+        placed: names of those that lie in shared memory, of which there is no more to say; Triton's client in C++ takes
+            parameters for a sign that bytes follow.
 
     Raises:
         BodyError: a tensor cannot be sent in this way.
@@ -195,7 +230,9 @@ def encode(head: Mapping[str, object], outputs: Sequence[tuple[str, bool, Result
     chunks: list[memoryview] = []
     for name, is_binary, tensor in outputs:
         entry = described(name, tensor)
-        if is_binary:
+        if name in placed:
+            entries.append(orjson.dumps(entry))
+        elif is_binary:
             data = bytes_of(tensor)
             chunks.append(data)
             entry["parameters"] = {"binary_data_size": len(data)}
@@ -220,8 +257,8 @@ def described(name: str, tensor: Result) -> dict[str, Any]:
 
 
 def result_tensor(result: object) -> torch.Tensor:
-    """A model's result on the host as a tensor, whatever kind it is."""
-    return result.cpu() if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
+    """A model's result as a tensor, whatever kind it is, where it is."""
+    return result if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
 
 
 def bytes_of(tensor: Result) -> memoryview:
@@ -268,11 +305,17 @@ def _input(entry: object, rest: Rest, images: Collection[str]) -> Input:
     datatype = DATATYPES["UINT8"] if are_strings else _datatype(what, fields.get("datatype"))
     shape = _shape(what, fields.get("shape"))
     parameters = _parameters(what, fields)
+    if (placed := _placed(what, parameters)) is not None:
+        if fields.get("data") is not None or parameters.get("binary_data_size") is not None:
+            raise BodyError(f"{what} has both data and the parameter shared_memory_region")
+        if not are_strings:
+            _check_size(what, "shared_memory_byte_size", datatype, shape, placed.size)
+        return Input(name, datatype, _NOTHING, placed=replace(placed, shape=shape, are_strings=are_strings))
     if parameters.get("binary_data_size") is None:
         if fields.get("data") is None:
             raise BodyError(f"{what} has neither data nor the parameter binary_data_size")
         if are_strings and name in images:
-            return _of_files(name, strings.files_of_json(what, fields["data"], shape), shape)
+            return _of_files(name, strings.files_of_json(what, fields["data"], shape))
         if are_strings:
             return Input(name, datatype, torch.from_numpy(strings.of_json(what, fields["data"], shape)))
         array = _numbers(what, fields["data"], datatype, shape)
@@ -287,14 +330,39 @@ def _input(entry: object, rest: Rest, images: Collection[str]) -> Input:
     if are_strings:
         body, start = rest.take(name, announced)
         if name in images:
-            return _of_files(name, strings.files_of_bytes(what, body, start, announced, shape), shape)
+            return _of_files(name, strings.files_of_bytes(what, body, start, announced, shape))
         return Input(name, datatype, torch.from_numpy(strings.of_bytes(what, body, start, announced, shape)))
-    size = math.prod(shape) * datatype.stored.itemsize
-    if announced != size:
-        raise BodyError(
-            f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, binary_data_size is {announced:,}"
-        )
-    return Input(name, datatype, _tensor(what, datatype, shape, *rest.take(name, size)))
+    _check_size(what, "binary_data_size", datatype, shape, announced)
+    return Input(name, datatype, _tensor(what, datatype, shape, *rest.take(name, announced)))
+
+
+def from_bytes(given: Input, placed: Placed, data: torch.Tensor, images: Collection[str] = ()) -> Input:
+    """An input with what was read of it.
+
+    Args:
+        given: the input.
+        placed: where it lies.
+        data: UINT8, as many as it has bytes, on any device.
+        images: names of inputs whose strings are image files.
+
+    Raises:
+        BodyError: strings are not as many as the shape says, or a BOOL is neither 0 nor 1.
+    """
+    what, datatype = f"input {given.name!r}", given.datatype
+    if data.is_cuda and not placed.are_strings:
+        if datatype.torch is torch.bool:
+            return replace(given, tensor=data.ne(0).reshape(placed.shape), placed=None)
+        if data.data_ptr() % datatype.stored.itemsize:
+            data = data.clone()  # torch views no elements that stand between two of their places
+        return replace(given, tensor=data.view(datatype.torch).reshape(placed.shape), placed=None)
+    array: Any = data.cpu().numpy()
+    view = memoryview(array)
+    if not placed.are_strings:
+        return replace(given, tensor=_tensor(what, datatype, placed.shape, view, 0), placed=None)
+    if given.name in images:
+        return _of_files(given.name, strings.files_of_bytes(what, view, 0, len(view), placed.shape))
+    array = strings.of_bytes(what, view, 0, len(view), placed.shape)
+    return replace(given, tensor=torch.from_numpy(array), placed=None)
 
 
 def raw(body: bytearray, spec: TensorSpec, *, has_axis: bool, is_image: bool) -> InferRequest:
@@ -312,7 +380,7 @@ def raw(body: bytearray, spec: TensorSpec, *, has_axis: bool, is_image: bool) ->
     what, datatype = f"input {spec.name!r}", of_torch(spec.dtype)
     view = memoryview(body)
     if is_image:
-        given = _of_files(spec.name, [view], (1,))
+        given = _of_files(spec.name, [view])
         return InferRequest(None, (given,), (), True, None, None, None)
     unknown = 1 if spec.shape is None else sum(size is None for size in spec.shape)
     if datatype is None or spec.shape is None or unknown > 1:
@@ -327,8 +395,8 @@ def raw(body: bytearray, spec: TensorSpec, *, has_axis: bool, is_image: bool) ->
     return InferRequest(None, (Input(spec.name, datatype, tensor),), (), True, None, None, None)
 
 
-def _of_files(name: str, files: Sequence[bytes | bytearray | memoryview], shape: tuple[int, ...]) -> Input:
-    return Input(name, DATATYPES["UINT8"], torch.empty((*shape, 0), dtype=torch.uint8), files)
+def _of_files(name: str, files: Sequence[bytes | bytearray | memoryview]) -> Input:
+    return Input(name, DATATYPES["UINT8"], _NOTHING, files)
 
 
 def _tensor(what: str, datatype: Datatype, shape: tuple[int, ...], body: memoryview, start: int) -> torch.Tensor:
@@ -359,7 +427,31 @@ def _requested(entry: object, binary_by_default: bool) -> Requested:
     if not _is_count(classes):
         raise BodyError(f"{what}: the parameter classification must be a number of classes, got {_said(classes)}")
     assert isinstance(classes, int)
-    return Requested(name, _flag(what, parameters, "binary_data", default=binary_by_default), classes)
+    is_binary = _flag(what, parameters, "binary_data", default=binary_by_default)
+    placed = _placed(what, parameters)
+    if classes and placed is not None:
+        raise BodyError(f"{what}: shared memory can't be set on classification output")
+    return Requested(name, is_binary, classes, placed)
+
+
+def _placed(what: str, parameters: Mapping[str, object]) -> Placed | None:
+    region = parameters.get("shared_memory_region")
+    if region is None:
+        return None
+    size, offset = parameters.get("shared_memory_byte_size"), _given(parameters, "shared_memory_offset", 0)
+    if not isinstance(region, str):
+        raise BodyError(f"{what}: shared_memory_region must be a name, got {_said(region)}")
+    if not _is_count(size) or not _is_count(offset):
+        raise BodyError(f"{what}: shared_memory_byte_size and shared_memory_offset must be numbers of bytes")
+    assert isinstance(size, int)
+    assert isinstance(offset, int)
+    return Placed(region, offset, size)
+
+
+def _check_size(what: str, parameter: str, datatype: Datatype, shape: tuple[int, ...], announced: int) -> None:
+    size = math.prod(shape) * datatype.stored.itemsize
+    if announced != size:
+        raise BodyError(f"{what}: {datatype.name} of shape {list(shape)} has {size:,} bytes, {parameter} is {announced:,}")
 
 
 def _seconds(parameters: Mapping[str, object], name: str, unit: float) -> float | None:

@@ -19,7 +19,7 @@ def classified(what: str, tensor: torch.Tensor, count: int, labels: Sequence[str
 
     Args:
         what: the output, for messages.
-        tensor: on the host; NaN counts as the largest.
+        tensor: its elements; NaN counts as the largest.
         count: how many.
         labels: of the elements of an item, counted in the order of its memory; may be fewer.
         has_axis: whether the first dimension is that of a batch; otherwise all of it is one item.
@@ -32,6 +32,7 @@ def classified(what: str, tensor: torch.Tensor, count: int, labels: Sequence[str
     """
     if tensor.dtype is torch.bool:
         raise BodyError(f"{what} is BOOL, which has no largest elements")
+    tensor = tensor.cpu()
     rows: npt.NDArray[Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
     rows = rows.reshape(rows.shape[0], -1) if has_axis else rows.reshape(1, -1)
     # Of equal ones the first: a stable sort, from the end of an item to its begin.

@@ -166,20 +166,23 @@ def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferReque
     return read_fields(fields, _Raw(memoryview(body), starts), images)
 
 
-def encode(head: dict[str, Any], outputs: Sequence[tuple[str, bool, Result]]) -> list[bytes | memoryview]:
+def encode(
+    head: dict[str, Any], outputs: Sequence[tuple[str, bool, Result]], placed: Collection[str] = ()
+) -> list[bytes | memoryview]:
     """A ModelInferResponse, in pieces that follow each other. Tensors are not copied.
 
     Args:
         head: the answer but for its outputs.
         outputs: name, whether as bytes, which all are here, and a tensor on the host, or an array of strings.
+        placed: names of those that lie in shared memory. Clients count raw contents: theirs are empty.
 
     Raises:
         BodyError: the protocol has no datatype for a tensor.
     """
     entries = [described(name, tensor) for name, _, tensor in outputs]
     pieces = [messages["ModelInferResponse"](**head, outputs=entries).SerializeToString()]
-    for _, _, tensor in outputs:
-        data = bytes_of(tensor)
+    for name, _, tensor in outputs:
+        data = b"" if name in placed else bytes_of(tensor)
         pieces += [_head(_RAW_OUTPUT, len(data)), data]
     return pieces
 

@@ -416,9 +416,8 @@ class GrpcServer:
             if remaining is not None:
                 remaining = max(remaining, 1e-3)  # it has passed: gRPC is about to cancel this
                 called = replace(called, deadline=min(remaining, called.deadline or remaining))
-            head, outputs = await self._service.run(model, servable, called, passed)
-            passed()
-            pieces = encode(head, outputs)
+            head, outputs, placed = await self._service.run(model, servable, called, passed)
+            pieces = encode(head, outputs, placed)
             pieces = streamed(pieces) if is_streamed else pieces
             answer = await off_loop(lambda: b"".join(pieces), sum(map(len, pieces)), COPIED)
             passed()

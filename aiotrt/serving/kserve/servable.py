@@ -271,7 +271,7 @@ class Servable:
         found: dict[str, Any] = {output.name: result for output, result in zip(outputs, results, strict=True)}
         for name, classes in ((one.name, one.classes) for one in called.outputs if one.classes):
             classify = partial(classified, f"output {name!r}", found[name], classes, self._labels, has_axis=rows is not None)
-            found[name] = await off_loop(classify, found[name].numel())
+            found[name] = await off_loop(classify, None if found[name].is_cuda else found[name].numel())
         return found
 
     def _checked(self, model: Model, called: InferRequest) -> tuple[list[torch.Tensor], int | None]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
+import torch
 from starlette.exceptions import HTTPException
 
 import aiotrt
@@ -16,9 +17,11 @@ from aiotrt.model import Model
 from aiotrt.serving.errors import BodyError, Problem, problem
 from aiotrt.serving.kserve.binary import InferRequest, Result
 from aiotrt.serving.kserve.guards import Budget
+from aiotrt.serving.kserve.regions import Kind, Region, Regions
 from aiotrt.serving.kserve.servable import VERSION, Servable
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
+from aiotrt.serving.threads import off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["Service"]
@@ -44,6 +47,7 @@ class Service:
         self._servables = {model.name: Servable(model) for model in settings.models}
         self._first = [model.name for model in settings.models if model.is_loaded]
         self.budget = Budget(settings.max_bodies, settings.max_body, settings.body_timeout)
+        self._regions = Regions()
         self.models = Models(
             {model.name: model.maker() for model in settings.models},
             close_timeout=settings.drain_timeout,
@@ -84,7 +88,8 @@ class Service:
 
     def metadata(self) -> dict[str, Any]:
         """The server's name, version and extensions."""
-        return {"name": "aiotrt", "version": aiotrt.__version__, "extensions": list(_EXTENSIONS)}
+        shared = ("system_shared_memory", "cuda_shared_memory") if self.settings.shared_memory else ()
+        return {"name": "aiotrt", "version": aiotrt.__version__, "extensions": [*_EXTENSIONS, *shared]}
 
     def index(self, is_ready: bool) -> list[dict[str, str]]:
         """All models, loaded or not; or those that can be called."""
@@ -147,34 +152,87 @@ class Service:
         return {"model_stats": [self._servables[n].statistics(is_open.get(n), self.models.registry) for n in names]}
 
     async def run(
-        self, model: Model, servable: Servable, called: InferRequest, prepared: Callable[[], object]
-    ) -> tuple[dict[str, object], list[tuple[str, bool, Result]]]:
+        self, model: Model, servable: Servable, called: InferRequest, passed: Callable[[], object]
+    ) -> tuple[dict[str, object], list[tuple[str, bool, Result]], Collection[str]]:
         """Run a model.
 
         Args:
             model: what to run.
             servable: likewise.
             called: the request.
-            prepared: called when its image files were decoded.
+            passed: called when its inputs are there, and again when the model has run.
 
         Returns:
-            The answer but for its outputs, and of each output its name, whether it is sent as bytes, and it.
+            The answer but for its outputs; of each output its name, whether it is sent as bytes, and it; and the names of
+            those that were written to shared memory. All others are on the host.
 
         Raises:
-            BodyError: there is no such output, or as `Servable.decoded` and `Servable.run` do.
-            AiotrtError: as these do; or `BusyError`, there is no room for pixels.
+            BodyError: there is no such output or region, or as `Regions`, `Servable.decoded` and `Servable.run` do.
+            AiotrtError: as these do; or `BusyError`, there is no room for inputs that are not in the request.
         """
         wanted = _wanted(called, servable.outputs)  # before the call, which would be for nothing
+        regions = self._regions_of(called)
         with contextlib.ExitStack() as held:
+            if sizes := [one.placed.size for one in called.inputs if one.placed is not None]:
+                held.enter_context(self.budget.holding(sum(sizes)))
+                on_gpu = model.statistics().device.startswith("cuda")
+                called = await self._regions.filled(called, servable.images, on_gpu=on_gpu)
             if any(one.files for one in called.inputs):
                 called = await servable.decoded(called)
                 held.enter_context(self.budget.holding(sum(one.tensor.nbytes for one in called.inputs)))
-            prepared()
+            passed()
             results = await servable.run(model, called, self.settings.max_deadline)
+            passed()
+        placed = await self._regions.put(called, results, regions)
         head: dict[str, object] = {"model_name": servable.name, "model_version": VERSION}
         if called.id is not None:
             head["id"] = called.id
-        return head, [(output, is_binary, results[output]) for output, is_binary in wanted]
+        outputs = [(output, is_binary, results[output]) for output, is_binary in wanted]
+        return head, await _on_host(outputs, placed), placed
+
+    # Shared memory...
+
+    def region_status(self, kind: Kind, name: str | None) -> list[dict[str, Any]]:
+        """The regions that are registered, or the one of this name.
+
+        Raises:
+            starlette.exceptions.HTTPException: there is none of this name, 404; or no shared memory here, 501.
+        """
+        self._check_shared(kind)
+        try:
+            return self._regions.status(kind, name)
+        except KeyError as error:
+            raise HTTPException(404, f"Unable to find {kind} shared memory region: '{(name or '')[:80]}'") from error
+
+    async def register_region(self, kind: Kind, name: str, fields: Mapping[str, Any]) -> None:
+        """Register a region of shared memory, for tensors of requests and answers.
+
+        Raises:
+            starlette.exceptions.HTTPException: there is no shared memory here; 501.
+            BodyError: as `Regions.register` does.
+        """
+        self._check_shared(kind)
+        await self._regions.register(kind, name, fields)
+
+    def unregister_region(self, kind: Kind, name: str | None) -> None:
+        """Forget a region, or all. Requests that use it are not disturbed.
+
+        Raises:
+            starlette.exceptions.HTTPException: there is no shared memory here; 501.
+        """
+        self._check_shared(kind)
+        self._regions.unregister(kind, name)
+
+    def _check_shared(self, kind: Kind) -> None:
+        if not self.settings.shared_memory:
+            raise HTTPException(501, f"this server does not have {kind} shared memory: it is off without --shared-memory")
+
+    def _regions_of(self, called: InferRequest) -> dict[str, Region]:
+        """The regions of outputs, by output, so that a wrong one is found before the model runs."""
+        placed = any(one.placed for one in called.inputs) or any(one.placed for one in called.outputs)
+        if placed and not self.settings.shared_memory:
+            raise BodyError("the parameter shared_memory_region: this server has no shared memory without --shared-memory")
+        return {one.name: self._regions.find(one.placed) for one in called.outputs if one.placed is not None}
 
     # The repository...
 
@@ -223,3 +281,18 @@ def _wanted(called: InferRequest, outputs: Sequence[TensorSpec]) -> list[tuple[s
         if requested.name not in names:
             raise BodyError(f"there is no output {requested.name[:80]!r}; the outputs are {', '.join(names)}")
     return [(requested.name, requested.is_binary) for requested in called.outputs]
+
+
+async def _on_host(outputs: list[tuple[str, bool, Result]], placed: Collection[str]) -> list[tuple[str, bool, Result]]:
+    """Outputs, of which those in the answer are moved to the host."""
+
+    def on_gpu(name: str, result: Result) -> bool:
+        return isinstance(result, torch.Tensor) and result.is_cuda and name not in placed
+
+    def moved() -> list[tuple[str, bool, Result]]:
+        return [
+            (name, is_binary, result.cpu() if isinstance(result, torch.Tensor) and on_gpu(name, result) else result)
+            for name, is_binary, result in outputs
+        ]
+
+    return await off_loop(moved) if any(on_gpu(name, result) for name, _, result in outputs) else outputs

@@ -154,6 +154,8 @@ class ServerSettings:
             token, or binds to another address than this machine's own.
         cors_origins: sites whose pages may call it, such as ``https://example.com``; ``*`` for all.
         repository: whether clients may load and unload the models that are named here; never others.
+        shared_memory: whether clients may register shared memory, of this machine or its GPUs, for tensors. They may then
+            read and write all shared memory that this process may.
         strict_readiness: whether the server is unready when a client has unloaded a model that was loaded at the start.
         access_log: whether each request is logged on standard output.
         docs: whether ``/docs`` shows the API. The page's scripts come from a public content delivery network.
@@ -176,6 +178,7 @@ class ServerSettings:
     allowed_hosts: Sequence[str] = ()
     cors_origins: Sequence[Annotated[str, Field(pattern=_ORIGIN)]] = ()
     repository: bool = True
+    shared_memory: bool = False
     strict_readiness: bool = False
     access_log: bool = False
     docs: bool = False
