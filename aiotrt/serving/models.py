@@ -167,6 +167,12 @@ class Models:
                 is_error = isinstance(error, Exception)
                 entry.reason = "loading failed; the log says why" if is_error else "loading was cancelled"
                 raise
+            if model.inputs is None:
+                _log.warning(
+                    "model %s declares no inputs and was loaded without warmup=: its first call, and the first of each "
+                    "other shape, waits until the model is warmed up and captured",
+                    name,
+                )
             entry.model = model
             entry.standing, entry.reason = Standing.READY, ""
 

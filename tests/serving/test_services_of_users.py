@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 import httpx
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from fastapi import Depends, FastAPI
 
@@ -51,6 +53,31 @@ def make_app(device: str | aiotrt.Device, *, is_careful: bool = True) -> FastAPI
         return "kept"
 
     return app
+
+
+@pytest_asyncio.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    app = make_app("host")
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.asyncio
+async def test_a_fixture_of_pytest_asyncio_enters_the_lifespan(client: httpx.AsyncClient) -> None:
+    answers = await asyncio.gather(*[client.post("/", json=[value] * 3) for value in range(8)])
+    assert [answer.json() for answer in answers] == [[3 * value + 1] * 3 for value in range(8)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("is_warm", [True, False])
+async def test_a_model_whose_inputs_are_unknown_as_it_starts_is_warned_of(
+    is_warm: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warmup = frame(0, (3,)) if is_warm else ()
+    app = FastAPI(lifespan=serving.lifespan(affine=lambda: aiotrt.load(Affine(), device="host", warmup=warmup)))
+    async with app.router.lifespan_context(app):
+        assert ("model affine declares no inputs and was loaded without warmup=" in caplog.text) is not is_warm
 
 
 def test_on_the_host_any_client_will_do() -> None:
