@@ -229,7 +229,7 @@ def test_empty_tensors_and_scalars() -> None:
         ("binary_data_size must be a number of bytes, got '24'", one(data=None, parameters={"binary_data_size": "24"})),
         ("0 bytes of the body are left", one(data=None, parameters={"binary_data_size": 24})),
         ("parameters must be a JSON object, got an array of 0", one(parameters=[])),
-        ("does not have tensors in shared memory", one(parameters={"shared_memory_region": "a"})),
+        ("must be numbers of bytes", one(parameters={"shared_memory_region": "a"})),
         ("does not have sequences", one() | {"parameters": {"sequence_id": 3}}),
         ("must be a number of classes", one() | {"outputs": [{"name": "y", "parameters": {"classification": -3}}]}),
         ("id must be a string", one() | {"id": 7}),
