@@ -30,6 +30,13 @@ def request(*raw: bytes, **fields: Any) -> Any:
     return messages["ModelInferRequest"](model_name="m", inputs=[tensor], raw_input_contents=raw)
 
 
+def with_region(*raw: bytes, **fields: Any) -> Any:
+    message = request(*raw, **fields)
+    message.inputs[0].parameters["shared_memory_region"].string_param = "a"
+    message.inputs[0].parameters["shared_memory_byte_size"].int64_param = 24
+    return message
+
+
 @pytest.mark.parametrize("name", DATATYPES)
 def test_bytes_of_every_datatype(name: str) -> None:
     stored = DATATYPES[name].stored
@@ -113,7 +120,9 @@ def test_parameters_and_outputs() -> None:
         (messages["ModelInferRequest"](), "inputs must be a list of 1"),
         (request(), "expected data of shape"),
         (request(X.tobytes()[:-1]), "has 24 bytes"),
-        (request(X.tobytes(), b""), "1 inputs, and 2 raw_input_contents"),
+        (request(X.tobytes(), b""), "1 inputs, 0 of them in shared memory, and 2 raw_input_contents"),
+        (with_region(X.tobytes()), "1 inputs, 1 of them in shared memory, and 1 raw_input_contents"),
+        (with_region(contents={"fp32_contents": [1.0] * 6}), "has both data and the parameter shared_memory_region"),
         (request(X.tobytes(), contents={"fp32_contents": [1]}), "has contents, and there are raw_input_contents"),
         (request(X.tobytes(), shape=[-1, 3]), "shape must be"),
         (request(X.tobytes(), datatype="FP33"), "datatype must be one of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import logging
 import queue
@@ -16,20 +17,24 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+import torch
 import tritonclient.grpc as blocking
 import tritonclient.grpc.aio as triton
 from onnx import helper
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, serialize_byte_tensor
+from tritonclient.utils import shared_memory as shm
 
 import aiotrt
 from aiotrt.errors import DeviceError, MissingDependencyError, UsageError
 from aiotrt.serving import Standing
-from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app
+from aiotrt.serving.kserve import ModelSettings, ServerSettings, create_app, regions
 from aiotrt.serving.kserve.grpc_server import GrpcServer
 from aiotrt.serving.kserve.messages import messages
 from aiotrt.serving.kserve.service import Service
 from tests.building import models as onnx_models
+from tests.serving.test_extensions import image, same
 from tests.serving.test_fastapi import until_slow, until_waiting
+from tests.serving.test_shared_memory import needs_shared_memory, region
 from tests.serving.tools import served
 from tests.tools import executor_of, held
 
@@ -235,9 +240,14 @@ async def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         client = server.client
         with refused("INVALID_ARGUMENT", "sequence_id: this server does not have sequences"):
             await client.infer("double", [given(X)], sequence_id=5, sequence_start=True)
-        for call in (client.get_system_shared_memory_status, client.get_cuda_shared_memory_status):
-            with refused("UNIMPLEMENTED", "does not have tensors in shared memory"):
-                await call()
+        for kind in ("system", "cuda"):
+            with refused("UNIMPLEMENTED", f"does not have {kind} shared memory: it is off without --shared-memory"):
+                await getattr(client, f"get_{kind}_shared_memory_status")()
+            with refused("UNIMPLEMENTED", f"does not have {kind} shared memory"):
+                await getattr(client, f"unregister_{kind}_shared_memory")()
+        for inputs, outputs in (([placed("x", 24)], None), ([given(X)], [wanted(24)])):
+            with refused("INVALID_ARGUMENT", "this server has no shared memory without --shared-memory"):
+                await client.infer("double", inputs, outputs=outputs)
         with refused("UNIMPLEMENTED", "does not have trace settings"):
             await client.get_trace_settings("double")
         with refused("UNIMPLEMENTED", "does not have log settings"):
@@ -246,6 +256,148 @@ async def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
             await client.infer("double", [given(X)], compression_algorithm="gzip")
         assert await code_of(server.raw(f"{SERVICE}Nothing")(iter([b""]))) is grpc.StatusCode.UNIMPLEMENTED
         np.testing.assert_array_equal(await server.infer(), X + X)
+
+
+# --- extensions ---------------------------------------------------------------------------------------------------------
+
+
+def placed(name: str, size: int, offset: int = 0, shape: tuple[int, ...] = (2, 3), datatype: str = "FP32") -> Any:
+    tensor = blocking.InferInput(name, list(shape), datatype)
+    tensor.set_shared_memory("in", size, offset)
+    return tensor
+
+
+def wanted(size: int, offset: int = 0, key: str = "out") -> Any:
+    output = blocking.InferRequestedOutput("y")
+    output.set_shared_memory(key, size, offset)
+    return output
+
+
+async def test_the_largest_elements_with_their_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("cat\ndog\n", encoding="utf-8")
+    path = onnx_models.relu(tmp_path / "relu.onnx", ("?", 3))
+    options = {"device": "host", "batching": True}
+    pets = ModelSettings("pets", path, options=options, labels=tmp_path / "labels.txt")
+    array = np.array([[0.25, 2, 1.5], [7, 7, 0]], np.float32)
+    async with serving(tmp_path, pets) as server:
+        assert "classification" in (await server.client.get_server_metadata()).extensions
+        assert (await server.client.get_model_config("pets")).config.output[0].label_filename == "labels.txt"
+        outputs = [blocking.InferRequestedOutput("y", class_count=2)]
+        found = (await server.client.infer("pets", [given(array)], outputs=outputs)).as_numpy("y")
+        assert found.tolist() == [[b"2.000000:1:dog", b"1.500000:2"], [b"7.000000:0:cat", b"7.000000:1:dog"]]
+        with refused("INVALID_ARGUMENT", "must be a number of classes, got -1"):
+            await server.client.infer("pets", [given(array)], outputs=[blocking.InferRequestedOutput("y", class_count=-1)])
+
+
+async def test_image_files(tmp_path: Path) -> None:
+    path = same(tmp_path / "view.onnx", ("h", "w", 3))
+    view = ModelSettings("view", path, options={"device": "host"}, takes_images=True)
+    file, pixels = image(20, 10)
+    async with serving(tmp_path, view) as server:
+        result = await server.client.infer("view", [given(np.array([file], np.object_), datatype="BYTES")])
+        np.testing.assert_array_equal(result.as_numpy("y"), pixels)
+        tensor = {"name": "x", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [file]}}
+        message = messages["ModelInferRequest"](model_name="view", inputs=[tensor])
+        answer = messages["ModelInferResponse"].FromString(await server.raw()(iter([message.SerializeToString()])))
+        assert answer.raw_output_contents == [pixels.tobytes()]
+        with refused("INVALID_ARGUMENT", "not an image that can be read"):
+            await server.client.infer("view", [given(np.array([b"GIF89a"], np.object_), datatype="BYTES")])
+        assert server.service.budget.used == 0
+
+
+@needs_shared_memory
+async def test_inputs_and_outputs_in_shared_memory(tmp_path: Path) -> None:
+    path = onnx_models.save(
+        tmp_path / "sum.onnx", [helper.make_node("Add", ["a", "b"], ["y"])], {"a": ("?", 3), "b": ("?", 3)}
+    )
+    models = (
+        ModelSettings("sum", path, options={"device": "host"}),
+        ModelSettings("view", same(tmp_path / "view.onnx", ("h", "w", 3)), options={"device": "host"}, takes_images=True),
+    )
+    file, pixels = image(20, 10)
+    files = serialize_byte_tensor(np.array([file], np.object_)).item()
+    async with serving(tmp_path, *models, shared_memory=True) as server:
+        client = server.client
+        assert "system_shared_memory" in (await client.get_server_metadata()).extensions
+        with region(8 + X.nbytes, np.zeros(2, np.float32), X) as (_, key), region(4096) as (other, key_out):
+            await client.register_system_shared_memory("in", key, X.nbytes, 8)
+            await client.register_system_shared_memory("out", key_out, 4096)
+            result = await client.infer("double", [placed("x", 24)], outputs=[wanted(24, 48)])
+            assert list(result.get_output("y").shape) == [2, 3]
+            assert list(result.get_response().raw_output_contents) == [b""]
+            np.testing.assert_array_equal(shm.get_contents_as_numpy(other, np.float32, [2, 3], 48), X + X)
+            # Raw contents are those of the inputs that are not in shared memory, in their order.
+            for inputs in ([placed("a", 24), given(10 * X, "b")], [given(10 * X, "a"), placed("b", 24)]):
+                np.testing.assert_array_equal((await client.infer("sum", inputs)).as_numpy("y"), 11 * X)
+            result = await client.infer("sum", [placed("a", 24), placed("b", 24)], outputs=[wanted(24)])
+            np.testing.assert_array_equal(shm.get_contents_as_numpy(other, np.float32, [2, 3]), X + X)
+            shm.set_shared_memory_region(other, [np.frombuffer(files, np.uint8)])
+            tensor = blocking.InferInput("x", [1], "BYTES")
+            tensor.set_shared_memory("out", len(files))
+            np.testing.assert_array_equal((await client.infer("view", [tensor])).as_numpy("y"), pixels)
+            for inputs, outputs, says in (
+                ([placed("x", 24, 1)], None, "region 'in' has 24 bytes, and not 24 from its byte 1 on"),
+                ([placed("x", 20)], None, "has 24 bytes, shared_memory_byte_size is 20"),
+                ([given(X)], [wanted(24, key="none")], "Unable to find shared memory region: 'none'"),
+                ([given(X)], [wanted(20)], "should be at least 24 bytes to hold the results"),
+            ):
+                with refused("INVALID_ARGUMENT", says):
+                    await client.infer("double", inputs, outputs=outputs)
+        assert server.service.budget.used == 0
+
+
+@needs_shared_memory
+async def test_regions_by_name(tmp_path: Path) -> None:
+    async with serving(tmp_path, shared_memory=True) as server:
+        client = server.client
+        with region(64) as (_, key):
+            await client.register_system_shared_memory("a", key, 32, 32)
+            await client.register_system_shared_memory("b", key, 64)
+            regions_ = (await client.get_system_shared_memory_status()).regions
+            assert sorted(regions_) == ["a", "b"]
+            assert (regions_["a"].name, regions_["a"].key) == ("a", key)
+            assert (regions_["a"].offset, regions_["a"].byte_size) == (32, 32)
+            assert list((await client.get_system_shared_memory_status("b")).regions) == ["b"]
+            assert not (await client.get_cuda_shared_memory_status()).regions
+            for name, path, size, says in (
+                ("a", key, 64, "'a' already in manager"),
+                ("c", key, 65, "has 64 bytes, and not 65"),
+                ("c", "../../etc/passwd", 1, "must be a name of letters"),
+                ("c", key, 1 << 63, "byte_size of shared memory must be an integer"),
+                ("", key, 1, "names of 1 to 1,024 characters"),
+            ):
+                with refused("INVALID_ARGUMENT", says):
+                    await client.register_system_shared_memory(name, path, size)
+            with refused("NOT_FOUND", "Unable to find cuda shared memory region: 'a'"):
+                await client.get_cuda_shared_memory_status("a")
+            await client.unregister_system_shared_memory("a")
+            assert list((await client.get_system_shared_memory_status()).regions) == ["b"]
+            await client.unregister_system_shared_memory()
+            assert not (await client.get_system_shared_memory_status()).regions
+
+
+async def test_cuda_memory_on_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.zeros(64, dtype=torch.uint8)
+    memory[8:32] = torch.from_numpy(X.ravel().view(np.uint8))
+    made: list[tuple[bytes, int, int]] = []
+    monkeypatch.setattr(regions.CudaRegion, "_view", memory)
+    monkeypatch.setattr(regions, "_open_cuda", lambda *arguments: made.append(arguments))
+    async with serving(tmp_path, shared_memory=True) as server:
+        client = server.client
+        await client.register_cuda_shared_memory("in", base64.b64encode(bytes(range(64))), 0, 64)
+        assert made == [(bytes(range(64)), 0, 64)]
+        found = (await client.get_cuda_shared_memory_status()).regions["in"]
+        assert (found.name, found.device_id, found.byte_size) == ("in", 0, 64)
+        await client.infer("double", [placed("x", 24, 8)], outputs=[wanted(24, 40, "in")])
+        np.testing.assert_array_equal(memory[40:].numpy().view(np.float32).reshape(2, 3), X + X)
+        for handle, index, says in ((b"abc", 0, "has 64 bytes, got 3"), (bytes(64), -1, "device_id of shared memory must")):
+            with refused("INVALID_ARGUMENT", says):
+                await client.register_cuda_shared_memory("other", base64.b64encode(handle), index, 64)
+        await client.unregister_cuda_shared_memory("in")
+        assert not (await client.get_cuda_shared_memory_status()).regions
+
+
+# --- the repository -----------------------------------------------------------------------------------------------------
 
 
 async def test_the_repository(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

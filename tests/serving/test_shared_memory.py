@@ -24,11 +24,12 @@ from benchmarks import bench_serving_shared_memory
 from tests.serving.test_extensions import image, same
 from tests.serving.test_kserve import X, given, request_of, serving
 
+needs_shared_memory = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no POSIX shared memory here")
 pytestmark = [
     pytest.mark.asyncio,
     # Answers without a body of interest are never read by the client.
     pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
-    pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no POSIX shared memory here"),
+    needs_shared_memory,
 ]
 ON: dict[str, Any] = {"shared_memory": True}
 ANY = {"shared_memory_region": "a", "shared_memory_byte_size": 24}

@@ -141,8 +141,13 @@ def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferReque
     for what, entries in (("inputs", head.inputs), ("outputs", head.outputs)):
         if len(entries) > MOST_TENSORS:
             raise BodyError(f"{what} must be at most {MOST_TENSORS} tensors, got {len(entries)}")
-    if parts.raw and len(parts.raw) != len(head.inputs):
-        raise BodyError(f"the request has {len(head.inputs)} inputs, and {len(parts.raw)} raw_input_contents")
+    inputs = [{**_named(tensor), "datatype": tensor.datatype, "shape": list(tensor.shape)} for tensor in head.inputs]
+    are_placed = [fields["parameters"].get("shared_memory_region") is not None for fields in inputs]
+    if parts.raw and len(parts.raw) != are_placed.count(False):
+        raise BodyError(
+            f"the request has {len(inputs)} inputs, {sum(are_placed)} of them in shared memory, and {len(parts.raw)} "
+            "raw_input_contents"
+        )
     starts = []
     with memoryview(parts.data) as view:
         for start, end in parts.raw:
@@ -150,16 +155,17 @@ def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferReque
             starts.append(len(body))
             body.extend(view[start:end])
     parts.data = b""
-    inputs = []
-    for i, tensor in enumerate(head.inputs):
-        fields = {**_named(tensor), "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        if parts.raw:
-            if tensor.HasField("contents"):
-                raise BodyError(f"input {tensor.name[:80]!r} has contents, and there are raw_input_contents")
-            fields["parameters"]["binary_data_size"] = parts.raw[i][1] - parts.raw[i][0]
+    raw = iter(parts.raw)
+    for tensor, fields, is_placed in zip(head.inputs, inputs, are_placed, strict=True):
+        if parts.raw and tensor.HasField("contents"):
+            raise BodyError(f"input {tensor.name[:80]!r} has contents, and there are raw_input_contents")
+        if is_placed:
+            fields["data"] = _typed(tensor) if tensor.HasField("contents") else None
+        elif parts.raw:
+            start, end = next(raw)
+            fields["parameters"]["binary_data_size"] = end - start
         else:
             fields["data"] = _typed(tensor)
-        inputs.append(fields)
     outputs = [{**_named(output), "parameters": {**_parameters(output), "binary_data": True}} for output in head.outputs]
     parameters = {**_parameters(head), "binary_data_output": True}
     fields = {"id": head.id or None, "inputs": inputs, "outputs": outputs, "parameters": parameters}

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Self
 
 from aiotrt.errors import AiotrtError, MissingDependencyError, UsageError
@@ -27,6 +28,7 @@ from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, Problem
 from aiotrt.serving.kserve.contents import Parts, decode, encode, parsed, split, streamed
 from aiotrt.serving.kserve.guards import Body, has_token
 from aiotrt.serving.kserve.messages import messages
+from aiotrt.serving.kserve.regions import Kind
 from aiotrt.serving.kserve.service import Service
 from aiotrt.serving.threads import COPIED, off_loop
 
@@ -40,9 +42,6 @@ _HEALTH: Final = "grpc.health.v1.Health"
 _OPEN: Final = frozenset(("ServerLive", "ServerReady", "Check", "Watch"))
 #: Methods of the protocol that are refused, by what they are for.
 _REFUSED: Final = {
-    "tensors in shared memory": [
-        f"{kind}SharedMemory{action}" for kind in ("System", "Cuda") for action in ("Status", "Register", "Unregister")
-    ],
     "trace settings": ["TraceSetting"],
     "log settings": ["LogSettings"],
 }
@@ -215,6 +214,15 @@ class GrpcServer:
             "ModelInfer": grpc.stream_unary_rpc_method_handler(self._called("ModelInfer", self._infer)),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._called("ModelStreamInfer", self._stream)),
         }
+        kinds: tuple[Kind, ...] = ("system", "cuda")
+        for kind in kinds:
+            for action, answer in (
+                ("Status", self._region_status),
+                ("Register", self._register_region),
+                ("Unregister", self._unregister_region),
+            ):
+                name = f"{kind.title()}SharedMemory{action}"
+                methods[name] = self._method(name, partial(answer, kind))
         for what, names in _REFUSED.items():
             for name in names:
                 methods[name] = self._method(name, self._refuse(f"this server does not have {what}"))
@@ -316,6 +324,18 @@ class GrpcServer:
     async def _unload(self, said: Any) -> Mapping[str, Any]:
         self._check_repository()
         await self._service.unload(said.model_name)
+        return {}
+
+    def _region_status(self, kind: Kind, said: Any) -> Mapping[str, Any]:
+        return {"regions": {one["name"]: one for one in self._service.region_status(kind, said.name or None)}}
+
+    async def _register_region(self, kind: Kind, said: Any) -> Mapping[str, Any]:
+        fields = {field.name: getattr(said, field.name) for field in said.DESCRIPTOR.fields}
+        await self._service.register_region(kind, said.name, fields)
+        return {}
+
+    def _unregister_region(self, kind: Kind, said: Any) -> Mapping[str, Any]:
+        self._service.unregister_region(kind, said.name or None)
         return {}
 
     def _check_repository(self) -> None:

@@ -74,6 +74,21 @@ RepositoryModelLoadResponse
 RepositoryModelUnloadRequest repository_name:1:string model_name:2:string
 RepositoryModelUnloadResponse
 
+SystemSharedMemoryStatusRequest name:1:string
+SystemSharedMemoryStatusResponse regions:1:SystemRegion{}
+SystemRegion name:1:string key:2:string offset:3:uint64 byte_size:4:uint64
+SystemSharedMemoryRegisterRequest name:1:string key:2:string offset:3:uint64 byte_size:4:uint64
+SystemSharedMemoryRegisterResponse
+SystemSharedMemoryUnregisterRequest name:1:string
+SystemSharedMemoryUnregisterResponse
+CudaSharedMemoryStatusRequest name:1:string
+CudaSharedMemoryStatusResponse regions:1:CudaRegion{}
+CudaRegion name:1:string device_id:2:uint64 byte_size:3:uint64
+CudaSharedMemoryRegisterRequest name:1:string raw_handle:2:bytes device_id:3:int64 byte_size:4:uint64
+CudaSharedMemoryRegisterResponse
+CudaSharedMemoryUnregisterRequest name:1:string
+CudaSharedMemoryUnregisterResponse
+
 HealthCheckRequest service:1:string
 HealthCheckResponse status:1:ServingStatus
 """

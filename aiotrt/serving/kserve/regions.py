@@ -173,6 +173,11 @@ class Regions:
     async def register(self, kind: Kind, name: str, fields: Mapping[str, Any]) -> None:
         """Register a region, as a client describes it.
 
+        Args:
+            kind: which memory it is.
+            name: for requests.
+            fields: those of the protocol; `raw_handle` as JSON has it, or the bytes themselves.
+
         Raises:
             BodyError: the description is wrong, the name is taken, or the memory is not there.
         """
@@ -187,8 +192,8 @@ class Regions:
             region = await off_loop(lambda: CudaRegion(handle, index, size))
         if name in self._regions:
             raise BodyError(f"shared memory region '{name[:80]}' already in manager")
-        if len(self._regions) >= _MOST_REGIONS or len(name) > _LONGEST_NAME:
-            raise BodyError(f"at most {_MOST_REGIONS:,} regions are taken, with names of {_LONGEST_NAME:,} characters")
+        if len(self._regions) >= _MOST_REGIONS or not 0 < len(name) <= _LONGEST_NAME:
+            raise BodyError(f"at most {_MOST_REGIONS:,} regions are taken, with names of 1 to {_LONGEST_NAME:,} characters")
         self._regions[name] = region
 
     def unregister(self, kind: Kind, name: str | None) -> None:
@@ -297,6 +302,8 @@ def _count(fields: Mapping[str, Any], name: str, default: int | None = None) -> 
 
 
 def _handle(raw: object) -> bytes:
+    if isinstance(raw, bytes):
+        return raw
     text = raw.get("b64") if isinstance(raw, dict) else None
     try:
         return binascii.a2b_base64(text, strict_mode=True) if isinstance(text, str) else b""
