@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import aiotrt
+from aiotrt._install import install_hint
 from aiotrt.building.profiles import Examples
 from aiotrt.devices.host import HostDevice
 from tests.building.models import external
@@ -180,9 +181,7 @@ async def test_onnx_models_of_dtypes_that_torch_lacks_are_refused_by_name(tmp_pa
 @pytest.mark.asyncio
 async def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    await cannot_load(
-        detector(), aiotrt.MissingDependencyError, detector().name, "onnxruntime", "pip install 'aiotrt[onnx]'"
-    )
+    await cannot_load(detector(), aiotrt.MissingDependencyError, detector().name, "onnxruntime", install_hint("onnx"))
     with pytest.raises(ImportError):  # so that `except ImportError` works too
         _ = await aiotrt.load(detector(), device="host")
 

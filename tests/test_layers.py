@@ -16,7 +16,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 
 #: Lowest first. A module may import from lower layers, and from its own where that makes no cycle.
 LAYERS = [
-    {"errors", "_build", "_impl"},
+    {"errors", "_build", "_impl", "_install"},
     {"_workers"},
     {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors.kind"},
     {"tensors.conversion", "tensors.parameters", "tensors.structure"},

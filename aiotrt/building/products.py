@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import torch
 
+from aiotrt._install import install_hint
 from aiotrt.errors import EngineError, InputError, MissingDependencyError
 
 __all__ = ["Product", "find_product", "title"]
 
 _TITLES: Final = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-_INSTALL: Final = {"tensorrt": "pip install 'aiotrt[tensorrt]'", "tensorrt_rtx": "pip install 'aiotrt[rtx]'"}
+_INSTALL: Final = {"tensorrt": install_hint("tensorrt"), "tensorrt_rtx": install_hint("rtx")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from aiotrt._install import install_hint
 from aiotrt.errors import InputError, MissingDependencyError
 
 __all__ = ["BuildProgress", "Report", "make_monitor", "reporter"]
@@ -52,7 +53,7 @@ def reporter(progress: bool | Report | None, label: str) -> Iterator[Report | No
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
         except ImportError as error:
-            raise MissingDependencyError("progress=True draws its bar with rich; pip install 'aiotrt[cli]'") from error
+            raise MissingDependencyError(f"progress=True draws its bar with rich; {install_hint('cli')}") from error
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

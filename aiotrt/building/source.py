@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from aiotrt._install import install_hint
 from aiotrt.building.files import check_readable, digest, foreign, is_inside
 from aiotrt.building.profiles import Dynamic
 from aiotrt.errors import EngineError, MissingDependencyError
@@ -73,7 +74,7 @@ def read_onnx(path: Path) -> Source:
         import onnx
     except ImportError as error:
         raise MissingDependencyError(
-            f"{path.name}: reading an ONNX file needs the package onnx; pip install 'aiotrt[onnx]'"
+            f"{path.name}: reading an ONNX file needs the package onnx; {install_hint('onnx')}"
         ) from error
     data = path.read_bytes()
     try:
@@ -166,7 +167,7 @@ def _to_half(source: Source) -> onnx.ModelProto:
         from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     except ImportError as error:
         raise MissingDependencyError(
-            f"{source.path.name}: precision='fp16' converts the model with onnxruntime first; pip install 'aiotrt[onnx]'"
+            f"{source.path.name}: precision='fp16' converts the model with onnxruntime first; {install_hint('onnx')}"
         ) from error
     import onnx
 

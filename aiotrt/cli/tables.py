@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiotrt._install import install_hint
 from aiotrt.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def open_console() -> Console:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise MissingDependencyError("the table is drawn with rich; pip install 'aiotrt[cli]', or use --json") from error
+        raise MissingDependencyError(f"the table is drawn with rich; {install_hint('cli')}, or use --json") from error
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 200  # into a file or a pipe nothing should be cut to a screen's width

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from aiotrt._install import install_hint
 from aiotrt.devices.base import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.host import HostDevice, HostEvent
 from aiotrt.errors import MissingDependencyError, UsageError
@@ -100,7 +101,7 @@ def _make(name: str) -> Device:
         from aiotrt.devices.cuda import CudaDevice
     except ImportError as error:
         raise MissingDependencyError(
-            f"device {name!r} needs cuda.bindings ({error}); pip install 'aiotrt[cuda]', or use device='host'"
+            f"device {name!r} needs cuda.bindings ({error}); {install_hint('cuda')}, or use device='host'"
         ) from error
     return CudaDevice(int(name.removeprefix("cuda:")))
 

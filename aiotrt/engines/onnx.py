@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from aiotrt._install import install_hint
 from aiotrt.building.files import foreign, is_inside
 from aiotrt.building.proto import external_locations, unranked
 from aiotrt.devices.base import Device, Stream
@@ -57,7 +58,7 @@ class OnnxEngine:
             import onnxruntime
         except ImportError as error:
             raise MissingDependencyError(
-                f"{path.name}: running an ONNX file on the host device needs onnxruntime; pip install 'aiotrt[onnx]'"
+                f"{path.name}: running an ONNX file on the host device needs onnxruntime; {install_hint('onnx')}"
             ) from error
         self.name = path.name
         self.runtime = f"onnxruntime {onnxruntime.__version__}"

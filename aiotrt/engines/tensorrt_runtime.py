@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar, cast
 
+from aiotrt._install import install_hint
 from aiotrt.building.log import log_of
 from aiotrt.engines.tensorrt_api import RTX_SURFACE, SURFACE, Api, Runtime, missing_names
 from aiotrt.engines.tensorrt_plan import Plan
@@ -24,8 +25,8 @@ T = TypeVar("T")
 
 #: The modules, in the order in which they are tried, and how each is installed.
 PRODUCTS: Final = {
-    "tensorrt": "pip install 'aiotrt[tensorrt]'",
-    "tensorrt_rtx": "pip install 'aiotrt[rtx]'",
+    "tensorrt": install_hint("tensorrt"),
+    "tensorrt_rtx": install_hint("rtx"),
     "tensorrt_lean": "pip install tensorrt-lean",
 }
 _SHOWN_LINES: Final = 8

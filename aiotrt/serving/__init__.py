@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+from aiotrt._install import install_hint
 from aiotrt.errors import MissingDependencyError
 
 try:
@@ -26,7 +27,7 @@ try:
     import PIL  # noqa: F401
     import prometheus_client  # noqa: F401
 except ImportError as error:
-    raise MissingDependencyError(f"aiotrt.serving needs {error.name}; pip install 'aiotrt[serving]'") from error
+    raise MissingDependencyError(f"aiotrt.serving needs {error.name}; {install_hint('serving')}") from error
 
 from aiotrt.serving.bodies import array_body, array_request, decode_array, image_body, image_request
 from aiotrt.serving.disconnect import CancelOnDisconnect

@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
+from aiotrt._install import install_hint
 from aiotrt.errors import MissingDependencyError
 from aiotrt.video.frames import Array
 from aiotrt.video.reports import Kind, SourceError
@@ -32,7 +33,7 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MissingDependencyError("aiotrt.video needs PyAV to decode and encode; pip install 'aiotrt[video]'") from error
+        raise MissingDependencyError(f"aiotrt.video needs PyAV to decode and encode; {install_hint('video')}") from error
     return av
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from aiotrt._install import install_hint
 from aiotrt.errors import MissingDependencyError
 from aiotrt.video.detection import Detections
 from aiotrt.video.frames import Array
@@ -43,7 +44,7 @@ class Annotator:
         try:
             from PIL import Image, ImageDraw, ImageFont
         except ImportError as error:
-            raise MissingDependencyError("drawing needs Pillow; pip install 'aiotrt[video]'") from error
+            raise MissingDependencyError(f"drawing needs Pillow; {install_hint('video')}") from error
         self._image, self._draw = Image, ImageDraw
         self._font = ImageFont.load_default(size=13)
         self._convert = convert

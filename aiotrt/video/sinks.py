@@ -19,6 +19,7 @@ from typing import IO, Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from aiotrt._install import install_hint
 from aiotrt._workers import Workers
 from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.detection import Detections
@@ -201,7 +202,7 @@ class Progress(Sink):
             import rich.console
             import rich.progress
         except ImportError as error:
-            raise MissingDependencyError("a progress bar needs rich; pip install 'aiotrt[cli]'") from error
+            raise MissingDependencyError(f"a progress bar needs rich; {install_hint('cli')}") from error
         self._total = dict(total or {})
         self._bars: dict[str, Any] = {}
         self._counts: dict[str, tuple[int, float]] = {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from aiotrt._install import install_hint
 from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.boxes import Box
 from aiotrt.video.policies import OVERTAKEN, Policy
@@ -79,7 +80,7 @@ class _Live(Sink):
         try:
             from PIL import Image
         except ImportError as error:
-            raise MissingDependencyError("JPEG needs Pillow; pip install 'aiotrt[video]'") from error
+            raise MissingDependencyError(f"JPEG needs Pillow; {install_hint('video')}") from error
         self._image = Image
         self._draw = draw
         self._convert = convert or jsonable
@@ -167,7 +168,7 @@ class Mjpeg(_Live):
         try:
             from starlette.responses import StreamingResponse
         except ImportError as error:
-            raise MissingDependencyError("a response needs Starlette; pip install 'aiotrt[serving]'") from error
+            raise MissingDependencyError(f"a response needs Starlette; {install_hint('serving')}") from error
         kind = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
         return StreamingResponse(self.parts(source), media_type=kind, headers={"Cache-Control": "no-store"})
 

@@ -284,9 +284,9 @@ def test_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path, out = models.relu(tmp_path / "a.onnx"), tmp_path / "a.engine"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    refused(MissingDependencyError, path, out, "aiotrt[tensorrt]", runtime="tensorrt")
-    refused(MissingDependencyError, path, out, "aiotrt[rtx]", runtime="tensorrt_rtx")
-    refused(MissingDependencyError, path, out, "aiotrt[tensorrt]", "aiotrt[rtx]")
+    refused(MissingDependencyError, path, out, "[tensorrt]", runtime="tensorrt")
+    refused(MissingDependencyError, path, out, "[rtx]", runtime="tensorrt_rtx")
+    refused(MissingDependencyError, path, out, "[tensorrt]", "[rtx]")
 
 
 def test_tensorrt_is_not_touched_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

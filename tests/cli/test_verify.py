@@ -290,7 +290,7 @@ def test_without_rich_there_is_json(
 ) -> None:
     path = models.relu(tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert "aiotrt[cli]" in failed(capsys, 1, path)
+    assert "[cli]" in failed(capsys, 1, path)
     verified(capsys, 0, path, "--device", "host")
 
 

@@ -20,7 +20,7 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray does as it is imported is Ray's own business
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'aiotrt[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     from ray import serve  # type: ignore[import-not-found, unused-ignore]
 
     from examples.ray_serve import Classifier

@@ -159,9 +159,9 @@ def test_random_bytes_never_do_worse_than_an_engine_error(tmp_path: Path) -> Non
 
 def test_foreign(tmp_path: Path) -> None:
     path = save(tmp_path / "rtx.engine", TensorRTDouble(), AFFINE)
-    refused(path, TensorRTDouble("tensorrt", "10.13.3.9"), "written by TensorRT-RTX 1.6.1.120", "aiotrt[rtx]", "build")
+    refused(path, TensorRTDouble("tensorrt", "10.13.3.9"), "written by TensorRT-RTX 1.6.1.120", "[rtx]", "build")
     path = save(tmp_path / "full.plan", TensorRTDouble("tensorrt", "10.13.3.9"), AFFINE)
-    refused(path, TensorRTDouble(), "written by TensorRT 10.13.3.9", "tensorrt_rtx cannot read", "aiotrt[tensorrt]")
+    refused(path, TensorRTDouble(), "written by TensorRT 10.13.3.9", "tensorrt_rtx cannot read", "[tensorrt]")
     refused(path, TensorRTDouble(), "no runtime 'trt'", runtime="trt")
 
 
@@ -206,7 +206,7 @@ def test_a_product_that_cannot_be_imported_or_is_too_old(tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or None)
     monkeypatch.setattr(importlib, "import_module", broken)
     plan = Plan("tensorrt", "10.13.3.9")
-    with pytest.raises(aiotrt.MissingDependencyError, match=r"x\.engine: tensorrt is installed but .*libnvinfer.*aiotrt"):
+    with pytest.raises(aiotrt.MissingDependencyError, match=r"x\.engine: tensorrt is installed.*libnvinfer.*\[tensorrt\]"):
         open_product(path, plan, None)
     monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(__version__="8.6.1"))
     with pytest.raises(aiotrt.MissingDependencyError, match=r"x\.engine: tensorrt 8\.6\.1 lacks .*TensorRT 10\.1 or"):
@@ -251,7 +251,7 @@ def test_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     path = save(tmp_path / "x.engine", TensorRTDouble(), AFFINE)
-    with pytest.raises(aiotrt.MissingDependencyError, match=r"TensorRT-RTX 1\.6\.1\.120.*aiotrt\[rtx\]"):
+    with pytest.raises(aiotrt.MissingDependencyError, match=r"TensorRT-RTX 1\.6\.1\.120.*\[rtx\]"):
         TensorRTEngine(path, open_device("host"), require_cuda=False)
     with pytest.raises(aiotrt.MissingDependencyError, match="runtime='tensorrt' is not installed"):
         TensorRTEngine(path, open_device("host"), runtime="tensorrt", require_cuda=False)

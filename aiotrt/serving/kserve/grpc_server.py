@@ -14,13 +14,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Self
 
+from aiotrt._install import install_hint
 from aiotrt.errors import AiotrtError, MissingDependencyError, UsageError
 
 try:
     import grpc
     from google.protobuf import json_format
 except ImportError as error:
-    raise MissingDependencyError(f"gRPC needs {error.name}; pip install 'aiotrt[grpc]'") from error
+    raise MissingDependencyError(f"gRPC needs {error.name}; {install_hint('grpc')}") from error
 
 from starlette.exceptions import HTTPException
 
