@@ -19,13 +19,21 @@ from typing import Final, NoReturn
 import torch
 
 import aiotrt
-from aiotrt.cli import build, inspect, serve, verify, video
+from aiotrt.cli import build, completion, inspect, serve, verify, video
+from aiotrt.cli.parser import Parser
 from aiotrt.errors import AiotrtError, InputError, UsageError
 
 __all__ = ["main"]
 
 #: In the order of the help. A command has `register(subparsers, parents)`, which sets `run`: arguments to exit status.
-COMMANDS: Final = (build, inspect, serve, verify, video)
+COMMANDS: Final = (build, inspect, serve, verify, video, completion)
+#: What `--version` names too, and the packages whose versions it shows.
+_OPTIONAL: Final = {
+    "CUDA bindings": "cuda-bindings",
+    "TensorRT": "tensorrt",
+    "TensorRT-RTX": "tensorrt-rtx",
+    "ONNX Runtime": "onnxruntime",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
+    parser = Parser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of aiotrt and what it runs on")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser.set_defaults(errors=False)
+    # With `prog`, since argparse would format help to find it, and rich need not be imported where no help is shown.
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog=parser.prog)
+    parser.set_defaults(errors=False, parser=parser)
     for command in COMMANDS:
         command.register(subparsers, [common])
     return parser
@@ -78,14 +87,14 @@ class _Version(argparse.Action):
     """Print the versions on one line. argparse's own action would wrap it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        try:
-            bindings = f"CUDA bindings {metadata.version('cuda-bindings')}"
-        except metadata.PackageNotFoundError:
-            bindings = "no CUDA bindings"
-        print(
-            f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})", f"Python {platform.python_version()}",
-            f"torch {torch.__version__}", bindings, sep=", ",
-        )  # fmt: skip
+        parts = [f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})", f"Python {platform.python_version()}"]
+        parts.append(f"torch {torch.__version__}")
+        for title, package in _OPTIONAL.items():
+            try:
+                parts.append(f"{title} {metadata.version(package)}")
+            except metadata.PackageNotFoundError:
+                parts.append(f"no {title}")
+        print(*parts, sep=", ")
         parser.exit()
 
 

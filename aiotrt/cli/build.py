@@ -45,7 +45,6 @@ def register(
         help="build a TensorRT engine from an ONNX file",
         description="Build a TensorRT engine from an ONNX file. Ctrl-C stops it and leaves nothing behind.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument("model", metavar="MODEL.onnx", type=Path)

@@ -53,7 +53,6 @@ def register(
         description="Say what an .onnx, .engine or .plan file is. Nothing of it is run, so files from anywhere are safe, "
         "unless --load is given.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument("file", metavar="FILE", type=Path)

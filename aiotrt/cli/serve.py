@@ -36,7 +36,6 @@ def register(
         description="Serve models over HTTP, and with --grpc-port over gRPC: the Open Inference Protocol (KServe v2), which "
         "Triton's clients speak.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="FILE, or NAME=FILE; without a name the file's own")

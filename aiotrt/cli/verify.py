@@ -52,7 +52,6 @@ def register(
         description="Load an engine and check on this machine what aiotrt promises: capture, results that are equal bit\n"
         "for bit with a graph and without, the order of readers and writers, cancellation, flat memory. Then measure.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument("file", metavar="ENGINE", type=Path, help="an .engine, .plan or .onnx file")

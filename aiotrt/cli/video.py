@@ -39,13 +39,12 @@ def register(
 ) -> None:
     """Add the command to the program's."""
     outer = subparsers.add_parser("video", help="run a model over videos", description="Run a model over videos.")
-    inner = outer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    inner = outer.add_subparsers(title="commands", metavar="COMMAND", required=True, prog=outer.prog)
     parser = inner.add_parser(
         "detect",
         help="find objects",
         description="Find objects in videos, and write them down.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=parents,
     )
     parser.add_argument(

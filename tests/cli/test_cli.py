@@ -56,7 +56,8 @@ def test_python_m_aiotrt() -> None:
     first, *parts = result.stdout.removesuffix("\n").split(", ")
     assert first == f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})"
     assert parts[:2] == [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    assert re.fullmatch(r"CUDA bindings \d[\w.+]*|no CUDA bindings", parts[2])
+    for part, name in zip(parts[2:], ("CUDA bindings", "TensorRT", "TensorRT-RTX", "ONNX Runtime"), strict=True):
+        assert re.fullmatch(rf"{name} \d[\w.+]*|no {name}", part)
 
 
 @pytest.mark.parametrize(
