@@ -27,20 +27,7 @@ DIST: Final = ROOT / "dist"
 LEFTOVERS: Final = re.compile(r"\.(c|o|pyc)$|__pycache__|\.venv")
 EXTENSION: Final = re.compile(r"\.(so|pyd)$")
 
-SMOKE: Final = """
-import sys
-import numpy
-import aiotrt
-
-async def main():
-    async with aiotrt.load(lambda x: x + 1, device="host") as model:
-        assert (await model(numpy.ones((1, 3)))).tolist() == [[2.0, 2.0, 2.0]]
-        assert model.statistics().implementation == aiotrt.__impl__
-
-aiotrt.run(main())
-assert aiotrt.__impl__ == sys.argv[1], aiotrt.__impl__
-assert aiotrt.__file__.startswith(sys.prefix), aiotrt.__file__
-"""
+SMOKE: Final = ROOT / "tests" / "smoke.py"
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
@@ -76,6 +63,15 @@ def check(file: Path, names: Iterable[str], *, native: bool) -> None:
     assert not leftovers, f"{file.name} holds {leftovers}"
 
 
+def check_metadata(files: Iterable[Path]) -> None:
+    """Check with twine what the package index will show, in an environment without the project's own packages."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        run(python, "-m", "pip", "install", "--no-input", "-q", "--constraint", ROOT / "constraints.txt", "twine")
+        run(python, "-m", "twine", "check", "--strict", *files)
+
+
 def try_out(file: Path, torch: str, expected: str, *, environment: Mapping[str, str] | None = None) -> None:
     """Install a distribution into an empty environment outside the checkout, and use it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,8 +83,8 @@ def try_out(file: Path, torch: str, expected: str, *, environment: Mapping[str, 
             python, "-m", "pip", "install", "--no-input", "--no-compile", "-q", "--constraint", constraints, torch, file,
             env=environment, cwd=Path(folder),
         )  # fmt: skip
-        run(python, "-I", "-c", SMOKE, expected, cwd=Path(folder))
-        run(python, "-I", "-c", SMOKE, "python", env={"AIOTRT_IMPL": "python"}, cwd=Path(folder))
+        run(python, "-I", SMOKE, expected, cwd=Path(folder))
+        run(python, "-I", SMOKE, "python", env={"AIOTRT_IMPL": "python"}, cwd=Path(folder))
         version = run(made / "bin" / "aiotrt", "--version", cwd=Path(folder)).strip()
         assert version.startswith(f"aiotrt {__version__} ({expected}), Python "), version
         print(f"  {file.name}: {version}", flush=True)
@@ -123,6 +119,7 @@ def main() -> None:
     assert f"-{tag}-{tag}{getattr(sys, 'abiflags', '')}-" in native.name, native.name
     for file in (sdist, pure, native):
         print(f"  {file.name}: {file.stat().st_size:,} bytes", flush=True)
+    check_metadata((sdist, pure, native))
 
     torch = re.search(r"^torch==.*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert torch is not None
