@@ -1,8 +1,8 @@
 """From an ONNX file to a TensorRT engine: `build`, the cache that `load` builds into, and the sidecar it checks.
 
-Nothing here needs an event loop, and nothing here runs an engine. `builder` tells the story; `source` reads and mends the
-ONNX file, `profiles` checks which shapes the engine must take, `progress` shows and stops the builder, `sidecar` records
-what was built from what, and `cache` builds each engine once per machine.
+This package needs no event loop and runs no engine. `builder` is the place to start reading. `source` reads and repairs the
+ONNX file, `profiles` checks the shapes that the engine must accept, `progress` reports progress and cancels the builder,
+`sidecar` records the inputs of each build, and `cache` builds each engine once per machine.
 """
 
 from __future__ import annotations

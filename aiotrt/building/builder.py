@@ -1,4 +1,4 @@
-"""`build`: an ONNX file in, an engine file and its record out."""
+"""`build`: compile an ONNX file to an engine file, with its record beside it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRECISIONS: Final = ("fp32", "fp16", "bf16")
 
 
 class BuildOptions(TypedDict, total=False):
-    """The options of `build` that decide what is built."""
+    """The options of `build` that affect the engine."""
 
     precision: str | None
     profiles: Iterable[ProfileArgument] | ProfileArgument | None
@@ -56,40 +56,40 @@ def build(
     device: int | str | torch.device | None = None,
     progress: bool | Report | None = None,
 ) -> Path:
-    """Build a TensorRT engine from an ONNX file. Blocks for seconds to many minutes, as a tool does.
+    """Build a TensorRT engine from an ONNX file. Blocks for seconds to many minutes; meant for tools.
 
-    Ctrl-C stops it: the builder winds down at its next step, nothing is left in the output's folder, and a file that was
-    there before is unchanged. Beside the engine stands its record, ``<out>.json``, which `aiotrt.load` checks.
+    Ctrl-C stops the build: the builder stops at its next step, no partial file remains in the output's folder, and an
+    existing file is unchanged. The engine's record is written beside it, as ``<out>.json``; `aiotrt.load` checks it.
 
     Args:
         onnx: the model's file.
         out: the engine's file; customarily ``.engine`` or ``.plan``.
-        runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for what is installed. TensorRT builds on the GPU that the
-            engine is for; TensorRT-RTX needs none.
-        precision: None for the types as they stand in the file; ``"fp32"`` for those without TF32; ``"fp16"`` and
-            ``"bf16"`` for less than FP32. TensorRT 10 lowers the precision itself, layer by layer as it sees fit; later ones
-            and TensorRT-RTX take types as given, so for ``"fp16"`` the model is converted first, its inputs and outputs
-            excepted, and ``"bf16"`` must be in the file already.
+        runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for the one that is installed. TensorRT builds on the GPU that
+            will run the engine; TensorRT-RTX needs no GPU.
+        precision: None for the types in the file; ``"fp32"`` for these types, with TF32 disabled; ``"fp16"`` or ``"bf16"``
+            for a lower precision than FP32. TensorRT 10 lowers the precision itself, and chooses the layers. Later versions
+            and TensorRT-RTX use the types in the file. For them ``"fp16"`` converts the model first, except its inputs and
+            outputs, and ``"bf16"`` needs a model that is BF16 already.
         profiles: one or more dicts that map each dynamic input to its (smallest, usual, largest) shape, or to one shape
-            that is all three. An input that the network reads as a shape is given values instead. A model without dynamic
+            that is all three. For an input that the network reads as a shape, give values instead. A model without dynamic
             inputs needs none.
-        compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as ``["sm89", "sm120"]``; by default every GPU
-            it supports from Ampere on.
-        timing_cache: a file in which TensorRT keeps its kernel timings from build to build. TensorRT-RTX has none.
-        workspace_bytes: the most scratch memory that a layer may use.
+        compute_capabilities: for TensorRT-RTX, the GPUs to build for, such as ``["sm89", "sm120"]``; by default every
+            supported GPU from Ampere on.
+        timing_cache: a file in which TensorRT keeps its kernel timings from build to build. Ignored by TensorRT-RTX.
+        workspace_bytes: the maximum scratch memory of one layer.
         optimization_level: 0 (builds fast) to 5 (runs fast); TensorRT's default is 3.
         device: the GPU to build on; by default torch's current one.
         progress: True for a bar on standard error, or a function that is called with a `BuildProgress`, in another
-            thread. What it raises stops the build and is raised here.
+            thread. An exception that it raises stops the build and is raised here.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: an argument is wrong, does not fit the model, or `out` or its record would be written over the model.
+        InputError: an argument is invalid or does not fit the model, or `out` or its record would overwrite the model.
         EngineError: the model cannot be read or built, or the engine cannot be written. The message has TensorRT's last
             warnings and errors; the logger ``aiotrt.tensorrt`` has all of them.
-        MissingDependencyError: a package is missing; the message says which.
+        MissingDependencyError: a package is missing; the message names it.
     """
     product = find_product(runtime, Path(onnx))
     recipe = make_recipe(
@@ -105,14 +105,14 @@ def build(
     for file in (out, sidecar_path(out)):
         if file.resolve() in {own.resolve() for own in (source.path, *source.external)}:
             raise InputError(
-                f"{file}: is the model, or has its weights, and would be written over; name another file as out"
+                f"{file}: is the model or a file of its weights, and would be overwritten; choose another file as out"
             )
-    sha256 = source.sha256()  # now, and not of what the file may be when the engine is built
+    sha256 = source.sha256()  # now: the file may change while the engine is built
     mended = mend(source)
     model = fit_precision(source, precision, weakly_typed=product.weakly_typed)
     gpu = device_index(device)
-    # Both files are opened before the work and take their places after it. Should the process die between the two, they
-    # do not belong together, and `check_sidecar` says so.
+    # Both files are opened before the build and renamed after it. If the process dies between the two renames, the files
+    # do not match, which `check_sidecar` reports.
     with (
         reporter(progress, out.name) as report,
         replacing(out) as write,
@@ -136,10 +136,10 @@ def make_recipe(
     workspace_bytes: int | None = None,
     optimization_level: int | None = None,
 ) -> Recipe:
-    """The options of a build in one form, checked as far as they can be without the model.
+    """Normalise the options of a build, and check everything that does not need the model.
 
     Raises:
-        InputError: one of them is wrong.
+        InputError: an option is invalid.
     """
     if precision is not None and precision not in PRECISIONS:
         raise InputError(f"precision must be 'fp32', 'fp16', 'bf16' or None, got {precision!r}")
@@ -158,7 +158,7 @@ def make_recipe(
 
 
 def gpu_record(device: int | None) -> dict[str, str] | None:
-    """A GPU as records have it: ``name`` and ``compute_capability``."""
+    """Return a GPU's entry in a record: ``name`` and ``compute_capability``."""
     if device is None:
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -166,7 +166,7 @@ def gpu_record(device: int | None) -> dict[str, str] | None:
 
 
 def device_index(device: int | str | torch.device | None) -> int | None:
-    """The GPU to build on: torch's current one, unless `device` names another; None where there is none."""
+    """Return the index of the GPU to build on: torch's current one, unless `device` names another; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     index = device if device is None or isinstance(device, int) else torch.device(device).index
@@ -184,7 +184,7 @@ def _run(
 ) -> Plan:
     """Build in another thread, so that a signal's exception is raised here at once and stops the builder.
 
-    Raised in the builder's own thread, it would come up inside one of TensorRT's callbacks and end the process.
+    In the builder's own thread it would be raised inside one of TensorRT's callbacks and end the process.
     """
     monitor = make_monitor(product.module, report)
     with Workers(1, "aiotrt-build") as executor:
@@ -192,8 +192,8 @@ def _run(
         try:
             future.result()
         finally:
-            monitor.cancel()  # and leaving the block waits for the builder to wind down
-            if monitor.error is not None:  # the caller's own function raised: that says more than "cancelled"
+            monitor.cancel()  # leaving the outer block waits for the builder to stop
+            if monitor.error is not None:  # the exception of the caller's function says more than "cancelled"
                 raise monitor.error from None
     return future.result()
 

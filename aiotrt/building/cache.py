@@ -1,4 +1,7 @@
-"""Engines that `load("model.onnx")` builds: once for each content, options, TensorRT and GPU, however many processes ask."""
+"""The cache of engines that `load("model.onnx")` builds.
+
+An engine is built once for each file content, set of options, TensorRT version and GPU, also if several processes need it.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,19 @@ if TYPE_CHECKING:
 __all__ = ["cache_directory", "cached_engine"]
 
 _log: Final = logging.getLogger("aiotrt.building")
-_REMEDY: Final = "Set AIOTRT_CACHE_DIR to a writable folder with room, or build ahead with aiotrt.build and load that"
+_REMEDY: Final = "Set AIOTRT_CACHE_DIR to a writable folder with free space, or build with aiotrt.build and load that engine"
 
 
 def cache_directory() -> Path:
-    """Where built engines are kept: ``$AIOTRT_CACHE_DIR``, else ``aiotrt`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+    """Return the folder of built engines: ``$AIOTRT_CACHE_DIR``, else ``aiotrt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    Beside them is what TensorRT-RTX compiled for engines (``.kernels``), of which the least recently used is removed when
-    there is much of it. Engines are never removed: delete the folder, or files in it, whenever no process is loading.
+    The folder also has the kernels that TensorRT-RTX compiled (``.kernels``); above a limit, the least recently used ones
+    are removed. Engines are never removed: delete the folder, or files in it, whenever no process is loading a model.
     """
     if own := os.environ.get("AIOTRT_CACHE_DIR"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored: they would depend on where the program was started.
+    # The XDG specification requires relative paths to be ignored: they would depend on the current directory.
     return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "aiotrt"
 
 
@@ -57,23 +60,23 @@ def cached_engine(
     examples: Examples | None = None,
     **options: Unpack[BuildOptions],
 ) -> Path:
-    """The engine for an ONNX file, built if it is not there yet. Blocks: for worker threads.
+    """Return the engine for an ONNX file, and build it if the cache does not have it. Blocks: call it in a worker thread.
 
-    Of several processes that ask at once, one builds and the others wait for it. An engine in the cache that is damaged is
-    built again. A folder is made for this user alone.
+    If several processes need an engine at once, one builds it and the others wait. A damaged engine in the cache is built
+    again. A new folder is accessible to this user only.
 
     Args:
         onnx: the model's file.
         runtime: as for `aiotrt.build`.
         device: as for `aiotrt.build`.
-        directory: where engines are kept; by default `cache_directory`.
+        directory: the cache's folder; by default `cache_directory`.
         progress: as for `aiotrt.build`.
-        examples: what to derive a profile from, where there are no `profiles`.
+        examples: inputs to derive a profile from, if `profiles` is not given.
         options: as for `aiotrt.build`.
 
     Raises:
         InputError: as for `aiotrt.build`.
-        EngineError: as for `aiotrt.build`; or the cache cannot be written to, or others may write to it.
+        EngineError: as for `aiotrt.build`; or the cache is not writable, or is writable for other users.
         MissingDependencyError: as for `aiotrt.build`.
     """
     path = Path(onnx)
@@ -83,7 +86,7 @@ def cached_engine(
         profile = profile_of(source.shapes or (), examples)
         if profile is not None:
             options["profiles"] = profile
-            _log.info("%s: no profiles=, so the engine takes the shapes of warmup= and those between: %s", path, profile)
+            _log.info("%s: without profiles=, the profile is derived from warmup=: %s", path, profile)
     recipe = make_recipe(product, **options)
     folder = cache_directory() if directory is None else Path(directory)
     model = source.sha256()
@@ -94,7 +97,7 @@ def cached_engine(
     with _only_one(path, engine):
         if not _is_good(engine, model):  # or another process built it while this one waited
             _log.info("%s: building %s with %s", path, engine, product)
-            # Normalised, because the caller's may be iterators, which have been read by now.
+            # The caller's may be iterators, which `make_recipe` has consumed.
             options["profiles"], options["compute_capabilities"] = recipe.profiles, recipe.targets
             try:
                 build(path, engine, runtime=product.name, device=device, progress=progress, **options)
@@ -107,7 +110,7 @@ def cached_engine(
 
 @contextmanager
 def _only_one(path: Path, engine: Path) -> Iterator[None]:
-    """Hold the engine's lock, which the system lets go when this process ends in whatever way."""
+    """Hold the engine's lock. The operating system releases it when this process ends, also by a crash."""
     try:
         from filelock import FileLock, Timeout
     except ImportError as error:
@@ -121,9 +124,7 @@ def _only_one(path: Path, engine: Path) -> Iterator[None]:
             _log.info("%s: another process is building %s; waiting for it", path, engine)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise EngineError(
-            f"{path}: the cache of engines, {engine.parent}, cannot be written to: {error}. {_REMEDY}"
-        ) from error
+        raise EngineError(f"{path}: cannot write to the engine cache, {engine.parent}: {error}. {_REMEDY}") from error
     try:
         yield
     finally:
@@ -131,19 +132,22 @@ def _only_one(path: Path, engine: Path) -> Iterator[None]:
 
 
 def _key(model: str, product: Product, gpu: Mapping[str, str] | None, recipe: Recipe) -> str:
-    """What tells engines apart. Where timings are kept is no part of it: that changes how long a build takes."""
+    """Return an engine's key in the cache. It excludes the timing cache's path, which affects only the build time."""
     options = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "timing_cache"}
     parts = {"format": FORMAT, "model": model, "product": product.name, "version": product.version, "gpu": gpu, **options}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _is_good(engine: Path, model: str) -> bool:
-    """Whether it is there, whole, and built from this content: the file may have changed after its key was made."""
+    """Whether the engine exists, is intact, and was built from this content.
+
+    The ONNX file may have changed between the computation of the key and the build.
+    """
     if not engine.exists():
         return False
     try:
         sidecar = check_sidecar(engine)
         return sidecar is not None and sidecar.source["sha256"] == model
     except EngineError as error:
-        _log.warning("%s; it is built again", error)
+        _log.warning("%s; building it again", error)
         return False

@@ -1,4 +1,4 @@
-"""Files that are either there in full or not there at all, and what a file that is not what it should be looks like."""
+"""Atomic writes, private folders, checksums, and the recognition of files of a wrong kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Write: TypeAlias = Callable[[bytes | memoryview], None]
 
 _FOREIGN: Final = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
-    (b"PK\x03\x04", "a zip archive, such as torch.save and torch.export write"),
+    (b"PK\x03\x04", "a zip archive, such as the files of torch.save and torch.export"),
     (b"\x1f\x8b", "gzip data: unpack it first"),
     (b"<", "HTML or XML, perhaps an error page saved by a download"),
     (b"ftrt", "a TensorRT engine"),
@@ -32,18 +32,18 @@ _FOREIGN: Final = (
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a file that cannot be one.
+    """Check that a path names a readable file that is not empty.
 
     Raises:
-        EngineError: it is missing, a directory, empty, or may not be read.
+        EngineError: the file is missing, a directory, empty or not readable.
         ResourceError: no file descriptor is left.
     """
     try:
         if path.is_dir():
-            raise EngineError(f"{path}: is a directory; name the file in it")
+            raise EngineError(f"{path}: is a directory; give the path of a file")
         with path.open("rb") as file:
             if not file.read(1):
-                raise EngineError(f"{path}: the file is empty; copy or make it again")
+                raise EngineError(f"{path}: the file is empty; copy or create it again")
     except FileNotFoundError:
         raise EngineError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -51,22 +51,22 @@ def check_readable(path: Path) -> None:
 
 
 def unreadable(path: object, error: OSError) -> EngineError | ResourceError:
-    """The error that a user gets for one of the system's."""
+    """Convert an `OSError` of reading a file to the error that the user gets."""
     kind = ResourceError if error.errno in (errno.EMFILE, errno.ENFILE) else EngineError
     return kind(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def is_inside(location: str) -> bool:
-    """Whether a file that an ONNX model names is in the model's folder: as it is written, and not where a link leads.
+    """Whether a path in an ONNX model stays in the model's folder. Symbolic links are not resolved.
 
-    Caches of downloads are full of links, and those are the user's own; a model comes from anywhere.
+    Links are the user's own, and download caches consist of them; the paths in a model come from an untrusted file.
     """
     parts = PurePosixPath(location).parts
     return bool(parts) and parts[0] != "/" and ".." not in parts
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder for this user alone, and those above it that are missing.
+    """Create a folder and its missing parents, accessible to this user only.
 
     Raises:
         OSError: as for `Path.mkdir`.
@@ -76,28 +76,26 @@ def make_private(folder: Path) -> None:
 
 
 def check_private(folder: Path) -> None:
-    """Refuse a folder in which another user may swap what aiotrt keeps there: engines and kernels are code.
+    """Refuse a folder in which another user could replace engines and compiled kernels, because both are code.
 
     Raises:
-        EngineError: it belongs to another user than this one and root, or everybody may write to it.
+        EngineError: the owner is neither this user nor root, or every user may write to the folder.
     """
     try:
         status = folder.stat()
-    except OSError:  # it is made, or what is wrong is said when it is written to
+    except OSError:  # missing, or not accessible: a later write creates it or raises
         return
     if os.name != "posix":
         return
-    remedy = "engines are code. Set AIOTRT_CACHE_DIR to a folder of your own"
+    reason = "could replace the engines in it, and engines are code. Set AIOTRT_CACHE_DIR to a folder of your own"
     if status.st_uid not in (os.geteuid(), 0):
-        raise EngineError(f"{folder}: it belongs to another user, who may swap the engines in it, and {remedy}")
+        raise EngineError(f"{folder}: belongs to another user, who {reason}")
     if status.st_mode & stat.S_IWOTH:
-        raise EngineError(
-            f"{folder}: everybody may write to it and swap the engines in it, and {remedy}, or chmod 700 this one"
-        )
+        raise EngineError(f"{folder}: is writable for every user; another user {reason}, or chmod 700 this one")
 
 
 def foreign(head: bytes) -> str:
-    """What a file that begins with `head` seems to be, as ``" (it looks like ...)"``; empty where there is no telling."""
+    """Return the likely kind of a file that begins with `head`, as ``" (it looks like ...)"``; empty if unknown."""
     for magic, kind in _FOREIGN:
         if head.startswith(magic):
             return f" (it looks like {kind})"
@@ -105,12 +103,12 @@ def foreign(head: bytes) -> str:
 
 
 def shortened(name: str, size: int) -> str:
-    """A name's beginning, in so many bytes at most: file systems count those, and not characters."""
+    """Truncate a name to at most `size` bytes. File systems limit a name's bytes and not its characters."""
     return os.fsencode(name)[:size].decode(errors="ignore")
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """The SHA-256 of a file, in hexadecimal; of several files, that of their SHA-256s, one after the other."""
+    """Return the SHA-256 of a file, in hexadecimal; for several files, the SHA-256 of their concatenated digests."""
     digests = []
     for path in paths:
         with path.open("rb") as file:
@@ -120,25 +118,26 @@ def digest(paths: Iterable[Path]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Write]:
-    """Give a function that writes to a file, which becomes `path` when the block ends well, and is gone when it does not.
+    """Replace a file atomically: yield a function that writes to a temporary file, and rename that to `path` at the end.
 
-    The file is opened at once, in the same folder: a folder that cannot be written to is found out before the work, and
-    the change of name at the end cannot cross file systems. Readers see the old file or the new one, never half of one.
+    If the block raises, the temporary file is removed and `path` is unchanged. The temporary file is created at once, in
+    the same folder: a folder that is not writable is detected before the work, and the rename cannot cross file systems.
+    Readers see the old file or the new one, never a part.
 
     Raises:
         EngineError: the folder is missing or not writable, `path` is a directory, or the disk is full.
     """
     if path.is_dir():
-        raise EngineError(f"{path}: is a directory; name the file to write in it")
+        raise EngineError(f"{path}: is a directory; give the path of the file to write")
     temporary = path.with_name(f".{shortened(path.name, 200)}.{secrets.token_hex(6)}.tmp")
     try:
-        # Not tempfile: that makes files which only their owner may read, whatever the umask says.
+        # Not tempfile, which ignores the umask and makes files that only their owner may read.
         file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
     except FileNotFoundError:
         raise EngineError(f"{path}: there is no folder {path.parent}; create it first") from None
     except OSError as error:
         raise EngineError(
-            f"{path}: cannot write to {path.parent}: {error.strerror}; make it writable or name another folder"
+            f"{path}: cannot write to {path.parent}: {error.strerror}; make it writable or choose another folder"
         ) from error
 
     def write(data: bytes | memoryview) -> None:
@@ -150,9 +149,9 @@ def replacing(path: Path) -> Iterator[Write]:
             yield write
             with _explained(path):
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut after the change of name leaves a file of zeros
+                os.fsync(file.fileno())  # without it, a power failure after the rename can leave a file of zeros
         finally:
-            with contextlib.suppress(OSError):  # it would try to write once more what could not be written
+            with contextlib.suppress(OSError):  # close() flushes again, and fails again
                 file.close()
         with _explained(path):
             temporary.replace(path)
@@ -166,6 +165,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EngineError(
-            f"{path}: could not be written: {error.strerror}; make room or name another folder. "
-            "Nothing was left behind, and a file that was there before is unchanged"
+            f"{path}: could not be written: {error.strerror}; free some space or choose another folder. "
+            "No partial file remains, and an existing file is unchanged"
         ) from error

@@ -1,4 +1,4 @@
-"""What TensorRT says: all of it to `logging` as ``aiotrt.tensorrt``, and the last of its complaints kept for messages."""
+"""TensorRT's log: forwarded to the logger ``aiotrt.tensorrt``, with the last warnings and errors kept for messages."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, Final
 
 __all__ = ["Log", "log_of"]
 
-#: How many warnings and errors are kept, and how much of each.
+#: How many warnings and errors are kept, and how many characters of each.
 _LINES: Final = 50
 _WIDTH: Final = 500
 
 logger: Final = logging.getLogger("aiotrt.tensorrt")
-_logs: Final[dict[int, tuple[Any, Log]]] = {}  # by the module's identity, with the module, so that it stays that one's
+_logs: Final[dict[int, tuple[Any, Log]]] = {}  # by the module's id; the module is kept, so that its id is not reused
 _lock: Final = threading.Lock()
 
 
 class Log:
-    """One product's log. There is one for the life of the process, as `log_of` explains.
+    """The log of one product, kept until the process ends: see `log_of`.
 
     Args:
         trt: the product's module.
 
     Attributes:
-        logger: what TensorRT is given: its own `ILogger`.
+        logger: the `ILogger` to pass to TensorRT.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -41,27 +41,27 @@ class Log:
         self.logger = _forwarder(trt, self)
 
     def write(self, severity: object, message: str) -> None:
-        """Take one message; called by TensorRT, on any thread."""
+        """Log one message; called by TensorRT, on any thread."""
         level = self._levels.get(severity, logging.ERROR)
-        if level >= logging.WARNING:  # progress would push out the line that says what went wrong
+        if level >= logging.WARNING:  # keeping progress messages too would evict the error
             self._count += 1
             self._lines.append((self._count, " ".join(message[: 2 * _WIDTH].split())[:_WIDTH]))
         logger.log(level, "%s", message)
 
     def mark(self) -> int:
-        """A point in the log, for `since`."""
+        """Return the current position in the log, for `since`."""
         return self._count
 
     def since(self, mark: int) -> list[str]:
-        """The warnings and errors written after `mark`, as far as they are kept, each once."""
+        """Return the warnings and errors after position `mark` that are still kept, without duplicates."""
         return list(dict.fromkeys(line for number, line in tuple(self._lines) if number > mark))
 
 
 def log_of(trt: Any) -> Log:
-    """The log of a product's module.
+    """Return the log of a product's module.
 
-    There is only one for each, because TensorRT keeps the first logger it is given, and calls it even when the builder or
-    runtime that brought it is gone.
+    Each module has one, because TensorRT keeps the first logger that it gets, and calls it even after the builder or
+    runtime that it came with has been deleted.
     """
     with _lock:
         entry = _logs.get(id(trt))
@@ -73,12 +73,12 @@ def log_of(trt: Any) -> Log:
 def _forwarder(trt: Any, log: Log) -> Any:
     class Forwarder(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # super() would leave out the C++ half
+            trt.ILogger.__init__(self)  # super() would not construct the C++ object
 
         def log(self, severity: object, message: str) -> None:
             try:
                 log.write(severity, message)
-            except Exception:  # one that leaves here goes through TensorRT and ends the process
+            except Exception:  # an exception that enters TensorRT's C++ code ends the process
                 pass
 
     return Forwarder()

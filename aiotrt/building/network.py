@@ -1,4 +1,4 @@
-"""The TensorRT calls of a build. Every answer is checked: most of them are booleans, or None, where one expects an error."""
+"""The TensorRT calls of a build. Every return value is checked: most calls report an error by returning False or None."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to build, past the model itself.
+    """The options of a build, checked and normalised.
 
     Attributes:
         precision: None for the types in the file, or ``"fp32"``, ``"fp16"``, ``"bf16"``.
         profiles: from `normal_profiles`.
         targets: names of TensorRT-RTX's compute capabilities, such as ``"SM89"``; empty for its default.
-        timing_cache: a file to read and to write; None for none.
-        workspace_bytes: the most scratch memory a layer may use; None for TensorRT's default, all there is.
+        timing_cache: the file to read and to write, or None.
+        workspace_bytes: the maximum scratch memory of one layer; None for TensorRT's default, all of the device's memory.
         optimization_level: 0 to 5; None for TensorRT's default, 3.
     """
 
@@ -50,15 +50,15 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was built and written.
+    """A description of the engine that was built and written.
 
     Attributes:
-        size: in bytes.
-        sha256: in hexadecimal.
-        inputs: ``name``, ``dtype`` and ``shape`` of each.
-        outputs: likewise.
-        layers: ``name`` and ``type`` of each layer of the network, as the builder took them and before it fused any.
-        warnings: the builder's last ones.
+        size: the engine's size in bytes.
+        sha256: its SHA-256 in hexadecimal.
+        inputs: ``name``, ``dtype`` and ``shape`` of each input.
+        outputs: ``name``, ``dtype`` and ``shape`` of each output.
+        layers: ``name`` and ``type`` of each layer of the network, before the builder fused layers.
+        warnings: the builder's last warnings.
     """
 
     size: int
@@ -70,10 +70,10 @@ class Plan:
 
 
 def check_targets(product: Product, capabilities: Iterable[str]) -> list[str]:
-    """Compute capabilities, written ``"sm89"``, ``"8.9"`` or ``"current"``, as the product names them.
+    """Convert compute capabilities such as ``"sm89"``, ``"8.9"`` or ``"current"`` to the product's names for them.
 
     Raises:
-        InputError: the product builds only for the GPU it runs on, or does not know one of them.
+        InputError: the product builds only for the GPU it runs on, or does not know a compute capability.
     """
     wanted = [capabilities] if isinstance(capabilities, str) else list(capabilities)
     if not wanted:
@@ -89,8 +89,8 @@ def check_targets(product: Product, capabilities: Iterable[str]) -> list[str]:
         name = f"SM{digits}" if digits.isdigit() else digits.upper()
         if name not in offered:
             raise InputError(
-                f"compute capability {entry!r}: {product} can be asked for {', '.join(offered)}; left out, the "
-                "engine runs on every GPU that it supports from Ampere on"
+                f"compute capability {entry!r}: {product} supports {', '.join(offered)}; without compute_capabilities= the "
+                "engine runs on every supported GPU from Ampere on"
             )
         targets.append(name)
     return targets
@@ -104,31 +104,31 @@ def build_plan(
     Args:
         product: the TensorRT to use.
         path: the model's file: for messages, and for finding weights that are in files beside it.
-        model: the model, mended.
+        model: the model, repaired.
         recipe: the options.
         monitor: from `make_monitor`.
-        device: the GPU to build on; None where there is none.
-        write: takes the engine.
+        device: the GPU to build on; None without a GPU.
+        write: called with the engine.
 
     Raises:
         InputError: the profiles do not fit the network.
-        EngineError: TensorRT refused, or was cancelled; the message has its last warnings and errors.
+        EngineError: TensorRT failed or was cancelled; the message has its last warnings and errors.
     """
     if device is not None:
         import torch
 
-        torch.cuda.set_device(device)  # the current device is each thread's own, and TensorRT builds on that
+        torch.cuda.set_device(device)  # TensorRT builds on the current device, which is per thread
     log = log_of(product.module)
     mark = log.mark()
     try:
         return _Build(product, path, log, mark).run(model, recipe, monitor, write)
     except EngineError as error:
         lines = "".join(f"\n  {line}" for line in log.since(mark)[-_SHOWN:])
-        raise EngineError(f"{error}" + (f"\n{product} said last:{lines}" if lines else "")) from error.__cause__
+        raise EngineError(f"{error}" + (f"\n{product}'s last messages:{lines}" if lines else "")) from error.__cause__
 
 
 class _Build:
-    """One build; its attributes keep TensorRT's objects alive for as long as others of them point there."""
+    """One build. Its attributes keep TensorRT's objects alive while other objects point to them."""
 
     def __init__(self, product: Product, path: Path, log: Log, mark: int) -> None:
         self._product = product
@@ -161,12 +161,12 @@ class _Build:
             config.num_compute_capabilities = len(recipe.targets)
             for i, target in enumerate(recipe.targets):
                 if not config.set_compute_capability(trt.ComputeCapability.__members__[target], i):
-                    self._fail(f"refuses to build for {target}", "leave it out of compute_capabilities")
+                    self._fail(f"cannot build for {target}", "leave it out of compute_capabilities")
         timings = self._read_timings(config, recipe.timing_cache)
 
         engine = self._builder.build_serialized_network(network, config)
         if engine is None:
-            self._fail("cannot build this model", "mend what it names, or try another precision or other profiles")
+            self._fail("cannot build this model", "fix the reported problem, or try another precision or other profiles")
         if recipe.timing_cache is not None and timings is not None:
             with replacing(recipe.timing_cache) as write_timings:
                 write_timings(memoryview(timings.serialize()))
@@ -197,7 +197,7 @@ class _Build:
                 "export it without that operator (another opset, plain ONNX operators), or with a newer TensorRT",
             )
         if not network.num_outputs:
-            self._fail("finds no outputs in this model", "export it again")
+            self._fail("found no outputs in this model", "export it again")
         return network
 
     def _add_profile(self, config: Any, profile: Profile, values: set[str]) -> None:
@@ -209,37 +209,39 @@ class _Build:
                 else:
                     made.set_shape(name, low, usual, high)
             except (ValueError, RuntimeError) as error:
-                self._fail(f"refuses the profile of input {name!r}: {error}", "mend the profile")
+                self._fail(f"rejects the profile of input {name!r}: {error}", "correct the profile")
         if not made or config.add_optimization_profile(made) < 0:
-            self._fail(f"refuses the profile {profile}", "mend the profile")
+            self._fail(f"rejects the profile {profile}", "correct the profile")
 
     def _read_timings(self, config: Any, path: Path | None) -> Any:
         if path is None:
             return None
         if self._product.offers_targets:
-            _log.info("%s compiles its kernels where they run and keeps no timings; %s is not used", self._product, path)
+            _log.info(
+                "%s compiles kernels when a model is loaded and records no timings; %s is not used", self._product, path
+            )
             return None
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             data = b""
         except OSError as error:
-            raise EngineError(f"{path}: the timing cache cannot be read: {error.strerror}; name another file") from error
+            raise EngineError(f"{path}: the timing cache cannot be read: {error.strerror}; choose another file") from error
         for content in (data, b""):
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
                 return cache
-            _log.warning("%s: the timing cache is damaged or another GPU's or version's; it starts afresh", path)
+            _log.warning("%s: the timing cache is damaged, or of another GPU or version; starting with an empty one", path)
         return None
 
     def _made(self, what: str, function: Any, *arguments: Any) -> Any:
-        """What `function` makes. The bindings raise, or give None, where TensorRT gives a null pointer."""
+        """Return the object that `function` creates. For a null pointer of TensorRT's the bindings raise or return None."""
         try:
             made = function(*arguments)
         except (TypeError, RuntimeError) as error:
-            self._fail(f"cannot make {what}: {error}", "see that driver, CUDA and TensorRT fit together")
+            self._fail(f"cannot create {what}: {error}", "check that driver, CUDA and TensorRT are compatible")
         if made is None:
-            self._fail(f"cannot make {what}", "see that driver, CUDA and TensorRT fit together")
+            self._fail(f"cannot create {what}", "check that driver, CUDA and TensorRT are compatible")
         return made
 
     def _fail(self, what: str, remedy: str) -> NoReturn:
@@ -247,7 +249,7 @@ class _Build:
 
 
 def _describe(error: Any) -> str:
-    """One of the parser's errors, in one line."""
+    """Format one of the parser's errors as one line."""
     name, operator = error.node_name(), error.node_operator()
     node = f"node {error.node()}" + (f" {name!r}" if name else "") + (f" ({operator})" if operator else "")
     reason = " ".join(error.desc().split())[:500]
@@ -257,7 +259,7 @@ def _describe(error: Any) -> str:
 def _dynamic(tensor: Any) -> Dynamic:
     shape = tuple(tensor.shape)
     symbols = tuple(tensor.get_dimension_name(i) or None for i in range(len(shape)))
-    return Dynamic(tensor.name, tuple(None if extent < 0 else extent for extent in shape), symbols, tensor.is_shape_tensor)
+    return Dynamic(tensor.name, tuple(None if size < 0 else size for size in shape), symbols, tensor.is_shape_tensor)
 
 
 def _layer(layer: Any) -> dict[str, str]:
@@ -268,7 +270,7 @@ def _records(tensors: Iterable[Any]) -> list[dict[str, Any]]:
     records = []
     for tensor in tensors:
         try:
-            shape: list[int | None] | None = [None if extent < 0 else extent for extent in tensor.shape]
+            shape: list[int | None] | None = [None if size < 0 else size for size in tensor.shape]
         except ValueError:  # of unknown rank
             shape = None
         kind = tensor.dtype.name

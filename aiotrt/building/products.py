@@ -1,4 +1,4 @@
-"""Which TensorRT there is to build with."""
+"""The installed TensorRT or TensorRT-RTX to build with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Product:
 
     Attributes:
         name: ``"tensorrt"`` or ``"tensorrt_rtx"``, which is also its module's name.
-        version: as the module says.
+        version: the module's ``__version__``.
         module: the module.
     """
 
@@ -37,32 +37,32 @@ class Product:
 
     @property
     def weakly_typed(self) -> bool:
-        """Whether the builder itself can lower the precision of a network (TensorRT 10; later ones take types as given)."""
+        """Whether the builder can lower a network's precision: TensorRT 10 can, later versions use the model's types."""
         return hasattr(self.module.BuilderFlag, "FP16")
 
     @property
     def offers_targets(self) -> bool:
-        """Whether it can build for GPUs that are not there (TensorRT-RTX)."""
+        """Whether the builder can build for GPUs that this machine does not have (TensorRT-RTX)."""
         return hasattr(self.module, "ComputeCapability")
 
 
 def title(name: str) -> str:
-    """The product's name as NVIDIA writes it."""
+    """Return the product's name as NVIDIA writes it."""
     return _TITLES.get(name, name)
 
 
 def find_product(runtime: str | None, onnx: Path) -> Product:
-    """The TensorRT to build with.
+    """Find the product to build with.
 
     Args:
-        runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for what is installed: TensorRT first on a machine with a
-            GPU, TensorRT-RTX first on one without, because only that can build there.
-        onnx: what is to be built, for messages.
+        runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for the one that is installed: TensorRT first on a machine with
+            a GPU, TensorRT-RTX first on one without, because only that can build there.
+        onnx: the file to be built, for messages.
 
     Raises:
-        InputError: `runtime` is anything else.
-        MissingDependencyError: it is not installed, or does not import.
-        EngineError: it is too old, or it is TensorRT and there is no GPU.
+        InputError: `runtime` has another value.
+        MissingDependencyError: the product is not installed or cannot be imported.
+        EngineError: the product is too old, or it is TensorRT and there is no GPU.
     """
     if runtime is not None and runtime not in _TITLES:
         raise InputError(f"runtime must be 'tensorrt', 'tensorrt_rtx' or None, got {runtime!r}")
@@ -72,7 +72,7 @@ def find_product(runtime: str | None, onnx: Path) -> Product:
     for name in wanted:
         try:
             module = importlib.import_module(name)
-        except (ImportError, OSError) as error:  # OSError: the Python package is there, and its libraries are not
+        except (ImportError, OSError) as error:  # OSError: the Python package is installed, and its libraries are not
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
             reasons.append(f"{title(name)}: {'not installed' if missing else error}; {_INSTALL[name]}")
             continue
@@ -81,16 +81,16 @@ def find_product(runtime: str | None, onnx: Path) -> Product:
             _check_usable(product, gpu)
         return product
     raise MissingDependencyError(
-        f"{onnx}: to build an engine from it takes TensorRT. {'. '.join(reasons)}. Without one, "
-        "aiotrt.load(..., device='host') runs it on the processor, with ONNX Runtime"
+        f"{onnx}: building an engine from it needs TensorRT. {'. '.join(reasons)}. Without TensorRT, "
+        "aiotrt.load(..., device='host') runs it on the CPU, with ONNX Runtime"
     )
 
 
 def _check_usable(product: Product, gpu: bool) -> None:
     if int(product.version.split(".")[0]) < 10:
-        raise EngineError(f"{product} is installed, and aiotrt builds with TensorRT 10 or newer; {_INSTALL['tensorrt']}")
-    if not gpu:  # its builder ends the process where there is no driver, so it is not even asked
+        raise EngineError(f"{product} is installed, but aiotrt builds with TensorRT 10 or newer; {_INSTALL['tensorrt']}")
+    if not gpu:  # without a driver its builder would end the process
         raise EngineError(
-            f"{product} builds an engine on the GPU it is for, and torch sees none here; build it on that machine, or use "
-            "runtime='tensorrt_rtx', which needs no GPU to build"
+            f"{product} builds an engine on the GPU that will run it, but torch finds no GPU here; build it on a machine "
+            "with that GPU, or use runtime='tensorrt_rtx', which needs no GPU to build"
         )

@@ -1,6 +1,6 @@
-"""Which shapes an engine must take: optimisation profiles, checked before TensorRT sees them.
+"""Optimisation profiles: the shapes that an engine must accept, checked before TensorRT gets them.
 
-TensorRT's own checks let a wrong rank pass, and name neither the input nor the file.
+TensorRT's own checks accept a wrong rank, and their messages name neither the input nor the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 Shape: TypeAlias = Sequence[int]
-#: What a caller writes: an input's smallest, usual and largest shape, or one shape that is all three.
+#: A profile as a caller writes it: for each input its smallest, usual and largest shape, or one shape that is all three.
 ProfileArgument: TypeAlias = Mapping[str, "Sequence[Shape] | Shape"]
 Range: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile: TypeAlias = dict[str, Range]
@@ -29,8 +29,8 @@ class Examples:
     """The shapes of the example inputs that a model is warmed up with.
 
     Attributes:
-        shapes: of each example, those given by position and those given by name.
-        batch: the largest batch, where the examples are single items of batches.
+        shapes: for each example, the shapes of its inputs by position, and those of its inputs by name.
+        batch: the largest batch, if the examples are single items of batches; else None.
     """
 
     shapes: tuple[tuple[tuple[tuple[int, ...], ...], Mapping[str, tuple[int, ...]]], ...]
@@ -39,13 +39,13 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """An input of the network, as far as profiles are concerned.
+    """The properties of a network's input that profiles depend on.
 
     Attributes:
-        name: the input's.
-        shape: its extents; None where they may differ from call to call.
-        symbols: the names of its dimensions; None where they have none. Equal names mean equal extents.
-        values: the network reads this input as a shape: a profile then gives the range of its *values*.
+        name: the input's name.
+        shape: the sizes of its dimensions; None for a dynamic size.
+        symbols: the names of its dimensions; None for a dimension without a name. Equal names mean equal sizes.
+        values: whether the network reads this input as a shape: a profile then gives the range of its *values*.
     """
 
     name: str
@@ -54,22 +54,20 @@ class Dynamic:
     values: bool = False
 
     def __str__(self) -> str:
-        extents = (
-            symbol or "*" if extent is None else str(extent) for extent, symbol in zip(self.shape, self.symbols, strict=True)
-        )
-        return f"{self.name!r} ({', '.join(extents)})"
+        sizes = (symbol or "*" if size is None else str(size) for size, symbol in zip(self.shape, self.symbols, strict=True))
+        return f"{self.name!r} ({', '.join(sizes)})"
 
     @property
     def needs_profile(self) -> bool:
-        """Whether the engine cannot be built before someone says what to expect."""
+        """Whether the engine cannot be built without a profile for this input."""
         return self.values or None in self.shape
 
 
 class OpenShapesError(InputError):
-    """There is no profile, and inputs whose shapes are open.
+    """Raised when a model has dynamic inputs and no profile is given.
 
     Attributes:
-        what: the file and the inputs.
+        what: the message without the example: the file and the inputs.
         example: a profile to start from.
     """
 
@@ -81,10 +79,10 @@ class OpenShapesError(InputError):
 
 
 def normal_profiles(profiles: Iterable[ProfileArgument] | ProfileArgument | None) -> list[Profile]:
-    """Profiles as the caller wrote them, in one form.
+    """Normalise profiles as a caller wrote them.
 
     Raises:
-        InputError: they are not mappings of names to shapes.
+        InputError: a profile is not a mapping of names to shapes.
     """
     if profiles is None:
         return []
@@ -100,10 +98,10 @@ def normal_profiles(profiles: Iterable[ProfileArgument] | ProfileArgument | None
 
 
 def profile_of(inputs: Sequence[Dynamic], examples: Examples) -> Profile | None:
-    """The profile that allows the examples, and all shapes between them; its usual shapes are the first example's.
+    """Derive the profile that allows the examples and all shapes between them; its usual shapes are the first example's.
 
     Returns:
-        None if no shape is open, or if the examples do not say what all open shapes may be.
+        None if no input is dynamic, or if the examples do not cover all dynamic inputs.
     """
     needed = [item for item in inputs if item.needs_profile]
     if not needed or not examples.shapes:
@@ -131,16 +129,16 @@ def check_profiles(model: str, inputs: Sequence[Dynamic], profiles: Sequence[Pro
     Args:
         model: the model's file, for messages.
         inputs: all of the network's inputs.
-        profiles: from `normal_profiles`; may be empty where no input is dynamic.
+        profiles: from `normal_profiles`; may be empty if no input is dynamic.
 
     Raises:
-        InputError: the first thing that does not fit; where no profile is given and one is needed, every dynamic input
-            and an example of the argument.
+        InputError: a profile does not fit; the message names the first mismatch.
+        OpenShapesError: a profile is needed and none is given; the message names every dynamic input and has an example.
     """
     known = {item.name: item for item in inputs}
     needed = [item for item in inputs if item.needs_profile]
     if needed and not profiles:
-        _ask(model, needed)
+        _refuse_without_profile(model, needed)
     for number, profile in enumerate(profiles):
         where = f"{model}: profile {number}"
         for name, triple in profile.items():
@@ -149,24 +147,24 @@ def check_profiles(model: str, inputs: Sequence[Dynamic], profiles: Sequence[Pro
             _check_range(where, known[name], triple)
         missing = [str(item) for item in needed if item.name not in profile]
         if missing:
-            raise InputError(f"{where}: says nothing about the dynamic input{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            raise InputError(f"{where}: lacks the dynamic input{'s' * (len(missing) > 1)} {', '.join(missing)}")
         _check_symbols(where, [known[name] for name in profile if not known[name].values], profile)
 
 
 def _range(number: int, name: object, shapes: object) -> Range:
-    """One shape or three, as three."""
+    """Return the three shapes of an input's range; one shape stands for all three."""
     given = list(shapes) if isinstance(shapes, Sequence) and not isinstance(shapes, str) else None
-    if given is not None and all(isinstance(extent, Integral) for extent in given):
+    if given is not None and all(isinstance(size, Integral) for size in given):
         given = [given, given, given]
     if (
         given is None
         or len(given) != 3
-        or not all(isinstance(shape, Sequence) and all(isinstance(extent, Integral) for extent in shape) for shape in given)
+        or not all(isinstance(shape, Sequence) and all(isinstance(size, Integral) for size in shape) for shape in given)
     ):
         raise InputError(
             f"profile {number}: input {name!r}: expected (smallest, usual, largest) shapes or one shape, got {shapes!r}"
         )
-    low, usual, high = (tuple(int(extent) for extent in shape) for shape in given)
+    low, usual, high = (tuple(int(size) for size in shape) for shape in given)
     return low, usual, high
 
 
@@ -178,38 +176,38 @@ def _check_range(where: str, item: Dynamic, triple: Range) -> None:
             raise InputError(f"{where}: has {wanted} dimensions, and the {label} shape has {len(shape)}: {shape}")
         if item.values:
             continue
-        for extent, got in zip(item.shape, shape, strict=True):
+        for size, got in zip(item.shape, shape, strict=True):
             if got < 1:
-                raise InputError(f"{where}: the {label} shape has an extent below 1: {shape}")
-            if extent is not None and extent != got:
-                raise InputError(f"{where}: the {label} shape is {shape}, which has {got} where the model has {extent}")
+                raise InputError(f"{where}: the {label} shape has a dimension below 1: {shape}")
+            if size is not None and size != got:
+                raise InputError(f"{where}: the {label} shape is {shape}, which has {got} where the model has {size}")
     low, usual, high = triple
     if any(not a <= b <= c for a, b, c in zip(low, usual, high, strict=True)):
-        raise InputError(f"{where}: smallest <= usual <= largest must hold for each extent, got {low}, {usual}, {high}")
+        raise InputError(f"{where}: smallest <= usual <= largest must hold for each dimension, got {low}, {usual}, {high}")
 
 
 def _check_symbols(where: str, items: Sequence[Dynamic], profile: Profile) -> None:
-    """Dimensions of one name are one dimension to TensorRT, which says so in words that nobody understands."""
+    """Check that dimensions of one name have equal sizes. TensorRT requires that, but its message does not explain it."""
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
     for item in items:
         for i, symbol in enumerate(item.symbols):
             if symbol is None or item.shape[i] is not None:
                 continue
-            extents = tuple(shape[i] for shape in profile[item.name])
+            sizes = tuple(shape[i] for shape in profile[item.name])
             place = f"{item.name!r} dimension {i}"
-            other, expected = seen.setdefault(symbol, (place, extents))
-            if extents != expected:
+            other, expected = seen.setdefault(symbol, (place, sizes))
+            if sizes != expected:
                 raise InputError(
-                    f"{where}: {other} and {place} are both called {symbol!r} in the model, so they are always equal, "
-                    f"and the profile gives them {expected} and {extents}; give them the same, or rename one in the model"
+                    f"{where}: {other} and {place} are both named {symbol!r} in the model, so their sizes must be equal, "
+                    f"but the profile has {expected} and {sizes}; use equal sizes, or rename one dimension in the model"
                 )
 
 
-def _ask(model: str, needed: Sequence[Dynamic]) -> NoReturn:
-    """Say what is missing, with an argument to start from."""
+def _refuse_without_profile(model: str, needed: Sequence[Dynamic]) -> NoReturn:
+    """Raise an error that names the dynamic inputs, with an example of a profile."""
     listing = ", ".join(map(str, needed))
     raise OpenShapesError(
-        f"{model}: the shape of {listing} is open: say which smallest, usual and largest shapes the engine must take",
+        f"{model}: the shape of {listing} is dynamic: give the smallest, usual and largest shapes the engine must accept",
         {item.name: _example(item) for item in needed},
     )
 
@@ -219,8 +217,6 @@ def _example(item: Dynamic) -> Range:
         count = (item.shape[0] if item.shape else 1) or 1
         return (1,) * count, (8,) * count, (16,) * count
     space = (32, 320, 640) if len(item.shape) == 4 else (1, 64, 256)  # images, or sequences
-    choices = [
-        (extent,) * 3 if extent is not None else (1, 1, 8) if i == 0 else space for i, extent in enumerate(item.shape)
-    ]
+    choices = [(size,) * 3 if size is not None else (1, 1, 8) if i == 0 else space for i, size in enumerate(item.shape)]
     low, usual, high = (tuple(choice[i] for choice in choices) for i in range(3))
     return low, usual, high

@@ -1,4 +1,4 @@
-"""How far the builder is, and the only way to stop it."""
+"""The progress of a build, and its cancellation, which is possible only from the progress callbacks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ __all__ = ["BuildProgress", "Report", "make_monitor", "reporter"]
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """Where the builder is.
+    """The progress of a build.
 
     Attributes:
-        phase: what it does, in TensorRT's words; these change between its versions.
+        phase: TensorRT's name for the current phase; it differs between versions.
         step: how many of the phase's steps are done.
-        steps: how many there are.
-        fraction: of the whole build, 0 to 1; never falls. Steps take unequal times, so it is no clock.
+        steps: how many steps the phase has.
+        fraction: the completed part of the whole build, 0 to 1; never decreases. Steps take unequal times, so it does not
+            predict the remaining time.
     """
 
     phase: str
@@ -36,11 +37,11 @@ Report: TypeAlias = Callable[[BuildProgress], object]
 
 @contextmanager
 def reporter(progress: bool | Report | None, label: str) -> Iterator[Report | None]:
-    """What ``progress=`` asks for: a function to call, or a bar on standard error for True.
+    """Yield the function that reports progress: the caller's own, for True one that draws a bar on standard error, or None.
 
     Raises:
-        InputError: it is something else.
-        MissingDependencyError: a bar was asked for, and rich is not installed.
+        InputError: `progress` is neither a bool, None nor a function.
+        MissingDependencyError: `progress` is True, and rich is not installed.
     """
     if progress is None or progress is False:
         yield None
@@ -72,48 +73,48 @@ def reporter(progress: bool | Report | None, label: str) -> Iterator[Report | No
 
 
 class Phases:
-    """The builder's phases, which are nested, as one number."""
+    """The builder's nested phases, combined into one fraction."""
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str | None, int, int]] = {}  # parent, steps, done; the innermost is the last
         self._fraction = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> BuildProgress:
-        """A phase begins inside `parent`."""
+        """Record that a phase begins inside `parent`."""
         self._open[name] = (parent, max(steps, 1), 0)
         return self._at(name)
 
     def step(self, name: str, step: int) -> BuildProgress:
-        """Step number `step` of a phase is done."""
+        """Record that step number `step` of a phase is done."""
         parent, steps, _ = self._open.get(name, (None, step + 1, 0))
         self._open[name] = (parent, steps, min(step + 1, steps))
         return self._at(name)
 
     def finish(self, name: str) -> None:
-        """A phase ends, whether or not all its steps were made."""
+        """Record that a phase ends, with or without all its steps done."""
         self._open.pop(name, None)
 
     def _at(self, name: str) -> BuildProgress:
         _, steps, done = self._open[name]
         fraction, current = 0.0, self._open.get(name)
         while current is not None:
-            parent, of, finished = current
-            fraction = (finished + fraction) / of if finished < of else 1.0
+            parent, total, finished = current
+            fraction = (finished + fraction) / total if finished < total else 1.0
             current = None if parent is None else self._open.get(parent)
         self._fraction = max(self._fraction, min(fraction, 1.0))
         return BuildProgress(name, done, steps, self._fraction)
 
 
 def make_monitor(trt: Any, report: Report | None) -> Any:
-    """A progress monitor of TensorRT's.
+    """Create a TensorRT progress monitor.
 
-    It has `cancel()`, for any thread: the builder stops at its next step and gives no engine. An exception that `report`
-    raises does the same, and is kept as `error`.
+    Its method `cancel()` may be called on any thread: the builder then stops at its next step and returns no engine. An
+    exception that `report` raises also cancels the build, and is kept in the attribute `error`.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)  # super() would skip the C++ half
+            trt.IProgressMonitor.__init__(self)  # super() would not construct the C++ object
             self.error: BaseException | None = None
             self._phases = Phases()
             self._lock = threading.Lock()  # TensorRT may call from several threads
@@ -140,7 +141,7 @@ def make_monitor(trt: Any, report: Report | None) -> Any:
                 return
             try:
                 report(progress)
-            except BaseException as error:  # an exception that leaves here goes through TensorRT and ends the process
+            except BaseException as error:  # an exception that enters TensorRT's C++ code ends the process
                 self.error = error
                 self._cancelled = True
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime does not say of an ONNX file, read from the file itself, without the package onnx."""
+"""Facts about an ONNX file that ONNX Runtime does not report, parsed from the file without the package onnx."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Span: TypeAlias = tuple[int, int]
 
 
 def unranked(path: Path) -> set[str]:
-    """The names of inputs and outputs whose type has no shape: of any rank. ONNX Runtime calls them scalars.
+    """Return the names of the inputs and outputs of any rank: their type has no shape. ONNX Runtime reports them as scalars.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no ONNX file.
+        ValueError: the file is not an ONNX model.
     """
     with _content(path) as data:
         return {
@@ -48,7 +48,7 @@ def unranked(path: Path) -> set[str]:
 
 
 def external_locations(path: Path) -> set[str]:
-    """The files in which tensors are, as the model names them. Raises as `unranked` does."""
+    """Return the paths of the files with external tensors, as the model spells them. Raises the errors of `unranked`."""
     with _content(path) as data:
         return {
             _text(data, entry, _VALUE)
@@ -60,7 +60,7 @@ def external_locations(path: Path) -> set[str]:
 
 
 def _tensors(data: memoryview, graph: Span) -> Iterator[Span]:
-    """Every constant of a graph: initializers, and those inside nodes and their subgraphs."""
+    """Yield every constant of a graph: initializers, and constants inside nodes and their subgraphs."""
     yield from _fields(data, graph, _INITIALIZER)
     for node in _fields(data, graph, _NODE):
         for attribute in _fields(data, node, _ATTRIBUTE):
@@ -80,7 +80,7 @@ def _text(data: memoryview, message: Span, number: int) -> str:
 
 
 def _fields(data: memoryview, message: Span, *wanted: int) -> Iterator[Span]:
-    """Where the values of fields are in a message; of the kind that has a length. Others are skipped."""
+    """Yield the byte ranges of a message's fields with the wanted numbers. Only length-delimited fields are found."""
     at, end = message
     while at < end:
         tag, at = _varint(data, at)
@@ -95,16 +95,16 @@ def _fields(data: memoryview, message: Span, *wanted: int) -> Iterator[Span]:
         elif kind in (1, 5):
             at += 8 if kind == 1 else 4
         else:
-            raise ValueError(f"no protocol buffer: wire type {kind} at byte {at}")
+            raise ValueError(f"not a protocol buffer: wire type {kind} at byte {at}")
     if at > end:
-        raise ValueError("no protocol buffer: a field ends after its message")
+        raise ValueError("not a protocol buffer: a field ends after its message")
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise ValueError("no protocol buffer: a number does not end")
+            raise ValueError("not a protocol buffer: unterminated number")
         byte = data[at]
         value |= (byte & 127) << shift
         at += 1

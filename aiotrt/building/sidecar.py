@@ -1,4 +1,4 @@
-"""What an engine was built from, in a JSON file beside it: ``detector.engine`` has ``detector.engine.json``."""
+"""The record of an engine's build, a JSON file beside the engine: ``detector.engine`` has ``detector.engine.json``."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Sidecar:
     """The record of one build.
 
     Attributes:
-        engine: the engine file's name, ``size`` in bytes and ``sha256``.
-        source: the ONNX file's name and ``sha256``, which covers its external data.
+        engine: the engine file's name (``file``), ``size`` in bytes and ``sha256``.
+        source: the ONNX file's name (``file``) and ``sha256``, which covers its external data.
         product: ``"tensorrt"`` or ``"tensorrt_rtx"``.
-        version: its version.
-        versions: of what else took part.
-        gpu: ``name`` and ``compute_capability`` of the GPU it was built on; None where there was none.
-        compute_capabilities: the GPUs asked for; empty for the product's own choice.
-        precision: as asked for; None for the types in the ONNX file.
+        version: the product's version.
+        versions: the versions of Python and of other packages that took part in the build.
+        gpu: ``name`` and ``compute_capability`` of the GPU that the engine was built on; None without a GPU.
+        compute_capabilities: the requested GPUs; empty for the product's default.
+        precision: the requested precision; None for the types in the ONNX file.
         profiles: each maps input names to smallest, usual and largest shapes.
-        inputs: ``name``, ``dtype`` and ``shape`` of each, null where an extent is dynamic.
-        outputs: likewise.
+        inputs: ``name``, ``dtype`` and ``shape`` of each input; a dynamic size is null.
+        outputs: ``name``, ``dtype`` and ``shape`` of each output.
         options: the builder's other options.
-        mended: what was changed in the model before it was built, a line each.
-        warnings: the builder's last ones.
-        seconds: how long the builder took.
-        date: UTC, ISO 8601.
-        format: the layout of this record.
-        layers: ``name`` and ``type`` of each layer of the network, before the builder fused any; records that were written
-            before there were layers in them have none.
+        mended: the repairs of the model before the build, as texts.
+        warnings: the builder's last warnings.
+        seconds: the duration of the build.
+        date: the time of the build, UTC, in ISO 8601.
+        format: the version of this record's layout.
+        layers: ``name`` and ``type`` of each layer of the network, before the builder fused layers; empty in records of
+            older versions of aiotrt.
     """
 
     engine: Mapping[str, Any]
@@ -62,18 +62,18 @@ class Sidecar:
     seconds: float
     date: str
     format: int = FORMAT
-    layers: Sequence[Mapping[str, str]] = ()  # last, for there may be thousands
+    layers: Sequence[Mapping[str, str]] = ()  # last in the file, because there may be thousands
 
     def __str__(self) -> str:
         where = f" on {self.gpu['name']}" if self.gpu else ""
         return f"built from {self.source['file']} by {title(self.product)} {self.version}{where} at {self.date}"
 
     def to_json(self) -> str:
-        """As it is written."""
+        """Return the text of the record's file."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-#: What a JSON file may hold in the fields that are used; the others are only for people to read.
+#: The JSON types of the fields that this module uses; the other fields are only for human readers.
 _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
     "engine": (dict,),
     "source": (dict,),
@@ -83,7 +83,7 @@ _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Where the record of an engine is."""
+    """Return the path of an engine's record."""
     return engine.with_name(engine.name + ".json")
 
 
@@ -92,16 +92,16 @@ def check_sidecar(engine: Path, *, product: str | None = None, gpu: Mapping[str,
 
     Args:
         engine: the engine file.
-        product: the TensorRT that is to run it; None to leave that unchecked.
-        gpu: the GPU it is to run on, as `Sidecar.gpu` has it; None to leave that unchecked. TensorRT-RTX's engines are
-            not bound to the GPU they were built on.
+        product: the product that will run the engine; None to skip this check.
+        gpu: the GPU that will run the engine, in the form of `Sidecar.gpu`; None to skip this check. TensorRT-RTX's engines
+            are not bound to the GPU that they were built on.
 
     Returns:
-        The record; None where there is none, as beside engines that other tools built.
+        The record; None if there is no record, for example beside an engine that another tool built.
 
     Raises:
-        EngineError: the engine or the record is damaged, they do not belong together, or the engine is for another
-            product or GPU. A newer or older TensorRT is left to TensorRT to judge: some engines allow for it.
+        EngineError: the engine or the record is damaged, they do not match, or the engine is for another product or GPU.
+            The version of TensorRT is not checked here, because some engines run with several; TensorRT checks it.
     """
     check_readable(engine)
     path = sidecar_path(engine)
@@ -111,18 +111,18 @@ def check_sidecar(engine: Path, *, product: str | None = None, gpu: Mapping[str,
     again = "build the engine again, or delete the record if it is not its own"
     size = engine.stat().st_size
     if size != sidecar.engine["size"]:
-        raise EngineError(f"{engine}: has {size:,} bytes, and {path.name} says {sidecar.engine['size']:,}; {again}")
+        raise EngineError(f"{engine}: has {size:,} bytes, but {path.name} says {sidecar.engine['size']:,}; {again}")
     if digest([engine]) != sidecar.engine["sha256"]:
         raise EngineError(
-            f"{engine}: is damaged, or is not the engine that {path.name} describes: the hashes differ; {again}"
+            f"{engine}: is damaged, or is not the engine that {path.name} describes: their SHA-256 differ; {again}"
         )
     if product is not None and product != sidecar.product:
-        raise EngineError(f"{engine}: was {sidecar}, and {title(product)} is to run it; build it with runtime={product!r}")
+        raise EngineError(f"{engine}: was {sidecar}, which {title(product)} cannot run; build it with runtime={product!r}")
     if gpu is not None and sidecar.gpu is not None and sidecar.product == "tensorrt":
         mine, its = gpu["compute_capability"], sidecar.gpu["compute_capability"]
         if mine != its:
             raise EngineError(
-                f"{engine}: was {sidecar}, compute capability {its}, and {gpu['name']} has {mine}; build it on this GPU"
+                f"{engine}: was {sidecar}, compute capability {its}, but {gpu['name']} has {mine}; build it on this GPU"
             )
     return sidecar
 
@@ -130,7 +130,7 @@ def check_sidecar(engine: Path, *, product: str | None = None, gpu: Mapping[str,
 def _check(field: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds) or isinstance(value, bool):
         expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise TypeError(f"{field} is {json.dumps(value)[:40]}, and not of type {expected}")
+        raise TypeError(f"{field} is {json.dumps(value)[:40]}, expected {expected}")
 
 
 def _read(path: Path) -> Sidecar:
@@ -145,7 +145,7 @@ def _read(path: Path) -> Sidecar:
             _check(f"{name}.sha256", getattr(sidecar, name)["sha256"], (str,))
         for name in ("name", "compute_capability") if sidecar.gpu is not None else ():
             _check(f"gpu.{name}", sidecar.gpu[name], (str,))  # type: ignore[index]
-        str(sidecar)  # what else is used of it is there
+        str(sidecar)  # raises if a field that it uses is missing
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{path}: the engine's record is damaged or from another version of aiotrt: {error}; "

@@ -1,4 +1,4 @@
-"""The ONNX file that an engine is built from: read, checked, and mended where TensorRT would refuse it."""
+"""The ONNX file that an engine is built from: reads and checks it, and repairs names that TensorRT would reject."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "fit_precision", "mend", "read_onnx", "tensors"]
 
-#: What a symbolic dimension's name looks like when it names something. Exporters also write "?", "-1", "*", "None".
+#: Matches a meaningful name of a symbolic dimension. Exporters also write placeholders: "?", "-1", "*", "None".
 _NAME: Final = re.compile(r"(?!(?:none|unk|unknown|dynamic|any)$)[a-z_].*", re.IGNORECASE)
-#: Protocol buffers hold no more.
+#: The maximum size of a protocol buffer, in bytes.
 _LIMIT: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An ONNX file, read.
+    """An ONNX file that was read.
 
     Attributes:
-        path: where it is.
-        model: its graph; weights that it keeps in other files are not loaded.
-        external: those files.
+        path: the file's path.
+        model: the parsed file; external weights are not loaded.
+        external: the files with external weights.
     """
 
     path: Path
@@ -40,24 +40,24 @@ class Source:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """What the caller must give; old exporters list the weights among the inputs too."""
+        """The inputs that a caller must pass. Old exporters list the weights as inputs too; these are left out."""
         weights = {tensor.name for tensor in self.model.graph.initializer}
         return [value for value in self.model.graph.input if value.name not in weights]
 
     @property
     def shapes(self) -> list[Dynamic] | None:
-        """The inputs as profiles see them; None if one has no rank."""
+        """The inputs' shapes, for profiles; None if an input may have any rank."""
         shapes = []
         for value in self.inputs:
             tensor = value.type.tensor_type
             if not tensor.HasField("shape"):
                 return None
-            extents = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
-            shapes.append(Dynamic(value.name, extents, tuple(d.dim_param or None for d in tensor.shape.dim)))
+            sizes = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
+            shapes.append(Dynamic(value.name, sizes, tuple(d.dim_param or None for d in tensor.shape.dim)))
         return shapes
 
     def sha256(self) -> str:
-        """Of the file and of the files its weights are in."""
+        """Return the SHA-256 of the file and of the files with its weights."""
         return digest([self.path, *self.external])
 
 
@@ -65,8 +65,8 @@ def read_onnx(path: Path) -> Source:
     """Read and check an ONNX file.
 
     Raises:
-        EngineError: it is missing, empty, a directory, cut short or no ONNX model; or its external data is missing, cut
-            short or outside its folder.
+        EngineError: the file is missing, empty, a directory, truncated or not an ONNX model; or its external data is
+            missing, truncated or outside its folder.
         MissingDependencyError: the package onnx is not installed.
     """
     check_readable(path)
@@ -79,18 +79,18 @@ def read_onnx(path: Path) -> Source:
     data = path.read_bytes()
     try:
         model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf raises its own class, which changed its place more than once
+    except Exception as error:  # protobuf raises a class of its own, whose module differs between versions
         raise EngineError(
-            f"{path}: not an ONNX model, or cut short ({len(data):,} bytes){foreign(data)}: {error}; copy or export it again"
+            f"{path}: not an ONNX model, or truncated ({len(data):,} bytes){foreign(data)}: {error}; copy or export it again"
         ) from error
-    # Some garbage is, by chance, a valid message with nothing in it.
+    # Garbage can parse as a valid message without any known field.
     if not model.ir_version or not model.graph.output:
         raise EngineError(f"{path}: not an ONNX model{foreign(data)}: it declares no outputs; export it again")
     return Source(path, model, _external_files(path, model))
 
 
 def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every constant of a graph: initializers, and those inside nodes and their subgraphs."""
+    """Yield every constant of a graph: initializers, and constants inside nodes and their subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -104,13 +104,13 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def mend(source: Source) -> list[str]:
-    """Change what TensorRT would trip over, in place, and what it computes not at all.
+    """Repair the model in place for TensorRT, without changing what it computes.
 
-    TensorRT takes dimensions of one name to be equal, and some exporters give each dimension they do not know the same
-    placeholder: PP-OCR's classifier calls height and width both "?". Such names are taken away.
+    TensorRT requires dimensions of one name to be equal, and some exporters give all unknown dimensions the same
+    placeholder: PP-OCR's classifier names both height and width "?". Such names are removed.
 
     Returns:
-        A line for each change.
+        A text for each repair.
     """
     changes = []
     for value in source.inputs:
@@ -119,22 +119,22 @@ def mend(source: Source) -> list[str]:
             if (name and not _NAME.match(name)) or dimension.dim_value < 0:
                 shown = repr(name) if name else str(dimension.dim_value)
                 changes.append(
-                    f"input {value.name!r}: dimension {i} was called {shown}, which names nothing; it is unnamed now"
+                    f"input {value.name!r}: removed the name {shown} of dimension {i}, which is only a placeholder"
                 )
                 dimension.Clear()
     return changes
 
 
 def fit_precision(source: Source, precision: str | None, *, weakly_typed: bool) -> onnx.ModelProto:
-    """The model in the types it shall be computed in.
+    """Return the model, converted to the types of `precision` if the builder does not do that itself.
 
     Args:
-        source: the model, in whatever types.
-        precision: None for the file's own, or ``"fp32"``, ``"fp16"``, ``"bf16"``.
-        weakly_typed: the builder lowers the precision itself.
+        source: the model, in any types.
+        precision: None for the types in the file, or ``"fp32"``, ``"fp16"``, ``"bf16"``.
+        weakly_typed: whether the builder lowers the precision itself.
 
     Raises:
-        EngineError: the file's types contradict `precision`, or it cannot be converted.
+        EngineError: the file's types contradict `precision`, or the model cannot be converted.
         MissingDependencyError: the converter is not installed.
     """
     from onnx import TensorProto
@@ -145,13 +145,13 @@ def fit_precision(source: Source, precision: str | None, *, weakly_typed: bool) 
     if precision == "fp32" and (half or bfloat):
         kind = "FP16" if half else "BF16"
         raise EngineError(
-            f"{source.path}: holds {kind} tensors, and precision='fp32' cannot bring back what was rounded away; "
+            f"{source.path}: holds {kind} tensors, and precision='fp32' cannot restore rounded values; "
             "export the model in FP32, or leave precision= out"
         )
     if precision == "bf16" and not weakly_typed and not bfloat:
         raise EngineError(
-            f"{source.path}: holds no BF16 tensors, and this TensorRT takes types as they stand in the file; convert the "
-            "model before the export (model.bfloat16() in torch) and leave precision= out, or use precision='fp16'"
+            f"{source.path}: holds no BF16 tensors, and this TensorRT uses the types in the file; convert the model before "
+            "the export (model.bfloat16() in torch) and leave precision= out, or use precision='fp16'"
         )
     if precision == "fp16" and not weakly_typed and not half:
         return _to_half(source)
@@ -159,9 +159,9 @@ def fit_precision(source: Source, precision: str | None, *, weakly_typed: bool) 
 
 
 def _to_half(source: Source) -> onnx.ModelProto:
-    """FP16 inside; inputs and outputs keep their types, as they do where the builder lowers the precision.
+    """Convert the model to FP16; inputs and outputs keep their types, as they do when the builder lowers the precision.
 
-    The converter is onnxruntime's. The older one, onnxconverter-common, is where it comes from, and is seldom mended.
+    The converter is onnxruntime's, because its origin, onnxconverter-common, is seldom maintained.
     """
     try:
         from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
@@ -176,12 +176,12 @@ def _to_half(source: Source) -> onnx.ModelProto:
     try:
         _load_external(source.path, model)
         _lift_constants(model)
-        # A variance below 6e-8 is no FP16 number. PP-OCR's detector has such, and found text everywhere.
+        # FP16 cannot represent variances below 6e-8: without this, PP-OCR's detector found text everywhere.
         kept = [*DEFAULT_OP_BLOCK_LIST, "BatchNormalization"]
         converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, op_block_list=kept)
         if converted.ByteSize() > _LIMIT:
             raise ValueError("the result is larger than 2 GiB")
-    except Exception as error:  # the converter raises whatever its parts raise
+    except Exception as error:  # the converter raises exceptions of many classes
         raise EngineError(
             f"{source.path}: onnxruntime cannot convert this model to FP16: {error}; export it in FP16 (model.half() in "
             "torch) and leave precision= out"
@@ -190,7 +190,7 @@ def _to_half(source: Source) -> onnx.ModelProto:
 
 
 def _load_external(path: Path, model: onnx.ModelProto) -> None:
-    """Read the weights that are in other files. The function of onnx's own for it refuses files that are links."""
+    """Read the external weights. onnx has a function for it, which refuses symbolic links."""
     for tensor in tensors(model.graph):
         if tensor.data_location == tensor.EXTERNAL:
             entry = {item.key: item.value for item in tensor.external_data}
@@ -202,9 +202,9 @@ def _load_external(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _lift_constants(model: onnx.ModelProto) -> None:
-    """Make initializers of Constant nodes.
+    """Convert Constant nodes to initializers.
 
-    Or the converter rounds the weights of a node that is to stay in FP32 when they come from a Constant node.
+    Without this the converter would round weights from a Constant node, even if their consumer stays in FP32.
     """
     nodes = []
     for node in model.graph.node:
@@ -213,7 +213,7 @@ def _lift_constants(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(node.attribute[0].t)
             tensor.name = node.output[0]
         else:
-            nodes.append(type(node).FromString(node.SerializeToString()))  # the original dies with the list below
+            nodes.append(type(node).FromString(node.SerializeToString()))  # a copy: clearing the list deletes the original
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be an input as well
@@ -228,24 +228,25 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[Path, ...]:
         location = str(entry.get("location", ""))
         if not is_inside(location):
             raise EngineError(
-                f"{path}: the weights {tensor.name!r} are said to be in {location!r}, outside the model's folder"
+                f"{path}: the file of the weights {tensor.name!r}, {location!r}, is outside the model's folder"
             )
         file = path.parent / location
         if not file.is_file():
             raise EngineError(
-                f"{path}: its weights are in another file, {location}, which is not there; copy that beside it, or export "
-                "the model again in one file (external_data=False in torch.onnx.export)"
+                f"{path}: the file of its weights, {location}, is missing; copy it beside the model, or export the model "
+                "again in one file (external_data=False in torch.onnx.export)"
             )
         try:
             end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
         except ValueError as error:
             raise EngineError(
-                f"{path}: the place of the weights {tensor.name!r} in {location} is no number: {error}; export it again"
+                f"{path}: the offset or length of the weights {tensor.name!r} in {location} is not a number: {error}; "
+                "export it again"
             ) from error
         if file.stat().st_size < end:
             raise EngineError(
-                f"{path}: its weights are in {location}, which is cut short: {file.stat().st_size:,} of at least {end:,} "
-                "bytes; copy it again"
+                f"{path}: the file of its weights, {location}, is truncated: it has {file.stat().st_size:,} of at least "
+                f"{end:,} bytes; copy it again"
             )
         files[file] = None
     return tuple(files)

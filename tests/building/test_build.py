@@ -58,7 +58,7 @@ def test_the_classifier_is_refused_unless_it_is_mended(tmp_path: Path, monkeypat
     monkeypatch.setattr("aiotrt.building.builder.mend", lambda source: [])
     monkeypatch.setattr("aiotrt.building.network.check_profiles", lambda *arguments: None)
     path, profile = models.ocr("classifier"), models.OCR["classifier"][1]
-    refused(EngineError, path, tmp_path / "a.engine", "cannot build", "said last:\n  IBuilder", profiles=[profile])
+    refused(EngineError, path, tmp_path / "a.engine", "cannot build", "last messages:\n  IBuilder", profiles=[profile])
 
 
 def test_static_shapes_need_no_profile(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ build(sys.argv[1], sys.argv[2])
     path = models.matmul(tmp_path / "a.onnx")
     process = models.run(program, path, tmp_path / "a.engine")
     _, errors = process.communicate(timeout=50)
-    assert "a.engine: could not be written: File too large; make room" in errors
+    assert "a.engine: could not be written: File too large; free some space" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 
 
@@ -275,9 +275,9 @@ def test_files(tmp_path: Path) -> None:
     record = path.rename(tmp_path / "a.engine.json")
     path.symlink_to(record)
     for model, out in ((path, path), (path, tmp_path / "link"), (record, tmp_path / "a.engine"), (external, "weights.bin")):
-        refused(InputError, model, tmp_path / out, "would be written over; name another file")
+        refused(InputError, model, tmp_path / out, "would be overwritten; choose another file")
     (tmp_path / "weights.bin").unlink()
-    refused(EngineError, external, tmp_path / "a.engine", "weights.bin, which is not there")
+    refused(EngineError, external, tmp_path / "a.engine", "weights.bin, is missing")
 
 
 def test_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_tensorrt_is_not_touched_without_a_gpu(tmp_path: Path, monkeypatch: pyte
     path, out = models.relu(tmp_path / "a.onnx"), tmp_path / "a.engine"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(__version__="11.4.0.106"))
-    refused(EngineError, path, out, "TensorRT 11.4.0.106", "torch sees none", "tensorrt_rtx", runtime="tensorrt")
+    refused(EngineError, path, out, "TensorRT 11.4.0.106", "torch finds no GPU", "tensorrt_rtx", runtime="tensorrt")
     build(path, out)  # what is installed and can build here
     monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(__version__="8.6.1"))
     refused(EngineError, path, tmp_path / "b.engine", "TensorRT 10 or newer", runtime="tensorrt")

@@ -55,7 +55,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EngineError, match=r"/a: could not be written: No space left on device; make room"):
+    with pytest.raises(EngineError, match=r"/a: could not be written: No space left on device; free some space"):
         write(tmp_path / "a", b"x")
     assert not list(tmp_path.iterdir())
 
@@ -69,7 +69,7 @@ with replacing(pathlib.Path(sys.argv[1])) as put:
     put(bytes(1_000_000))
 """
     _, errors = models.run(program, tmp_path / "a").communicate(timeout=50)
-    assert "/a: could not be written: File too large; make room" in errors
+    assert "/a: could not be written: File too large; free some space" in errors
     assert not list(tmp_path.iterdir())
 
 

@@ -49,7 +49,7 @@ def test_static_inputs_need_no_profile_and_may_have_one() -> None:
 
 def test_a_missing_profile_names_every_dynamic_input_and_shows_an_argument() -> None:
     message = refused(None, IMAGES, STATIC, Dynamic("ids", (None, None), ("N", "seq")))
-    assert message.startswith("m.onnx: the shape of 'x' (N, 3, *, *), 'ids' (N, seq) is open")
+    assert message.startswith("m.onnx: the shape of 'x' (N, 3, *, *), 'ids' (N, seq) is dynamic")
     assert "mask" not in message
     example = message[message.index("profiles=") + len("profiles=") :]
     check(eval(example), IMAGES, STATIC, Dynamic("ids", (None, None), ("N", "seq")))  # it works as it stands
@@ -78,16 +78,14 @@ def test_what_does_not_fit_is_named(profile: Any, says: str) -> None:
 
 
 def test_each_profile_covers_every_dynamic_input() -> None:
-    assert "profile 0: says nothing about the dynamic input 'y'" in refused(
-        {"x": (1, 3, 8, 8)}, IMAGES, Dynamic("y", (None,), (None,))
-    )
+    assert "profile 0: lacks the dynamic input 'y'" in refused({"x": (1, 3, 8, 8)}, IMAGES, Dynamic("y", (None,), (None,)))
 
 
 def test_dimensions_of_one_name_are_given_the_same() -> None:
     pair = Dynamic("a", (None, 8), ("n", None)), Dynamic("b", (None, 8), ("n", None))
     check({"a": (2, 8), "b": (2, 8)}, *pair)
     message = refused({"a": (2, 8), "b": (3, 8)}, *pair)
-    assert "'a' dimension 0 and 'b' dimension 0 are both called 'n'" in message
+    assert "'a' dimension 0 and 'b' dimension 0 are both named 'n'" in message
     check({"a": (2, 8), "b": (3, 8)}, pair[0], Dynamic("b", (None, 8), (None, None)))
 
 

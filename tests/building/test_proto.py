@@ -64,7 +64,7 @@ async def test_items_of_any_rank_are_batched(tmp_path: Path) -> None:
 async def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="no protocol buffer"):
+    with pytest.raises(ValueError, match="not a protocol buffer"):
         unranked(path)
 
 

@@ -64,7 +64,7 @@ def test_an_engine_that_changed(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"damaged, or is not the engine that a\.engine\.json describes"):
         check_sidecar(engine)
     engine.write_bytes(b"an engin")
-    with pytest.raises(EngineError, match=r"has 8 bytes, and a\.engine\.json says 9"):
+    with pytest.raises(EngineError, match=r"has 8 bytes, but a\.engine\.json says 9"):
         check_sidecar(engine)
 
 
@@ -124,9 +124,9 @@ def test_a_record_that_an_earlier_aiotrt_wrote(tmp_path: Path) -> None:
 
 
 def test_another_product_or_gpu(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"by TensorRT 10\.9\.0\.34 on NVIDIA L4 .*, and TensorRT-RTX is to run it"):
+    with pytest.raises(EngineError, match=r"by TensorRT 10\.9\.0\.34 on NVIDIA L4 .*, which TensorRT-RTX cannot run"):
         check_sidecar(make(tmp_path), product="tensorrt_rtx")
-    with pytest.raises(EngineError, match=r"compute capability 8\.9, and NVIDIA H200 has 9\.0; build it on this GPU"):
+    with pytest.raises(EngineError, match=r"compute capability 8\.9, but NVIDIA H200 has 9\.0; build it on this GPU"):
         check_sidecar(make(tmp_path), gpu=HOPPER)
     assert check_sidecar(make(tmp_path, product="tensorrt_rtx"), gpu=HOPPER) is not None
     assert check_sidecar(make(tmp_path, gpu=None), gpu=HOPPER) is not None

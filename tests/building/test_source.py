@@ -70,9 +70,9 @@ def test_external_data(tmp_path: Path) -> None:
     weights.write_bytes(data[:-1] + b"\x01")
     assert read_onnx(path).sha256() != before, "the hash covers the weights"
     weights.write_bytes(data[:-1])
-    refused(path, "weights.bin", "cut short")
+    refused(path, "weights.bin", "truncated")
     weights.unlink()
-    refused(path, "weights.bin", "not there", "copy that beside it")
+    refused(path, "weights.bin", "is missing", "copy it beside the model")
 
 
 @pytest.mark.parametrize("location", ["../weights.bin", "/etc/hostname", ""])
@@ -94,7 +94,7 @@ def test_external_data_at_a_place_that_is_no_number(tmp_path: Path, key: str) ->
     (entry,) = [entry for entry in tensor.external_data if entry.key == key] or [tensor.external_data.add(key=key)]
     entry.value = "abc"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(EngineError, match=r"a\.onnx: the place of the weights .* in weights\.bin is no number: .*'abc'"):
+    with pytest.raises(EngineError, match=r"a\.onnx: the offset or length .* in weights\.bin is not a number: .*'abc'"):
         read_onnx(path)
 
 
@@ -126,7 +126,7 @@ def test_names_that_name_nothing_are_taken_away(tmp_path: Path) -> None:
     dims = [[(d.dim_param, d.dim_value) for d in value.type.tensor_type.shape.dim] for value in source.inputs]
     assert dims == [[("", 0), ("", 0), ("", 0)], [("p2o.DynamicDimension.0", 0), ("", 0), ("", 8)]]
     assert len(changes) == 4
-    assert "input 'a': dimension 1 was called '?'" in changes[1]
+    assert "input 'a': removed the name '?' of dimension 1" in changes[1]
     assert mend(source) == []
 
 

@@ -86,7 +86,7 @@ def test_the_timing_cache(path: Path, tmp_path: Path, caplog: pytest.LogCaptureF
         timings.write_bytes(useless)
         build(path, out, profiles=SHAPES, timing_cache=timings)
         assert timings.read_bytes() == b"timings:"
-        assert "it starts afresh" in caplog.text
+        assert "starting with an empty one" in caplog.text
         caplog.clear()
     with pytest.raises(EngineError, match="the timing cache cannot be read: Is a directory"):
         build(path, out, profiles=SHAPES, timing_cache=tmp_path)
@@ -95,12 +95,12 @@ def test_the_timing_cache(path: Path, tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("fails", "says"),
     [
-        ("builder", "cannot make a builder: pybind11"),
-        ("network", "cannot make a network; see that driver"),
+        ("builder", "cannot create a builder: pybind11"),
+        ("network", "cannot create a network; check that driver"),
         ("parse", "cannot parse this model: node 3 (Nope): no such operator; export it without"),
-        ("set_shape", "refuses the profile of input 'x': inconsistent"),
-        ("profile", "refuses the profile {'x': "),
-        ("add_optimization_profile", "refuses the profile {'x': "),
+        ("set_shape", "rejects the profile of input 'x': inconsistent"),
+        ("profile", "rejects the profile {'x': "),
+        ("add_optimization_profile", "rejects the profile {'x': "),
         ("build", "cannot build this model"),
     ],
 )
@@ -116,7 +116,7 @@ def test_the_last_lines_of_the_log_stand_in_the_error(path: Path, tmp_path: Path
     double.World.fails = "build"
     with caplog.at_level(logging.DEBUG, "aiotrt.tensorrt"), pytest.raises(EngineError) as caught:
         build(path, tmp_path / "a.engine", profiles=SHAPES)
-    assert str(caught.value).endswith("said last:\n  it began well\n  no memory")
+    assert str(caught.value).endswith("last messages:\n  it began well\n  no memory")
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "it began well"),
         ("DEBUG", "idle talk"),

@@ -136,7 +136,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models.relu(tmp_path / "a.onnx", (None, 8))
     assert "missing.onnx: there is no such file" in failed(capsys, 1, "build", tmp_path / "missing.onnx")
-    assert failed(capsys, 2, "build", path).endswith("must take, for instance --profile x:1x8,1x8,8x8")
+    assert failed(capsys, 2, "build", path).endswith("must accept, for instance --profile x:1x8,1x8,8x8")
     assert "no folder" in failed(capsys, 1, "build", path, "-o", tmp_path / "no" / "a.engine", "--profile", "x:1x8")
     assert "the model comes before" in failed(capsys, 2, "build", path, "--profile", "x:1,2")
     assert "smallest <= usual" in failed(capsys, 2, "build", path, "--profile", "x:2x8,1x8,2x8")
@@ -149,7 +149,7 @@ def test_build_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_build_of_what_has_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (".", "..", "/", tmp_path):
-        assert failed(capsys, 1, "build", path) == f"aiotrt: {path}: is a directory; name the file in it"
+        assert failed(capsys, 1, "build", path) == f"aiotrt: {path}: is a directory; give the path of a file"
 
 
 @pytest.mark.usefixtures("rtx")
