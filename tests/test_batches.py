@@ -97,7 +97,7 @@ async def test_a_bad_item_is_refused_and_its_neighbours_are_served(device: str) 
         results = await asyncio.gather(*[model(item) for item in items], return_exceptions=True)
         assert all(right(results[i], i) for i in (0, 2, 4))
         assert all(isinstance(results[i], aiotrt.InputError) for i in (1, 3, 5))
-        assert "a single item, which has no batch axis" in str(results[3])
+        assert "a single item, without the batch axis" in str(results[3])
         assert model.statistics().batches == {3: 1}
 
 

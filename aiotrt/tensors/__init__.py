@@ -1,7 +1,7 @@
-"""Tensors at the border: what a model takes, whether a value is that, and how it crosses.
+"""Inputs and outputs: the specification of a model's inputs, the check of a caller's values, and their conversion.
 
-Everything a caller passes becomes an `Argument` here or an `InputError` that names the input, what was expected and what
-came. Everything a caller gets is made here too, in the kind that went in.
+Each value that a caller passes becomes an `Argument`, or raises an `InputError` that names the input, the expected value
+and the actual one. Results are converted here too, to the kind of the inputs: numpy, torch or device.
 """
 
 from aiotrt.tensors.argument import Argument

@@ -16,10 +16,10 @@ class Argument:
     """One checked input of one call.
 
     Attributes:
-        shape: its extents.
-        host: a numpy view of the caller's memory, when it is on the host (dtypes that numpy lacks are viewed as integers).
-        tensor: the caller's tensor, when it is on the device, or in page-locked memory that the device shall read.
-        owner: the caller's object, kept alive for as long as the device may read it.
+        shape: the input's shape.
+        host: a numpy view of the caller's host memory (dtypes that numpy lacks are viewed as integers), or None.
+        tensor: the caller's tensor in device memory, or in page-locked memory that the device reads in place; or None.
+        owner: the caller's object, kept alive while the device may read it.
     """
 
     __slots__ = ("host", "owner", "shape", "tensor")
@@ -33,23 +33,23 @@ class Argument:
         self.tensor = tensor
 
     def read_in_place(self, dtype: torch.dtype, is_pinned: Callable[[torch.Tensor], bool]) -> None:
-        """If this host input of `dtype` is page-locked memory in plain order, let the device read it where it is."""
+        """Let the device read this host input of `dtype` in place, if it is in page-locked contiguous memory."""
         host = self.host
-        if host is None or not (host.flags.c_contiguous and host.flags.writeable):  # torch warns of what it may not write
+        if host is None or not (host.flags.c_contiguous and host.flags.writeable):  # torch warns about read-only arrays
             return
         try:
             tensor = torch.from_numpy(host)
-        except (TypeError, ValueError):  # numpy takes no notice of the stride of an axis of extent 1, which may be any
+        except (TypeError, ValueError):  # an axis of size 1 may have a stride that torch rejects, and be contiguous to numpy
             return
         if is_pinned(tensor):
             self.tensor, self.host = tensor if dtype in NUMPY_DTYPES else tensor.view(dtype), None
 
     def write(self, view: Array) -> None:
-        """Copy a host input into the program's staging memory: a plain copy, by this thread."""
+        """Copy a host input into the program's staging memory, on the calling thread."""
         assert self.host is not None
         np.copyto(view, self.host)
 
     def copies(self, buffer: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """What must be copied on the device to bring a device input into the program's buffer: to where, from where."""
+        """Return the device copies that move a device input into the program's buffer, as (destination, source) pairs."""
         assert self.tensor is not None
         return ((buffer, self.tensor),)

@@ -1,7 +1,7 @@
-"""dtypes of torch and numpy, and copies from one to the other on the host.
+"""The dtypes of torch and numpy, and conversions between the two on the host.
 
-Host copies are numpy's, which use one thread and release the interpreter lock; torch's own host copy would wake every
-OpenMP thread.
+Host copies are numpy's: they use one thread and release the interpreter lock. torch's host copy would wake every OpenMP
+thread.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.in
 
 
 def numpy_view(tensor: torch.Tensor) -> Array:
-    """The memory of a host tensor as a numpy array; dtypes that numpy lacks are viewed as integers of their size."""
+    """Return a numpy view of a host tensor; dtypes that numpy lacks are viewed as integers of their size."""
     tensor = tensor.detach()
-    if tensor.is_conj() or tensor.is_neg():  # a lazy flag, which numpy cannot see: without this the signs would be wrong
+    if tensor.is_conj() or tensor.is_neg():  # lazy flags, which numpy ignores: without this the signs would be wrong
         tensor = tensor.resolve_conj().resolve_neg()
     if tensor.dtype not in NUMPY_DTYPES:
         tensor = tensor.view(_SAME_SIZE[tensor.element_size()])
@@ -40,17 +40,17 @@ def numpy_view(tensor: torch.Tensor) -> Array:
 
 
 def number(value: object, dtype: torch.dtype) -> Array:
-    """A number as an array of no dimensions, viewed as `numpy_view` does.
+    """Return a number as an array of rank 0; for a dtype that numpy lacks, in the form of `numpy_view`.
 
     Raises:
-        OverflowError, RuntimeError, TypeError, ValueError: the dtype does not hold it.
+        OverflowError, RuntimeError, TypeError, ValueError: the dtype cannot hold the number.
     """
     numpy_dtype = NUMPY_DTYPES.get(dtype)
     return numpy_view(torch.tensor(value, dtype=dtype)) if numpy_dtype is None else np.array(value, numpy_dtype)
 
 
 def widened(view: Array, dtype: torch.dtype) -> Array:
-    """What numpy gets for a `numpy_view`: itself, or where numpy lacks the dtype a copy in one that holds all its values."""
+    """Return the numpy result for a `numpy_view`: the view itself or, if numpy lacks `dtype`, a copy in a wider dtype."""
     if dtype in NUMPY_DTYPES:
         return view
     wide: Array = torch.from_numpy(view).view(dtype).to(torch.complex64 if dtype.is_complex else torch.float32).numpy()
@@ -58,15 +58,15 @@ def widened(view: Array, dtype: torch.dtype) -> Array:
 
 
 def own(view: Array, dtype: torch.dtype, kind: Kind) -> Array | torch.Tensor:
-    """A copy of staged results that belongs to the caller.
+    """Copy staged results to memory that the caller owns.
 
     Args:
-        view: `numpy_view` of the staging buffer.
+        view: the `numpy_view` of the staging buffer.
         dtype: the tensor's dtype.
         kind: NUMPY or TORCH. numpy has no bfloat16, float8 or complex32: see `widened`.
     """
     if kind is not NUMPY and torch.is_inference_mode_enabled():
-        # Inference mode belongs to the thread, so another task may have entered it. Its tensors refuse writes outside it.
+        # Inference mode is per thread, so another task may have entered it. Its tensors cannot be written outside it.
         with torch.inference_mode(False):
             return own(view, dtype, kind)
     copy = view.copy()

@@ -1,4 +1,4 @@
-"""The inputs of one model: what they must be, and the check of each call's."""
+"""The specification of one model's inputs, and the check of each call's inputs against it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from aiotrt.tensors.tensor_spec import Shapes, TensorSpec
 
 __all__ = ["InputSpecs", "remember"]
 
-#: How many signatures are remembered. One that was forgotten is recognised anew, at more cost.
+#: How many signatures are cached. An evicted one is recognised again, at a higher cost.
 KEPT: Final = 64
 
 
 class InputSpecs:
-    """The inputs of one model: declared by its engine, or recognised from each call's.
+    """The inputs of one model: declared by its engine, or recognised from the arguments of each call.
 
     Args:
-        specs: the engine's declaration, if it makes one.
-        parameters: what calls are matched against, where the engine declares nothing.
-        holds: whether a tensor is in the model's device's memory.
-        device: that device's name in torch, for messages.
-        of_items: whether these are single items of a batch, without its axis.
-        fixed: whether only those signatures are allowed that were accepted before `seal`, or else the first.
+        specs: the inputs that the engine declares; None if it declares none.
+        parameters: the parameters that calls are matched against, if the engine declares no inputs.
+        holds: returns whether a tensor is in the memory of the model's device.
+        device: that device in torch, for messages.
+        of_items: whether the inputs are single items of a batch, without the batch axis.
+        fixed: whether `seal` restricts calls to the signatures that were accepted before it; if there were none, to the
+            first one after it.
 
     Attributes:
-        specs: the declared inputs, or the first ones that the engine accepted; None until then.
-        accepted: the last signatures that the engine accepted, of `KEPT`.
+        specs: the declared inputs, or the first inputs that the engine accepted; None until then.
+        accepted: the signatures that the engine accepted; if they are not fixed, the last `KEPT` ones.
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class InputSpecs:
         self._of_items = of_items
         self._fixed = fixed or specs is not None
         self._is_sealed = False
-        self._only: Signature | None = None  # the one that is allowed, where each of its arguments is a tensor
+        self._only: Signature | None = None  # the only allowed one, if all its arguments are tensors
         self._recognised: dict[object, tuple[Signature, Sequence[int] | None]] = {}
-        self._fitting: tuple[Signature | None, Shapes] = None, ()  # what fitted last: mostly the next call's too
+        self._fitting: tuple[Signature | None, Shapes] = None, ()  # the last shapes that passed: mostly the next call's too
         if specs is not None:
             self._is_sealed = True
             self.settle(specs if isinstance(specs, Signature) else Signature(specs))
 
     def known(self) -> Signature:
-        """The inputs, which must be known.
+        """Return the signature of the inputs.
 
         Raises:
-            InputError: they are not yet.
+            InputError: the inputs are not known yet.
         """
         if self.specs is None:
             raise InputError("the inputs' dtypes are not known yet: pass an example input instead of its shape")
@@ -80,17 +81,17 @@ class InputSpecs:
         """Check that inputs of this signature are still allowed.
 
         Raises:
-            InputError: others were fixed meanwhile.
+            InputError: other signatures have been fixed meanwhile.
         """
         if self._fixed and self._is_sealed and self.accepted and specs not in self.accepted:
             fixed = " or ".join(f"({signature})" for signature in self.accepted)
             raise InputError(f"the inputs were fixed as {fixed}, got ({specs})")
 
     def settle(self, specs: Signature) -> None:
-        """The engine has accepted inputs of this signature.
+        """Record that the engine has accepted inputs of this signature.
 
         Raises:
-            InputError: others were fixed meanwhile.
+            InputError: other signatures have been fixed meanwhile.
         """
         if specs in self.accepted:
             return
@@ -103,22 +104,22 @@ class InputSpecs:
         self._narrow()
 
     def seal(self) -> None:
-        """If signatures are fixed: allow no others than those accepted so far, or else the first."""
+        """If signatures are fixed, allow only the accepted ones from now on; if there are none, the next one."""
         self._is_sealed = True
         self._narrow()
 
     def explain(self, specs: Signature, error: BaseException) -> BaseException:
-        """What to tell a caller for whose inputs no program could be built: their signature may be wrong, if it is new."""
+        """Return the caller's error for a failed build: for a new signature an `InputError` that names both signatures."""
         if not self.accepted or specs in self.accepted or isinstance(error, (DeviceError, InputError)):
             return error
-        # Not what it said, which may name files: servers show this to clients.
+        # Without the error's text, which may name files: servers send this message to clients.
         what = f"the engine raised {type(error).__name__}"
         refusal = InputError(f"inputs ({specs}) do not work ({what}); inputs ({self.specs}) do")
         refusal.__cause__ = error
         return refusal
 
     def parse(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[list[Argument], Shapes, Kind, Signature]:
-        """Check one call's inputs: `recognise` and `check`."""
+        """Find the signature of one call's inputs and check them: `recognise`, then `check`."""
         signature, leaves = self.recognise(values, named)
         return *self.check(signature, leaves), signature
 
@@ -126,10 +127,10 @@ class InputSpecs:
         """Find the signature of one call's inputs.
 
         Returns:
-            The signature, and the call's tensors and arrays in its order.
+            The signature, and the call's tensors and arrays in the signature's order.
 
         Raises:
-            InputError: the first thing that does not fit.
+            InputError: an input does not fit; the message names the first mismatch.
         """
         only = self._only
         if only is None:
@@ -150,21 +151,21 @@ class InputSpecs:
             The arguments, their shapes, and the kind that the outputs should have.
 
         Raises:
-            InputError: the first thing that does not fit.
+            InputError: an input does not fit; the message names the first mismatch.
         """
         kind: Kind = NUMPY
         arguments = []
-        extents = []
-        for i, spec in enumerate(signature):  # there are as many leaves
+        checked = []
+        for i, spec in enumerate(signature):  # with one leaf for each spec
             value = leaves[i]
             argument = self._argument(spec, value)
-            extents.append(argument.shape)
+            checked.append(argument.shape)
             if argument.tensor is not None:
                 kind = DEVICE
             elif kind is NUMPY and not isinstance(value, np.ndarray) and not is_array(value):
                 kind = Kind.TORCH
             arguments.append(argument)
-        shapes = tuple(extents)
+        shapes = tuple(checked)
         if shapes != self._fitting[1] or signature is not self._fitting[0]:
             for spec, shape in zip(signature, shapes, strict=True):
                 self._check_shape(spec, shape)
@@ -172,10 +173,10 @@ class InputSpecs:
         return arguments, shapes, kind
 
     def shapes(self, values: Sequence[object], named: Mapping[str, object]) -> Shapes:
-        """Check shapes, given like inputs.
+        """Check shapes that are passed in the place of inputs.
 
         Raises:
-            InputError: the inputs are not fixed yet, or a shape does not fit.
+            InputError: the inputs are not known yet, or a shape does not fit.
         """
         specs = self.known()
         if named or len(values) != len(specs):
@@ -189,16 +190,16 @@ class InputSpecs:
         return tuple(shapes)
 
     def check_part(self, spec: TensorSpec, value: object) -> Argument:
-        """Check a value for an input, extents aside: that is for assignments to part of an input."""
+        """Check a value for a part of an input: everything but its shape."""
         _, dtype = shape_and_dtype(spec.name, value)
         if dtype != spec.dtype:
             _refuse(spec, f"dtype {dtype_name(dtype)}", _conversion(value, spec.dtype))
         return self._argument(spec, value)
 
     def _infer(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Signature, Sequence[Any]]:
-        """Recognise the signature of one call of a function that declares nothing."""
+        """Recognise the signature of one call of an engine that declares no inputs."""
         leaves: list[Any] = [*values, *named.values()]
-        probes = leaves  # what says the dtype and the rank
+        probes = leaves  # the objects to read dtype and rank from
         for i, leaf in enumerate(leaves):
             if type(leaf) is not torch.Tensor and type(leaf) is not np.ndarray:
                 if not is_tensor(leaf):
@@ -209,7 +210,7 @@ class InputSpecs:
         if found is None:
             names = self._names(values, named)
             rank = {name: i for i, name in enumerate(self.parameters.names)}
-            # In the function's order, whatever the caller's: two calls that differ in that alone have one program.
+            # In the function's order: calls that differ only in the order of named arguments share one program.
             order = [*range(len(values))]
             order += sorted(range(len(values), len(names)), key=lambda i: (rank.get(names[i], len(rank)), names[i]))
             signature = self._known_as(Signature([_spec(names[i], probes[i]) for i in order]))
@@ -231,7 +232,7 @@ class InputSpecs:
         except TypeError as error:
             self._refuse_leaf(names, given, str(error))
         if not leaves:
-            as_tensor(names[0], given[0])  # raises, and says what it is
+            as_tensor(names[0], given[0])  # raises an error that names the value's type
         probes = leaves
         for i, leaf in enumerate(leaves):
             if type(leaf) is not torch.Tensor and type(leaf) is not np.ndarray:
@@ -248,7 +249,7 @@ class InputSpecs:
         return found[0], leaves
 
     def _names(self, values: Sequence[object], named: Mapping[str, object]) -> list[str]:
-        """The names of one call's arguments, checked."""
+        """Return the names of one call's arguments, after checking them."""
         names = [*(self._name(i, len(values)) for i in range(len(values))), *named]
         known = self.parameters
         if not names:
@@ -265,10 +266,10 @@ class InputSpecs:
         return names
 
     def _known_as(self, signature: Signature) -> Signature:
-        """The object that stands for this signature, so that mostly identity tells them apart."""
-        for same in (*self.accepted, *(found[0] for found in self._recognised.values())):
-            if same == signature:
-                return same
+        """Return the known object that equals this signature, so that most comparisons are by identity."""
+        for known in (*self.accepted, *(found[0] for found in self._recognised.values())):
+            if known == signature:
+                return known
         return signature
 
     def _narrow(self) -> None:
@@ -277,11 +278,11 @@ class InputSpecs:
 
     @staticmethod
     def _read(name: str, i: int, leaves: list[Any], probes: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Read leaf `i`, which may be no plain tensor or array."""
+        """Convert leaf `i` if it is not a plain tensor or array, and return the leaves and the probes for its dtype."""
         value = leaves[i]
         if isinstance(value, (torch.Tensor, np.ndarray)):
             return leaves, probes
-        if is_array(value):  # read once, since that may take long
+        if is_array(value):  # converted only once, because that may be slow
             leaves[i] = probes[i] = as_array(name, value)
             return leaves, probes
         probes = [*probes[:i], as_tensor(name, value), *probes[i + 1 :]]
@@ -289,7 +290,7 @@ class InputSpecs:
 
     @staticmethod
     def _culprit(names: Sequence[str], given: Sequence[object]) -> str:
-        """Name the argument that cannot be taken apart."""
+        """Return the name of the argument that cannot be flattened."""
         for name, value in zip(names, given, strict=True):
             try:
                 take_apart(value)
@@ -300,10 +301,8 @@ class InputSpecs:
     def _refuse_leaf(self, names: Sequence[str], given: Sequence[object], kind: str) -> NoReturn:
         for name, leaf in _leaf_names(names, given):
             if type(leaf).__name__ == kind:
-                as_tensor(name, leaf)  # raises, and says what it is
-        raise InputError(
-            f"{self._culprit(names, given)}: expected tensors, arrays, and constants that can be a key, got {kind}"
-        )
+                as_tensor(name, leaf)  # raises an error that names the value's type
+        raise InputError(f"{self._culprit(names, given)}: expected tensors, arrays and hashable constants, got {kind}")
 
     def _name(self, i: int, count: int) -> str:
         known = self.parameters.positional
@@ -339,7 +338,7 @@ class InputSpecs:
         raise InputError(f"expected {len(specs)} input{plural} ({listing}), got {len(values) + len(named)}")
 
     def _argument(self, spec: TensorSpec, value: object) -> Argument:
-        """What a value is, its extents aside."""
+        """Check a value's type, dtype and device, and return its `Argument`; the shape is not checked."""
         array = value if isinstance(value, np.ndarray) else as_array(spec.name, value) if is_array(value) else None
         if array is not None:
             if (dtype := TORCH_DTYPES.get(array.dtype)) is not spec.dtype:
@@ -368,9 +367,9 @@ class InputSpecs:
         if len(shape) != len(spec.shape):
             hint = ""
             if self._of_items:
-                hint = "with batching a call is for a single item, which has no batch axis"
+                hint = "with batching, a call takes a single item, without the batch axis"
             elif len(shape) == len(spec.shape) - 1:
-                hint = "for one item of a batch add a dimension with x[None]"
+                hint = "for a batch of one item, add a dimension with x[None]"
             _refuse(spec, f"rank {len(shape)}, shape {shape}", hint)
         limits = ""
         if spec.minimum is not None and spec.maximum is not None:
@@ -384,12 +383,12 @@ def _spec(name: str, value: Any) -> TensorSpec:
 
 
 def _leaf_names(names: Sequence[str], given: Sequence[object]) -> list[tuple[str, object]]:
-    """The names of all leaves of these arguments, such as ``images[0]``, and the leaves."""
+    """Return all leaves of these arguments with their names, such as ``images[0]``."""
     return [(place_name(name, place), leaf) for name, one in zip(names, given, strict=True) for place, leaf in paths(one)]
 
 
 def remember(where: dict[Any, Any], key: object, value: object) -> None:
-    """Add to a bounded memory, which forgets what came first."""
+    """Add an entry to a bounded dict, which evicts its oldest entry."""
     where[key] = value
     if len(where) > KEPT:
         del where[next(iter(where))]

@@ -1,4 +1,4 @@
-"""What a result is handed out as."""
+"""The form in which a caller gets results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["DEVICE", "NUMPY", "Kind"]
 
 
 class Kind(enum.Enum):
-    """What a result is handed out as."""
+    """The form in which a caller gets results: numpy arrays, torch tensors on the host, or tensors on the device."""
 
     NUMPY = "numpy"
     TORCH = "torch"
     DEVICE = "device"
 
 
-#: By names of their own too, since an enum's attribute costs a lookup.
+#: Global aliases, because access to an enum's attribute costs a lookup.
 NUMPY: Final = Kind.NUMPY
 DEVICE: Final = Kind.DEVICE

@@ -20,14 +20,14 @@ class OutputNames:
 
     Args:
         names: one for each tensor.
-        structure: what results are packed into; None for a named tuple, or where there is one output for that alone.
+        structure: the structure that results are packed into; None for a named tuple, or for a single tensor by itself.
 
     Attributes:
-        is_bare: whether the result is one tensor by itself.
-        is_flat: whether it is that, or one container of tensors.
-        is_mapping: whether that container is a mapping.
-        pack: makes what a caller gets of as many results.
-        read: the tensors of what was returned, if it is flat and as expected; else None.
+        is_bare: whether the result is a single tensor by itself.
+        is_flat: whether the result is a single tensor, or one container of tensors.
+        is_mapping: whether the result is a mapping.
+        pack: packs a sequence of results, one for each name, into the caller's result.
+        read: returns the tensors of a returned value if it is flat and has this structure; else None.
     """
 
     __slots__ = ("is_bare", "is_flat", "is_mapping", "names", "pack", "read", "structure")
@@ -43,14 +43,14 @@ class OutputNames:
         if self.is_bare:
             self.pack = itemgetter(0)
         elif structure is None:
-            # rename: engine tensor names need not be Python identifiers; those that are not stay reachable by position.
+            # rename: tensor names need not be Python identifiers; other names are accessible by position only.
             container: Any = namedtuple("Outputs", self.names, rename=True)  # type: ignore[misc]  # noqa: PYI024
             self.pack = container._make
         else:
             self.pack = structure.builder
 
     def become(self, other: OutputNames) -> None:
-        """Take over what another one says, which has as many names: of a function whose results depend on the data."""
+        """Copy all attributes of `other`, which has as many names: the structure of a result may depend on the data."""
         for name in self.__slots__:
             setattr(self, name, getattr(other, name))
 
@@ -58,17 +58,20 @@ class OutputNames:
 def flatten(
     source: str, value: object, device: torch.device, *, declared: bool = False, known: OutputNames | None = None
 ) -> tuple[OutputNames, list[torch.Tensor]]:
-    """Take apart what an engine, a module or a function returned.
+    """Flatten the value that an engine, a module or a function returned.
 
     Args:
-        source: who returned it, for messages.
+        source: the name of the engine, module or function, for messages.
         value: any structure with at least one tensor.
-        device: where the tensors are wanted.
-        declared: whether it is an engine's mapping of outputs by name, which callers get as a named tuple.
-        known: what it returned before; given back where it is the same again.
+        device: the device that the tensors are moved to.
+        declared: whether `value` is an engine's mapping of outputs by name, which callers get as a named tuple.
+        known: the names of the previous value; returned again if the structure is unchanged.
+
+    Returns:
+        The names and structure, and the tensors in their order.
 
     Raises:
-        EngineError: it is anything else; the message says where and what.
+        EngineError: the value is anything else; the message names the place and the type.
     """
     if isinstance(value, torch.Tensor):
         bare = known if known is not None and known.is_bare else OutputNames(("output",), None if declared else _TENSOR)
@@ -116,7 +119,7 @@ def _name(place: Sequence[int | str]) -> str:
 
 
 def _at(value: object, kind: str) -> str:
-    """What stands where in a result that cannot be taken apart."""
+    """Describe the first leaf of class `kind` in a result, with its place."""
     for place, leaf in paths(value):
         if place and type(leaf).__name__ == kind:
             return f"{kind} as {_name(place)!r}"

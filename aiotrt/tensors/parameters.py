@@ -1,4 +1,4 @@
-"""What a function may be called with."""
+"""The parameters of a function, and how inputs are matched to them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Parameters", "arrange"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a function may be called with; the default is one that will not say.
+    """The parameters of a function. The default is for a function without an inspectable signature.
 
     Attributes:
-        names: of its parameters, in order.
-        positional: those of them that inputs by position stand for.
-        required: those that must be given.
-        any_position: whether it takes more by position; those are called input_0 and so on.
-        any_name: whether it takes others by name.
+        names: the names of its parameters, in order.
+        positional: the parameters that may be passed by position.
+        required: the parameters without a default.
+        any_position: whether it takes further inputs by position; these are named by it: ``input_0`` and so on.
+        any_name: whether it takes other names as well.
     """
 
     names: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class Parameters:
 
     @classmethod
     def of(cls, function: Callable[..., object]) -> Parameters:
-        """Ask the function."""
+        """Inspect a function."""
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -38,7 +38,7 @@ class Parameters:
         variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         return cls(
             tuple(p.name for p in plain),
-            # Where a position means nothing else, it may stand for a keyword-only parameter too.
+            # Without *args, keyword-only parameters may be passed by position too.
             tuple(p.name for p in plain if not (variadic and p.kind is p.KEYWORD_ONLY)),
             tuple(p.name for p in plain if p.default is p.empty),
             variadic,
@@ -47,7 +47,7 @@ class Parameters:
 
 
 def arrange(function: Callable[..., object], names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
-    """Which of the inputs of these names `function` takes by position, in its order, and which by name."""
+    """Return the indices of the inputs that `function` takes by position, in its order, and of those it takes by name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

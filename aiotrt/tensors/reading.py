@@ -1,4 +1,4 @@
-"""What a caller's value is: an array of numpy, or a tensor of torch, over the same memory."""
+"""Convert a caller's value to a numpy array or a torch tensor over the same memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ON_HOST: Final = 1  # kDLCPU of DLPack
 
 
 def is_array(value: object) -> bool:
-    """Whether numpy takes this as an array in host memory, though it is none: a video frame, an image."""
+    """Whether a value is an object that numpy can convert to an array in host memory, such as a video frame or an image."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) or not hasattr(type(value), "__array__"):
         return False
     try:
         if hasattr(value, "__cuda_array_interface__"):
             return False
         return not hasattr(value, "__dlpack_device__") or int(value.__dlpack_device__()[0]) == _ON_HOST
-    except Exception:  # reading it through DLPack fails too, and says why
+    except Exception:  # `as_tensor` will fail too, and its error says why
         return False
 
 
@@ -43,14 +43,18 @@ def shape_and_dtype(name: str, value: object) -> tuple[tuple[int, ...], torch.dt
     if isinstance(value, np.ndarray):
         dtype = TORCH_DTYPES.get(value.dtype)
         if dtype is None:
-            raise InputError(f"input {name!r}: dtype {value.dtype} cannot be held by a tensor")
+            raise InputError(f"input {name!r}: torch has no dtype for numpy's {value.dtype}")
         return value.shape, dtype
     tensor = as_tensor(name, value)
     return tuple(tensor.shape), tensor.dtype
 
 
 def as_tensor(name: str, value: object) -> torch.Tensor:
-    """A strided, detached, real tensor over the caller's memory; no copy."""
+    """Return a strided and detached tensor over the caller's memory, without a copy.
+
+    Raises:
+        InputError: the value is not a tensor and cannot be read as one, or is nested, sparse or a meta tensor.
+    """
     tensor: torch.Tensor
     if isinstance(value, torch.Tensor):
         tensor = value
@@ -76,5 +80,5 @@ def as_tensor(name: str, value: object) -> torch.Tensor:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise InputError(f"input {name!r}: expected a strided tensor, got a {layout} one; convert it with .to_dense()")
     if tensor.is_meta:
-        raise InputError(f"input {name!r}: a meta tensor has no data; pass a real one")
+        raise InputError(f"input {name!r}: got a meta tensor, which has no data; pass a tensor on a device")
     return tensor.detach() if tensor.requires_grad else tensor

@@ -1,4 +1,4 @@
-"""What one call's inputs are."""
+"""The signature of one call's inputs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Key", "Signature", "Specs"]
 
 
 class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any length cannot have slots
-    """What one call's inputs are, but for their shapes: a spec for each tensor, and the structure that they come in. A key.
+    """The inputs of one call without their shapes: a spec for each tensor, and the structure of the arguments. Hashable.
 
     Args:
         specs: one for each tensor, in order.
-        structure: of the positional and the named arguments, as a pair; None where each argument is a tensor.
-        constants: the leaves of the structure that are no tensors, by name, for messages.
+        structure: the structure of the pair of positional and named arguments; None if each argument is a tensor.
+        constants: the names and values of the structure's leaves that are not tensors, for messages.
 
     Attributes:
-        item: of a batch's inputs, the signature of its items; else None.
+        item: for a batch, the signature of one item; else None.
     """
 
     structure: Structure | None
@@ -34,7 +34,7 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
     def __new__(
         cls, specs: Iterable[TensorSpec], structure: Structure | None = None, constants: Sequence[tuple[str, object]] = ()
     ) -> Self:
-        """Make one; the hash is taken once."""
+        """Create a signature and compute its hash once."""
         self = super().__new__(cls, specs)
         self.structure = structure
         self.constants = tuple(constants)
@@ -57,14 +57,14 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
         return self._hash
 
     def __str__(self) -> str:
-        """The inputs of one call: with batching, of an item."""
+        """List the inputs of one call; for a batch, those of one item."""
         inputs = [str(spec) for spec in self.item or self]
         return ", ".join(
             inputs + [f"{name}={getattr(value, '__qualname__', reprlib.repr(value))}" for name, value in self.constants]
         )
 
     def batched(self) -> Signature:
-        """The signature of batches of items of this one: each tensor has one more axis, the first."""
+        """Return the signature of a batch of such items: each tensor has one more axis, the first."""
         if self._batched is None:
             specs = [TensorSpec(s.name, None if s.shape is None else (None, *s.shape), s.dtype) for s in self]
             self._batched = Signature(specs, self.structure, self.constants)
@@ -72,7 +72,7 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
         return self._batched
 
     def unbatched(self) -> Signature:
-        """The signature of the items of batches of this one."""
+        """Return the signature of one item of such a batch: each tensor without its first axis."""
         if self.item is None:
             specs = [replace(s, shape=_rest(s.shape), minimum=_rest(s.minimum), maximum=_rest(s.maximum)) for s in self]
             self.item = Signature(specs, self.structure, self.constants)
@@ -81,11 +81,11 @@ class Signature(tuple[TensorSpec, ...]):  # noqa: SLOT001  # a tuple of any leng
 
 
 def _rest(sizes: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Sizes without the first axis; None where none are known."""
+    """Return the sizes without the first axis; None if they are unknown."""
     return None if sizes is None else sizes[1:]
 
 
 Specs: TypeAlias = Signature
-#: What tells one model's programs apart: the inputs' shapes, the addresses of inputs that a graph reads where they are, and
-#: their signature.
+#: The key of a program in its model's cache: the inputs' shapes, the addresses of the inputs that a graph reads in place,
+#: and the inputs' signature.
 Key: TypeAlias = tuple[Shapes, tuple[tuple[int, int], ...], Signature]

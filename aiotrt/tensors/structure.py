@@ -1,7 +1,7 @@
-"""Nested structures of tensors: taken apart, told apart, and put together again.
+"""Nested structures of tensors: flattened, compared, and rebuilt.
 
-A structure is what `torch.utils._pytree` knows: lists, tuples, dicts, named tuples, and classes that are registered there.
-Objects of other classes, such as dataclasses, are taken apart by their attributes.
+Structures consist of the containers of `torch.utils._pytree`: lists, tuples, dicts, named tuples, and classes registered
+there. Objects of other classes, such as dataclasses, are flattened by their attributes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _CONSTANTS: Final = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(...), enum.Enum, np.generic,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
-_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class defined in Python code
 
 
 class _Tensor:
-    """The place of a tensor."""
+    """A placeholder for a tensor in a structure."""
 
 
 _TENSOR: Final = _Tensor()
 
 
 class Structure:
-    """A nested value without its tensors: its containers, and its other leaves, which are constants. A key.
+    """A nested value without its tensors: its containers, and its other leaves, which are constants. Hashable.
 
     Attributes:
-        count: how many tensors there are.
-        key: equal for equal structures.
+        count: the number of tensors.
+        key: a hashable value, equal for equal structures.
     """
 
     __slots__ = ("_hash", "_places", "_spec", "count", "key")
@@ -45,7 +45,7 @@ class Structure:
         self._spec = spec
         self._places = tuple(places)
         objects = [place.structure for place in places if isinstance(place, _Object)]
-        # By identity: a constant may be equal to anything, or raise where it is compared.
+        # Compare by identity: a constant may be equal to anything, or raise when it is compared.
         self.count: int = sum([place is _TENSOR for place in places]) + sum(structure.count for structure in objects)
         self.key = _spec_key(spec), tuple(map(_place_key, self._places))
         try:
@@ -62,7 +62,7 @@ class Structure:
         return self._hash
 
     def build(self, tensors: Sequence[object]) -> Any:
-        """Return a new value of this structure with these tensors, of which there are `count`."""
+        """Return a new value of this structure with these `count` tensors."""
         return self._build(iter(tensors))
 
     def _build(self, tensors: Iterator[object]) -> Any:
@@ -74,12 +74,12 @@ class Structure:
 
     @property
     def is_bare(self) -> bool:
-        """Whether this is one tensor by itself."""
+        """Whether this is a single tensor without a container."""
         return self._spec.type is None and self._places[0] is _TENSOR
 
     @property
     def is_flat(self) -> bool:
-        """Whether this is one tensor, or one list, tuple or mapping of nothing but tensors."""
+        """Whether this is a single tensor, or one list, tuple or mapping that contains only tensors."""
         return self.is_bare or (
             all(place is _TENSOR for place in self._places)
             and all(child.type is None for child in children(self._spec))
@@ -93,7 +93,7 @@ class Structure:
 
     @property
     def builder(self) -> Callable[[Sequence[object]], Any]:
-        """What `build` does, as a function to be called often."""
+        """A function that does what `build` does, faster if it is called often."""
         kind = self._kind
         if self.is_flat and kind in (tuple, list):
             return kind  # type: ignore[no-any-return]
@@ -106,7 +106,7 @@ class Structure:
 
     @property
     def reader(self) -> Callable[[Any], list[Any] | None]:
-        """As `take_apart`, to be called often: the tensors of a value that is flat and of this structure; else None."""
+        """A fast variant of `take_apart`: returns the tensors of a flat value of this structure, else None."""
         kind, count = self._kind, self.count
         if not self.is_flat or self.is_bare or not (kind in (tuple, list, dict) or hasattr(kind, "_make")):
             return lambda value: None
@@ -125,13 +125,13 @@ class Structure:
 
     @property
     def _kind(self) -> Any:
-        """The class of the container; of a leaf, that of None."""
+        """The class of the container; for a leaf, the class of None."""
         kind = self._spec.type
         return self._spec.context if kind is collections.namedtuple else type(None) if kind is None else kind  # noqa: PYI024
 
 
 class _Object:
-    """The place of an object that is taken apart by its attributes; of a dict or list, by its items too."""
+    """A placeholder for an object that is flattened by its attributes and, for a subclass of dict or list, by its items."""
 
     __slots__ = ("kind", "structure")
 
@@ -141,7 +141,7 @@ class _Object:
 
     def build(self, tensors: Iterator[object]) -> Any:
         attributes, items = self.structure._build(tensors)
-        value = _base(self.kind).__new__(self.kind)  # a constructor of its own would want arguments
+        value = _base(self.kind).__new__(self.kind)  # not the class's constructor, which may need arguments
         if isinstance(value, dict):
             dict.update(value, items)
         elif isinstance(value, list):
@@ -152,10 +152,10 @@ class _Object:
 
 
 def take_apart(value: object) -> tuple[Structure, list[Any]]:
-    """Return the structure of a value, and its tensors (and arrays, and what can be read as one) in order.
+    """Return the structure of a value, and its tensors, arrays and objects that can be read as arrays, in order.
 
     Raises:
-        TypeError: a leaf is neither a tensor nor a constant; the message is its type.
+        TypeError: a leaf is neither a tensor nor a constant; the message is the name of its class.
         RecursionError: the value contains itself.
     """
     tensors: list[Any] = []
@@ -165,7 +165,7 @@ def take_apart(value: object) -> tuple[Structure, list[Any]]:
 def paths(value: object) -> list[tuple[tuple[int | str, ...], object]]:
     """Return the place and the value of each leaf, in the order of `take_apart`.
 
-    A place is the positions, keys and names of attributes that lead there, from outside.
+    A place is the sequence of positions, keys and attribute names that leads to the leaf, outermost first.
     """
     children, spec = pytree.tree_flatten(value, is_leaf=lambda one: one is not value or _is_size(one))
     if spec.type is None:
@@ -192,10 +192,9 @@ def _below(label: int | str, value: object) -> list[tuple[tuple[int | str, ...],
 
 
 def examples(warmup: object) -> Iterator[tuple[tuple[object, ...], dict[str, object]]]:
-    """The entries of ``warmup=``, each as positional and named inputs.
+    """Yield the entries of ``warmup=``, each as positional and named inputs.
 
-    A list holds one entry per shape; an entry is one input, or a tuple or dict of them. Anything else than a list is one
-    entry.
+    A list has one entry per shape; any other value is a single entry. An entry is one input, or a tuple or dict of inputs.
     """
     for entry in warmup if isinstance(warmup, list) else [warmup]:
         if isinstance(entry, Mapping):
@@ -224,11 +223,11 @@ def _take_apart(value: object, tensors: list[Any]) -> Structure:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is torch.Size  # which torch's pytree would return as a tuple
+    return type(value) is torch.Size  # a leaf, because torch's pytree would rebuild it as a tuple
 
 
 def is_tensor(leaf: object) -> bool:
-    """Return whether this is a tensor, an array, or claims that it can be read as one."""
+    """Whether a value is a tensor, an array, or an object with a protocol for reading it as one."""
     if isinstance(leaf, (torch.Tensor, np.ndarray)):
         return True
     kind = type(leaf)
@@ -238,11 +237,11 @@ def is_tensor(leaf: object) -> bool:
 
 
 def _is_constant(leaf: object) -> bool:
-    return isinstance(leaf, _CONSTANTS) or callable(leaf)  # functions, classes and modules are themselves
+    return isinstance(leaf, _CONSTANTS) or callable(leaf)  # functions, classes and modules are compared by identity
 
 
 def _contents(leaf: object) -> tuple[dict[str, object], object] | None:
-    """The attributes and items of an object that they make up; None for any other, such as a file or an iterator."""
+    """Return the attributes and items of an object; None if it has other state, as a file or an iterator has."""
     kind = type(leaf)
     if _base(kind) not in (object, dict, list) or kind is object or hasattr(kind, "__next__"):
         return None
@@ -257,22 +256,22 @@ def _contents(leaf: object) -> tuple[dict[str, object], object] | None:
 
 
 def _base(kind: type) -> Any:
-    """The first base of a class that is not written in Python."""
+    """Return the first class in the MRO that is not defined in Python code."""
     return next(one for one in kind.__mro__ if not one.__flags__ & _HEAP_TYPE)
 
 
 def children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
-    """Return the specs of what a container holds."""
+    """Return the specs of a container's children."""
     if hasattr(spec, "children"):
         return spec.children()
-    older: Any = spec  # of an older torch
+    older: Any = spec  # an older torch has an attribute instead
     return older.children_specs  # type: ignore[no-any-return]
 
 
 def _spec_key(spec: pytree.TreeSpec) -> object:
     if spec.type is None:
         return None
-    # Of a list or tuple the context says nothing that its type and its children do not.
+    # The context of a list or tuple adds nothing to its type and its children.
     return spec.type, _frozen(spec.context), *map(_spec_key, children(spec))
 
 
@@ -288,14 +287,14 @@ def _frozen(context: object) -> object:
 def _check_hash(value: object, key: object) -> None:
     try:
         hash(key)
-    except Exception:  # of whatever kind: the method is the caller's
+    except Exception:  # of any class, because the caller's __hash__ raises it
         raise TypeError(f"{type(value).__name__}, which cannot be hashed") from None
 
 
 def _place_key(place: object) -> object:
     if isinstance(place, _Object):
         return place.kind, place.structure.key
-    # 1, 1.0 and True are equal, and so are 0.0 and -0.0; nan is not even equal to itself.
+    # Keys must distinguish 1, 1.0 and True, and 0.0 and -0.0, which compare equal; nan must be equal to itself.
     if isinstance(place, (float, complex)):
         return type(place), repr(place)
     if isinstance(place, np.generic):

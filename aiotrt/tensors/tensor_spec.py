@@ -1,4 +1,4 @@
-"""What an engine says of one of its inputs or outputs."""
+"""The specification of one input or output of an engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output: its name, extents and dtype.
+    """One input or output: its name, shape and dtype.
 
     Attributes:
-        name: the engine's own name for it.
-        shape: one entry per dimension; None where the extent may differ from call to call. None for any rank.
+        name: the engine's name for it.
+        shape: the size of each dimension, with None for a dynamic size; None instead of a tuple for any rank.
         dtype: the torch dtype.
-        minimum: the smallest allowed extents, where the engine declares them.
-        maximum: the largest allowed extents, where the engine declares them.
+        minimum: the smallest allowed shape, if the engine declares one.
+        maximum: the largest allowed shape, if the engine declares one.
     """
 
     name: str
@@ -34,13 +34,13 @@ class TensorSpec:
     maximum: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        extents = "..."
+        sizes = "..."
         if self.shape is not None:
-            extents = ", ".join("*" if extent is None else str(extent) for extent in self.shape)
-        return f"{self.name}: {dtype_name(self.dtype)} ({extents})"
+            sizes = ", ".join("*" if size is None else str(size) for size in self.shape)
+        return f"{self.name}: {dtype_name(self.dtype)} ({sizes})"
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape is within the spec."""
+        """Whether the spec allows a tensor of this shape."""
         if self.shape is None:
             return True
         if len(shape) != len(self.shape):
