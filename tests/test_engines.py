@@ -117,7 +117,7 @@ async def test_damaged_files(tmp_path: Path) -> None:
         await cannot_load(cut, aiotrt.EngineError, str(cut), f"{size:,} bytes")
     without = external(tmp_path / "without.onnx")
     (tmp_path / "weights.bin").unlink()
-    await cannot_load(without, aiotrt.EngineError, str(without), "weights.bin", "with the files of its weights")
+    await cannot_load(without, aiotrt.EngineError, str(without), "weights.bin", "with any files of its weights")
 
 
 @pytest.mark.asyncio
@@ -125,7 +125,7 @@ async def test_damaged_files(tmp_path: Path) -> None:
 async def test_tensorrt_engines_say_what_to_do_instead(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"ftrt" + bytes(100))
-    gpu = "device='cuda'" if torch.cuda.is_available() else "torch sees none here"
+    gpu = "device='cuda'" if torch.cuda.is_available() else "torch finds none here"
     await cannot_load(path, aiotrt.EngineError, path.name, "TensorRT", gpu, ".onnx", "device='host'")
 
 

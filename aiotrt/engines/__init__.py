@@ -1,4 +1,4 @@
-"""Engines: what a model runs. `open_engine` tells from the source which kind it is."""
+"""Engines run a model's computation. `open_engine` chooses the kind of engine for a source."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["Engine", "EngineOptions", "Execution", "is_file", "open_engine", "us
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What `load` was told about its engine; `load` documents each.
+    """The options of `load` that concern the engine; `load` documents each.
 
     Attributes:
-        threads: for one run on the host.
+        threads: how many CPU threads one run on the host device may use.
         runtime: the TensorRT to build and run with.
         sha256: the file's checksum.
-        allow_host_code: whether code for the host inside an engine may run.
-        precision: to build with.
-        profiles: to build with.
-        examples: what a profile is derived from, where there is none.
+        allow_host_code: whether CPU code inside an engine may run.
+        precision: the precision to build with.
+        profiles: the optimisation profiles to build with.
+        examples: the example inputs to derive a profile from, if `profiles` is None.
     """
 
     threads: int = 1
@@ -52,7 +52,11 @@ def is_file(source: object) -> TypeGuard[str | os.PathLike[str]]:
 
 
 def usual_device(source: object) -> str:
-    """The device for ``device="auto"``: the GPU, if there is one and what it takes to run `source` there; else the host."""
+    """Return the device for ``device="auto"``.
+
+    For an ONNX file this is the GPU if there is one and a TensorRT is installed, else the host device. For other sources it
+    is "auto".
+    """
     if is_file(source) and Path(source).suffix.lower() == ".onnx":
         found = any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
         return "cuda" if found and torch.cuda.is_available() else "host"
@@ -60,18 +64,18 @@ def usual_device(source: object) -> str:
 
 
 def open_engine(source: object, device: Device, options: EngineOptions) -> Engine:
-    """Load an engine. Blocks, and may build one first, which takes seconds to minutes: for worker threads.
+    """Load an engine. Blocks, and may build one first, for seconds to minutes: call it in a worker thread.
 
     Args:
         source: a path to an ``.onnx``, ``.engine`` or ``.plan`` file, a torch module, an exported program or a function.
-        device: where it will run.
-        options: see there.
+        device: the device that will run it.
+        options: see `EngineOptions`.
 
     Raises:
-        EngineError: the file is missing, empty, a directory, not readable, of an unknown kind, damaged, not the one that its
-            checksum or the record beside it names, or for something else than this device.
+        EngineError: the file is missing, empty, a directory, not readable, of an unknown kind or damaged; it does not match
+            its checksum or the record beside it; or it is for another device.
         InputError: an ONNX file cannot be built with these options.
-        MissingDependencyError: a package is missing that this kind of engine needs.
+        MissingDependencyError: a package that this kind of engine needs is missing.
     """
     if not is_file(source):
         return ModuleEngine(source, device)
@@ -80,7 +84,7 @@ def open_engine(source: object, device: Device, options: EngineOptions) -> Engin
     suffix = path.suffix.lower()
     if suffix == ".onnx":
         if options.sha256 is not None and digest([path]) != options.sha256.lower():
-            raise EngineError(f"{path}: its SHA-256 is {digest([path])}, and sha256= says {options.sha256.lower()}")
+            raise EngineError(f"{path}: its SHA-256 is {digest([path])}, expected {options.sha256.lower()} (sha256=)")
         if device.torch_device.type == "cpu":
             from aiotrt.engines.onnx import OnnxEngine
 

@@ -1,4 +1,4 @@
-"""What an engine is: something that turns input tensors into output tensors on a device, one context per slot and shape."""
+"""The protocol of engines, which compute output tensors from input tensors, with an execution context per slot and shape."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["Engine", "Execution"]
 
 
 class Execution(Protocol):
-    """One execution context of an engine: for one slot and one set of shapes, never used by two threads at once."""
+    """One execution context of an engine, for one slot and one set of shapes; used by one thread at a time."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that it holds for itself."""
+        """The bytes of device memory that this context owns."""
         ...
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> object:
-        """Submit the work to the current stream and return the outputs: a module any structure, others a mapping by name.
+        """Submit the work to the current stream and return the outputs: a mapping by name, or any structure for a module.
 
-        Called once to warm up, once under capture (or once per request where there is no graph).
+        Called once to warm up and once under capture; without a graph, also once per request.
         """
         ...
 
     def close(self) -> None:
-        """Let the context go; its work has completed."""
+        """Release the context. Its work must have completed."""
         ...
 
 
@@ -37,10 +37,10 @@ class Engine(Protocol):
     """A loaded engine, shared by all slots of a model.
 
     Attributes:
-        name: what messages call it, a file name or a class name.
-        inputs: what it takes, or None when each call says.
-        parameters: what it may be called with, where it declares no inputs.
-        uncapturable: why it cannot be captured in a graph, when that is known beforehand.
+        name: its name in messages: a file name or a class name.
+        inputs: the declared inputs, or None if they are recognised from each call.
+        parameters: the parameters that calls are matched against, if it declares no inputs.
+        uncapturable: the reason why it cannot be captured in a graph, if known in advance; else None.
     """
 
     name: str
@@ -50,18 +50,18 @@ class Engine(Protocol):
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...] | None:
-        """What it gives, or None where only a run says."""
+        """The declared outputs, or None if they are known only after a run."""
         ...
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> Execution:
-        """A new execution context for inputs of these names and shapes, whose work goes to `stream`. Blocks.
+        """Create an execution context for inputs of these names and shapes, which submits to `stream`. Blocks.
 
         Raises:
             InputError: no profile of the engine allows these shapes.
-            EngineError: the context cannot be made.
+            EngineError: the context cannot be created.
         """
         ...
 
     def close(self) -> None:
-        """Let the engine go; all its executions are closed."""
+        """Release the engine. All its executions must be closed."""
         ...

@@ -28,7 +28,7 @@ _DTYPES: Final = {
     "tensor(float8e4m3fn)": torch.float8_e4m3fn, "tensor(float8e4m3fnuz)": torch.float8_e4m3fnuz,
     "tensor(float8e5m2)": torch.float8_e5m2, "tensor(float8e5m2fnuz)": torch.float8_e5m2fnuz,
 }  # fmt: skip
-#: The dtypes that numpy lacks, and their numbers in ONNX's `TensorProto.DataType`.
+#: The dtypes that numpy lacks, with their numbers in ONNX's `TensorProto.DataType`.
 _WITHOUT_NUMPY: Final = {
     torch.bfloat16: 16, torch.float8_e4m3fn: 17, torch.float8_e4m3fnuz: 18, torch.float8_e5m2: 19, torch.float8_e5m2fnuz: 20,
 }  # fmt: skip
@@ -39,11 +39,11 @@ class OnnxEngine:
 
     Args:
         path: the ``.onnx`` file.
-        threads: how many threads one run may use; the session's pool is bounded to that.
+        threads: how many threads one run may use; this bounds the session's thread pool.
 
     Attributes:
-        runtime: what runs it, and its version.
-        outputs: what it gives.
+        runtime: the package that runs it, with its version.
+        outputs: the declared outputs.
 
     Raises:
         EngineError: the file is empty, truncated, not an ONNX model, or has inputs or outputs that are not tensors.
@@ -65,20 +65,20 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Idle pool threads would otherwise spin for a while after each run, and take the processor from the event loop.
+        # By default idle pool threads spin for a while after each run, and compete with the event loop for the CPU.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session: Any = _session(path, options)
-        except Exception as error:  # the binding raises many unrelated classes for one and the same: a bad file
+        except Exception as error:  # for a bad file the binding raises many unrelated classes
             with path.open("rb") as file:
                 kind = foreign(file.read(64))
             raise EngineError(
                 f"{path}: ONNX Runtime cannot load this file ({path.stat().st_size:,} bytes){kind}: {error}; "
-                "copy it again, with the files of its weights if it has any, or export it again"
+                "copy it again, with any files of its weights, or export it again"
             ) from error
         try:
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-            # ONNX Runtime has no extents for a scalar, and none for a tensor of any rank.
+            # ONNX Runtime reports an empty shape both for a scalar and for a tensor of any rank.
             any_rank = set() if all(node.shape for node in (*inputs, *outputs)) else unranked(path)
             self.inputs: tuple[TensorSpec, ...] | None = tuple(_spec(path, node, any_rank) for node in inputs)
             self.outputs = tuple(_spec(path, node, any_rank) for node in outputs)
@@ -98,7 +98,7 @@ class OnnxEngine:
 
 
 class OnnxExecution:
-    """One caller of the shared session; ONNX Runtime's arena owns the memory."""
+    """An execution that uses the shared session; ONNX Runtime's arena owns the memory."""
 
     nbytes = 0
 
@@ -114,7 +114,7 @@ class OnnxExecution:
             results = self._session.run(self._outputs, feed)
         except Exception as error:
             raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
-        # By the dtype's letters: ONNX Runtime's uint64 is numpy's "unsigned long long", equal to it and unknown to torch.
+        # ONNX Runtime's uint64 is numpy's "unsigned long long", which torch rejects: view it as the usual dtype.
         arrays = [result.view(result.dtype.str) for result in results]
         return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
 
@@ -123,7 +123,7 @@ class OnnxExecution:
 
 
 class _ValueExecution(OnnxExecution):
-    """One caller of a session with inputs or outputs of dtypes that numpy lacks; passes ONNX Runtime's own values."""
+    """An execution with inputs or outputs of dtypes that numpy lacks; it passes `OrtValue` objects and not arrays."""
 
     def __init__(self, name: str, session: Any, inputs: Sequence[str], outputs: Mapping[str, torch.dtype]) -> None:
         from onnxruntime import OrtValue
@@ -148,7 +148,7 @@ class _ValueExecution(OnnxExecution):
 
 
 def _copied(value: Any, dtype: torch.dtype) -> torch.Tensor:
-    # Of these dtypes ONNX Runtime gives away an address, a size and a shape, and no array.
+    # For these dtypes ONNX Runtime provides an address, a size and a shape, but no array.
     tensor = torch.empty(value.shape(), dtype=dtype)
     ctypes.memmove(tensor.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
     return tensor
@@ -162,7 +162,7 @@ def _session(path: Path, options: Any) -> Any:
     except Exception:
         if not (linked := _linked_files(path)):
             raise
-    # ONNX Runtime refuses links out of the folder, which caches of downloads are full of, and takes what they lead to.
+    # Download caches consist of links out of the folder. ONNX Runtime rejects them, but accepts the files' contents.
     with contextlib.ExitStack() as stack:
         contents = []
         for file in linked.values():
@@ -173,10 +173,10 @@ def _session(path: Path, options: Any) -> Any:
 
 
 def _linked_files(path: Path) -> dict[str, Path]:
-    """The files with weights that are links out of the model's folder, by the names that the model gives them."""
+    """Return the files of weights that are links out of the model's folder, by their names in the model."""
     try:
         locations = external_locations(path)
-    except (OSError, ValueError):  # of which ONNX Runtime has said more
+    except (OSError, ValueError):  # ONNX Runtime's own error, which the caller raises again, says more
         return {}
     files = {location: path.parent / location for location in locations if is_inside(location)}
     folder = path.parent.resolve()
@@ -186,8 +186,8 @@ def _linked_files(path: Path) -> dict[str, Path]:
 def _spec(path: Path, node: Any, any_rank: Collection[str]) -> TensorSpec:
     dtype = _DTYPES.get(node.type)
     if dtype is None:
-        raise EngineError(f"{path}: {node.name!r} has type {node.type}, which a tensor cannot hold")
+        raise EngineError(f"{path}: {node.name!r} has type {node.type}, which torch does not support")
     shape = None
     if node.shape or node.name not in any_rank:
-        shape = tuple(extent if isinstance(extent, int) else None for extent in node.shape or ())
+        shape = tuple(size if isinstance(size, int) else None for size in node.shape or ())
     return TensorSpec(node.name, shape, dtype)

@@ -1,8 +1,7 @@
 """TensorRT engines: one adapter for `tensorrt`, `tensorrt_rtx` and `tensorrt_lean`.
 
-An engine file is code. It is deserialised only on a CUDA device, only after its checksum where one is given, and code for
-the host inside it is refused unless it is allowed. What cannot be told from the file's header is tried with what is
-installed, and the error says so.
+An engine file is code. It is deserialised only on a CUDA device, and only after the check of its checksum, if one is given.
+CPU code inside it is refused unless allowed. If the file's header does not identify its product, the installed one is tried.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ class TensorRTEngine:
 
     Args:
         path: the ``.engine`` or ``.plan`` file.
-        device: the CUDA device it will run on.
+        device: the CUDA device that will run it.
         runtime: the module to run it with (``"tensorrt"``, ``"tensorrt_rtx"`` or ``"tensorrt_lean"``); None for the first
-            that is installed and reads what the file's header says.
-        sha256: the file's checksum, in hexadecimal; a file with another one is not looked at any further.
-        allow_host_code: whether code for the host inside the file may run; only for files whose maker you trust.
+            installed one that reads files of the product in the file's header.
+        sha256: the file's checksum, in hexadecimal; a file with another checksum is refused before anything else is read.
+        allow_host_code: whether CPU code inside the file may run; set it only for files from a source that you trust.
         runtime_module: the module itself, for tests.
-        require_cuda: False where `runtime_module` needs no GPU.
+        require_cuda: False if `runtime_module` needs no GPU.
 
     Attributes:
-        plan: what the file's header says.
-        runtime: what runs it, and its version.
-        outputs: what it gives.
+        plan: the file's header.
+        runtime: the module that runs it, with its version.
+        outputs: the declared outputs.
         profiles: its optimisation profiles.
-        workspace: bytes of activation memory that each slot needs.
-        layers: how many it has.
+        workspace: the bytes of activation memory that each slot needs.
+        layers: the number of its layers.
 
     Raises:
-        EngineError: the file is missing, empty, truncated, damaged, not what `sha256` says, written by another product or
-            version or for another GPU, or contains host code; or it has a tensor that torch cannot hold.
-        MissingDependencyError: no product is installed that reads it.
+        EngineError: the file is missing, empty, truncated, damaged, does not match `sha256`, was written by another product
+            or version or for another GPU, or contains CPU code; or a tensor has a dtype that torch does not support.
+        MissingDependencyError: no installed product reads the file.
     """
 
     parameters = Parameters()
@@ -84,7 +83,7 @@ class TensorRTEngine:
         self._path = path
         self._device = device
         self._lock = threading.Lock()
-        # Freed with the last execution that uses it; the executions keep it.
+        # Weak: only the executions own a workspace, so the last one frees it.
         self._workspaces: weakref.WeakValueDictionary[int, Workspace] = weakref.WeakValueDictionary()
         self._executions: weakref.WeakSet[TensorRTExecution] = weakref.WeakSet()
         self._config: RuntimeConfig | None = None  # TensorRT-RTX only; shared by all contexts
@@ -92,9 +91,9 @@ class TensorRTEngine:
         self.plan = read_plan(data)
         check_plan(path, self.plan, data[:HEADER_BYTES], len(data))
         if require_cuda and (device.torch_device.type != "cuda" or not torch.cuda.is_available()):
-            where = "and torch sees none here" if not torch.cuda.is_available() else "so load it with device='cuda'"
+            where = "but torch finds none here" if not torch.cuda.is_available() else "so load it with device='cuda'"
             raise EngineError(
-                f"{path}: TensorRT engines run on CUDA devices, {where}; on the host, load the .onnx file that it was built "
+                f"{path}: TensorRT engines run on CUDA devices, {where}; on the CPU, load the .onnx file that it was built "
                 f"from with device='host' (this model's device is {device.name})"
             )
         self._product: Product = open_product(path, self.plan, runtime, runtime_module)
@@ -102,7 +101,7 @@ class TensorRTEngine:
         self._kernels = Kernels(path, hashlib.sha256(data).hexdigest()) if self._product.specializes else None
         with self._current_device(), device.exclusive():
             self._runtime: Runtime | None = self._product.must(f"{path}: creating a runtime", self._product.runtime)
-            # Set either way: versions differ in what they allow by default.
+            # Always set: the default differs between versions.
             self._runtime.engine_host_code_allowed = allow_host_code
             with timed("%s: deserialised", path):
                 self._engine: CudaEngine | None = self._deserialize(self._runtime, data)
@@ -119,17 +118,18 @@ class TensorRTEngine:
         by_name = dict(zip(names, shapes, strict=True))
         profile = self._fitting(by_name)
         with self._lock:
-            with device.exclusive(), timed("%s: made a context", self._path):  # it synchronises with the default stream
+            # Exclusive, because the creation of a context synchronises with the default stream.
+            with device.exclusive(), timed("%s: created a context", self._path):
                 context = device.call(stream, lambda: self._context(engine))
             workspace = self._workspaces.get(stream.handle)
             nbytes = 0
             if workspace is None:
-                # The largest over all profiles, once: captured graphs have its address baked in, so it cannot grow.
+                # The size for the largest profile: captured graphs contain the address, so the workspace cannot grow later.
                 workspace = self._workspaces[stream.handle] = device.call(
                     stream, lambda: Workspace(device, self.workspace, engine.num_aux_streams)
                 )
                 nbytes = workspace.nbytes
-        with timed("%s: prepared a context for %s", self._path, by_name):  # TensorRT-RTX compiles in here
+        with timed("%s: prepared a context for %s", self._path, by_name):  # includes TensorRT-RTX's compilation
             execution = TensorRTExecution(
                 self._product, context, self._layout, device, stream, workspace, profile, by_name, nbytes, self._compiled
             )
@@ -143,7 +143,7 @@ class TensorRTEngine:
             self._kernels.save()
 
     def close(self) -> None:
-        # TensorRT wants contexts gone before their engine, and the engine before its runtime.
+        # TensorRT requires contexts to be deleted before their engine, and the engine before its runtime.
         for execution in list(self._executions):
             execution.close()
         self._config = None
@@ -185,23 +185,22 @@ class TensorRTEngine:
         self.workspace = engine.device_memory_size_v2
         self.layers = engine.num_layers
         if engine.streamable_weights_size > 0 and engine.weight_streaming_budget_v2 < engine.streamable_weights_size:
-            self.uncapturable = "its weights are streamed from the host at every run"
+            self.uncapturable = "its weights are streamed from host memory in every run"
 
     def _spec(self, engine: CudaEngine, name: str, *, input: bool) -> TensorSpec:  # noqa: A002
         kind: Enumerator = engine.get_tensor_dtype(name)
         dtype = DTYPES.get(kind.name)
         if dtype is None:
             raise EngineError(
-                f"{self._path}: tensor {name!r} is {kind.name}, which torch cannot hold; "
-                f"build the engine with one of {', '.join(DTYPES)} at its borders"
+                f"{self._path}: tensor {name!r} has dtype {kind.name}, which torch does not support; "
+                f"build the engine with inputs and outputs of {', '.join(DTYPES)}"
             )
-        extents = tuple(engine.get_tensor_shape(name))
-        shape = tuple(None if extent < 0 else extent for extent in extents)
+        shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
         allowed = [profile.extents[name] for profile in self.profiles if name in profile.extents] if input else []
         if not allowed:
             return TensorSpec(name, shape, dtype)
-        minimum = tuple(min(extents) for extents in zip(*(low for low, _ in allowed), strict=True))
-        maximum = tuple(max(extents) for extents in zip(*(high for _, high in allowed), strict=True))
+        minimum = tuple(min(sizes) for sizes in zip(*(low for low, _ in allowed), strict=True))
+        maximum = tuple(max(sizes) for sizes in zip(*(high for _, high in allowed), strict=True))
         return TensorSpec(name, shape, dtype, minimum, maximum)
 
     def _check_format(self, engine: CudaEngine, name: str, profiles: int) -> None:
@@ -209,28 +208,28 @@ class TensorRTEngine:
             form = engine.get_tensor_format_desc(name, index)
             if engine.get_tensor_vectorized_dim(name, index) != -1 or "channel major" in form.lower():
                 raise EngineError(
-                    f"{self._path}: tensor {name!r} is laid out as {form!r}, not row-major; "
+                    f"{self._path}: tensor {name!r} has format {form!r}, expected row-major; "
                     "build the engine with linear formats for its inputs and outputs"
                 )
 
     def layer_names(self) -> list[str]:
-        """The names of its layers, as far as it was built to record them and the product tells.
+        """Return the names of the layers; empty if the engine was built without them, or the product cannot report them.
 
         Raises:
-            EngineError: TensorRT does not tell.
+            EngineError: TensorRT failed to report the layers.
         """
         engine, form = self._engine, self._product.api.LayerInformationFormat.JSON
         assert engine is not None, "closed"
         if not hasattr(self._product.api, "EngineInspector"):
             return []
         what = f"{self._path}: reading the layers"
-        said = self._product.ask(what, lambda: json.loads(engine.create_engine_inspector().get_engine_information(form)))
-        return [layer if isinstance(layer, str) else str(layer["Name"]) for layer in said.get("Layers", ())]
+        facts = self._product.ask(what, lambda: json.loads(engine.create_engine_inspector().get_engine_information(form)))
+        return [layer if isinstance(layer, str) else str(layer["Name"]) for layer in facts.get("Layers", ())]
 
     # Running...
 
     def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile | None:
-        """The first profile that allows these shapes; None where the engine has none at all."""
+        """Return the first profile that allows these shapes; None if the engine has no profiles."""
         if not self.profiles:
             return None
         for profile in self.profiles:
@@ -238,7 +237,7 @@ class TensorRTEngine:
                 return profile
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         listing = "; ".join(map(str, self.profiles))
-        raise InputError(f"{self._path}: no optimisation profile allows {got}; there are {listing}")
+        raise InputError(f"{self._path}: no optimisation profile allows {got}; the engine has {listing}")
 
     def _context(self, engine: CudaEngine) -> ExecutionContext:
         api = self._product.api
@@ -255,9 +254,9 @@ class TensorRTEngine:
         return self._product.must(what, lambda: engine.create_execution_context(config))
 
     def _configure(self, config: RuntimeConfig, api: RtxApi, strategy: Enumerator) -> None:
-        """Say how TensorRT-RTX makes contexts."""
+        """Set how TensorRT-RTX creates contexts."""
         config.set_execution_context_allocation_strategy(strategy)
-        # Else it compiles kernels for new shapes behind one's back, and a graph would keep the slow ones for ever.
+        # By default it compiles kernels for new shapes in the background, and a graph would keep the slow ones permanently.
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._kernels is not None:
             self._kernels.attach(config)
@@ -274,8 +273,8 @@ def _read(path: Path, sha256: str | None) -> bytes:
         raise EngineError(f"{path}: the file is empty; copy or build it again")
     if sha256 is not None and (digest := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise EngineError(
-            f"{path}: its SHA-256 is {digest}, expected {sha256.lower()}; it is damaged or somebody changed it, "
-            "and it was not loaded"
+            f"{path}: its SHA-256 is {digest}, expected {sha256.lower()}; the file is damaged or was changed, "
+            "and was not loaded"
         )
     return data
 

@@ -1,12 +1,11 @@
-"""The part of TensorRT's Python API that aiotrt uses, and nothing else of it.
+"""Protocols for exactly the part of TensorRT's Python API that aiotrt uses.
 
-The adapter holds TensorRT's objects only as the Protocols below, so the type checker proves that it uses no name that is
-not here; `SURFACE` is made from them, and is checked against the real classes of every product that is installed, and
-against the double. Whoever needs one more call adds it here first.
+The adapter types TensorRT's objects as these Protocols, so the type checker proves that it uses no other name. `SURFACE` is
+derived from them, and is checked against the real classes of every installed product, and against the test double. To use
+another call, add it here first.
 
-Three products have this API: `tensorrt` (10.1 and later), `tensorrt_rtx` and `tensorrt_lean`. Two of its habits: a call
-that cannot do what it was asked answers False or None, or raises RuntimeError, depending on the call and the version; and
-the reason goes to the logger only.
+Three products have this API: `tensorrt` (10.1 and later), `tensorrt_rtx` and `tensorrt_lean`. A call that fails returns
+False or None, or raises RuntimeError, depending on the call and the version; the reason is only in the log.
 """
 
 from __future__ import annotations
@@ -64,14 +63,14 @@ class ExecutionContext(Protocol):
 
 
 class RuntimeCache(Protocol):
-    """What was compiled for an engine; TensorRT-RTX only."""
+    """The kernels that were compiled for an engine; TensorRT-RTX only."""
 
     def serialize(self) -> Any: ...
     def deserialize(self, blob: bytes, /) -> bool: ...
 
 
 class RuntimeConfig(Protocol):
-    """How to make a context; TensorRT-RTX only."""
+    """The configuration of new contexts; TensorRT-RTX only."""
 
     dynamic_shapes_kernel_specialization_strategy: Enumerator
 
@@ -107,23 +106,23 @@ class CudaEngine(Protocol):
     def get_tensor_format_desc(self, name: str, profile_index: int, /) -> str: ...
     def get_tensor_profile_shape(self, name: str, profile_index: int, /) -> Sequence[Sequence[int]]: ...
 
-    # The binding's docstring has these two swapped; by position the index comes first.
+    # The binding's docstring has the two parameters swapped; by position the index comes first.
     def get_tensor_profile_values(self, profile_index: int, name: str, /) -> Sequence[Sequence[int]]: ...
 
-    # TensorRT-RTX takes either; the others take the strategy in every version.
+    # TensorRT-RTX takes either; the other products take the strategy, in every version.
     def create_execution_context(self, how: Enumerator | RuntimeConfig, /) -> ExecutionContext | None: ...
     def create_runtime_config(self) -> RuntimeConfig: ...
     def create_engine_inspector(self) -> EngineInspector: ...
 
 
 class EngineInspector(Protocol):
-    """What tells of an engine's layers."""
+    """An inspector, which reports an engine's layers."""
 
     def get_engine_information(self, format: Enumerator, /) -> str: ...  # noqa: A002
 
 
 class Runtime(Protocol):
-    """What deserialises engines."""
+    """A runtime, which deserialises engines."""
 
     engine_host_code_allowed: bool
 
@@ -188,7 +187,7 @@ class Api(Protocol):
 
 
 class RtxApi(Api, Protocol):
-    """What the module `tensorrt_rtx` has beside that."""
+    """The module `tensorrt_rtx`, with the names that only it has."""
 
     DynamicShapesKernelSpecializationStrategy: SpecializationStrategies
 
@@ -198,7 +197,7 @@ def _names(protocol: type) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("_"))
 
 
-#: Which class of TensorRT's each Protocol stands for; the module itself is "".
+#: The Protocols by the name of TensorRT's class; the module itself is "".
 PROTOCOLS: Final[dict[str, type]] = {
     "": Api,
     "Runtime": Runtime,
@@ -214,7 +213,7 @@ PROTOCOLS: Final[dict[str, type]] = {
     "IRuntimeCache": RuntimeCache,
     "DynamicShapesKernelSpecializationStrategy": SpecializationStrategies,
 }
-#: What the adapter uses of TensorRT-RTX alone, by class.
+#: The names that the adapter uses of TensorRT-RTX only, by class.
 RTX_SURFACE: Final[dict[str, tuple[str, ...]]] = {
     "": ("DynamicShapesKernelSpecializationStrategy",),
     "ICudaEngine": ("create_runtime_config",),
@@ -222,7 +221,7 @@ RTX_SURFACE: Final[dict[str, tuple[str, ...]]] = {
     "IRuntimeCache": _names(RuntimeCache),
     "DynamicShapesKernelSpecializationStrategy": _names(SpecializationStrategies),
 }
-#: And of every product.
+#: The names that the adapter uses of every product, by class.
 SURFACE: Final[dict[str, tuple[str, ...]]] = {
     **{
         holder: tuple(name for name in _names(protocol) if name not in RTX_SURFACE.get(holder, ()))
@@ -231,12 +230,12 @@ SURFACE: Final[dict[str, tuple[str, ...]]] = {
     },
     "DataType": tuple(DTYPES),
 }
-#: And of every product but the lean runtime, which does not tell of layers.
+#: The names that the adapter uses of every product but the lean runtime, which has no inspector.
 INSPECTOR_SURFACE: Final[dict[str, tuple[str, ...]]] = {"EngineInspector": _names(EngineInspector)}
 
 
 def missing_names(api: object, surface: dict[str, tuple[str, ...]]) -> list[str]:
-    """What of `surface` a module does not have, as dotted names."""
+    """Return the names of `surface` that a module lacks, as dotted names."""
     return [
         f"{holder}.{name}".removeprefix(".")
         for holder, names in surface.items()

@@ -1,8 +1,8 @@
 """One execution context of a TensorRT engine: its shapes, its addresses, and the outputs it writes.
 
-A captured graph has the shapes, the addresses and the activation memory of its context baked in, so a context belongs to
-one set of shapes for life, writes its outputs to memory of its own, and gets activation memory that never moves. That
-memory is shared by all contexts of one slot: a slot's work is in order on one stream, so they never use it together.
+A captured graph contains the shapes, the addresses and the activation memory of its context. So a context keeps one set of
+shapes, owns the memory of its outputs, and uses activation memory that never moves. All contexts of a slot share that
+memory, because a slot's work is ordered on one stream.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from aiotrt.tensors import TensorSpec
 
 __all__ = ["Layout", "Profile", "TensorRTExecution", "Values", "Workspace"]
 
-_ALIGNMENT: Final = 256  # bytes; what TensorRT asks of the addresses it is given, and torch's CUDA allocator keeps
+_ALIGNMENT: Final = 256  # bytes; TensorRT requires it of addresses, and torch's CUDA allocator guarantees it
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What a host (shape) input may hold under one profile, smallest, optimal and largest."""
+    """The range of a host (shape) input's values under one profile: smallest, optimal and largest."""
 
     minimum: tuple[int, ...]
     optimum: tuple[int, ...]
     maximum: tuple[int, ...]
 
     def allow(self, values: Sequence[int]) -> bool:
-        """Whether these values are within the profile."""
+        """Whether the profile allows these values."""
         return all(low <= value <= high for low, value, high in zip(self.minimum, values, self.maximum, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One optimisation profile: what it allows of the inputs that may differ from call to call.
+    """One optimisation profile: the range of the dynamic inputs.
 
     Attributes:
-        index: TensorRT's number of it.
-        extents: the smallest and largest extents of the inputs whose extents may differ.
-        usual: the extents of those inputs that it was tuned for.
-        values: what the host inputs may hold.
+        index: its index in TensorRT.
+        extents: the smallest and the largest shape of each dynamic input.
+        usual: the shape of each dynamic input that it was tuned for.
+        values: the range of the values of each host input.
     """
 
     index: int
@@ -57,7 +57,7 @@ class Profile:
     values: Mapping[str, Values]
 
     def allows(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether inputs of these shapes fit."""
+        """Whether the profile allows inputs of these shapes."""
         return all(
             all(a <= b <= c for a, b, c in zip(low, shapes[name], high, strict=True))
             for name, (low, high) in self.extents.items()
@@ -69,13 +69,13 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What an execution needs to know of its engine.
+    """The inputs and outputs of an engine.
 
     Attributes:
-        path: the file, for messages.
-        inputs: in the engine's order.
-        outputs: likewise.
-        host: the names of inputs and outputs that live in host memory.
+        path: the engine's file, for messages.
+        inputs: the inputs, in the engine's order.
+        outputs: the outputs, in the engine's order.
+        host: the names of the inputs and outputs that are in host memory.
     """
 
     path: str
@@ -85,14 +85,14 @@ class Layout:
 
 
 class Workspace:
-    """What all contexts of one slot share: activation memory, at one address for life, and auxiliary streams.
+    """The resources that all contexts of one slot share: activation memory at a constant address, and auxiliary streams.
 
-    TensorRT's own auxiliary streams synchronise with the default stream, on which other people's work is: during a capture
-    that work would be refused, and would end the capture. Ours do not.
+    TensorRT's own auxiliary streams synchronise with the default stream, which other code uses: during a capture that code's
+    work would fail and invalidate the capture. The streams of this class do not synchronise with the default stream.
 
     Args:
-        device: where.
-        nbytes: of activation memory.
+        device: the device of memory and streams.
+        nbytes: the size of the activation memory.
         streams: how many auxiliary streams the engine uses.
     """
 
@@ -111,25 +111,25 @@ def _close(streams: Sequence[Stream]) -> None:
 
 
 class TensorRTExecution:
-    """One context, for one slot and one set of shapes.
+    """One execution context, for one slot and one set of shapes.
 
     Args:
-        product: whose context it is.
+        product: the product that the context belongs to.
         context: a new context without activation memory.
-        layout: of the engine.
-        device: where it runs.
+        layout: the engine's inputs and outputs.
+        device: the device that runs it.
         stream: the slot's stream.
         workspace: the slot's activation memory.
-        profile: the one that allows the shapes; None where the engine has none.
-        shapes: of the inputs, by name.
-        nbytes: bytes of device memory that count as its own beside its outputs.
-        compiled: called after the first run, in which TensorRT-RTX compiles what it still lacks.
+        profile: the profile that allows the shapes; None if the engine has no profiles.
+        shapes: the shapes of the inputs, by name.
+        nbytes: bytes of device memory that are counted as its own in addition to its outputs.
+        compiled: called after the first run, in which TensorRT-RTX compiles missing kernels.
 
     Attributes:
-        uncapturable: why it cannot be captured, if that is so.
+        uncapturable: the reason why it cannot be captured in a graph; None if it can.
 
     Raises:
-        EngineError: TensorRT refused a shape, an address or the profile.
+        EngineError: TensorRT rejected a shape, an address or the profile.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class TensorRTExecution:
         self._context: ExecutionContext | None = context
         self._layout = layout
         self._device = device
-        self._workspace: Workspace | None = workspace  # this reference keeps it for as long as a graph may use it
+        self._workspace: Workspace | None = workspace  # keeps it alive while a graph may use it
         self._values: Mapping[str, Values] = {} if profile is None else profile.values
         self._names = tuple(shapes)
         self._cuda = device.torch_device.type == "cuda"
@@ -167,9 +167,9 @@ class TensorRTExecution:
                 index = profile.index
                 what = f"selecting optimisation profile {index}"
                 self._must(what, lambda: context.set_optimization_profile_async(index, stream.handle))
-                # The switch may copy on the stream; without this wait an enqueue elsewhere could overtake it.
+                # The switch may copy on the stream; without this wait, work on another stream could run before that copy.
                 stream.synchronize()
-            # With the slot's stream current: torch's allocator orders the reuse of memory by the stream it was made on.
+            # On the slot's stream, because torch's allocator orders the reuse of memory by the stream of its allocation.
             device.call(stream, lambda: self._prepare(context, workspace, shapes))
         except BaseException:
             self.close()
@@ -189,12 +189,12 @@ class TensorRTExecution:
             with timed("%s: enqueued for the first time", self._layout.path):
                 self._enqueue(context)
             self._compiled()
-        del bound  # until here: a copy that is freed before the enqueue could be handed out again by the allocator
+        del bound  # kept until here: the allocator could reuse a copy that is freed before the enqueue
         return {spec.name: self._output(spec) for spec in self._layout.outputs}
 
     def close(self) -> None:
-        with self._device.exclusive():  # it frees memory, and may wait for the device
-            self._context = None  # first, because it points to all the rest
+        with self._device.exclusive():  # deleting a context frees memory, and may wait for the device
+            self._context = None  # first, because it points to the other objects
         self._workspace = None
         self._outputs.clear()
         self._allocators.clear()
@@ -211,7 +211,7 @@ class TensorRTExecution:
             what = f"{self._layout.path}: setting the auxiliary streams"
             self._product.ask(what, lambda: context.set_aux_streams(workspace.auxiliary))
         if self._host:
-            self._not_capturable(f"the values of {', '.join(map(repr, self._host))} are read on the host at every run")
+            self._not_capturable(f"the values of {', '.join(map(repr, self._host))} are read by the CPU in every run")
         else:
             self._infer(context)
 
@@ -223,7 +223,7 @@ class TensorRTExecution:
         self._must(f"setting input {name!r} to {shape}", lambda: context.set_input_shape(name, shape))
 
     def _infer(self, context: ExecutionContext) -> None:
-        """Give every output memory, as far as its shape follows from the inputs."""
+        """Allocate every output whose shape follows from the inputs."""
         unknown = self._product.ask(f"{self._layout.path}: inferring shapes", context.infer_shapes)
         if unknown:
             raise EngineError(f"{self._layout.path}: TensorRT cannot infer shapes without {', '.join(map(repr, unknown))}")
@@ -239,7 +239,7 @@ class TensorRTExecution:
             if output is not None and output.shape == shape:
                 continue
             host = spec.name in self._layout.host
-            # One element at least: torch gives empty tensors no address, and TensorRT refuses to have none.
+            # At least one element: an empty torch tensor has no address, and TensorRT requires one.
             elements = max(1, math.prod(shape))
             memory = torch.empty(elements, dtype=spec.dtype) if host else self._device.empty((elements,), spec.dtype)
             self._outputs[spec.name] = memory[: math.prod(shape)].view(shape)
@@ -250,22 +250,22 @@ class TensorRTExecution:
                 self.nbytes += memory.nbytes
 
     def _allocate_late(self, context: ExecutionContext, spec: TensorSpec) -> None:
-        """Have TensorRT ask for memory during the run, once it knows how much."""
+        """Set an output allocator, which TensorRT calls during the run, when it knows the output's size."""
         allocator = self._allocators[spec.name] = _output_allocator(self._product.api, self._device)
         what = f"setting an output allocator for {spec.name!r}"
         self._must(what, lambda: context.set_output_allocator(spec.name, allocator))
         self._not_capturable(f"the shape of output {spec.name!r} depends on the data")
 
     def _check_strides(self, name: str, shape: tuple[int, ...], strides: Sequence[int]) -> None:
-        """Only row-major memory is a torch tensor as it stands; a stride that TensorRT does not tell is not checked."""
+        """Check that an output is row-major, as its torch tensor will be. Strides TensorRT does not report are ignored."""
         expected = 1
-        for extent, stride in reversed(list(zip(shape, strides, strict=False))):
-            if extent > 1 and stride > 0 and stride != expected:
+        for size, stride in reversed(list(zip(shape, strides, strict=False))):
+            if size > 1 and stride > 0 and stride != expected:
                 raise EngineError(
                     f"{self._layout.path}: output {name!r} of shape {shape} has strides {tuple(strides)}, "
                     "not row-major ones; build the engine with linear formats for its inputs and outputs"
                 )
-            expected *= extent
+            expected *= size
 
     def _not_capturable(self, reason: str) -> None:
         if self.uncapturable is None:
@@ -274,7 +274,7 @@ class TensorRTExecution:
     # Running...
 
     def _bind(self, context: ExecutionContext, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Make `tensor` the input; returns what must stay alive until the run is enqueued."""
+        """Set `tensor` as the input, and return the tensor that must stay alive until the run is enqueued."""
         if name in self._host:
             self._read(name, tensor)
             return tensor
@@ -285,7 +285,7 @@ class TensorRTExecution:
         return tensor
 
     def _read(self, name: str, tensor: torch.Tensor) -> None:
-        """Fetch the values of a host input; blocks until the device has computed them."""
+        """Copy the values of a host input to the host. Blocks until the device has computed them."""
         host = self._host[name]
         host.copy_(tensor)
         allowed = self._values.get(name)
@@ -297,7 +297,7 @@ class TensorRTExecution:
                 f"{self._layout.path}: input {name!r} holds {values}; "
                 f"the engine's profile allows {list(allowed.minimum)} to {list(allowed.maximum)}"
             )
-        # The warm-up runs on zeros, which say nothing: as shapes they would be refused, and the model with them.
+        # The warm-up passes zeros, which TensorRT would reject as shapes: replace them with valid values.
         host.copy_(torch.tensor(allowed.optimum, dtype=host.dtype).view(host.shape))
 
     def _enqueue(self, context: ExecutionContext) -> None:
@@ -312,7 +312,7 @@ class TensorRTExecution:
                 if allocator.error is not None:
                     raise allocator.error from None
             if stream is not None and not torch.cuda.is_current_stream_capturing():
-                stream.query()  # where the device itself has failed, this raises its fault, which breaks more than this call
+                stream.query()  # if the device is broken, this raises its fault, which affects more than this call
             raise
 
     def _output(self, spec: TensorSpec) -> torch.Tensor:
@@ -328,7 +328,7 @@ class TensorRTExecution:
     def _allocated(self, spec: TensorSpec, allocator: Any) -> torch.Tensor:
         shape = allocator.shape
         if shape is None:
-            raise EngineError(f"{self._layout.path}: TensorRT did not tell the shape of output {spec.name!r}")
+            raise EngineError(f"{self._layout.path}: TensorRT did not report the shape of output {spec.name!r}")
         nbytes = math.prod(shape) * spec.dtype.itemsize
         output: torch.Tensor = allocator.memory[:nbytes].view(spec.dtype).view(shape)
         return output
@@ -345,10 +345,10 @@ def _output_allocator(api: Api, device: Device) -> Any:
     base: Any = api.IOutputAllocator
 
     class Allocator(base):  # type: ignore[misc]
-        """Gives an output memory while the engine runs, on the thread that enqueues it, with its stream current."""
+        """Allocates an output while the engine runs, on the thread that enqueues it, with its stream current."""
 
         def __init__(self) -> None:
-            base.__init__(self)  # without this the binding has no C++ half
+            base.__init__(self)  # super() would not construct the C++ object
             self.memory = device.empty((1,), torch.uint8)
             self.shape: tuple[int, ...] | None = None
             self.error: BaseException | None = None
@@ -356,10 +356,10 @@ def _output_allocator(api: Api, device: Device) -> Any:
         def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
             try:
                 if self.memory.nbytes < size:
-                    # The old memory goes back to torch, which reuses it in this stream's order: whoever reads it is before.
+                    # torch reuses the old memory in this stream's order, after the work that still reads it.
                     self.memory = device.empty((size,), torch.uint8)
                 return self.memory.data_ptr()
-            except BaseException as error:  # one that enters TensorRT's C++ code ends the process
+            except BaseException as error:  # an exception that enters TensorRT's C++ code ends the process
                 self.error = error
                 return 0
 

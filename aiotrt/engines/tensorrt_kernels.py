@@ -1,8 +1,8 @@
-"""What TensorRT-RTX compiles for an engine on the GPU at hand: shared by its contexts, kept for later processes.
+"""The kernels that TensorRT-RTX compiles for an engine and a GPU: shared by the engine's contexts, and cached in a file.
 
-Compiling takes seconds for each context and each new shape (5 s and 1 to 9 s for the PP-OCR models on an H200), and a model
-has a context for each slot and shape. With one cache for all of them each kernel is compiled once, and with a file, once on
-that machine. The file is TensorRT's own format, which it checks against product, version, GPU and driver when it reads it.
+Compilation takes seconds for each context and each new shape (5 s and 1 to 9 s for the PP-OCR models on an H200), and a
+model has a context for each slot and shape. With a shared cache each kernel is compiled once per process, and with a file,
+once per machine. The file is in TensorRT's own format; TensorRT checks product, version, GPU and driver when it reads it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from aiotrt.errors import EngineError
 __all__ = ["Kernels", "timed"]
 
 _log: Final = logging.getLogger("aiotrt")
-#: Bytes of compiled kernels that are kept, of all engines together.
+#: The maximum size of the files of compiled kernels of all engines together, in bytes.
 ROOM: Final = 4 << 30
 
 
 class Kernels:
     """The compiled kernels of one engine.
 
-    They are kept in `cache_directory`, under the engine's name and checksum, and those that were used least recently are
-    removed past `ROOM`. A file that cannot be read or written costs time and nothing else, so it is only logged.
+    They are kept in `cache_directory`, under the engine's name and checksum. Above `ROOM` bytes the least recently used
+    files are removed. A file that cannot be read or written is only logged, because it only costs time.
 
     Args:
         path: the engine's file.
@@ -43,22 +43,22 @@ class Kernels:
         self._path = path
         self._file = cache_directory() / f"{path.stem[:80]}-{digest[:32]}.kernels"
         self._cache: RuntimeCache | None = None
-        self._kept = 0  # bytes of compiled kernels in the file
+        self._kept = 0  # the size of the file, in bytes
         self._lock = threading.Lock()
 
     def attach(self, config: RuntimeConfig) -> None:
-        """Contexts made with `config` use these."""
+        """Set these kernels as the cache of the contexts that are created with `config`."""
         self._cache = config.create_runtime_cache()
         try:
             check_private(self._file.parent)
             kept = self._file.read_bytes()
-            os.utime(self._file)  # used now
+            os.utime(self._file)  # marks the file as recently used
         except FileNotFoundError:
             pass
         except EngineError as error:
-            _log.warning("%s; kernels are compiled again", error)
+            _log.warning("%s; compiling its kernels again", error)
         except OSError as error:
-            _log.warning("%s: cannot be read: %s; its kernels are compiled again", self._file, error.strerror)
+            _log.warning("%s: cannot be read: %s; compiling its kernels again", self._file, error.strerror)
         else:
             with timed("%s: read %d bytes of compiled kernels", self._file, len(kept)):
                 is_ours = self._cache.deserialize(kept)
@@ -68,20 +68,22 @@ class Kernels:
                 _log.info("%s: was compiled for another GPU, driver or version; compiling again", self._file)
         if not config.set_runtime_cache(self._cache):
             self._cache = None
-            _log.warning("%s: TensorRT takes no runtime cache, so it compiles for each slot and shape again", self._path)
+            _log.warning("%s: TensorRT rejected the runtime cache, so it compiles for each slot and shape again", self._path)
 
     def save(self) -> None:
-        """Keep what was compiled since the last time."""
+        """Write the kernels to the file, if new ones were compiled since the last call."""
         with self._lock:
             if self._cache is None:
                 return
             try:
-                with timed("%s: asked what was compiled", self._path):
+                with timed("%s: serialised the compiled kernels", self._path):
                     compiled = bytes(self._cache.serialize())
-            except Exception as error:  # the bindings raise many unrelated classes, or give None
-                _log.warning("%s: TensorRT does not tell what it compiled, which is not kept: %s", self._path, error)
+            except Exception as error:  # the bindings raise many unrelated classes, or return None
+                _log.warning(
+                    "%s: TensorRT cannot serialise its compiled kernels, which are not saved: %s", self._path, error
+                )
                 return
-            # By size: TensorRT-RTX 1.6 serializes the same kernels to other bytes each time, and a new kernel adds some.
+            # Compare sizes: TensorRT-RTX 1.6 serialises equal kernels to different bytes of equal size; new ones add bytes.
             if len(compiled) == self._kept:
                 return
             try:
@@ -89,34 +91,34 @@ class Kernels:
                 check_private(self._file.parent)
                 with replacing(self._file) as write:
                     write(compiled)
-                _log.debug("%s: kept %d bytes of compiled kernels", self._file, len(compiled))
+                _log.debug("%s: wrote %d bytes of compiled kernels", self._file, len(compiled))
                 _make_room(self._file)
             except (EngineError, OSError) as error:
-                _log.warning("%s: its compiled kernels are not kept for the next time: %s", self._path, error)
+                _log.warning("%s: its compiled kernels cannot be saved: %s", self._path, error)
             self._kept = len(compiled)
 
     def close(self) -> None:
-        """The engine is going."""
+        """Release the cache, before the engine is deleted."""
         with self._lock:
             self._cache = None
 
 
 @contextlib.contextmanager
 def timed(what: str, *arguments: object) -> Iterator[None]:
-    """Log at level DEBUG how long a part of loading took."""
+    """Log the duration of a step of loading, at level DEBUG."""
     started = time.perf_counter()
     yield
     _log.debug(f"{what} in %.3f s", *arguments, time.perf_counter() - started)
 
 
 def _make_room(newest: Path) -> None:
-    """Remove the kernels that were used least recently, past `ROOM`; never the newest.
+    """Remove the least recently used files of kernels above `ROOM` bytes; never the newest.
 
-    Who uses a file that is removed has read it, so this costs the next process time, and nobody else anything.
+    A process that uses a removed file has read it already, so only the next process has to compile again.
     """
     files = []
     for file in newest.parent.glob("*.kernels"):
-        with contextlib.suppress(FileNotFoundError):  # another process made room too
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
             status = file.stat()
             files.append((status.st_mtime_ns, status.st_size, file))
     total = 0
@@ -124,4 +126,4 @@ def _make_room(newest: Path) -> None:
         total += nbytes
         if total > ROOM and file != newest:
             file.unlink(missing_ok=True)
-            _log.info("%s: removed, as kernels that were used more recently take up the room there is", file)
+            _log.info("%s: removed, because the cache of compiled kernels is full", file)

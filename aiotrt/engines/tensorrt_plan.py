@@ -1,8 +1,8 @@
-"""What a serialised engine says about itself in its first bytes, so that nothing need be loaded to know whose it is.
+"""The header of a serialised engine, which identifies the product that wrote it without loading it.
 
-Layout, all little-endian. Of TensorRT-RTX: seen in engines that 1.6 wrote. Of TensorRT: the tag, the serialisation number
-and the place of the version are what NVIDIA's `trtexec --getPlanVersionOnly` reads; the rest of that header is not known
-here, and nothing below relies on it.
+The layout is little-endian. For TensorRT-RTX it was observed in engines of version 1.6. For TensorRT the tag, the
+serialisation number and the position of the version are those that NVIDIA's `trtexec --getPlanVersionOnly` reads; the rest
+of that header is unknown and not used here.
 
 ======  ==================  ==========================================================================================
 offset  field               values
@@ -15,7 +15,7 @@ offset  field               values
         for
 ======  ==================  ==========================================================================================
 
-Ultralytics writes the length of a JSON text (four bytes) and the text before the plan; the plan is then found behind it.
+Ultralytics writes the length of a JSON text (four bytes) and the text before the plan.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Plan:
     """The header of a serialised engine.
 
     Attributes:
-        product: ``"tensorrt"`` or ``"tensorrt_rtx"``, the module that wrote it; None where the header does not tell.
-        version: the version that wrote it, such as ``"1.6.1.120"``; None where the header does not tell.
-        size: bytes from the tag to the end, where the header tells.
-        offset: bytes before the tag.
-        capabilities: the GPUs it was built for, such as ``"SM89"``, where the header tells.
+        product: ``"tensorrt"`` or ``"tensorrt_rtx"``, the module that wrote it; None if unknown.
+        version: the version that wrote it, such as ``"1.6.1.120"``; None if unknown.
+        size: the number of bytes from the tag to the end; None if unknown.
+        offset: the number of bytes before the tag.
+        capabilities: the GPUs that it was built for, such as ``"SM89"``; empty if unknown.
     """
 
     product: str | None
@@ -65,7 +65,7 @@ def read_plan(data: bytes | memoryview) -> Plan:
     """Read the header of a serialised engine.
 
     Args:
-        data: the file's first bytes; `HEADER_BYTES` are enough for a bare plan, all of it where Ultralytics' text precedes.
+        data: the file's first bytes: `HEADER_BYTES` bytes are enough for a plan without Ultralytics' text before it.
     """
     offset = _metadata(data)
     header = bytes(data[offset : offset + HEADER_BYTES])
@@ -84,35 +84,35 @@ def read_plan(data: bytes | memoryview) -> Plan:
 
 
 def check_plan(path: Path, plan: Plan, head: bytes, nbytes: int) -> None:
-    """Refuse what TensorRT need not even look at.
+    """Refuse a file that cannot be an intact engine, before TensorRT gets it.
 
     Args:
         path: the file, for messages.
         plan: its header.
         head: its first bytes.
-        nbytes: how many it has.
+        nbytes: its size.
 
     Raises:
-        EngineError: it is a well-known kind of other file, truncated, or longer than its header says.
+        EngineError: the file is of another known kind, truncated, or longer than its header says.
     """
     if plan.product is None and (kind := foreign(head)):
         raise EngineError(f"{path}: not a TensorRT engine{kind}")
     got = nbytes - plan.offset
     if plan.product is not None and got < HEADER_BYTES:
         raise EngineError(
-            f"{path}: the file is truncated: the header of an engine alone has {HEADER_BYTES} bytes, and it has {got:,}; "
+            f"{path}: the file is truncated: the header of an engine has {HEADER_BYTES} bytes, but the file has {got:,}; "
             "copy or build it again"
         )
     if plan.size is not None and plan.size != got:
-        damage = "truncated" if got < plan.size else "damaged, or something was appended to it"
+        damage = "truncated" if got < plan.size else "damaged, or has data appended to it"
         raise EngineError(
-            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, and it has {got:,}; "
+            f"{path}: the file is {damage}: its header (of {plan}) says {plan.size:,} bytes, but it has {got:,}; "
             "copy or build it again"
         )
 
 
 def _metadata(data: bytes | memoryview) -> int:
-    """How many bytes of Ultralytics' text precede the plan."""
+    """Return the number of bytes of Ultralytics' text before the plan."""
     length = int.from_bytes(data[:4], "little")
     text = bytes(data[4 : 4 + length]) if 2 <= length <= min(_MAX_METADATA, len(data) - 4) else b""
     if not text.startswith(b"{"):

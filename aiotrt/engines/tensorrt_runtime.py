@@ -1,6 +1,6 @@
-"""Which of the three products reads a file, its log, and what its log means.
+"""The choice of the product that reads an engine file, its log, and the interpretation of its log.
 
-Only this file imports TensorRT, and only when there is a GPU: TensorRT's runtime segfaults where there is no driver.
+Only this module imports TensorRT, and only if there is a GPU: without a driver TensorRT's runtime segfaults.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ __all__ = ["PRODUCTS", "Product", "open_product"]
 
 T = TypeVar("T")
 
-#: The modules, in the order in which they are tried, and how each is installed.
+#: The modules, in the order in which they are tried, with the command that installs each.
 PRODUCTS: Final = {
     "tensorrt": install_hint("tensorrt"),
     "tensorrt_rtx": install_hint("rtx"),
     "tensorrt_lean": "pip install tensorrt-lean",
 }
 _SHOWN_LINES: Final = 8
-#: What TensorRT says when it refuses a file, what that means, and what to do.
+#: Patterns of TensorRT's messages when it rejects a file, with the cause and the remedy.
 _REFUSALS: Final = (
-    (r"host.?code", "it contains host code", "if you trust whoever made it, load it with allow_host_code=True"),
+    (r"host.?code", "it contains host code", "if you trust its source, load it with allow_host_code=True"),
     (r"plugin", "it needs a plugin that is not registered here", "import or load the plugin's library before the engine"),
     (
         r"incompatible device|expecting compute|compute capability",
         "it was built for another GPU",
-        "build it on or for this one",
+        "build it on or for this GPU",
     ),
-    (r"version", "it was written by another version of TensorRT", "build it with the one that is installed here"),
-    (r"platform", "it was built for another operating system or processor", "build it for this one"),
+    (r"version", "it was written by another version of TensorRT", "build it with the installed version"),
+    (r"platform", "it was built for another operating system or CPU", "build it for this machine"),
     (r"out of memory|outofmemory", "the device's memory is exhausted", "free some, or use a smaller engine"),
 )  # fmt: skip
 
 
 class Product:
-    """One of the three modules, its log and its runtimes.
+    """One of the three modules, with its log.
 
     Args:
         api: the module.
@@ -60,44 +60,44 @@ class Product:
 
     @property
     def specializes(self) -> bool:
-        """Whether it compiles kernels for the shapes that come (TensorRT-RTX)."""
+        """Whether the product compiles kernels for the shapes of a context (TensorRT-RTX)."""
         return hasattr(self.api, "DynamicShapesKernelSpecializationStrategy")
 
     def runtime(self) -> Runtime:
-        """A new runtime. All of a product share one logger, for that is how many TensorRT keeps."""
+        """Create a runtime. All runtimes of a product share one logger, because TensorRT keeps only the first."""
         return self.api.Runtime(self.log.logger)
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
-        """Call TensorRT, and turn whatever it raises into an `EngineError` with its log.
+        """Call TensorRT, and convert any exception to an `EngineError` with its log.
 
         Args:
             what: the beginning of the message, such as ``"x.engine: creating an execution context"``.
-            call: calls into TensorRT and does nothing else: a fault of the device that torch reports is no engine's error.
+            call: calls TensorRT and nothing else: a device fault that torch reports must not become an `EngineError`.
         """
         mark = self.log.mark()
         try:
             return call()
-        except Exception as error:  # the bindings raise many unrelated classes
+        except Exception as error:  # of any class: the bindings raise many unrelated ones
             raise EngineError(f"{what} failed: {error}{self.said(mark)}") from error
 
     def must(self, what: str, call: Callable[[], T | None]) -> T:
-        """Call TensorRT, and check that it answers neither None nor False, which is how it says no."""
+        """Call TensorRT as `ask` does, and raise an `EngineError` if it reports failure by returning None or False."""
         mark = self.log.mark()
-        answer = self.ask(what, call)
-        if answer is None or answer is False:
-            raise EngineError(f"{what} failed: {self.name} {self.version} answered {answer}{self.said(mark)}")
-        return answer
+        result = self.ask(what, call)
+        if result is None or result is False:
+            raise EngineError(f"{what} failed: {self.name} {self.version} returned {result}{self.said(mark)}")
+        return result
 
     def said(self, mark: int) -> str:
-        """The end of a message: the last lines of the log since `mark`."""
+        """Format the last lines of the log since `mark`, as the end of an error message."""
         lines = self.log.since(mark)[-_SHOWN_LINES:]
         return "".join(f"\n  {self.name}: {line}" for line in lines)
 
     def refusal(self, path: Path, plan: Plan, nbytes: int, mark: int) -> EngineError:
-        """Why this file was refused, as far as the header and the log tell."""
+        """Return the error for a rejected file, with the cause as far as the header and the log show it."""
         lines = " ".join(self.log.since(mark))
         causes = [(cause, step) for pattern, cause, step in _REFUSALS if re.search(pattern, lines, re.IGNORECASE)]
-        cause, step = causes[0] if causes else ("it is damaged, or not an engine", "copy or build it again")
+        cause, step = causes[0] if causes else ("it is damaged or not an engine", "copy or build it again")
         if not causes and plan.version is not None and not self.version.startswith(plan.version):
             cause = "it was written by another version, or is damaged"
             step = f"build it with {self.name} {self.version}"
@@ -112,17 +112,17 @@ _products_lock: Final = threading.Lock()
 
 
 def open_product(path: Path, plan: Plan, runtime: str | None, module: Api | None = None) -> Product:
-    """The product that reads this file.
+    """Return the product that reads this file.
 
     Args:
         path: the file, for messages.
         plan: its header.
-        runtime: the module to use, where the caller says so.
-        module: the module itself, already imported; for tests.
+        runtime: the name of the module to use; None to choose one.
+        module: an imported module to use; for tests.
 
     Raises:
-        EngineError: what is installed does not read this file, or `runtime` is not a product's name.
-        MissingDependencyError: no product is installed, or not the one that `runtime` names.
+        EngineError: no installed product reads this file, or `runtime` is not a product's name.
+        MissingDependencyError: no product is installed, or the one that `runtime` names is not.
     """
     if runtime is not None and runtime not in PRODUCTS:
         raise EngineError(f"{path}: there is no runtime {runtime!r}; expected one of {', '.join(PRODUCTS)}")
@@ -144,9 +144,9 @@ def open_product(path: Path, plan: Plan, runtime: str | None, module: Api | None
             f"install {readers[0]} ({PRODUCTS[readers[0]]}), or build the engine again with {candidates[0]}"
         )
     if module is not None:
-        return Product(module)  # never kept: a double must not pass for the real one later
+        return Product(module)  # not cached: a test double must not replace the real product
     with _products_lock:
-        # Kept for ever: TensorRT keeps the first logger that it is given, and crashes when that is gone.
+        # Never freed: TensorRT keeps the first logger that it gets, and crashes once that is deleted.
         product = _products.get(chosen)
         if product is None:
             product = _products[chosen] = _import(path, chosen)
@@ -157,14 +157,14 @@ def _readers(plan: Plan) -> list[str]:
     if plan.product == "tensorrt_rtx":
         return ["tensorrt_rtx"]
     if plan.product == "tensorrt":
-        return ["tensorrt", "tensorrt_lean"]  # the lean one reads what was built version-compatible, and says so if not
+        return ["tensorrt", "tensorrt_lean"]  # the lean one reads version-compatible engines only, and reports others
     return list(PRODUCTS)
 
 
 def _import(path: Path, name: str) -> Product:
     try:
         api = importlib.import_module(name)
-    except Exception as error:  # a library that does not load raises whatever it likes
+    except Exception as error:  # of any class: importing a broken library raises many
         raise MissingDependencyError(
             f"{path}: {name} is installed but cannot be imported ({error}); {PRODUCTS[name]}"
         ) from error

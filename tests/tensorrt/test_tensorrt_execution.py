@@ -318,7 +318,7 @@ def test_a_shape_that_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     execution = engine.execution(where, stream, ["x"], ((6,),))
     assert execution([torch.ones(6)])["y"].shape == (6,)
     monkeypatch.setattr(double.IExecutionContext, "_give", lambda *_: True)
-    with pytest.raises(aiotrt.EngineError, match="did not tell the shape of output 'y'"):
+    with pytest.raises(aiotrt.EngineError, match="did not report the shape of output 'y'"):
         execution([torch.ones(6)])
     engine.close()
     stream.close()
@@ -364,7 +364,7 @@ async def test_what_was_compiled_is_kept_for_the_next_process(
     with caplog.at_level("DEBUG", "aiotrt"):
         await run_once(path, double, device)
     assert kept.stat().st_ino == written  # nothing was compiled that it did not have
-    for part in ("deserialised", "made a context", "prepared a context for {'x': (2, 3)}", "enqueued for the first time"):
+    for part in ("deserialised", "created a context", "prepared a context for {'x': (2, 3)}", "enqueued for the first time"):
         assert re.search(rf"x\.engine: {re.escape(part)} in \d+\.\d+ s", caplog.text)
     assert f"read {len(both)} bytes of compiled kernels" in caplog.text
     assert "bytes of compiled kernels\n" not in caplog.text  # none was kept
@@ -385,7 +385,7 @@ async def test_a_cache_that_cannot_be_written_costs_time_only(
     monkeypatch.setenv("AIOTRT_CACHE_DIR", str(tmp_path / "cache"))
     double = double_on(device)
     await run_once(save(tmp_path / "x.engine", double, PROFILES), double, device)
-    assert "not kept for the next time" in caplog.text
+    assert "its compiled kernels cannot be saved" in caplog.text
 
 
 @pytest.mark.asyncio
@@ -419,7 +419,7 @@ async def test_kernels_that_tensorrt_does_not_tell_are_not_kept(
     monkeypatch.setattr(RuntimeCache, "serialize", lambda self: None)
     double = double_on("host")
     await run_once(save(tmp_path / "x.engine", double, PROFILES), double, "host")
-    assert "x.engine: TensorRT does not tell what it compiled" in caplog.text
+    assert "x.engine: TensorRT cannot serialise its compiled kernels" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 

@@ -193,7 +193,7 @@ def test_the_record_says_that_it_is_for_another_gpu(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("aiotrt.engines.gpu_record", lambda index: hopper if index == 3 else None)
     monkeypatch.setattr("aiotrt.engines.device_index", lambda device: device.index)
     cuda: Any = types.SimpleNamespace(torch_device=torch.device("cuda", 3))
-    with pytest.raises(aiotrt.EngineError, match=r"x\.plan: .* on NVIDIA L4 .*, and NVIDIA H200 has 9\.0; build it on this"):
+    with pytest.raises(aiotrt.EngineError, match=r"x\.plan: .* on NVIDIA L4 .*, but NVIDIA H200 has 9\.0; build it on this"):
         open_engine(path, cuda, EngineOptions())
 
 
