@@ -1,4 +1,4 @@
-"""Testing without a GPU: a simulated one in virtual time that finds races, and faults at will.
+"""Testing without a GPU: a simulated GPU in virtual time that detects races, and injection of device faults.
 
 ::
 
@@ -10,9 +10,9 @@
             ...
 
 
-    run(program(), device)  # raises HazardError for a race, though the result was right
+    run(program(), device)  # raises HazardError for a race, even if the result was right
 
-Equal seeds give equal runs; other seeds give other orders of everything that a GPU leaves open. `fault_points` and
+Equal seeds give equal runs; other seeds give other orders of all operations that a GPU does not order. `fault_points` and
 `FaultInjector` make any device call fail.
 """
 

@@ -1,11 +1,11 @@
-"""Faults at will: any verb of any device fails at its n-th use.
+"""Fault injection: any verb (operation) of any device fails at its n-th use.
 
-`FaultInjector` stands between a program and a device and counts the uses of every verb. `fault_points` runs a scenario once
-without a fault and lists every way in which it could have failed, so that a test can try them all:
+`FaultInjector` wraps a device and counts the uses of every verb. `fault_points` runs a scenario once without a fault and
+lists every fault that could have happened in it, so that a test can try them all:
 
     for fault in fault_points(scenario, SimulatedDevice):
         device = FaultInjector(SimulatedDevice(), fault)
-        ...  # run the scenario again: what must hold now?
+        ...  # run the scenario again, and check what must still hold
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ T = TypeVar("T")
 class FaultKind(enum.Enum):
     """How a verb fails."""
 
-    STICKY = "sticky"  #: DeviceError, from this use of any verb on, as after an illegal address
+    STICKY = "sticky"  #: DeviceError, from this use on for all verbs, as after an illegal address
     PASSING = "passing"  #: RuntimeError, once, as for an invalid argument
     MEMORY = "memory"  #: torch.OutOfMemoryError, once
     CAPTURE = "capture"  #: CaptureError, once
-    HANG = "hang"  #: the event never completes, nor does anything later on its stream, or on one that waits for it
+    HANG = "hang"  #: the event never completes, and neither do later events on its stream or on a stream that waits for it
 
 
 _ANY: Final = (FaultKind.STICKY, FaultKind.PASSING)
 _ALLOCATES: Final = (*_ANY, FaultKind.MEMORY)
 
-#: Every verb, with the ways in which it can fail. "call" counts `Device.call`, "run" `Stream.run`, "launch" that
-#: of a `Graph`.
+#: Every verb, with the kinds of its faults. "call" counts `Device.call`, "run" `Stream.run`, "launch" `Graph.launch`.
 VERBS: Final[dict[str, tuple[FaultKind, ...]]] = {
     "stream": _ALLOCATES,
     "event": _ANY,
@@ -62,7 +61,7 @@ VERBS: Final[dict[str, tuple[FaultKind, ...]]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """The `use`-th use of `verb` fails, counted from 1, in the manner of `kind`."""
+    """A failure of the `use`-th use of `verb`, counted from 1, of the given `kind`."""
 
     verb: str
     use: int
@@ -73,19 +72,19 @@ class Fault:
 
 
 class FaultInjector:
-    """A device that fails on demand, and is otherwise the one it wraps.
+    """A device that fails on demand, and otherwise behaves as the device that it wraps.
 
-    What it does not know it passes on, so a `SimulatedDevice` inside can be used as such.
+    Unknown attributes are those of the wrapped device, so the methods of a `SimulatedDevice` can be used.
 
     Args:
-        device: the device within.
-        faults: what shall fail.
+        device: the wrapped device.
+        faults: the faults to inject.
 
     Attributes:
-        device: the device within.
+        device: the wrapped device.
         uses: how often each verb was used.
         happened: the faults that have happened.
-        error: what every verb raises since a sticky fault.
+        error: the error that every verb raises after a sticky fault; None before one.
     """
 
     def __init__(self, device: Device, *faults: Fault) -> None:
@@ -99,13 +98,13 @@ class FaultInjector:
 
     @property
     def simulated(self) -> SimulatedDevice:
-        """The device within, where that is a simulated one."""
+        """The wrapped device, which must be a simulated one."""
         assert isinstance(self.device, SimulatedDevice), self.device
         return self.device
 
     @property
     def fault(self) -> DeviceError | None:
-        """The fault that broke the device."""
+        """The fault that broke the device, or None."""
         return self.device.fault
 
     @fault.setter
@@ -113,43 +112,43 @@ class FaultInjector:
         self.device.fault = error
 
     def stream(self) -> Stream:
-        """As the device."""
+        """Create a stream of the wrapped device."""
         self.use_verb("stream")
         return self._wrap(self.device.stream())
 
     def event(self) -> Event:
-        """As the device."""
+        """Create an event of the wrapped device."""
         self.use_verb("event")
         return self.device.event()
 
     def current_stream(self) -> Stream:
-        """As the device; cannot fail."""
+        """Return the wrapped device's current stream. Not a verb: no fault can be injected."""
         return self._wrap(self.device.current_stream())
 
     def adopt_stream(self, stream: object) -> Stream:
-        """As the device; cannot fail otherwise."""
+        """Adopt a stream as the wrapped device does. Not a verb: no fault can be injected."""
         return self._wrap(self.device.adopt_stream(_unwrap(stream)))
 
     def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """As the device; each call counts as an `empty`."""
+        """Return a function that allocates memory like `like`; each call counts as an `empty`."""
         return functools.partial(self.empty, tuple(like.shape), like.dtype)
 
     def probe(self, event: Event) -> Callable[[], bool]:
-        """As the device; each call counts as a `query`."""
+        """Return a function that queries `event`; each call counts as a `query`."""
         return functools.partial(self.query, event)
 
     def query(self, event: Event) -> bool:
-        """As the device; False for ever for an event that hangs."""
+        """Query `event` as the wrapped device does; always False for an event that hangs."""
         self.use_verb("query")
         return id(event) not in self._hung_events and self.device.query(event)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """As the device."""
+        """Allocate memory of the wrapped device."""
         self.use_verb("empty")
         return self.device.empty(shape, dtype)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """As the device."""
+        """Allocate pinned memory of the wrapped device."""
         self.use_verb("pinned")
         return self.device.pinned(shape, dtype)
 
@@ -161,18 +160,18 @@ class FaultInjector:
         *,
         ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
-        """As the device; fails before the warm-up."""
+        """Capture as the wrapped device does; an injected fault is raised before the warm-up."""
         self.use_verb("capture")
         graph, outputs = self.device.capture(_unwrap(stream), body, inputs, ordered=ordered)
         return _Graph(self, graph), outputs
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
-        """As the device; fails before the call."""
+        """Call `function` as the wrapped device does; an injected fault is raised before the call."""
         self.use_verb("call")
         return self.device.call(_unwrap(stream), function)
 
     def synchronize(self) -> None:
-        """As the device."""
+        """Synchronise the wrapped device."""
         self.use_verb("synchronize")
         self.device.synchronize()
 
@@ -180,9 +179,10 @@ class FaultInjector:
         return getattr(self.device, name)
 
     def use_verb(self, verb: str) -> FaultKind | None:
-        """Count a use of `verb` and fail if it is its time.
+        """Count a use of `verb`, and raise the fault that is planned for it.
 
-        Returns FaultKind.HANG if that is what shall happen: nothing is raised then.
+        Returns:
+            FaultKind.HANG if the fault is a hang, which raises nothing; else None.
         """
         self.uses[verb] += 1
         if self.error is not None:
@@ -206,14 +206,14 @@ class FaultInjector:
                 return fault.kind
 
     def hangs(self, event: Event, *, hang: bool) -> None:
-        """From now on, or no longer, `event` never completes."""
+        """Make `event` hang, or with ``hang=False`` complete normally again."""
         if hang:
-            self._hung_events[id(event)] = event  # kept: its identity must not be used again
+            self._hung_events[id(event)] = event  # kept alive, so that its id is not reused
         else:
             self._hung_events.pop(id(event), None)
 
     def is_hung(self, event: Event) -> bool:
-        """Whether it never completes."""
+        """Whether `event` hangs."""
         return id(event) in self._hung_events
 
     def _wrap(self, stream: Stream) -> _Stream:
@@ -245,7 +245,7 @@ class _Stream:
         self.stream.wait(event)
 
     def query(self) -> bool:
-        return not self._is_hung and self.stream.query()  # no point of failure: no answer is an error here
+        return not self._is_hung and self.stream.query()  # not a verb: a stream's query never raises
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._injector.use_verb("copy")
@@ -284,11 +284,11 @@ def _unwrap(stream: Any) -> Any:
 
 
 def fault_points(scenario: Callable[[FaultInjector], object], make: Callable[[], Device]) -> Iterator[Fault]:
-    """Every fault that could happen in `scenario`.
+    """Yield every fault that could happen in `scenario`.
 
     Args:
-        scenario: is called once, on a device that does not fail; should do the same each time.
-        make: makes a device for it.
+        scenario: called once, with a device that does not fail; must be deterministic.
+        make: creates the device for it.
     """
     injector = FaultInjector(make())
     scenario(injector)

@@ -1,16 +1,17 @@
-"""Hazards: accesses to one piece of memory that nothing orders, found whether or not they went wrong this time.
+"""Race detection: finds unordered accesses to the same memory, even if the run's result was right.
 
-Rule 1: what counts is the order that the program asked for, not the order in which things happened: a race that was won
-is reported too.
-Rule 2: this file knows no torch and no time, only who accesses which bytes and what each of them has heard of.
+Rule 1: the order that the program requested counts, and not the order in which operations ran: a race without
+consequences in this run is reported too.
+Rule 2: this module depends neither on torch nor on time. Its input is which actor accesses which bytes, and which accesses
+each actor is ordered after.
 
-Theory of operation. Each stream, and the host, is an actor with a vector clock: for every actor, how many of its accesses
-are known to have happened. An operation knows all that came before it on its stream, and all that the host knew when it
-submitted it. A record is a copy of its stream's clock; a stream that waits for it knows that too, and so does the host
-once it saw the event complete. Two accesses that overlap, one of them a write, are a hazard unless the later submitted one
-knows the earlier one.
+Theory of operation. Each stream, and the host, is an actor with a vector clock: for every actor, the number of its accesses
+that are known to have completed. An operation is ordered after all earlier operations on its stream, and after everything
+the host knew when it submitted the operation. A record is a copy of its stream's clock. A stream that waits for the record
+merges this clock into its own, and so does the host when it sees the event complete. Two overlapping accesses, one of them
+a write, are a hazard unless the clock of the one submitted later includes the earlier one.
 
-Limits. All host threads count as one actor, so races between them are not found. A tensor that is not contiguous counts
+Limits. All host threads are one actor, so races between them are not found. A tensor that is not contiguous counts
 with all bytes from its first element to its last.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["HOST", "Access", "Clock", "Detector", "HazardError"]
 
 Clock: TypeAlias = dict[int, int]
-#: Where somebody stood: files, lines and functions, innermost first.
+#: A call stack: files, lines and functions, innermost first.
 Stack: TypeAlias = tuple[tuple[str, int, str], ...]
 
 HOST: Final = 0
@@ -38,16 +39,16 @@ _RUNNERS: Final = frozenset({"_pytest", "pluggy", "hypothesis"})  # where stacks
 
 
 class Access(NamedTuple):
-    """Somebody reads or writes some bytes.
+    """An access of an actor to a range of bytes.
 
     Attributes:
-        actor: who; `HOST` or a stream.
+        actor: the actor: `HOST` or a stream.
         name: the actor's name.
-        what: what is being done, in words.
-        writes: whether it may change them.
+        what: the name of the operation.
+        writes: whether it writes the bytes; else it reads them.
         span: the bytes.
-        epoch: which of this actor's accesses it is, counted.
-        stack: where it was asked for.
+        epoch: the number of the operation, counted per actor.
+        stack: the call stack of its submission.
     """
 
     actor: int
@@ -64,13 +65,13 @@ class Access(NamedTuple):
 
 
 class HazardError(AssertionError):
-    """Two accesses that nothing orders, or one that should not be.
+    """Raised for two unordered accesses, or for one invalid access.
 
     Attributes:
         kind: "read before write", "write before read", "write before write", "use after free", "read of garbage",
             "host write during a copy" or "record while waited for".
-        first: the access that was submitted first, where there is one.
-        second: the other one, where there is one.
+        first: the access that was submitted first, or None.
+        second: the access that was submitted second, or None.
     """
 
     def __init__(self, kind: str, message: str, first: Access | None = None, second: Access | None = None) -> None:
@@ -81,12 +82,12 @@ class HazardError(AssertionError):
 
 
 class Detector:
-    """Watches the accesses of one device.
+    """The race detector of one device.
 
     Attributes:
-        found: the hazards so far; of those that look the same, the first.
-        tells_where: whether reports say where accesses were made. To find out costs more than all other bookkeeping: who
-            makes very many runs does without, and repeats the one that fails.
+        found: the hazards so far, each once.
+        tells_where: whether reports include call stacks. These cost more than all other bookkeeping: a search with very many
+            runs leaves them out, and repeats the run that fails with them.
     """
 
     def __init__(self) -> None:
@@ -99,39 +100,39 @@ class Detector:
         self._seen: set[object] = set()
 
     def actor(self, name: str) -> int:
-        """A new actor: a stream."""
+        """Register a stream as a new actor, and return its number."""
         actor = len(self._names)
         self._names[actor] = name
         self._clocks[actor] = {}
         return actor
 
-    # What orders things...
+    # Ordering...
 
     def mark(self, actor: int) -> Clock:
-        """What everybody knows who has seen an event recorded on this stream now."""
+        """Return the clock of an event that is recorded on this stream now."""
         self._join(actor, self._clocks[HOST])
         return dict(self._clocks[actor])
 
     def wait(self, actor: int, clock: Clock) -> None:
-        """From now on this stream comes after what `clock` knows."""
+        """Order all later operations of this stream after all accesses in `clock`."""
         self._join(actor, clock)
 
     def observe(self, clock: Clock) -> None:
-        """The host saw an event complete."""
+        """Order all later operations of the host after an event that the host has seen complete."""
         self._join(HOST, clock)
 
-    # What happens...
+    # Accesses...
 
     def allocated(self, block: Block) -> None:
-        """It has a new owner, and holds garbage."""
+        """Record that a block was allocated: it holds garbage."""
         self._written[block] = []
 
     def freed(self, span: Span, actor: int) -> None:
-        """It has no owner any more, and may be handed out again in the order of `actor`."""
+        """Record that memory was freed: it may be allocated again in the order of `actor`."""
         self.access(actor, "free", (), (span,))
 
     def access(self, actor: int, what: str, reads: Iterable[Span], writes: Iterable[Span]) -> None:
-        """One operation is submitted, or made by the host."""
+        """Record and check the accesses of one operation, submitted to a stream or made by the host."""
         clock = self._clocks[actor]
         self._join(actor, self._clocks[HOST])
         epoch = clock[actor] = clock.get(actor, 0) + 1
@@ -146,20 +147,20 @@ class Detector:
             access = Access(actor, name, what, False, span, epoch, stack)
             self._check(access, clock)
             if span.block.generation == span.generation and not span.block.pinned and not self._is_covered(span):
-                self._report("read of garbage", f"nobody wrote this since it was allocated\n{access}", None, access)
+                self._report("read of garbage", f"this memory was not written since its allocation\n{access}", None, access)
 
     def found_rerecord(self, name: str, polled: Stack) -> None:
-        """An event is recorded again while the host still waits for its last record."""
+        """Report that an event is recorded again while the host still waits for its last record."""
         self._report(
             "record while waited for",
-            f"{name} is recorded again although the host found it not complete and may still be waiting for that: it would "
-            f"wait for something else now\npolled\n{describe(polled)}\nrecorded again\n{describe(self.where())}",
+            f"{name} is recorded again, but the host found it not complete and may still be waiting for it: the wait would "
+            f"include later work\npolled\n{describe(polled)}\nrecorded again\n{describe(self.where())}",
             None,
             None,
         )
 
     def found_host_write(self, what: str, span: Span, stack: Stack) -> None:
-        """The host changed pinned memory between the submission and the execution of an operation that reads it."""
+        """Report that the host changed pinned memory between the submission and the execution of a copy that reads it."""
         self._report(
             "host write during a copy",
             f"{span} was changed by the host after {what} was submitted and before it was done; missing: the host must wait "
@@ -169,24 +170,24 @@ class Detector:
         )
 
     def found_early_close(self) -> None:
-        """A graph is freed although the host has not seen its last launch complete."""
-        message = f"a graph is freed and the host has not seen its last launch complete\n{describe(self.where())}"
+        """Report that a graph is freed before the host has seen its last launch complete."""
+        message = f"a graph is freed, but the host has not seen its last launch complete\n{describe(self.where())}"
         self._report("use after free", message, None, None)
 
     def knows(self, clock: Clock) -> bool:
-        """Whether the host has heard of all that `clock` knows."""
+        """Whether the host is ordered after all accesses in `clock`."""
         mine = self._clocks[HOST]
         return all(mine.get(actor, 0) >= epoch for actor, epoch in clock.items())
 
     def where(self) -> Stack:
-        """Where the calling program stands, if that is to be told."""
+        """Return the call stack of the calling program; empty unless `tells_where`."""
         return where() if self.tells_where else ()
 
     def check(self) -> None:
         """Raise the first hazard found, if any.
 
         Raises:
-            HazardError: it.
+            HazardError: the first hazard.
         """
         if self.found:
             raise self.found[0]
@@ -201,7 +202,7 @@ class Detector:
     def _check(self, new: Access, clock: Clock) -> None:
         block = new.span.block
         if new.span.generation != block.generation or (block.is_free and new.what != "free"):
-            self._report("use after free", f"the memory was given back before this was submitted\n{new}", None, new)
+            self._report("use after free", f"the memory was freed before this access was submitted\n{new}", None, new)
             return
         history = self._history.get(block, [])
         kept = []
@@ -213,7 +214,7 @@ class Detector:
             if not ordered and (old.writes or new.writes):
                 self._conflict(old, new)
             inside = new.span.begin <= old.span.begin and old.span.end <= new.span.end
-            # Whoever comes after the new access comes after this one too, so it need not be remembered.
+            # An access ordered after the new one is then ordered after this one too, so this one can be dropped.
             if not (inside and ordered and (new.writes or not old.writes)):
                 kept.append(old)
         kept.append(new)
@@ -260,7 +261,7 @@ class Detector:
 
 
 def where() -> Stack:
-    """Where the calling program stands, without this package and torch."""
+    """Return the call stack of the calling program, without the frames of this package and of torch."""
     stack: list[tuple[str, int, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(stack) < _DEPTH:
@@ -268,7 +269,7 @@ def where() -> Stack:
         known = _roles.get(id(code))
         if known is None:
             known = _roles[id(code)] = _role(frame.f_globals.get("__name__", "")), code
-        if known[0] == "told":
+        if known[0] == "shown":
             stack.append((code.co_filename, frame.f_lineno, code.co_name))
         elif known[0] == "end":
             break
@@ -276,7 +277,7 @@ def where() -> Stack:
     return tuple(stack)
 
 
-#: What frames of a code object are in a stack, by its identity; the object is kept, so that nobody else has its identity.
+#: The role of a code object's frames in a stack, by the object's id; the object is kept, so that its id is not reused.
 _roles: Final[dict[int, tuple[str, CodeType]]] = {}
 
 
@@ -284,10 +285,10 @@ def _role(module: str) -> str:
     package = module.partition(".")[0]
     if package in _RUNNERS:
         return "end"
-    return "left out" if package in _MACHINERY or module.startswith("aiotrt.testing") else "told"
+    return "left out" if package in _MACHINERY or module.startswith("aiotrt.testing") else "shown"
 
 
 def describe(stack: Stack) -> str:
-    """A stack in words."""
+    """Format a call stack."""
     lines = [f"    {file}:{line} in {name}: {linecache.getline(file, line).strip()}" for file, line, name in stack]
     return "\n".join(lines)

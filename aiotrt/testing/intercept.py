@@ -1,13 +1,13 @@
-"""torch operations on a simulated device: taken apart into what must happen now and what the device does later.
+"""torch operations on a simulated device: each is split into its immediate part and the work that the device does later.
 
-Rule 1: the operation's own schema decides, never its name: what it writes, whether it is a view, whether its result depends
-on data. So every torch operation works, and reads and writes are known exactly.
+Rule 1: the operation's schema decides, never its name: what it writes, whether it is a view, whether its result depends
+on data. So every torch operation works, and its reads and writes are known exactly.
 Rule 2: nothing is computed at submission. Result shapes come from torch's meta device; the memory holds garbage until the
-device gets there.
+device executes the work.
 
-An operation belongs to the device if one of its tensors lives there, or if it is called inside `Stream.run`, `Device.call`
-or a capture. A view is made at once, as everywhere. An operation whose result the host must see (``.item()``, a mask as an
-index) blocks until the stream is idle, and cannot be captured.
+An operation belongs to the device if one of its tensors is in device memory, or if it is called inside `Stream.run`,
+`Device.call` or a capture. A view is created at once. An operation whose result the host must see (``.item()``, a mask as
+an index) blocks until the stream is idle, and cannot be captured.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _WRITE_ONLY: Final = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_"
 
 
 class Work(NamedTuple):
-    """Something that the device does later.
+    """An operation that the device executes later.
 
     Attributes:
-        what: in words.
-        run: does it, on aliases that own no memory.
-        reads: what it reads.
-        writes: what it writes.
+        what: its name, for messages.
+        run: executes it, on aliases that own no memory.
+        reads: the bytes that it reads.
+        writes: the bytes that it writes.
     """
 
     what: str
@@ -44,33 +44,33 @@ class Work(NamedTuple):
 
 
 class Target(Protocol):
-    """The device, as the interceptor needs it."""
+    """The interface of the device that the interceptor uses."""
 
     memory: Memory
 
     def is_mine(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether an operation on these is the device's."""
+        """Whether an operation on these tensors belongs to the device."""
         ...
 
     def new(self, like: torch.Tensor) -> torch.Tensor:
-        """Device memory in the current stream's order, with this size, strides and dtype."""
+        """Allocate device memory in the current stream's order, with the size, strides and dtype of `like`."""
         ...
 
     def submit(self, work: Work) -> None:
-        """Put it on the current stream, or into the graph that is being captured."""
+        """Submit work to the current stream, or add it to the graph that is being captured."""
         ...
 
     def drain(self, what: str) -> None:
-        """Block until the current stream is idle, since the host must see what comes next."""
+        """Block until the current stream is idle, because the host must see the result of `what`."""
         ...
 
     def touched(self, what: str, reads: Sequence[Span], writes: Sequence[Span]) -> None:
-        """The host accessed pinned memory."""
+        """Record an access of the host to pinned memory."""
         ...
 
 
 class Interceptor(TorchDispatchMode):
-    """Active on a thread, it sees every torch operation there.
+    """Intercepts every torch operation of a thread while it is active there.
 
     Args:
         target: the device.
@@ -114,7 +114,7 @@ class _Call:
         self.what = f"torch.{self.name}"
 
     def mutated(self) -> list[torch.Tensor]:
-        """The tensors that it writes in place."""
+        """Return the tensors that the operation writes in place."""
         found: list[torch.Tensor] = []
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -130,13 +130,13 @@ class _Call:
             return False
         if self.name != "index":
             return True
-        return any(t.dtype in (torch.bool, torch.uint8) for t in self.tensors[1:])  # integers index without looking
+        return any(t.dtype in (torch.bool, torch.uint8) for t in self.tensors[1:])  # integers: the shape is known
 
     def spans(self, memory: Memory) -> tuple[list[Span], list[Span]]:
-        """What it reads and writes, of the arguments."""
+        """Return the bytes of the arguments that the operation reads, and those that it writes."""
         mutated = self.mutated()
-        taken = {id(t) for t in mutated} if self.name in _WRITE_ONLY else set()
-        reads = [s for t in self.tensors if id(t) not in taken and (s := memory.span(t)) is not None]
+        unread = {id(t) for t in mutated} if self.name in _WRITE_ONLY else set()
+        reads = [s for t in self.tensors if id(t) not in unread and (s := memory.span(t)) is not None]
         return reads, [s for t in mutated if (s := memory.span(t)) is not None]
 
     def submit(self, target: Target) -> Any:
@@ -167,7 +167,7 @@ class _Call:
             for alias, value in zip(aliases, values, strict=True):
                 alias.copy_(value)
 
-        # torch.empty writes nothing: what it returns stays garbage until somebody does.
+        # torch.empty writes nothing: its result is garbage until another operation writes it.
         if not self.name.startswith(("empty", "new_empty")):
             target.submit(Work(self.what, compute, tuple(reads), tuple(writes)))
         return results
@@ -182,7 +182,7 @@ def _alias(memory: Memory, *, snapshot: bool) -> Callable[[Any], Any]:
         if not isinstance(value, torch.Tensor):
             return value
         if snapshot and memory.block(value) is None:
-            return value.detach().clone()  # a copy from pageable memory has read it when the call returns
+            return value.detach().clone()  # a copy from pageable memory reads it before the call returns
         return memory.alias(value)
 
     return convert
@@ -197,7 +197,7 @@ def _meta(value: Any) -> Any:
 
 
 def _settled(target: Target, result: torch.Tensor) -> torch.Tensor:
-    """A result that was computed on the host's time, in device memory."""
+    """Return a result that was computed synchronously, in device memory."""
     tensor = target.new(result)
     span = target.memory.span(tensor)
     alias = target.memory.alias(tensor)

@@ -1,8 +1,8 @@
-"""An event loop in virtual time: nothing sleeps, and every run with one schedule is the same.
+"""An event loop in virtual time: nothing sleeps, and equal schedules give equal runs.
 
-Time passes a little with each iteration of the loop, since a program that polls must see it pass. When the loop has
-nothing to do, time jumps to whatever happens first: a timer of the loop, or something on the device or in a worker thread.
-When nothing can happen any more, that is a deadlock, and an error instead of a hang.
+Each iteration of the loop takes a little virtual time, so that a program that polls sees time pass. When the loop is idle,
+time jumps to the next event: a timer of the loop, or an action of the device or of a worker thread. When no event is left,
+the program is deadlocked, and an error is raised instead of a hang.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ T = TypeVar("T")
 
 #: Seconds of virtual time that one iteration of the loop takes.
 ITERATION: Final = 2e-6
-#: Real seconds to wait for a real thread or socket, when nothing can happen in virtual time.
+#: Real seconds to wait for a real thread or socket when nothing can happen in virtual time.
 PATIENCE: Final = 1.0
-#: Iterations after which real files are looked at, though nobody said that there is anything: a signal says nothing.
-GLANCE: Final = 100
+#: Iterations after which real files are polled even if no thread has woken the loop: a signal sets no flag.
+POLL_INTERVAL: Final = 100
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """asyncio's own loop, on a virtual clock. Made by `run`; needed directly only with a test framework's loop factory.
+    """asyncio's selector loop on a virtual clock. `run` creates it; use it directly only as a test framework's loop factory.
 
     Args:
-        device: whose clock it is.
+        device: the device whose clock the loop uses.
 
     Attributes:
         device: that device.
-        virtual_time: its clock.
-        is_woken: whether another thread has woken it since it last looked.
+        virtual_time: the device's clock.
+        is_woken: whether another thread has woken the loop since real files were last polled.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -49,7 +49,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.is_woken = False
         self._workers = device.workers(8)
         super().__init__(_Selector(self))
-        # The hub of this loop must use its clock and its timers: real ones would sleep.
+        # The loop's hubs must use its clock and its timers: real ones would sleep.
         self._hubs = [
             completion.Hub(self, progress=progress, clock=self.time, timer=_LoopTimer, spin=SPIN_BUDGET)
             for progress in Progress
@@ -58,19 +58,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             completion.Hub.install(hub)
 
     def time(self) -> float:
-        """Seconds of virtual time."""
+        """Return the virtual time in seconds."""
         return self.virtual_time.now
 
     def run_in_executor(  # type: ignore[override]  # typeshed spells the arguments with a TypeVarTuple
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """Run `func` in a worker thread in virtual time, whatever `executor` is, unless it is one of those itself."""
+        """Run `func` in a worker thread in virtual time: in `executor` if it is a `Workers`, else in the loop's own pool."""
         workers = executor if isinstance(executor, Workers) else self._workers
         return asyncio.wrap_future(workers.submit(func, *args), loop=self)
 
     def _write_to_self(self) -> None:
         super()._write_to_self()  # type: ignore[misc]
-        self.is_woken = True  # after it: who sees this finds what was written
+        self.is_woken = True  # after the write: a poll that sees this flag must find the written byte
 
     def close(self) -> None:
         """Close the loop and its hubs."""
@@ -79,7 +79,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _LoopTimer:
-    """The hub's timer: the loop's own timers are exact here."""
+    """The hub's timer, by the loop's own timers, which are exact in virtual time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
@@ -97,24 +97,24 @@ class _LoopTimer:
 
 
 class _Selector(selectors.BaseSelector):
-    """Waits in virtual time; real files are looked at, and waited for only when nothing else can happen."""
+    """A selector that waits in virtual time. It polls real files, and waits for them only when nothing else can happen."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
         self._real = selectors.DefaultSelector()
-        self._unseen = 0  # iterations since the last look at real files
+        self._unpolled = 0  # iterations since real files were last polled
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """One iteration's wait; `timeout` in seconds of virtual time, None for no timer."""
+        """Wait for one iteration of the loop, at most `timeout` seconds of virtual time; None for no limit."""
         time = self._loop.virtual_time
         start = time.now
         time.advance(ITERATION)
-        found = self._look()
+        found = self._poll()
         if found or (timeout is not None and timeout <= 0):
             return found
         limit = float("inf") if timeout is None else start + timeout
         while not found and time.step(limit):
-            found = self._look()
+            found = self._poll()
         if found:
             return found
         if timeout is not None:
@@ -123,20 +123,20 @@ class _Selector(selectors.BaseSelector):
         found = self._real.select(PATIENCE if self._may_be_woken() else 0)
         if not found:
             tasks = "\n".join(f"  {task!r}" for task in asyncio.all_tasks(self._loop))
-            raise DeadlockError(f"nothing is left that could happen; {time.describe()}; these tasks wait:\n{tasks}")
+            raise DeadlockError(f"no event is left that could end a wait; {time.describe()}; these tasks wait:\n{tasks}")
         return found
 
-    def _look(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """What real files have to say, if anybody woke the loop, as worker threads do; a look costs a system call."""
-        self._unseen += 1
-        if not self._loop.is_woken and self._unseen < GLANCE and len(self._real.get_map()) == 1:
+    def _poll(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Poll real files; without a wake-up only every `POLL_INTERVAL` iterations, because that costs a system call."""
+        self._unpolled += 1
+        if not self._loop.is_woken and self._unpolled < POLL_INTERVAL and len(self._real.get_map()) == 1:
             return []
-        self._unseen = 0
+        self._unpolled = 0
         self._loop.is_woken = False
         return self._real.select(0)
 
     def _may_be_woken(self) -> bool:
-        """Whether there is a real thread, or a file besides the loop's own, that could wake it."""
+        """Whether a real thread, or a file other than the loop's own, could wake the loop."""
         return threading.active_count() > 1 + self._loop.virtual_time.workers or len(self._real.get_map()) > 1
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -159,19 +159,20 @@ class _Selector(selectors.BaseSelector):
 
 
 def run(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector, *, debug: bool | None = None) -> T:
-    """Run a coroutine to its end in virtual time, on a loop that knows `device`.
+    """Run a coroutine to its end in virtual time, on a loop that uses the clock of `device`.
 
     Args:
-        main: the coroutine; ``aiotrt.load(..., device=device)`` in it opens a model there.
+        main: the coroutine; ``aiotrt.load(..., device=device)`` in it loads a model on the device.
         device: the simulated device, or a fault injector around one.
         debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
 
-    Returns what `main` returns.
+    Returns:
+        The result of `main`.
 
     Raises:
-        DeadlockError: `main` waits for what can no longer happen.
-        HazardError: the program has a race, though its result may have been right this time.
-        BaseException: whatever `main` raises.
+        DeadlockError: `main` waits for an event that can no longer happen.
+        HazardError: the program has a race, even if its result was right.
+        BaseException: any exception that `main` raises.
     """
     if isinstance(device, FaultInjector):
         device = device.simulated
@@ -182,7 +183,7 @@ def run(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector, *
         ):
             result = runner.run(main)
     except BaseException as error:
-        for hazard in device.detector.found[:1]:  # most likely why
+        for hazard in device.detector.found[:1]:  # the likely cause
             error.add_note(f"The detector found before that:\n{hazard}")
         raise
     finally:

@@ -1,18 +1,18 @@
-"""A GPU in virtual time, behind the same Protocols as the real one.
+"""A simulated GPU in virtual time, with the same Protocols as a real one.
 
-Rule 1: the semantics are CUDA's, as `devices.base` states them, and torch's allocator's; `tests/test_conformance.py` checks
-this model against the other devices.
-Rule 2: nothing happens before it must: work is done at a time that the schedule chooses, and until then memory holds what it
-held before. Whoever reads too early really gets the wrong data.
+Rule 1: the semantics are those of CUDA, as `devices.base` states them, and of torch's allocator; `tests/test_conformance.py`
+checks this model against the other devices.
+Rule 2: nothing happens early: work is executed at a time that the schedule chooses, and until then memory keeps its old
+content. A read too early gets wrong data, as on a GPU.
 
 A device tensor is a CPU tensor over memory of the device (`Memory`); torch operations on it are intercepted (`Interceptor`)
 and submitted to the current stream, inside `use`, `run`, `call` and `capture`, and everywhere under `testing.run`.
-A stream is a queue of operations, records and waits. Only operations take time; what stands at the head of a stream is
-enabled in `VirtualTime`, which lets one of those happen at a time. A graph is the list of operations that was captured; it
-runs as one, without the Python that made it. `Detector` is told of every access.
+A stream is a queue of operations, records and waits. Only operations take time. The operation at the head of a stream is an
+enabled action in `VirtualTime`, which executes one action at a time. A graph is the list of captured operations; it runs as
+one operation, without the Python code that was captured. Every access is reported to `Detector`.
 
-What differs from a GPU: an operation is atomic, so tearing is not seen (the detector reports the race); a sticky fault comes
-only from an operation that raises, or from a `FaultInjector`; all host threads are one.
+Differences from a GPU: an operation is atomic, so torn data is not seen (the detector reports the race); a sticky fault
+comes only from an operation that raises, or from a `FaultInjector`; all host threads are one actor.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ __all__ = ["SimulatedDevice"]
 
 T = TypeVar("T")
 
-#: cudaErrorStreamCaptureUnsupported, which says nothing about what was asked.
+#: cudaErrorStreamCaptureUnsupported: a query that fails with it must be repeated later.
 ASK_LATER: Final = 900
-#: Without these, a torch operation goes straight to its kernel: a mode that looks at each and lets it pass costs 15 us.
+#: Excluding these keys sends a torch operation straight to its kernel: interception costs 15 us even if it passes it on.
 _INTERCEPTED: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
 
 
 @dataclass(eq=False)
 class _Scope:
-    """What torch operations on a thread belong to."""
+    """The stream and the graph that a thread's torch operations are submitted to."""
 
     stream: SimulatedStream
-    explicit: bool  # operations on no tensor of the device are the device's too
+    explicit: bool  # operations without a device tensor belong to the device too
     graph: SimulatedGraph | None = None
 
 
 class SimulatedDevice(BaseDevice):
-    """A GPU that exists only in virtual time.
+    """A simulated GPU in virtual time.
 
-    Use it from one thread, and from `workers`. Time passes in `advance`, `run_until_idle` and calls that block, or on a
-    loop made by `testing.run`.
+    Use it from one thread, and from `workers`. Time passes in `advance`, in `run_until_idle`, in calls that block, and on
+    the event loop of `testing.run`.
 
     Args:
-        schedule: what happens when, or a seed for it.
-        name: what messages call it.
-        time: to share it with another device; then `schedule` is not used.
+        schedule: decides durations and orders; a number is the seed of a `Seeded` schedule.
+        name: the device's name in messages.
+        time: the clock of another device, to share it; then `schedule` is ignored.
 
     Attributes:
         time: the clock.
-        detector: the hazards found so far.
-        memory: all memory.
-        broken: the sticky fault, once there was one.
+        detector: the race detector.
+        memory: the device's memory and its pinned memory.
+        broken: the sticky fault; None before one.
     """
 
     unified = False
@@ -89,39 +89,39 @@ class SimulatedDevice(BaseDevice):
         self._busy: dict[SimulatedStream, None] = {}
         self._local = threading.local()
         self._is_capturing = False
-        self._broken_capture: list[str] | None = None  # what broke somebody else's capture, while there is one
-        self._default = self._open_stream()  # which prepares no thread: everybody has it
+        self._broken_capture: list[str] | None = None  # the calls that broke the capture of `captured_elsewhere`
+        self._default = self._open_stream()  # not `stream()`, which would prepare this thread
 
     # The Device protocol...
 
     def stream(self) -> SimulatedStream:
-        """A new stream."""
+        """Create a stream."""
         self.verb("stream")
         self.prepare_thread()
         return self._open_stream()
 
     def event(self) -> SimulatedEvent:
-        """A new event."""
+        """Create an event."""
         self.verb("event")
         self._events += 1
         return SimulatedEvent(self, f"event {self._events}")
 
     def current_stream(self) -> SimulatedStream:
-        """The calling thread's current stream: that of the innermost `use`, `run` or `call`, else the default stream."""
+        """Return the calling thread's current stream: that of the innermost `use`, `run` or `call`, else the default one."""
         return self._scope.stream
 
     def adopt_stream(self, stream: object) -> SimulatedStream:
-        """`stream` itself.
+        """Return `stream` itself.
 
         Raises:
-            TypeError: it is not one of this device's.
+            TypeError: it is not a stream of this device.
         """
         if isinstance(stream, SimulatedStream) and stream.device is self:
             return stream
         raise TypeError(f"expected a stream of {self.name}, got {type(stream).__name__}")
 
     def query(self, event: Event) -> bool:
-        """Whether `event` is complete; False also where the answer is "ask later"."""
+        """Whether `event` is complete; False also if the query is refused during a capture."""
         try:
             return event.query()
         except DeviceError as error:
@@ -130,12 +130,12 @@ class SimulatedDevice(BaseDevice):
             raise
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Device memory full of garbage, in the current stream's order."""
+        """Allocate device memory in the current stream's order. It holds garbage."""
         self.verb("empty")
         return self._allocate(shape, None, dtype)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Pinned memory full of garbage. Blocks."""
+        """Allocate pinned memory. It holds garbage. Blocks."""
         self.block(lambda: True, "allocating pinned memory")
         with self.raw():
             tensor = self.memory.allocate(shape, None, dtype, None)
@@ -145,7 +145,7 @@ class SimulatedDevice(BaseDevice):
         return tensor
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether it is in pinned memory."""
+        """Whether `tensor` is in pinned memory."""
         with self.raw():
             span = self.memory.copy_span(tensor)
         return span is not None and span.block.pinned
@@ -158,11 +158,11 @@ class SimulatedDevice(BaseDevice):
         *,
         ordered: bool = False,
     ) -> tuple[Graph, list[torch.Tensor]]:
-        """Run `body` once to warm up, then once to see what it submits. Blocks.
+        """Run `body` once to warm up, then once to capture the operations that it submits. Blocks.
 
         Raises:
-            CaptureError: it cannot be captured.
-            Exception: whatever `body` raised when it was warmed up.
+            CaptureError: `body` cannot be captured.
+            Exception: any exception of `body` in the warm-up.
         """
         assert isinstance(stream, SimulatedStream), stream
         self.block(lambda: not self._is_capturing, "a capture")
@@ -183,7 +183,7 @@ class SimulatedDevice(BaseDevice):
             self._is_capturing = False
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
-        """Call `function` with `stream` current; what it submits happens later."""
+        """Call `function` with `stream` current; the operations that it submits are executed later."""
         assert isinstance(stream, SimulatedStream), stream
         self.verb("call")
         self.prepare_thread()
@@ -191,7 +191,7 @@ class SimulatedDevice(BaseDevice):
             return function()
 
     def synchronize(self) -> None:
-        """Block until every stream is idle; not for the event loop's thread."""
+        """Block until every stream is idle. Must not be called on the event loop's thread."""
         self.block(lambda: not self._busy, f"{self.name}.synchronize()")
         for stream in self._streams.values():
             self.detector.observe(self.detector.mark(stream.actor))
@@ -201,7 +201,7 @@ class SimulatedDevice(BaseDevice):
         self._local.is_prepared = True
 
     def is_on_stream(self) -> bool:
-        """Never: plain Python is not work on a stream, what it submits is."""
+        """Return False: Python code itself never runs as work on a simulated stream."""
         return False
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -210,15 +210,19 @@ class SimulatedDevice(BaseDevice):
         return block is not None and not block.pinned
 
     def check_loop(self) -> None:
-        """Raise unless the running loop keeps this device's time: on another loop nothing would ever happen here."""
+        """Check that the running loop uses this device's clock: on another loop no work would ever be executed.
+
+        Raises:
+            UsageError: the running loop uses another clock.
+        """
         if getattr(asyncio.get_running_loop(), "virtual_time", None) is not self.time:
             raise UsageError(
-                "a SimulatedDevice lives in virtual time, which this event loop does not keep: run the program with "
+                "a SimulatedDevice needs an event loop in its virtual time, and this loop is not: run the program with "
                 "aiotrt.testing.run(main(), device), or use device='host' in a test that has a loop of its own"
             )
 
     def workers(self, count: int) -> Workers:
-        """A pool of worker threads in virtual time."""
+        """Create a pool of `count` worker threads in virtual time."""
 
         def prepare(job: Callable[[], None]) -> None:
             with self.intercepting():
@@ -229,7 +233,7 @@ class SimulatedDevice(BaseDevice):
     # For tests and users...
 
     def tensor(self, values: object, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A device tensor that will hold `values`, written in the order of the current stream."""
+        """Return a device tensor with `values`, which are written in the order of the current stream."""
         with self.raw():
             host = torch.as_tensor(values, dtype=dtype)
         tensor = self.empty(host.shape, host.dtype)
@@ -238,18 +242,18 @@ class SimulatedDevice(BaseDevice):
         return tensor
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What `tensor` holds now, as the host sees it, in memory of the caller's own. Must be ordered by an event."""
+        """Return a copy of the current content of `tensor`. The host must have seen an event after its last write."""
         self.host_read(tensor)
         with self.raw():
             return tensor.detach().clone()
 
     def host_read(self, memory: torch.Tensor | np.ndarray[Any, Any], what: str = "a host read") -> None:
-        """Tell the detector that the host reads this memory now."""
+        """Report to the detector that the host reads this memory now."""
         if (span := self._span(memory)) is not None:
             self.touched(what, (span,), ())
 
     def host_write(self, memory: torch.Tensor | np.ndarray[Any, Any], what: str = "a host write") -> None:
-        """Tell the detector that the host writes this memory now."""
+        """Report to the detector that the host writes this memory now."""
         if (span := self._span(memory)) is not None:
             self.touched(what, (), (span,))
 
@@ -261,7 +265,7 @@ class SimulatedDevice(BaseDevice):
 
     @contextlib.contextmanager
     def intercepting(self) -> Iterator[None]:
-        """Submit torch operations on device tensors to the current stream, on this thread."""
+        """Intercept this thread's torch operations: those on device tensors are submitted to the current stream."""
         if getattr(self._local, "intercepting", False):
             yield
             return
@@ -274,13 +278,13 @@ class SimulatedDevice(BaseDevice):
 
     @contextlib.contextmanager
     def captured_elsewhere(self) -> Iterator[None]:
-        """Inside, another thread captures in global mode, which is torch's default.
+        """Simulate, inside the block, that another thread captures in global mode, which is torch's default.
 
-        A query, a synchronisation or an allocation of pinned memory is refused, and breaks that capture, on a thread that
-        was not prepared.
+        On a thread that was not prepared, a query, a synchronisation or an allocation of pinned memory fails, and breaks
+        that capture.
 
         Raises:
-            CaptureError: it was broken; the message says by what.
+            CaptureError: the capture was broken; the message names the call.
         """
         broken: list[str] = []
         self._broken_capture = broken
@@ -292,18 +296,18 @@ class SimulatedDevice(BaseDevice):
             raise CaptureError(f"a capture in global mode was broken by {broken[0]}, on a thread that was not prepared")
 
     def advance(self, seconds: float) -> None:
-        """Let virtual time pass."""
+        """Advance virtual time by this many seconds, and execute the work that is due."""
         self.time.advance(seconds)
 
     def run_until_idle(self) -> None:
-        """Let everything happen that can."""
+        """Execute all work that is not blocked, at any virtual time."""
         self.time.run_until_idle()
 
     def check(self) -> None:
         """Raise the first hazard found, if any.
 
         Raises:
-            HazardError: it.
+            HazardError: the first hazard.
         """
         self._collect()
         self.detector.check()
@@ -311,10 +315,10 @@ class SimulatedDevice(BaseDevice):
     # For streams, graphs and the interceptor...
 
     def verb(self, what: str) -> None:
-        """Some call on the device begins.
+        """Begin a call on the device: let the schedule preempt the thread, and reclaim freed memory.
 
         Raises:
-            DeviceError: it is broken.
+            DeviceError: the device is broken.
         """
         if self.time.workers:
             self.time.checkpoint(what)
@@ -324,19 +328,19 @@ class SimulatedDevice(BaseDevice):
             raise self.broken
 
     def needs_context(self, what: str) -> None:
-        """A call of the driver's, not of torch's, which binds the context by itself: a worker thread must have prepared.
+        """Check that a worker thread is prepared for a driver call. torch's own calls bind the context themselves.
 
         Raises:
-            DeviceError: it has not.
+            DeviceError: this is a worker thread without the device's context.
         """
         if self.time.is_worker and not getattr(self._local, "is_prepared", False):
             raise DeviceError(f"{what} in a thread that was not prepared", code=201, name="cudaErrorDeviceUninitialized")
 
     def unsafe(self, what: str) -> None:
-        """A call that the driver refuses while another thread captures in global mode.
+        """Check a call that the driver refuses while another thread captures in global mode.
 
         Raises:
-            DeviceError: it is refused, and has broken that capture: see `captured_elsewhere`.
+            DeviceError: the call is refused, and has broken that capture: see `captured_elsewhere`.
         """
         if self._broken_capture is not None and not getattr(self._local, "is_prepared", False):
             self._broken_capture.append(what)
@@ -345,11 +349,12 @@ class SimulatedDevice(BaseDevice):
             )
 
     def block(self, condition: Callable[[], bool], what: str) -> None:
-        """Block the thread in virtual time, or until the device breaks.
+        """Block the thread in virtual time until `condition` holds or the device breaks.
 
         Raises:
             DeviceError: the device is broken.
             LoopBlockedError: this is the event loop's thread.
+            RuntimeError: the thread is capturing.
         """
         if self._scope.graph is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
@@ -360,28 +365,28 @@ class SimulatedDevice(BaseDevice):
             raise self.broken
 
     def raw(self) -> contextlib.AbstractContextManager[None]:
-        """Torch operations on this thread are the device's own doing, and nobody intercepts them."""
+        """Return a context manager in which this thread's torch operations are not intercepted."""
         return torch._C._ExcludeDispatchKeyGuard(_INTERCEPTED)
 
     def submitted(self, stream: SimulatedStream) -> None:
-        """Something was submitted to `stream`, which was idle: nobody else can have waited for it."""
+        """Start work that was submitted to `stream`, which was idle. No other stream can be waiting for that work yet."""
         if self.broken is None:
             stream.pump()
             if not stream.is_idle:
                 self._busy[stream] = None
 
     def pump(self) -> None:
-        """Something completed: start whatever can start."""
+        """Start all work that can start, after an operation completed."""
         if self.broken is not None:
             return
         moved = 1
         while moved:
-            moved = sum([busy.pump() for busy in self._busy])  # not any(): each gets its turn
+            moved = sum([busy.pump() for busy in self._busy])  # not any(), which would stop at the first
         for busy in [busy for busy in self._busy if busy.is_idle]:
             del self._busy[busy]
 
     def execute(self, work: Work) -> None:
-        """Do it, unless the device is broken; what it raises breaks the device, as a failed assertion in a kernel does."""
+        """Execute work, unless the device is broken. An exception breaks it, as a failed assertion in a kernel does."""
         if self.broken is not None:
             return
         try:
@@ -396,15 +401,15 @@ class SimulatedDevice(BaseDevice):
                 self.pinned_writes[span.block.number] = done + 1, pending - 1
 
     def is_mine(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether a torch operation on these is the device's."""
+        """Whether a torch operation on these tensors belongs to the device."""
         return self._scope.explicit or any(map(self.holds, tensors))
 
     def new(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory for a result."""
+        """Allocate memory for a result, with the size, strides and dtype of `like`."""
         return self._allocate(like.size(), like.stride(), like.dtype)
 
     def submit(self, work: Work) -> None:
-        """Put it on the current stream, or into the graph that is being captured."""
+        """Submit work to the current stream, or add it to the graph that is being captured."""
         scope = self._scope
         if scope.graph is not None:
             scope.graph.works.append(work)
@@ -419,7 +424,7 @@ class SimulatedDevice(BaseDevice):
         self.detector.observe(self.detector.mark(stream.actor))
 
     def touched(self, what: str, reads: Sequence[Span], writes: Sequence[Span]) -> None:
-        """The host accessed memory of the device."""
+        """Record an access of the host to memory of the device."""
         self.detector.access(HOST, what, reads, writes)
 
     def _open_stream(self) -> SimulatedStream:
@@ -456,7 +461,7 @@ class SimulatedDevice(BaseDevice):
         return tensor
 
     def _collect(self) -> None:
-        """Take back the memory whose owners went: in the order of its stream, as torch's allocator does."""
+        """Reclaim the memory whose owners were deleted: in the order of its stream, as torch's allocator does."""
         if not self.memory.is_any_dropped:
             return
         for block in self.memory.dropped():
@@ -466,7 +471,7 @@ class SimulatedDevice(BaseDevice):
             if stream is None:
                 block.poison()
             elif stream._is_closed or self.broken is not None:
-                continue  # nobody can allocate it again
+                continue  # it cannot be allocated again
             else:
                 stream.put_instant(block.poison)
             self.memory.give_back(block)

@@ -1,4 +1,4 @@
-"""Streams, events and graphs of a simulated device: queues of work, and what stands in them."""
+"""Streams, events and graphs of a simulated device."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ __all__ = ["Record", "SimulatedEvent", "SimulatedGraph", "SimulatedStream"]
 
 @dataclass(eq=False)
 class Record:
-    """One use of `record`."""
+    """One record of an event on a stream."""
 
     clock: Clock = field(repr=False)
     is_done: bool = False
 
 
 class SimulatedEvent:
-    """An event; its last record is what counts."""
+    """An event. It is complete when its last record is."""
 
     def __init__(self, device: SimulatedDevice, name: str) -> None:
         self.name = name
         self._device = device
         self._record: Record | None = None
-        self._polled: Stack | None = None  # where the host found it not complete, and has not seen it complete since
+        self._polled: Stack | None = None  # where the host found it not complete; None once it is seen complete
 
     def query(self) -> bool:
-        """Whether its last record is complete.
+        """Whether the event's last record is complete.
 
         Raises:
-            DeviceError: the device is broken, or this breaks somebody's capture.
+            DeviceError: the device is broken, or the query breaks the capture of another thread.
         """
         device = self._device
         device.verb("query")
@@ -58,12 +58,12 @@ class SimulatedEvent:
         return True
 
     def synchronize(self) -> None:
-        """Block until it is; not for the event loop's thread."""
+        """Block until the event is complete. Must not be called on the event loop's thread."""
         self._device.block(lambda: self._record is None or self._record.is_done, f"{self.name}.synchronize()")
         self.query()
 
     def forget(self) -> None:
-        """The host no longer waits for what it asked this event: it may be recorded again."""
+        """Record that the host no longer waits for this event: it may be recorded again."""
         self._polled = None
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class SimulatedStream:
 
     @property
     def handle(self) -> int:
-        """An identity."""
+        """The number that identifies the stream."""
         return self.actor
 
     @property
@@ -104,14 +104,14 @@ class SimulatedStream:
         return event
 
     def wait(self, event: Event) -> None:
-        """Make all work submitted from now on wait for the last record of `event` made before this."""
+        """Make all work that is submitted later wait for the latest record of `event`."""
         assert isinstance(event, SimulatedEvent), event
         self.device.verb("wait")
         if event._record is not None:
             self.follow(event._record)
 
     def query(self) -> bool:
-        """Whether it is idle, and the device is not broken."""
+        """Whether the stream is idle and the device is not broken."""
         device = self.device
         device.time.checkpoint("query")
         if device.broken is not None or self._queue:
@@ -120,10 +120,10 @@ class SimulatedStream:
         return True
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Submit a copy between tensors of the device, or pinned ones, of equal shape and dtype.
+        """Submit a copy between tensors in device or pinned memory, of equal shape and dtype.
 
         Raises:
-            ValueError: one is in pageable memory, or they differ.
+            ValueError: a tensor is in pageable memory, or shapes or dtypes differ.
         """
         device = self.device
         device.verb("copy")
@@ -132,44 +132,44 @@ class SimulatedStream:
             raise ValueError(f"cannot copy {source.dtype} {source.shape} to {destination.dtype} {destination.shape}")
         with device.raw():
             memory = device.memory
-            to, of = memory.copy_span(destination), memory.copy_span(source)
-            if to is None or of is None:
-                raise ValueError("a copy needs device or pinned memory at both ends")
-            copy = _copier(memory, destination, to, source, of)
-        what = f"copy of {of.block!r} to {to.block!r}"
-        check = self._host_write_check(what, of) if of.block.pinned else None
+            written, read = memory.copy_span(destination), memory.copy_span(source)
+            if written is None or read is None:
+                raise ValueError("source and destination of a copy must be in device or pinned memory")
+            copy = _copier(memory, destination, written, source, read)
+        what = f"copy of {read.block!r} to {written.block!r}"
+        check = self._host_write_check(what, read) if read.block.pinned else None
 
         def run() -> None:
             if check is not None:
                 check()
             copy()
 
-        self.put(Work(what, run, (of,), (to,)))
+        self.put(Work(what, run, (read,), (written,)))
 
     def run(self, function: Callable[[], object]) -> None:
-        """Call `function` now with this stream current: the torch operations in it are submitted."""
+        """Call `function` now, with this stream current: its torch operations are submitted to the stream."""
         self.device.call(self, function)
 
     def synchronize(self) -> None:
-        """Block until it is idle; not for the event loop's thread."""
+        """Block until the stream is idle. Must not be called on the event loop's thread."""
         self.device.block(lambda: not self._queue, f"{self.name}.synchronize()")
         self.device.detector.observe(self.device.detector.mark(self.actor))
 
     def close(self) -> None:
-        """Let it go; work submitted earlier still completes."""
+        """Close the stream. Work that was submitted earlier still completes."""
         self.device.needs_context("closing a stream")
         self._is_closed = True
 
     # Used by the device...
 
     def mark(self) -> Record:
-        """A record of everything submitted so far."""
+        """Append a record, which completes after all work submitted so far, and return it."""
         record = Record(self.device.detector.mark(self.actor))
         self._append(record)
         return record
 
     def follow(self, record: Record) -> None:
-        """Wait for it."""
+        """Make all work that is submitted later wait for `record`."""
         self.device.detector.wait(self.actor, record.clock)
         if not record.is_done:
             self._append(_Wait(record))
@@ -184,11 +184,11 @@ class SimulatedStream:
         self._append(work)
 
     def put_instant(self, run: Callable[[], None]) -> None:
-        """Submit something that takes no time."""
+        """Submit an action that takes no virtual time."""
         self._append(_Instant(run))
 
     def pump(self) -> bool:
-        """Pass everything at the head that takes no time, and start the operation behind it; whether anything moved."""
+        """Complete all entries at the head that take no time, and start the next operation; whether anything changed."""
         moved = False
         while self._queue and not self._is_running:
             head = self._queue[0]
@@ -211,7 +211,7 @@ class SimulatedStream:
         if self._is_closed:
             raise UsageError(f"{self.name} is closed")
         self._queue.append(item)
-        if len(self._queue) == 1:  # else it waits behind what is there
+        if len(self._queue) == 1:  # else an earlier entry is pending
             self.device.submitted(self)
 
     def _finish(self) -> None:
@@ -224,7 +224,10 @@ class SimulatedStream:
             self.device.pump()
 
     def _host_write_check(self, what: str, source: Span) -> Callable[[], None]:
-        """The host writes pinned memory unseen, through numpy; what it wrote too early shows in the bytes."""
+        """Return a check for a host write to `source` before the copy is executed.
+
+        Writes of the host through numpy are not intercepted, so the check compares the bytes.
+        """
         block = source.block
         writes = self.device.pinned_writes
         before = block.memory[source.begin : source.end].copy()
@@ -243,11 +246,14 @@ class SimulatedStream:
         return f"<{self.name}, {len(self._queue)} pending>"
 
 
-def _copier(memory: Memory, destination: torch.Tensor, to: Span, source: torch.Tensor, of: Span) -> Callable[[], object]:
-    """What copies one into the other, later, without keeping either alive: bytes, where they lie in one piece."""
+def _copier(
+    memory: Memory, destination: torch.Tensor, written: Span, source: torch.Tensor, read: Span
+) -> Callable[[], object]:
+    """Return a function that copies `source` to `destination` without keeping them alive; contiguous tensors as bytes."""
     if destination.is_contiguous() and source.is_contiguous() and not source.is_conj() and not source.is_neg():
-        bytes_to, bytes_of = to.block.memory[to.begin : to.end], of.block.memory[of.begin : of.end]
-        return lambda: np.copyto(bytes_to, bytes_of)
+        bytes_written = written.block.memory[written.begin : written.end]
+        bytes_read = read.block.memory[read.begin : read.end]
+        return lambda: np.copyto(bytes_written, bytes_read)
     aliases = memory.alias(destination), memory.alias(source)
     return lambda: aliases[0].copy_(aliases[1])
 
@@ -262,7 +268,7 @@ class _Instant:
     run: Callable[[], None]
 
 
-def _together(works: Sequence[Work]) -> Work:
+def _combined(works: Sequence[Work]) -> Work:
     reads = {span: None for work in works for span in work.reads}
     writes = {span: None for work in works for span in work.writes}
 
@@ -274,7 +280,7 @@ def _together(works: Sequence[Work]) -> Work:
 
 
 class SimulatedGraph(BaseGraph):
-    """The operations of one capture, and the memory that they were given."""
+    """The operations of one capture, and the memory that was allocated for them."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.nbytes = 0
@@ -282,11 +288,11 @@ class SimulatedGraph(BaseGraph):
         self.owned: list[torch.Tensor] = []
         self._device = device
         self._last: Record | None = None
-        self._whole: Work | None = None  # all of them as one
+        self._whole: Work | None = None  # all operations as one
         self._is_closed = False
 
     def replay(self, stream: Stream) -> None:
-        """Submit one replay: one operation, after the last one of this graph."""
+        """Submit a replay as one operation, ordered after the graph's last replay."""
         assert isinstance(stream, SimulatedStream), stream
         self._device.verb("launch")
         self._device.needs_context("launching a graph")
@@ -295,13 +301,13 @@ class SimulatedGraph(BaseGraph):
         if self._last is not None:
             stream.follow(self._last)  # a graph never overlaps itself
         if self._whole is None:
-            self._whole = _together(self.works)
+            self._whole = _combined(self.works)
         stream.put(self._whole)
         self._last = stream.mark()
 
     def close(self) -> None:
-        """Free it; its last launch must have completed, and the host must have seen that."""
-        self._device.needs_context("destroying a graph")  # and the event that an ordered one has
+        """Free the graph. The host must have seen its last launch complete."""
+        self._device.needs_context("destroying a graph")
         if self._last is not None and not self._device.detector.knows(self._last.clock):
             self._device.detector.found_early_close()
         self._is_closed = True

@@ -1,14 +1,14 @@
-"""Virtual time: a clock that moves only when something is made to happen, and the choice of what happens next.
+"""Virtual time: a clock that advances only with the actions executed on it, and the schedules that choose the next action.
 
 Rule 1: nothing here sleeps or reads a real clock.
-Rule 2: one thread runs at a time. Worker threads are real ones (they have thread-local state, and no running event loop),
-but each is parked unless the scheduler resumed it, and the scheduler waits until it parks again. So every run is a function
+Rule 2: one thread runs at a time. Worker threads are real threads (with thread-local state, and no running event loop), but
+each is parked unless the scheduler has resumed it, and the scheduler waits until it parks again. So every run is a function
 of the schedule, and can be repeated.
 
-Theory of operation. Whatever may happen next, such as the completion of the operation at the head of a stream or the
-start of a worker's job, is an enabled action with a nominal time. `VirtualTime.step` lets a `Schedule` choose among those
-that are due: the nominal order is only likely, never promised, since real devices and threads promise none. A worker may
-also lose the processor at every device call it makes (`VirtualTime.checkpoint`), and blocks by parking with a condition.
+Theory of operation. Each possible next event, such as the completion of the operation at the head of a stream or the start
+of a worker's job, is an enabled action with a nominal time. `VirtualTime.step` lets a `Schedule` choose among the actions
+that are due. The nominal order is likely and not guaranteed, because real devices and threads guarantee no order. A worker
+may also be preempted at each of its device calls (`VirtualTime.checkpoint`), and blocks by parking with a condition.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ T = TypeVar("T")
 
 
 class DeadlockError(AssertionError):
-    """Somebody waits for what can no longer happen."""
+    """Raised when the program waits for an event that can no longer happen."""
 
 
 class LoopBlockedError(AssertionError):
-    """A call that blocks was made on the event loop's thread."""
+    """Raised when a blocking call is made on the event loop's thread."""
 
 
 class Schedule(Protocol):
-    """Decides everything that a real device and real threads leave open."""
+    """Decides all orders and durations that real devices and threads do not guarantee."""
 
     def choose(self, options: Sequence[str]) -> int:
-        """The index of the option that happens; the first is the nominal one."""
+        """Return the index of the action to execute; the first is the nominal one."""
         ...
 
     def duration(self, what: str) -> float:
-        """The nominal duration of this, in seconds of virtual time."""
+        """Return the nominal duration of an action, in seconds of virtual time."""
         ...
 
     def preempts(self, what: str) -> bool:
-        """Whether a worker thread loses the processor before this call on the device."""
+        """Whether a worker thread is preempted before this call on the device."""
         ...
 
 
 class Seeded:
-    """Adversarial at random: durations spread evenly over three orders of magnitude, and half of all choices are free.
+    """A random, adversarial schedule: durations vary over three orders of magnitude, and half of all choices are random.
 
     Args:
         seed: equal seeds give equal runs.
@@ -67,28 +67,28 @@ class Seeded:
         self._range = math.log(shortest), math.log(longest)
 
     def choose(self, options: Sequence[str]) -> int:
-        """The nominal option, or any."""
+        """Return the nominal option or, in half of all choices, a random one."""
         if len(options) == 1 or self._random.random() < 0.5:
             return 0
         return self._random.randrange(len(options))
 
     def duration(self, what: str) -> float:
-        """Seconds, of any order of magnitude in the range."""
+        """Return a random duration in seconds, distributed evenly over the logarithm of the range."""
         return math.exp(self._random.uniform(*self._range))
 
     def preempts(self, what: str) -> bool:
-        """Every fourth time."""
+        """Return True at random, once in four calls on average."""
         return self._random.random() < 0.25
 
 
 class Scripted:
-    """Follows a list of choices, then takes the first option always; everything takes ten microseconds.
+    """A schedule that follows a list of choices, then always takes the first option. Each action takes ten microseconds.
 
     Args:
-        choices: what to choose where there is a choice.
+        choices: the indices to choose, one for each choice with more than one option.
 
     Attributes:
-        taken: each choice that was made, and of how many options.
+        taken: the choices that were made, as pairs of the index and the number of options.
     """
 
     def __init__(self, choices: Sequence[int] = ()) -> None:
@@ -96,7 +96,7 @@ class Scripted:
         self._choices = deque(choices)
 
     def choose(self, options: Sequence[str]) -> int:
-        """The next of the script."""
+        """Return the next choice of the script."""
         if len(options) == 1:
             return 0
         choice = self._choices.popleft() if self._choices else 0
@@ -104,26 +104,26 @@ class Scripted:
         return choice
 
     def duration(self, what: str) -> float:
-        """Always the same."""
+        """Return ten microseconds."""
         return 10e-6
 
     def preempts(self, what: str) -> bool:
-        """Never: a script is about the order of what happens, and each preemption would double the number of scripts."""
+        """Return False: each possible preemption would double the number of scripts."""
         return False
 
 
 def explore(scenario: Callable[[Schedule], object], *, limit: int = 10_000) -> int:
-    """Run `scenario` once under every schedule there is.
+    """Run `scenario` once under every possible schedule.
 
     Args:
-        scenario: makes its own device from the schedule, and must do the same whenever the choices are the same.
-        limit: how many runs are too many.
+        scenario: called with a schedule, from which it creates its device; must be deterministic for equal choices.
+        limit: the maximum number of runs.
 
     Returns:
-        How many runs there were.
+        The number of runs.
 
     Raises:
-        RuntimeError: there are more than `limit`.
+        RuntimeError: there are more than `limit` schedules.
     """
     choices: list[int] = []
     for runs in itertools.count(1):
@@ -150,18 +150,18 @@ class _Action:
 
 
 class VirtualTime:
-    """The clock, and everything that may happen.
+    """The virtual clock, and the actions that may be executed next.
 
     Args:
-        schedule: decides; a number is the seed of a `Seeded` one.
+        schedule: chooses the actions; a number is the seed of a `Seeded` schedule.
 
     Attributes:
-        now: seconds.
+        now: the virtual time in seconds.
     """
 
     def __init__(self, schedule: Schedule | int = 0) -> None:
         self.schedule: Schedule = Seeded(schedule) if isinstance(schedule, int) else schedule
-        self.now = 100.0  # not zero, which too many programs take for "never"
+        self.now = 100.0  # not zero, which many programs interpret as "never"
         self._order = itertools.count()
         self._actions: list[_Action] = []
         self._blocked: list[tuple[Callable[[], bool], _Worker, str]] = []
@@ -171,12 +171,12 @@ class VirtualTime:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing can happen by itself."""
+        """Whether no action is enabled."""
         return not self._actions
 
     @property
     def workers(self) -> int:
-        """How many worker threads there are."""
+        """The number of worker threads."""
         return len(self._workers)
 
     @property
@@ -185,14 +185,14 @@ class VirtualTime:
         return getattr(self._thread, "worker", None) is not None
 
     def enable(self, what: str, run: Callable[[], None], duration: float | None = None) -> None:
-        """From now on `run` may be called, nominally after `duration` seconds (None: what the schedule says)."""
+        """Enable the action `run`, nominally after `duration` seconds; with None the schedule chooses the duration."""
         when = self.now + (self.schedule.duration(what) if duration is None else duration)
         self._actions.append(_Action(when, next(self._order), what, run))
 
     def step(self, limit: float = math.inf) -> bool:
-        """Let one thing happen, if one is due by the time `limit`; whether it did."""
+        """Execute one action, if one is due by the time `limit`; whether it did."""
         if self._blocked:
-            self._unblock()  # the host itself may have made true what somebody waits for
+            self._unblock()  # the host may have changed a condition that a worker waits for
         if not self._actions:
             return False
         due = [a for a in self._actions if a.when <= limit]
@@ -207,14 +207,14 @@ class VirtualTime:
         return True
 
     def advance(self, seconds: float) -> None:
-        """Let this much time pass, and all happen that is due in it."""
+        """Advance the clock by this many seconds, and execute all actions that are due in that time."""
         limit = self.now + seconds
         while self.step(limit):
             pass
         self.now = max(self.now, limit)
 
     def run_until_idle(self) -> None:
-        """Let everything happen that can."""
+        """Execute actions until none is enabled."""
         while self.step():
             pass
 
@@ -222,7 +222,7 @@ class VirtualTime:
         """Block the calling thread, in virtual time, until `condition` holds.
 
         Raises:
-            DeadlockError: nothing can happen that would make it hold.
+            DeadlockError: no action is left, so `condition` cannot become true.
             LoopBlockedError: this is the event loop's thread.
         """
         worker: _Worker | None = getattr(self._thread, "worker", None)
@@ -235,26 +235,26 @@ class VirtualTime:
             raise LoopBlockedError(f"{what} blocks, and was called on the event loop's thread")
         while not condition():
             if not self.step():
-                raise DeadlockError(f"{what} waits for ever: nothing is left that could happen; {self.describe()}")
+                raise DeadlockError(f"{what} waits permanently: no event is left that could end it; {self.describe()}")
 
     def checkpoint(self, what: str) -> None:
-        """A worker thread may lose the processor here; any other thread goes on."""
+        """Let the schedule preempt the calling thread here, if it is a worker thread."""
         worker: _Worker | None = getattr(self._thread, "worker", None)
         if worker is None:
             return
-        if self._is_over:  # without this, a thread that goes round in a circle would never end
+        if self._is_over:  # without this, a thread in an endless loop would never end
             raise _Abandoned
         if self.schedule.preempts(what):
             self.enable(f"resume {worker.name}", worker.resume)
             worker.park()
 
     def describe(self) -> str:
-        """Who is blocked, and in what."""
+        """Describe which workers are blocked in which calls, for messages."""
         blocked = "; ".join(f"{worker.name} is blocked in {what}" for _, worker, what in self._blocked)
         return blocked or "no worker is blocked"
 
     def end(self) -> None:
-        """Nothing happens any more: worker threads end where they stand, by an exception."""
+        """End the simulation: no further action is executed, and an exception ends each worker thread where it is."""
         self._is_over = True
         self._actions.clear()
         self._blocked.clear()
@@ -269,7 +269,7 @@ class VirtualTime:
 
 
 class _Abandoned(BaseException):
-    """Ends a worker thread whose simulation is over."""
+    """Raised in a worker thread to end it when its simulation is over."""
 
 
 class _Worker:
@@ -285,12 +285,12 @@ class _Worker:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def resume(self) -> None:
-        """On the scheduler's thread: let it run until it parks or ends."""
+        """Run the worker until it parks or ends. Called on the scheduler's thread."""
         self._go.release()
         self._parked.acquire()
 
     def park(self) -> None:
-        """On its own thread: let the scheduler go on, until it resumes this."""
+        """Return control to the scheduler until it resumes this worker. Called on the worker's thread."""
         if not self._time._is_over:
             self._parked.release()
             self._go.acquire()
@@ -309,12 +309,12 @@ class _Worker:
 
 
 class Workers(concurrent.futures.Executor):
-    """A thread pool in virtual time: jobs start, and go on after every device call, when the schedule says so.
+    """A thread pool in virtual time: the schedule decides when jobs start, and when they continue after device calls.
 
     Args:
-        time: whose schedule.
-        count: how many jobs may be under way at once.
-        prepare: called in each thread around each job, as ``prepare(job)``.
+        time: the clock, with its schedule.
+        count: the maximum number of jobs that run at once.
+        prepare: called in the job's thread as ``prepare(job)``; must call `job`.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class Workers(concurrent.futures.Executor):
         self._is_shut = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
-        """Call `fn` in a worker thread, when the schedule says so."""
+        """Schedule a call of `fn` in a worker thread, and return the future of its result."""
         if self._is_shut:
             raise RuntimeError("cannot schedule new futures after shutdown")
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -341,7 +341,7 @@ class Workers(concurrent.futures.Executor):
                 future.set_result(fn(*args, **kwargs))
             except _Abandoned:
                 raise
-            except BaseException as error:  # it belongs to whoever holds the future
+            except BaseException as error:  # raised to the owner of the future
                 future.set_exception(error)
 
         self._waiting.append(job)
@@ -349,7 +349,7 @@ class Workers(concurrent.futures.Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more jobs; with `wait`, block in virtual time until those under way have ended."""
+        """Accept no more jobs; with `wait`, block in virtual time until all submitted jobs have ended."""
         self._is_shut = True
         if cancel_futures:
             self._waiting.clear()

@@ -164,9 +164,9 @@ PROGRAMS: list[tuple[Callable[[Bench, bool], None], str, str]] = [
         "use after free",
         "stream 0 must wait for an event recorded on stream 2",
     ),
-    (graph_reads_memory_that_was_dropped, "use after free", "given back before this was submitted"),
+    (graph_reads_memory_that_was_dropped, "use after free", "freed before this access was submitted"),
     (graph_closed_in_flight, "use after free", "has not seen its last launch complete"),
-    (garbage_is_read, "read of garbage", "nobody wrote this"),
+    (garbage_is_read, "read of garbage", "was not written since its allocation"),
     (pinned_memory_changes_during_a_copy, "host write during a copy", "changed by the host"),
     (event_is_recorded_while_polled, "record while waited for", "may still be waiting"),
 ]

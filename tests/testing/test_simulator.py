@@ -218,7 +218,7 @@ def test_explore_finds_every_order() -> None:
 
 
 def test_waiting_for_what_cannot_happen_is_a_deadlock(device: SimulatedDevice) -> None:
-    with pytest.raises(DeadlockError, match="waits for ever"):
+    with pytest.raises(DeadlockError, match="waits permanently"):
         device.time.block_until(lambda: False, "this test")
 
 
