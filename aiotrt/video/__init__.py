@@ -1,16 +1,17 @@
-"""Video: every frame awaited, from the decoder to the sink.
+"""Video: frames from files, cameras and streams through models to sinks, in asyncio.
 
 ::
 
     async with aiotrt.load(network, preprocess=..., postprocess=..., slots=3) as model:
-        async with video.Pipeline(model, {"door": "rtsp://...", "film": "film.mp4"}, JsonLines("found.jsonl")) as pipeline:
+        sources = {"door": "rtsp://...", "street": "street.mp4"}
+        async with video.Pipeline(model, sources, video.JsonLines("found.jsonl")) as pipeline:
             await pipeline.wait()
 
-    async with video.open("film.mp4") as frames:
+    async with video.open("street.mp4") as frames:
         async for frame in frames:
             frame.time, frame.image  # seconds, and (height, width, 3) bytes, RGB
 
-Decoding and encoding take PyAV: ``pip install 'aiotrt[video]'``. Sources that are iterables take nothing.
+Decoding and encoding need PyAV: ``pip install 'aiotrt[video]'``. Sources that are iterables need no extra package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A mailbox that tasks wait at: who puts waits for room, who takes waits for something to take."""
+"""An asynchronous mailbox: the producer waits for room, the consumer waits for an item."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class Box(Generic[T]):
-    """One task puts, another takes.
+    """A mailbox between one producing and one consuming task.
 
     Args:
-        policy: what is kept.
+        policy: which items are kept.
 
     Attributes:
-        mail: what waits, and the drops.
-        is_closed: whether nothing more comes.
+        mail: the waiting items and the counts of dropped ones.
+        is_closed: whether the producer has ended.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -31,18 +31,18 @@ class Box(Generic[T]):
     def __len__(self) -> int:
         return len(self.mail)
 
-    async def room(self) -> None:
-        """Wait until one may be put."""
+    async def wait_for_room(self) -> None:
+        """Wait until there is room for one item. Cancelling changes nothing."""
         while not self.mail.has_room:
             await self._change()
 
     def put(self, item: T, now: float) -> None:
-        """Put one, for which there is room."""
+        """Add an item; there must be room for it."""
         self.mail.put(item, now)
         self._changed.set()
 
-    async def something(self) -> bool:
-        """Wait until there is something to take, or nothing comes any more: false then."""
+    async def wait_for_item(self) -> bool:
+        """Wait for an item; return False if the box is closed and empty. Cancelling changes nothing."""
         while not len(self.mail):
             if self.is_closed:
                 return False
@@ -50,13 +50,13 @@ class Box(Generic[T]):
         return True
 
     def take(self, now: float) -> T | None:
-        """The next one, unless all that waited was stale."""
+        """Take the next item; None if all waiting items were stale."""
         item = self.mail.take(now)
         self._changed.set()
         return item
 
     def close(self) -> None:
-        """Nothing more comes; what is there can be taken."""
+        """Mark the end. Items in the box can still be taken."""
         self.is_closed = True
         self._changed.set()
 

@@ -1,4 +1,4 @@
-"""Whose a cancellation is, and what goes on in spite of it."""
+"""Distinguish a task's own cancellation from that of an operation it awaits, and await work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
-__all__ = ["CancelledElsewhereError", "only_own", "to_its_end"]
+__all__ = ["CancelledElsewhereError", "own_cancellation_only", "wait_until_done"]
 
 T = TypeVar("T")
 
 
 class CancelledElsewhereError(RuntimeError):
-    """What was awaited was cancelled by somebody else: a failure of what awaited it, and nothing that a task ends by."""
+    """An awaited operation was cancelled, but not the task that awaited it. It is an ordinary failure of that task."""
 
     def __init__(self) -> None:
-        super().__init__("what it awaited was cancelled by somebody else")
+        super().__init__("an operation that it awaited was cancelled from outside")
 
 
 @contextlib.contextmanager
-def only_own() -> Iterator[None]:
-    """Around what awaits code of the user's: a cancellation that is not the current task's is an error like any other.
+def own_cancellation_only() -> Iterator[None]:
+    """Turn a cancellation of something other than the current task into an error; for blocks that await user code.
 
-    Else it would end the task, silently, and whoever waits for what the task does would wait for ever.
+    Otherwise such a cancellation would end the task silently, and consumers of its results would wait permanently.
 
     Raises:
-        CancelledElsewhereError: in its place.
+        CancelledElsewhereError: the block raised `asyncio.CancelledError`, and the current task is not being cancelled.
     """
     try:
         yield
@@ -37,8 +37,8 @@ def only_own() -> Iterator[None]:
         raise CancelledElsewhereError from error
 
 
-async def to_its_end(work: asyncio.Future[T]) -> T:
-    """The result of what must not be cut short. Cancelled, this waits for it all the same, and is cancelled then."""
+async def wait_until_done(work: asyncio.Future[T]) -> T:
+    """Return the result of work that must not be interrupted. If cancelled, wait for the work to end, then raise that."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -46,5 +46,5 @@ async def to_its_end(work: asyncio.Future[T]) -> T:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([work])
         if not work.cancelled():
-            work.exception()  # seen; nobody wants it any more
+            work.exception()  # retrieved, or asyncio would log it
         raise

@@ -1,4 +1,4 @@
-"""Decoding by FFmpeg, through PyAV. All of it blocks: `feeds` runs it in a worker thread."""
+"""Decode with FFmpeg, through PyAV. Every function here blocks: `feeds` runs them in a worker thread."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from aiotrt.video.reports import Kind, SourceError
 
 __all__ = ["Decoded", "Decoder", "Opening", "camera", "import_av"]
 
-DAMAGED_IN_A_ROW: Final = 256  # packets, before a source is given up
-LATE: Final = 0.05  # seconds after the start at which the first picture after a seek shows that it went too far
-MISSING: Final = 0.5  # seconds at the end of a file that is as long as it says; its last frame may stand for a while
+DAMAGED_IN_A_ROW: Final = 256  # the number of damaged packets in succession after which a source fails
+LATE: Final = 0.05  # seconds: a first picture that is later than `start` by more shows that a seek went too far
+MISSING: Final = 0.5  # seconds that the last frame of a complete file may last: an earlier end means that it is truncated
 
 
 def import_av() -> Any:
-    """PyAV.
+    """Import PyAV.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: PyAV is not installed.
     """
     try:
         import av
@@ -39,20 +39,20 @@ def import_av() -> Any:
 
 @dataclass(frozen=True)
 class Opening:
-    """How to open a source.
+    """Options for opening a source.
 
     Attributes:
-        location: a path, URL or device, with what is secret in it.
-        title: what messages call it, without that.
-        format: of the container, where FFmpeg must be told.
-        options: FFmpeg's own, such as ``{"rtsp_transport": "tcp"}``.
-        hardware: a kind of hardware decoder, such as "cuda" or "vaapi"; software takes over where it cannot be used.
-        timeout: seconds to open, and for each read.
-        start: seconds from the beginning where reading begins.
-        threads: that the codec may use.
-        low_delay: no frames held back for threads to work on.
-        stream: which of its videos, from 0; None for the one that FFmpeg takes for the best, which is never cover art.
-        max_pixels: that a picture may have for FFmpeg to take memory for it.
+        location: a path, URL or device, including secrets.
+        title: its name in messages, without secrets.
+        format: of the container; None if FFmpeg can detect it.
+        options: passed to FFmpeg, such as ``{"rtsp_transport": "tcp"}``.
+        hardware: a kind of hardware decoder, such as "cuda" or "vaapi"; if it cannot be used, software decodes.
+        timeout: seconds for opening, and for each read.
+        start: seconds from the beginning, where reading begins.
+        threads: the number that the codec may use.
+        low_delay: whether the codec must not delay frames in order to decode several in parallel.
+        stream: the index among its video streams; None for FFmpeg's choice, which is never cover art.
+        max_pixels: the largest picture for which FFmpeg may allocate memory.
     """
 
     location: str
@@ -70,12 +70,12 @@ class Opening:
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is to be shown: transposed first, then flipped.
+    """The transformation of a stored picture for display: transposed first, then flipped.
 
     Attributes:
         is_transposed: whether rows become columns.
-        flips_rows: whether the first row becomes the last.
-        flips_columns: likewise.
+        flips_rows: whether the order of rows is reversed.
+        flips_columns: whether the order of columns is reversed.
     """
 
     is_transposed: bool = False
@@ -84,7 +84,7 @@ class Orientation:
 
     @classmethod
     def of(cls, frame: Any) -> Orientation:
-        """As the frame's display matrix says, which phones write; a turn that is no quarter turn is not made."""
+        """Read the display matrix, which phones write. Rotations by other than multiples of 90 degrees are ignored."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
             return UPRIGHT
@@ -97,7 +97,7 @@ class Orientation:
         return UPRIGHT
 
     def show(self, pixels: Array) -> Array:
-        """Return the pixels as they are to be shown: a copy, unless they are stored so."""
+        """Return the pixels as displayed: a copy, unless they are stored upright."""
         if self == UPRIGHT:
             return pixels
         shown = pixels.transpose(1, 0, 2) if self.is_transposed else pixels
@@ -115,11 +115,11 @@ class Decoded:
     """A decoded picture, in the codec's own memory and format.
 
     Args:
-        frame: PyAV's.
-        aspect: the width of a stored pixel by its height.
+        frame: the frame of PyAV.
+        aspect: the ratio of a stored pixel's width to its height.
     """
 
-    _local: Final = threading.local()  # a reformatter for each thread: making one takes longer than using it
+    _local: Final = threading.local()  # one reformatter per thread, since creating it takes longer than using it
 
     def __init__(self, frame: Any, aspect: float = 1.0) -> None:
         self._frame = frame
@@ -128,16 +128,16 @@ class Decoded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, 3), as it is to be shown."""
+        """(height, width, 3) of the picture as displayed."""
         height, width = self._frame.height, self._frame.width
         return (width, height, 3) if self._orientation.is_transposed else (height, width, 3)
 
     def array(self) -> Array:
-        """A view of what FFmpeg converted to RGB, with padded rows, or a copy, if the picture was not stored upright."""
+        """Convert to RGB. Returns a view with padded rows, or a copy if the picture is not stored upright."""
         reformatter = getattr(self._local, "reformatter", None)
         if reformatter is None:
             reformatter = self._local.reformatter = import_av().video.reformatter.VideoReformatter()
-        # One thread: FFmpeg would otherwise start one for each processor, for every frame.
+        # By default FFmpeg would start one thread per CPU core, for every frame.
         plane = reformatter.reformat(self._frame, format="rgb24", threads=1).planes[0]
         height, width = self._frame.height, self._frame.width
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
@@ -147,15 +147,15 @@ class Decoded:
 
 
 class Decoder:
-    """An opened source: its pictures one after the other. For one thread at a time.
+    """An opened source that gives its pictures in order. Not thread-safe.
 
     Raises:
-        SourceError: it is missing, is no video, or has no video in it.
+        SourceError: the source is missing, is not a video, or contains no video stream.
         MissingDependencyError: PyAV is not installed.
 
     Attributes:
-        notes: what went wrong without ending it, for whoever reads.
-        is_damaged: whether anything did.
+        notes: problems that did not end the source; the reader removes them.
+        rate: average frames a second, None if unknown.
     """
 
     def __init__(self, opening: Opening) -> None:
@@ -165,19 +165,19 @@ class Decoder:
         self._ready: deque[Any] = deque()
         self._damaged_in_a_row = 0
         self._count = 0
-        self._last = 0.0  # seconds: the last picture's time
-        self._is_sought = False  # and nothing has been decoded since
+        self._last = 0.0  # time of the last picture, in seconds
+        self._is_sought = False  # a seek was made, and nothing has been decoded since
         if opening.hardware is not None and opening.hardware not in (known := av.codec.hwaccel.hwdevices_available()):
             raise SourceError(
                 f"hardware={opening.hardware!r}: PyAV has no such decoder; it has {', '.join(known) or 'none'}"
             )
-        container = self._container = self._opened()
+        container = self._container = self._open()
         try:
-            stream = self._stream = self._chosen()
+            stream = self._stream = self._select_stream()
             stream.thread_type = "SLICE" if opening.low_delay else "AUTO"
             stream.thread_count = opening.threads
             self._expected = stream.frames if not opening.start else 0
-            #: Seconds, by the container's clock, at which a file begins: a recording's clock need not begin at 0.
+            #: The container's time at the beginning of a file, in seconds; it need not be 0.
             self._origin = (container.start_time or 0) / 1e6 if self.is_finite else 0.0
             self._until = _end(container)
             self._aspect = float(stream.sample_aspect_ratio or 1.0)
@@ -189,22 +189,21 @@ class Decoder:
             container.close()
             raise
 
-    def _chosen(self) -> Any:
-        """The stream to decode."""
+    def _select_stream(self) -> Any:
         opening, videos = self._opening, self._container.streams.video
         if not videos:
-            raise SourceError(f"{opening.title}: there is no video in it")
+            raise SourceError(f"{opening.title}: it contains no video stream")
         if opening.stream is None:
             return self._container.streams.best("video") or videos[0]
         if opening.stream >= len(videos):
-            raise SourceError(f"{opening.title}: it has {len(videos)} video streams, and no stream={opening.stream}")
+            raise SourceError(f"{opening.title}: stream={opening.stream}, but it has only {len(videos)} video streams")
         return videos[opening.stream]
 
-    def _opened(self) -> Any:
-        """The container, decoding in hardware if that was asked for and can be."""
+    def _open(self) -> Any:
+        """Open the container, for decoding in hardware if that was requested and is possible."""
         av, opening = self._av, self._opening
         options = dict(opening.options)
-        if opening.max_pixels is not None:  # opening decodes a picture to learn of it, as large as that may be
+        if opening.max_pixels is not None:  # opening decodes a picture, of any size, to detect the format
             options.setdefault("max_pixels", str(opening.max_pixels))
         arguments = {"format": opening.format, "options": options, "timeout": opening.timeout}
         try:
@@ -214,7 +213,7 @@ class Decoder:
                     return av.open(opening.location, hwaccel=device, **arguments)
                 except (av.FFmpegError, NotImplementedError, RuntimeError) as error:
                     self.notes.append(
-                        (Kind.HARDWARE, f"{opening.hardware} cannot be used ({self._words(error)}): software decodes")
+                        (Kind.HARDWARE, f"{opening.hardware} cannot be used ({self._message(error)}): software decodes")
                     )
             return av.open(opening.location, **arguments)
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -222,24 +221,24 @@ class Decoder:
 
     @property
     def frames(self) -> int | None:
-        """How many frames the source says it has."""
+        """The number of frames that the container declares; None if it declares none."""
         return self._stream.frames or None
 
     @property
     def is_finite(self) -> bool:
-        """Whether it says how long it is, as a film does and a camera does not."""
+        """Whether the container declares its length, as a video file does and a camera does not."""
         return bool(self._stream.frames or self._container.duration)
 
     def size(self) -> tuple[int, int]:
-        """Height and width that the source says its pictures have, before any is decoded."""
+        """Height and width of the pictures as declared, before any is decoded."""
         context = self._stream.codec_context
         return context.height, context.width
 
     def read(self) -> tuple[Decoded, float | None] | None:
-        """The next picture, and its time in seconds, in a file since its beginning; None at the end.
+        """Return the next picture and its time in seconds, or None at the end. A file's time starts at its beginning.
 
         Raises:
-            SourceError: the source went away, or so much of it is damaged that it is given up.
+            SourceError: reading failed, or `DAMAGED_IN_A_ROW` packets or pictures in succession were damaged.
         """
         while True:
             while self._ready:
@@ -251,7 +250,7 @@ class Decoder:
                         continue
                 if frame.is_corrupt:
                     self._damaged("a picture is damaged")
-                # Without a start, all: live streams begin before 0. The origin is rounded to microseconds.
+                # Without `start` skip nothing: live streams may begin before 0. The origin is rounded to microseconds.
                 elif time is None or not self._opening.start or time >= self._opening.start - 1e-3:
                     self._count += 1
                     self._damaged_in_a_row = 0
@@ -267,7 +266,7 @@ class Decoder:
         try:
             packet = next(self._packets, None)
         except av.error.InvalidDataError as error:
-            self._damaged(self._words(error))
+            self._damaged(self._message(error))
             self._packets = self._container.demux(self._stream)
             return True
         except (av.FFmpegError, OSError) as error:
@@ -276,12 +275,12 @@ class Decoder:
             return False
         try:
             self._ready.extend(packet.decode())
-        except av.error.EOFError:  # the decoder was told of the end already
+        except av.error.EOFError:  # the decoder has reached its end already
             return False
         except av.FFmpegError as error:
-            self._damaged(self._words(error))
+            self._damaged(self._message(error))
         else:
-            if packet.is_corrupt:  # what could be decoded of it comes all the same
+            if packet.is_corrupt:  # the pictures that could be decoded are used
                 self.notes.append((Kind.CORRUPT, "a packet arrived damaged"))
         return True
 
@@ -294,30 +293,30 @@ class Decoder:
     def _ended(self) -> None:
         if self._count < self._expected:
             self.notes.append((Kind.TRUNCATED, f"ended after {self._count} of {self._expected} frames"))
-            self._expected = 0  # said once
+            self._expected = 0  # reported once
         elif not self.frames and self._until is not None and self._last < self._until - MISSING:
             self.notes.append((Kind.TRUNCATED, f"ended at {self._last:.1f} s of {self._until:.1f} s"))
             self._until = None
 
     def _fail(self, error: Exception) -> NoReturn:
         opening = self._opening
-        # FFmpeg's error says the whole URL: as the cause, it would show what is secret in it in every traceback.
+        # FFmpeg's error contains the whole URL; as the cause, it would show secrets in every traceback.
         cause = error if opening.title == opening.location else None
-        raise SourceError(f"{opening.title}: {self._words(error)}") from cause
+        raise SourceError(f"{opening.title}: {self._message(error)}") from cause
 
-    def _words(self, error: Exception) -> str:
-        words = str(getattr(error, "strerror", None) or error) or type(error).__name__
-        return words.replace(self._opening.location, self._opening.title)
+    def _message(self, error: Exception) -> str:
+        message = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        return message.replace(self._opening.location, self._opening.title)
 
     def _seek(self) -> None:
         try:
             self._container.seek(round((self._opening.start + self._origin) * 1_000_000))
             self._is_sought = True
         except (self._av.FFmpegError, OSError) as error:
-            self.notes.append((Kind.SEEK, f"cannot begin at {self._opening.start} s: {self._words(error)}"))
+            self.notes.append((Kind.SEEK, f"cannot begin at {self._opening.start} s: {self._message(error)}"))
 
     def _rewind(self) -> bool:
-        """Begin at the beginning, since a seek went too far, as in transport streams; what is too early is skipped."""
+        """Return to the beginning after a seek that went too far, as in transport streams; `read` skips earlier frames."""
         try:
             self._container.seek(round(self._origin * 1_000_000))
         except (self._av.FFmpegError, OSError):
@@ -327,19 +326,19 @@ class Decoder:
         return True
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the container."""
         self._container.close()
 
 
 def _end(container: Any) -> float | None:
-    """Seconds that a file says it lasts; None if it does not say, or if that may be its sound's end."""
+    """The declared duration in seconds; None if there is none, or if it may be that of the sound."""
     if container.duration is None or len(container.streams) > 1:
         return None
     return float(container.duration) / 1e6
 
 
 def camera(device: int | str) -> tuple[str, str]:
-    """FFmpeg's location and format of a camera, by its number or by the system's name for it."""
+    """Return FFmpeg's location and format for a camera, given its number or the system's name for it."""
     if sys.platform == "darwin":
         return str(device), "avfoundation"
     if sys.platform == "win32":

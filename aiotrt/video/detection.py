@@ -1,7 +1,7 @@
-"""Before and after a detector such as RF-DETR: functions over device tensors, captured in the graph with the network.
+"""Pre- and postprocessing for a detector such as RF-DETR, captured in the graph together with the network.
 
-They make no tensor on the host, wait for nothing, and their shapes do not depend on what is in a frame, so a graph can hold
-them. `Detections` is what their results are on the host.
+Both work on device tensors, create no tensor in host memory and do not synchronize, and their shapes do not depend on the
+content of a frame, so they can be captured. `Detections` holds the results in host memory.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ IMAGENET_DEVIATION: Final = (0.229, 0.224, 0.225)
 
 
 class Preprocess:
-    """A frame (height, width, 3) of bytes, RGB, to a network's input (1, 3, size, size): resized, stretched, normalised.
+    """Convert a frame (height, width, 3) of bytes, RGB, to a network's input (1, 3, size, size): resized and normalised.
 
-    For ``load(preprocess=...)``. Bilinear and without antialiasing, as RF-DETR's own `predict` does it. Frames of any size;
-    each size is a graph of its own.
+    For ``load(preprocess=...)``. The aspect ratio is not kept. Bilinear without antialiasing, as in RF-DETR's own `predict`.
+    Frames may have any size; each size has its own graph.
 
     Args:
-        size: of the network's input, in pixels.
+        size: height and width of the network's input, in pixels.
         dtype: of the network's input.
-        mean: of each channel, of values from 0 to 1.
-        deviation: likewise.
+        mean: of each channel, for values from 0 to 1.
+        deviation: the standard deviation of each channel, for values from 0 to 1.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Preprocess:
     ) -> None:
         self.size = size
         self.dtype = dtype
-        # Numbers and not tensors: a tensor would have to be copied to the device inside the capture.
+        # Python numbers, because a tensor would have to be copied to the device during capture.
         self._scales = [1 / (255 * d) for d in deviation]
         self._shifts = [-m / d for m, d in zip(mean, deviation, strict=True)]
 
     def __call__(self, frame: torch.Tensor) -> torch.Tensor:
-        """A frame to the network's input."""
+        """Convert a frame (height, width, 3) to the network's input (1, 3, size, size)."""
         image = frame.permute(2, 0, 1)[None].float()
         image = torch.nn.functional.interpolate(image, (self.size, self.size), mode="bilinear", align_corners=False)
         channels = [image[:, i] * a + b for i, (a, b) in enumerate(zip(self._scales, self._shifts, strict=True))]
@@ -60,16 +60,19 @@ class Preprocess:
 
 
 class Postprocess:
-    """A DETR's boxes, logits and, if it segments, masks to its best detections; the network may give them in any order.
+    """Select the best detections from a DETR's boxes, logits and optional masks, which the network may give in any order.
 
-    For ``load(postprocess=...)``. Sigmoid, the best `top` of all queries and classes (equal scores in their order, as
-    RF-DETR has it), boxes from centre and size to corners in pixels, masks resized and cut at zero. Masks leave the device
-    with eight pixels to the byte: an eighth of the copy. `detections` makes them arrays again.
+    For ``load(postprocess=...)``. Takes the sigmoid and the best `top` of all queries and classes (equal scores in their
+    order, as in RF-DETR), converts boxes from centre and size to corners in pixels, and resizes masks and thresholds them
+    at zero. Masks are copied from the device with eight pixels in a byte, an eighth of the size; `detections` unpacks them.
 
     Args:
-        height: of the frames that boxes and masks are for, in pixels.
-        width: likewise.
-        top: how many detections there are, whatever their scores.
+        height: of the frames, in pixels; boxes and masks are scaled to it.
+        width: of the frames, in pixels.
+        top: the number of detections, whatever their scores.
+
+    Raises:
+        InputError: an argument is less than 1.
     """
 
     def __init__(self, height: int, width: int, *, top: int = 32) -> None:
@@ -80,8 +83,12 @@ class Postprocess:
         self.top = top
 
     def __call__(self, *outputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The network's outputs to ``boxes``, ``scores``, ``classes`` and, of one that segments, ``masks``."""
-        boxes, logits, masks = _told_apart(outputs)
+        """Return ``boxes``, ``scores``, ``classes`` and, for a network that segments, ``masks``.
+
+        Raises:
+            InputError: the outputs do not have the shapes of a DETR's.
+        """
+        boxes, logits, masks = _identify(outputs)
         classes = logits.shape[2]
         scores = logits[0].float().sigmoid().flatten()
         ordered, order = scores.sort(descending=True, stable=True)
@@ -100,13 +107,13 @@ class Postprocess:
         inside = torch.nn.functional.interpolate(masks[:, None], size, mode="bilinear", align_corners=False)[:, 0] > 0
         inside = torch.nn.functional.pad(inside, (0, -self.width % 8)).unflatten(2, (-1, 8))
         packed: torch.Tensor = inside[..., 0].to(torch.uint8) * 128
-        for bit in range(1, 8):  # the first pixel is the highest bit, as numpy.unpackbits has it
+        for bit in range(1, 8):  # the first pixel is the highest bit, as in numpy.unpackbits
             packed = packed + inside[..., bit].to(torch.uint8) * (128 >> bit)
         return packed
 
 
-def _told_apart(outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Boxes (1, n, 4), logits (1, n, classes) and masks (1, n, height, width), in whichever order an engine gives them."""
+def _identify(outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return boxes (1, n, 4), logits (1, n, classes) and masks (1, n, height, width), identified by shape."""
     flat = [output for output in outputs if output.ndim == 3]
     masks = [output for output in outputs if output.ndim == 4]
     if len(flat) != 2 or len(masks) > 1 or 4 not in (flat[0].shape[2], flat[1].shape[2]):
@@ -118,14 +125,14 @@ def _told_apart(outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found on one frame, best first.
+    """The detections on one frame, highest score first.
 
     Attributes:
-        boxes: (n, 4) left, upper, right, lower, in pixels of a frame of `size`.
+        boxes: (n, 4): left, upper, right, lower, in pixels of a frame of `size`.
         scores: (n,), from 0 to 1.
-        classes: (n,) numbers.
-        masks: (n, height, width) of booleans; None of a detector that only finds boxes.
-        size: height and width of the frames that boxes and masks are for.
+        classes: (n,) class numbers.
+        masks: (n, height, width) booleans; None for a detector without masks.
+        size: height and width of the frames that boxes and masks refer to.
     """
 
     boxes: Array
@@ -139,12 +146,12 @@ class Detections:
 
 
 def detections(results: Mapping[str, Any], size: tuple[int, int], *, threshold: float = 0.5) -> Detections:
-    """What `Postprocess` found, as far as its scores are at least `threshold`, with its masks unpacked.
+    """Convert the results of `Postprocess` to `Detections` with a score of at least `threshold`, and unpack the masks.
 
     Args:
         results: of a model with `Postprocess`, by name; arrays or host tensors.
-        size: height and width that `Postprocess` was made with.
-        threshold: the least score.
+        size: the height and width that `Postprocess` was created with.
+        threshold: the minimum score.
     """
     scores = np.asarray(results["scores"])
     keep = scores >= threshold

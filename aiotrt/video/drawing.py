@@ -1,4 +1,4 @@
-"""Boxes, masks and labels on a frame."""
+"""Draw boxes, masks and labels on frames."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLOURS: Final = (
 
 
 class Annotator:
-    """Draws detections: for `VideoFile`, `Mjpeg` and `WebSockets`.
+    """A function that draws detections; for `VideoFile`, `Mjpeg` and `WebSockets`.
 
     Args:
-        convert: from the model's output to `Detections`; by default the output is one.
+        convert: a function from the model's output to `Detections`; None if the output is a `Detections`.
         labels: names of the classes, by number.
         opacity: of masks, from 0 to 1.
         width: of lines, in pixels.
@@ -53,7 +53,7 @@ class Annotator:
         self._width = width
 
     def __call__(self, image: Array, output: Any) -> Array:
-        """A copy of the frame with everything on it."""
+        """Return a copy of the frame (height, width, 3) with the detections drawn on it."""
         found: Detections = self._convert(output) if self._convert is not None else output
         shown = np.array(image)
         height, width = shown.shape[:2]

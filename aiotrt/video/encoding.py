@@ -1,4 +1,4 @@
-"""Frames out again: video files by PyAV."""
+"""Write video files, with PyAV."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from aiotrt.video.sinks import Draw, Result, Threaded
 
 __all__ = ["VideoFile"]
 
-LONGEST: Final = 3600.0  # seconds that a frame may stand: a longer gap is a clock that was set
+LONGEST: Final = 3600.0  # seconds that a frame may last; a longer gap means that the source's clock was set
 TIME_BASE: Final = Fraction(1, 90_000)  # seconds; common rates are whole numbers of it
 
 
 class VideoFile(Threaded):
-    """A video file for each source, each frame at its own time, so that a variable frame rate stays one.
+    """A sink that writes a video file for each source, with each frame at its own time: a variable frame rate is kept.
 
     Args:
-        path: of the file; ``{source}`` in it stands for the source's name, and must be there if there are several. Of two
-            sources whose files would be one, the second one's results are refused; see `path_of`.
-        draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
+        path: of the file; ``{source}`` is replaced by the source's name, and is required if there are several sources. If
+            two sources would have the same file, the results of the second are rejected; see `path_of`.
+        draw: a function that draws on the frame, such as `Annotator`; None shows the frame unchanged.
         codec: FFmpeg's name of the encoder.
-        rate: frames a second where frames bear no time, and where their time goes back, or ahead by an hour, as that of a
-            clock that was set, or of a source that came again: such a frame follows the last one at once, and the next ones
-            at their distance from it.
-        options: FFmpeg's own, of the encoder.
+        rate: frames a second for frames without a time. Also used where time goes back, or jumps by an hour or more,
+            because a clock was set or a source reconnected: that frame follows the last one after one such interval, and
+            later frames keep their distance from it.
+        options: passed to FFmpeg's encoder.
 
-    Frames are encoded at the first one's size; a frame of another size is scaled to it.
+    Frames are encoded at the size of the first; a frame of another size is scaled to it.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class VideoFile(Threaded):
         self._encoders: dict[str, _Encoder] = {}
 
     def path_of(self, source: str) -> str:
-        """The file of a source, by its name; in it is ``_`` for what is no letter, digit, ``-``, ``_`` or ``.``."""
+        """Return the file for a source. In its name, characters other than letters, digits and ``-_.`` become ``_``."""
         return self._path.replace("{source}", "".join(c if c.isalnum() or c in "-_." else "_" for c in source))
 
     def begin(self) -> None:
-        """Get ready."""
+        """Check that PyAV is installed."""
         import_av()
 
     def take(self, result: Result) -> None:
-        """See `Threaded`."""
+        """Encode a result's frame."""
         frame = result.frame
         encoder = self._encoders.get(frame.source)
         if encoder is None:
@@ -69,8 +69,8 @@ class VideoFile(Threaded):
             for other in self._encoders:
                 if self.path_of(other) == path:
                     raise ValueError(
-                        f"{path} is of source {other!r}: put {{source}} into the path for several sources, and give them "
-                        "names that differ in letters and digits"
+                        f"{path} belongs to source {other!r}: put {{source}} into the path for several sources, and give "
+                        "them names that differ in letters and digits"
                     )
             height, width = frame.shape[:2]
             encoder = self._encoders[frame.source] = _Encoder(path, self._codec, width, height, self._rate, self._options)
@@ -78,47 +78,47 @@ class VideoFile(Threaded):
         encoder.write(image, frame.time)
 
     def end(self) -> None:
-        """See `Threaded`."""
+        """Complete and close all files."""
         failures = []
         for encoder in self._encoders.values():
             try:
                 encoder.close()
-            except Exception as error:  # the others are closed all the same
+            except Exception as error:  # close the others before raising
                 failures.append(error)
         if failures:
             raise failures[0]
 
 
-_PROTOCOLS: Final = ("file:", "pipe:", "fd:", "tee:")  # of FFmpeg's, those that are written without slashes
+_PROTOCOLS: Final = ("file:", "pipe:", "fd:", "tee:")  # FFmpeg's protocols that are written without slashes
 
 
 class _Encoder:
     def __init__(self, path: str, codec: str, width: int, height: int, rate: float, options: dict[str, str]) -> None:
         av = self._av = import_av()
         self._rate = rate
-        self._last = -1  # where the last frame stands in the film, in TIME_BASE
-        self._at: float | None = None  # its source's last time, and the one that the film's beginning would be
-        self._zero = 0.0
+        self._last = -1  # time of the last frame in the file, in TIME_BASE
+        self._at: float | None = None  # time of the last frame in its source, in seconds
+        self._zero = 0.0  # source time, in seconds, that corresponds to the beginning of the file
         if ":" in path and "://" not in path and not path.startswith(_PROTOCOLS):
-            path = f"file:{path}"  # else FFmpeg takes what is before the colon for a protocol
+            path = f"file:{path}"  # otherwise FFmpeg takes the text before the colon for a protocol
         self._file = av.open(path, "w")
         try:
             self._stream = self._file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options)
-            # Chroma at half the resolution takes even extents: one row or column is cut off.
+            # Chroma has half the resolution, so both dimensions must be even: one row or column is cut off.
             self._stream.width, self._stream.height = max(2, width - width % 2), max(2, height - height % 2)
             self._stream.pix_fmt = "yuv420p"
             self._stream.time_base = TIME_BASE
             self._stream.codec_context.time_base = TIME_BASE
-            self._file.start_encoding()  # which opens the file: one that cannot be written fails at its first frame
+            self._file.start_encoding()  # opens the file, so that a file that cannot be written fails at the first frame
         except BaseException:
-            with contextlib.suppress(Exception):  # of a file that was never opened
+            with contextlib.suppress(Exception):  # the file may not be open
                 self._file.close()
             raise
 
     def write(self, image: Any, at: float | None) -> None:
         ticks = self._last + round(1 / self._rate / TIME_BASE) if self._last >= 0 else 0
         if at is not None and math.isfinite(at):
-            # Of a source that came back, or whose clock was set. An MP4 cannot have a frame that lasts for 13 hours.
+            # The source reconnected, or its clock was set. A frame in an MP4 file cannot last for 13 hours.
             if self._at is None or not 0 <= at - self._at < LONGEST:
                 self._zero = at - float(ticks * TIME_BASE)
             else:
@@ -132,12 +132,12 @@ class _Encoder:
             else:
                 frame = frame.reformat(self._stream.width, self._stream.height)
         frame.pts = ticks
-        self._last = ticks  # only now: one that no film can have must not be what the next ones come after
+        self._last = ticks  # after the conversion: a frame that cannot be encoded must not move the following ones
         frame.time_base = TIME_BASE
         self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         try:
-            self._file.mux(self._stream.encode(None))  # what the encoder holds back
+            self._file.mux(self._stream.encode(None))  # frames that the encoder has buffered
         finally:
             self._file.close()

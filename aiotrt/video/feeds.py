@@ -1,4 +1,4 @@
-"""Where pictures come from, one at a time: a decoder or an iterator in its thread, a sequence, an async iterator."""
+"""Feeds give pictures one at a time, from a decoder or an iterator in a thread, a sequence or an async iterator."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Item:
 
     Attributes:
         picture: its pixels.
-        time: seconds, by the source's clock; None if it says none.
-        seconds: what it took to read and decode.
+        time: seconds, by the source's clock; None if it has none.
+        seconds: the duration of reading and decoding.
     """
 
     picture: Picture
@@ -46,47 +46,48 @@ class Feed(Protocol):
     """An opened source."""
 
     async def read(self) -> Item | None:
-        """The next picture, None at the end; raises what ends the source. Cancelled, the feed can only be closed."""
+        """Return the next picture, or None at the end. After an error or a cancellation the feed can only be closed."""
         ...
 
     def notes(self) -> Iterable[tuple[Kind, str]]:
-        """What went wrong since the last time without ending it."""
+        """Return the problems since the last call that did not end the source."""
         ...
 
     async def aclose(self) -> None:
-        """Let it go, when what runs in a thread for it has ended."""
+        """Close the feed after the operation in its thread has ended."""
         ...
 
 
 class _Worker:
-    """One thread for what blocks, in order.
+    """One thread that runs blocking calls in order.
 
     Args:
-        patience: seconds that closing waits for a call that does not return.
+        name: of the source.
+        timeout: seconds that closing waits for a call that does not return.
     """
 
-    def __init__(self, name: str, patience: float) -> None:
+    def __init__(self, name: str, timeout: float) -> None:
         self._name = name
-        self._patience = patience
+        self._timeout = timeout
         self._pool = Workers(1, f"aiotrt-{name}")
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Call it in the thread. Cancelled, it runs on alone."""
+        """Call `function` in the thread. If this is cancelled, the function continues to run."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     async def close(self, function: Callable[[], object]) -> None:
-        """Call it after all that was called before, and end the thread."""
+        """Call `function` after all earlier calls, and end the thread."""
         last = asyncio.get_running_loop().run_in_executor(self._pool, function)
-        done, _ = await asyncio.wait([last], timeout=self._patience)
-        self._pool.shutdown(wait=bool(done))  # the thread has nothing left to do then, and ends at once
+        done, _ = await asyncio.wait([last], timeout=self._timeout)
+        self._pool.shutdown(wait=bool(done))  # an idle thread ends at once
         if not done:
-            log.warning("%s: a read has not returned after %g s; its thread ends when it does", self._name, self._patience)
+            log.warning("%s: a read has not returned after %g s; its thread ends when it does", self._name, self._timeout)
         elif (error := last.exception()) is not None:
             log.warning("%s: closing it failed: %s", self._name, error)
 
 
 class DecoderFeed:
-    """A file, URL or camera, decoded in a thread of its own."""
+    """A feed that decodes a file, URL or camera in its own thread."""
 
     def __init__(self, worker: _Worker, decoder: Decoder) -> None:
         self._worker = worker
@@ -94,7 +95,7 @@ class DecoderFeed:
 
     @classmethod
     async def open(cls, opening: Opening, name: str) -> DecoderFeed:
-        """Open it, in its thread. Cancelled, the thread closes what it opened."""
+        """Open a decoder in its thread. If this is cancelled, the thread closes the decoder."""
         worker = _Worker(name, opening.timeout)
         opened: list[Decoder] = []
 
@@ -114,11 +115,11 @@ class DecoderFeed:
 
     @property
     def decoder(self) -> Decoder:
-        """What it reads from."""
+        """The decoder that it reads."""
         return self._decoder
 
     async def read(self) -> Item | None:
-        """See `Feed`."""
+        """Return the next picture; see `Feed.read`."""
         return await self._worker.call(self._read)
 
     def _read(self) -> Item | None:
@@ -127,46 +128,46 @@ class DecoderFeed:
         return None if found is None else Item(*found, time.perf_counter() - started)
 
     def notes(self) -> Iterable[tuple[Kind, str]]:
-        """See `Feed`."""
+        """Return the decoder's notes; see `Feed.notes`."""
         notes = self._decoder.notes
         while notes:
             yield notes.popleft()
 
     async def aclose(self) -> None:
-        """See `Feed`."""
+        """Close the decoder and end the thread."""
         await self._worker.close(self._decoder.close)
 
 
 class SequenceFeed:
-    """Frames that are all there: taken on the loop's thread, since that takes no time."""
+    """A feed from a sequence, read on the event loop's thread because that takes no time."""
 
     def __init__(self, frames: Sequence[Any]) -> None:
         self._frames = iter(frames)
 
     async def read(self) -> Item | None:
-        """See `Feed`."""
-        await asyncio.sleep(0)  # else a source that nobody holds back would keep the loop for itself
+        """Return the next picture; see `Feed.read`."""
+        await asyncio.sleep(0)  # otherwise a source without backpressure would block the event loop
         value = next(self._frames, _END)
         return None if value is _END else item_of(value, 0.0)
 
     def notes(self) -> Iterable[tuple[Kind, str]]:
-        """None."""
+        """Return nothing: iterables report no problems."""
         return ()
 
     async def aclose(self) -> None:
-        """There is nothing to let go."""
+        """Do nothing: there is nothing to close."""
         return
 
 
 class IteratorFeed:
-    """Any iterator, called in a thread of its own."""
+    """A feed from an iterator, called in its own thread."""
 
-    def __init__(self, frames: Iterator[Any], name: str, patience: float) -> None:
+    def __init__(self, frames: Iterator[Any], name: str, timeout: float) -> None:
         self._frames = frames
-        self._worker = _Worker(name, patience)
+        self._worker = _Worker(name, timeout)
 
     async def read(self) -> Item | None:
-        """See `Feed`."""
+        """Return the next picture; see `Feed.read`."""
         return await self._worker.call(self._read)
 
     def _read(self) -> Item | None:
@@ -175,23 +176,23 @@ class IteratorFeed:
         return None if value is _END else item_of(value, time.perf_counter() - started)
 
     def notes(self) -> Iterable[tuple[Kind, str]]:
-        """None."""
+        """Return nothing: iterables report no problems."""
         return ()
 
     async def aclose(self) -> None:
-        """See `Feed`."""
+        """Close the iterator, if it has `close`, and end the thread."""
         close: Callable[[], object] = getattr(self._frames, "close", lambda: None)
         await self._worker.close(close)
 
 
 class AsyncFeed:
-    """Any asynchronous iterator."""
+    """A feed from an asynchronous iterator."""
 
     def __init__(self, frames: AsyncIterator[Any]) -> None:
         self._frames = frames
 
     async def read(self) -> Item | None:
-        """See `Feed`."""
+        """Return the next picture; see `Feed.read`."""
         started = time.perf_counter()
         try:
             value = await anext(self._frames)
@@ -200,20 +201,20 @@ class AsyncFeed:
         return item_of(value, time.perf_counter() - started)
 
     def notes(self) -> Iterable[tuple[Kind, str]]:
-        """None."""
+        """Return nothing: iterables report no problems."""
         return ()
 
     async def aclose(self) -> None:
-        """See `Feed`."""
+        """Close the iterator, if it is a generator."""
         if inspect.isasyncgen(self._frames):
             await self._frames.aclose()
 
 
 def item_of(value: Any, seconds: float) -> Item:
-    """What an iterable gave: a frame, an array, or a pair of a time in seconds and one of these.
+    """Convert a value of an iterable: a frame, an array, or a pair of a time in seconds and one of these.
 
     Raises:
-        ValueError: it is a tuple of another form.
+        ValueError: the value is a tuple of another form.
     """
     time_: float | None = None
     if isinstance(value, tuple):
@@ -226,5 +227,5 @@ def item_of(value: Any, seconds: float) -> Item:
         picture, time_ = value._picture, value.time if time_ is None else time_
     else:
         picture = Held(np.asarray(value))
-    # Not a number would be the time of all that is reckoned from it: loops, pace, films.
+    # NaN would spread to all times computed from it: of loops, of pacing and in written files.
     return Item(picture, time_ if time_ is not None and math.isfinite(time_) else None, seconds)

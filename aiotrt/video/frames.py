@@ -1,4 +1,4 @@
-"""A frame: where it comes from, when it was, and its pixels, which are converted when somebody wants them."""
+"""A frame: its source, its time, and its pixels, which are converted to RGB at the first access."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class Picture(Protocol):
-    """Pixels, as they came."""
+    """Pixels in the form in which the source gives them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, 3), without converting anything."""
+        """(height, width, 3). Reading it converts nothing."""
         ...
 
     @property
     def pixel_aspect(self) -> float:
-        """The width of a pixel by its height, as it is to be shown."""
+        """The ratio of a displayed pixel's width to its height."""
         ...
 
     def array(self) -> Array:
-        """The pixels, RGB; may convert, which takes a while."""
+        """Return the pixels, RGB. May convert, which takes some milliseconds for a large picture."""
         ...
 
 
 class Held:
-    """Pixels that are an array already, and square."""
+    """A picture from an array, with square pixels."""
 
     pixel_aspect = 1.0
 
@@ -39,11 +39,11 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The array's."""
+        """The shape of the array."""
         return tuple(self._array.shape)
 
     def array(self) -> Array:
-        """The array itself, no copy."""
+        """Return the array itself, not a copy."""
         return self._array
 
 
@@ -52,11 +52,11 @@ class Frame:
 
     Attributes:
         source: the source's name.
-        index: which one it is of those that the source gave, from 0; what a policy dropped leaves gaps.
-        time: seconds, of a file since its beginning, else by the source's own clock (its presentation timestamp); None if it
-            says none.
-        received: seconds by the pipeline's clock, when it was decoded.
-        decode_seconds: what reading and decoding it took.
+        index: its number among the source's frames, from 0; frames that a policy drops leave gaps.
+        time: seconds since the beginning for a file, else by the source's own clock (its presentation timestamp); None if
+            the source has no time.
+        received: when it was decoded, in seconds by the pipeline's clock.
+        decode_seconds: the duration of reading and decoding.
     """
 
     __slots__ = ("_image", "_picture", "decode_seconds", "index", "received", "source", "time")
@@ -81,42 +81,46 @@ class Frame:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, 3), without converting anything."""
+        """(height, width, 3). Reading it converts nothing."""
         return self._picture.shape
 
     @property
     def pixel_aspect(self) -> float:
-        """The width of a pixel by its height. Where it is not 1.0, the picture is to be shown wider or narrower."""
+        """The ratio of a pixel's width to its height. If it is not 1.0, display the picture wider or narrower."""
         return self._picture.pixel_aspect
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """That of `image`, without converting anything: decoded pictures are bytes."""
+        """The dtype of `image`; uint8 for decoded pictures. Reading it converts nothing."""
         return self.image.dtype if self.is_converted else np.dtype(np.uint8)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """`image`, for NumPy, torch.as_tensor and models: no copy unless another dtype, or a copy, is asked for."""
+        """Return `image`, for NumPy, torch.as_tensor and models; a copy for another dtype or ``copy=True``.
+
+        Raises:
+            ValueError: ``copy=False``, and another dtype is requested.
+        """
         image = self.image
         if dtype is not None and image.dtype != dtype:
             if copy is False:
-                raise ValueError(f"a frame is {image.dtype}, and cannot be {np.dtype(dtype)} without a copy")
+                raise ValueError(f"a frame of dtype {image.dtype} cannot be converted to {np.dtype(dtype)} without a copy")
             return image.astype(dtype)
         return image.copy() if copy else image
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        """`image`, for torch.from_dlpack and others; see `numpy.ndarray.__dlpack__`."""
+        """Export `image`, for torch.from_dlpack and others; see `numpy.ndarray.__dlpack__`."""
         return self.image.__dlpack__(**arguments)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Host memory."""
+        """Return DLPack's device: host memory."""
         return self.image.__dlpack_device__()
 
     @property
     def image(self) -> Array:
         """(height, width, 3) bytes, RGB. All readers share it, so do not write to it.
 
-        The first access converts a decoded picture, some milliseconds for a large one: not for the loop's thread, unless the
-        frame came out of ``async for``, which has converted it already.
+        The first access converts a decoded picture, which takes some milliseconds for a large one: do not do it on the event
+        loop's thread, except for frames from ``async for``, which are converted already.
         """
         if self._image is None:
             self._image = self._picture.array()
@@ -124,11 +128,11 @@ class Frame:
 
     @property
     def is_converted(self) -> bool:
-        """Whether `image` takes no time."""
+        """Whether `image` is available without conversion."""
         return self._image is not None or isinstance(self._picture, Held)
 
     def write(self, out: Array) -> None:
-        """Convert, and copy the pixels into `out`: such as a slot's page-locked staging. For worker threads."""
+        """Convert, and copy the pixels into `out`, such as a slot's page-locked staging memory; for worker threads."""
         np.copyto(out, self._picture.array() if self._image is None else self._image, casting="no")
 
     def __repr__(self) -> str:

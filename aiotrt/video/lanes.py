@@ -1,9 +1,9 @@
-"""One source's way through a pipeline.
+"""The path of one source through a pipeline.
 
-A source has a lane: one task reads it into a mailbox, where the policy drops or holds back; one takes frames out, whenever
-the pipeline lets it, and starts a task for each; one takes the results in the frames' order and hands them to the sinks, of
-which each has a mailbox and a task of its own. So who waits for whom is a matter of mailboxes: a slow sink fills its own,
-and then, where every frame must be kept, its own lane; never another's.
+Each source has a lane. One task reads the source into a mailbox, whose policy drops frames or applies backpressure. A second
+task takes frames from it as the pipeline permits, and starts an inference task for each. A third collects the results in
+the frames' order and gives them to the sinks; each sink has its own mailbox and task. A slow sink therefore fills its own
+mailbox and then, if every frame must be kept, delays its own lane, but never another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from aiotrt.errors import DeviceError, ModelBrokenError, ModelClosedError
 from aiotrt.video.boxes import Box
-from aiotrt.video.cancellation import CancelledElsewhereError, only_own
+from aiotrt.video.cancellation import CancelledElsewhereError, own_cancellation_only
 from aiotrt.video.frames import Frame
 from aiotrt.video.policies import OVERTAKEN, Policy
 from aiotrt.video.reports import Kind, Report
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class Shared(Protocol):
-    """What all lanes of a pipeline have in common.
+    """What all lanes of a pipeline share.
 
     Attributes:
-        runner: runs frames.
-        limit: how many frames may be with it at once.
-        permits: one for each.
+        runner: runs the models on frames.
+        limit: the maximum number of frames in the runner at once.
+        permits: a semaphore of that number.
     """
 
     runner: Runner
@@ -44,16 +44,16 @@ class Shared(Protocol):
 
     @property
     def clock(self) -> Callable[[], float]:
-        """The clock that times are by."""
+        """The clock for all times, in seconds."""
         ...
 
     def report(self, report: Report) -> None:
-        """Tell whoever listens."""
+        """Pass a report to the listener."""
         ...
 
 
 class Lane:
-    """One source's way through the pipeline."""
+    """The path of one source through the pipeline."""
 
     def __init__(self, pipeline: Shared, source: Source, policy: Policy, sinks: Iterable[Sink], buffer: int) -> None:
         self.source = source
@@ -67,7 +67,7 @@ class Lane:
         self._meter = Meter()
         self._counts: Counter[str] = Counter()
         self._in_flight = 0
-        self._is_held = False  # a result waits for room at a sink
+        self._is_held = False  # a result waits for room in a sink's mailbox
         self._reader: asyncio.Task[None] | None = None
         self._is_stopped = False
         self._error: str | None = None
@@ -75,13 +75,19 @@ class Lane:
         source.listener = pipeline.report
 
     async def run(self) -> None:
-        """From the first frame to the last result's last sink."""
+        """Process the source until all of its results have reached the sinks.
+
+        If cancelled, the frames in the lane are dropped, and the source is closed.
+
+        Raises:
+            ModelBrokenError, ModelClosedError, DeviceError: a model is not usable any more.
+        """
         self._room = asyncio.Semaphore(self._pipeline.limit)
         inferences: set[asyncio.Task[Outcome | None]] = set()
         try:
             async with asyncio.TaskGroup() as group:
                 self._reader = group.create_task(self._read())
-                # Not in the task itself: one that is cancelled before its first step never comes to its end either.
+                # A callback, because a task that is cancelled before its first step does not run its `finally`.
                 self._reader.add_done_callback(lambda _: self._frames.close())
                 if self._is_stopped:
                     self._reader.cancel()
@@ -99,17 +105,17 @@ class Lane:
             await self.source.aclose()
 
     def stop(self) -> None:
-        """Read no more."""
+        """Stop reading the source. Frames that were read are still processed."""
         self._is_stopped = True
         self.resumed.set()
         if self._reader is not None:
             self._reader.cancel()
 
     async def _read(self) -> None:
-        """From the source to the mailbox."""
+        """Read frames from the source into the mailbox."""
         try:
             while True:
-                await self._frames.room()
+                await self._frames.wait_for_room()
                 frame = await self.source.take()
                 if frame is None:
                     return
@@ -123,16 +129,16 @@ class Lane:
             self.source.report(Kind.FAILED, str(error), error)
 
     async def _dispatch(self, inferences: set[asyncio.Task[Outcome | None]]) -> None:
-        """From the mailbox to the models."""
+        """Take frames from the mailbox and start their inference."""
         clock, permits = self._pipeline.clock, self._pipeline.permits
-        while await self._waiting("source", self._frames.something()):
+        while await self._waiting("source", self._frames.wait_for_item()):
             await self.resumed.wait()
             if (delay := self._frames.mail.delay(clock())) > 0:
                 await asyncio.sleep(delay)
                 continue
             await self._waiting("sinks" if self._is_held else "models", self._room.acquire())
             await self._waiting("models", permits.acquire())
-            # Only now: what waits here may have been overtaken, or become stale, meanwhile.
+            # Take the frame last, because a waiting frame may be replaced or become stale during the waits above.
             frame = self._frames.take(clock()) if self.resumed.is_set() else None
             if frame is None:
                 permits.release()
@@ -154,7 +160,7 @@ class Lane:
             self._meter.waited(what, self._pipeline.clock() - started)
 
     async def _infer(self, frame: Frame) -> Outcome | None:
-        """One frame; None if a model refused or failed it."""
+        """Run the models on a frame; None if a model rejected it or failed."""
         try:
             return await self._pipeline.runner(frame)
         except (ModelBrokenError, ModelClosedError, DeviceError):
@@ -170,13 +176,13 @@ class Lane:
             self._pipeline.permits.release()
 
     async def _collect(self) -> None:
-        """Results in the frames' order, to every sink's mailbox."""
+        """Put the results into every sink's mailbox, in the order of the frames."""
         clock = self._pipeline.clock
         try:
             while (entry := await self._results.get()) is not None:
                 frame, task = entry
                 try:
-                    with only_own():
+                    with own_cancellation_only():
                         outcome = await task
                 except CancelledElsewhereError as failure:
                     self.source.report(Kind.INFERENCE, f"{frame}: {failure}", failure)
@@ -193,7 +199,7 @@ class Lane:
                     result = Result(frame, outcome.result)
                     for outlet in self._outlets:
                         self._is_held = True
-                        await outlet.box.room()
+                        await outlet.box.wait_for_room()
                         self._is_held = False
                         outlet.box.put(result, now)
                 self._room.release()
@@ -202,15 +208,15 @@ class Lane:
                 outlet.box.close()
 
     async def _deliver(self, outlet: _Outlet) -> None:
-        """From a sink's mailbox to the sink."""
+        """Write the results in a sink's mailbox to the sink."""
         clock = self._pipeline.clock
-        while await outlet.box.something():
+        while await outlet.box.wait_for_item():
             result = outlet.box.take(clock())
             if result is None:
                 continue
             started = clock()
             try:
-                with only_own():
+                with own_cancellation_only():
                     await outlet.sink.write(result)
                 outlet.delivered += 1
             except Exception as error:
@@ -219,7 +225,7 @@ class Lane:
             self._meter.add("sink", clock() - started)
 
     def status(self, now: float) -> SourceStatus:
-        """How it is."""
+        """Return a snapshot of the source's state and counts."""
         source = self.source
         state = source.state.value
         if not self.resumed.is_set() and source.state is SourceState.RUNNING:
@@ -246,7 +252,7 @@ class Lane:
 
 
 class _Outlet:
-    """One sink, for one source."""
+    """A sink's mailbox and counts for one source."""
 
     def __init__(self, sink: Sink, box: Box[Result]) -> None:
         self.sink = sink

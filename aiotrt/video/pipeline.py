@@ -1,4 +1,4 @@
-"""`Pipeline`: frames of many sources through models to sinks, each source in its own order and at its own pace."""
+"""`Pipeline`: run models on frames of many sources; each source keeps its own order and rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self, TypeAlias
 from aiotrt._workers import Workers
 from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
-from aiotrt.video.cancellation import only_own, to_its_end
+from aiotrt.video.cancellation import own_cancellation_only, wait_until_done
 from aiotrt.video.frames import Frame
 from aiotrt.video.lanes import Lane
 from aiotrt.video.policies import Keep, Policy
@@ -24,7 +24,7 @@ from aiotrt.video.sources import Source, SourceLike
 from aiotrt.video.sources import open as open_source
 from aiotrt.video.status import PipelineStatus
 
-__all__ = ["Pipeline", "tell_apart"]
+__all__ = ["Pipeline", "number_duplicates"]
 
 log = logging.getLogger("aiotrt.video")
 
@@ -34,29 +34,30 @@ Sinks: TypeAlias = SinkLike | Iterable[SinkLike] | Mapping[str, SinkLike | Itera
 class Pipeline:
     """Frames of many sources through models to sinks: ``async with Pipeline(...) as pipeline: await pipeline.wait()``.
 
-    A model loaded with ``batching=`` makes batches of frames of different sources by itself, since the pipeline calls it for
-    each frame. Entering opens the sinks, and starts everything. Leaving the block stops the sources, waits until every frame
-    that they gave has reached its sinks, and closes everything; after an exception or a cancellation it drops them instead.
-    Nothing of it is left then, no task, thread, file or slot: closing is waited for, however often the task is cancelled.
+    The pipeline calls the model once per frame, so a model loaded with ``batching=`` batches frames of different sources.
+    Entering opens the sinks and starts all tasks. Leaving the block stops the sources, waits until every frame read has
+    reached its sinks, and closes everything; after an exception or a cancellation the frames are dropped instead. No task,
+    thread, open file or slot is left: leaving waits for this even if the task is cancelled again.
 
     Args:
-        models: a model; several by name, which each get every frame; or a coroutine function from `Frame` to a result, such
-            as one that calls two models in a row.
-        sources: one, several, or several by name: what `video.open` takes, or what it made.
-        sinks: one or several, for the results of all sources; or by the source's name. A sink is a `Sink`, a function or a
-            coroutine function of a `Result`.
-        policy: "every_frame", "latest", a `Policy`, or a dict of these by the source's name. By default every frame of files
-            and iterables, and the latest of live sources.
-        in_flight: how many frames may be with the models at once; by default two for each slot, one on the device and one in
-            line.
-        sink_buffer: results that may wait for a sink. Past it, a source whose every frame is kept waits; of others, the
-            oldest waiting result is dropped for that sink, and counted.
-        threads: that convert frames.
-        listener: hears of everything that goes wrong without ending the pipeline; see `Report`. By default it is logged.
+        models: a model; several by name, each of which gets every frame; or a coroutine function from `Frame` to a result,
+            such as one that calls two models in sequence.
+        sources: one, several, or several by name. Each is an argument of `video.open`, or a source that it returned.
+        sinks: one or several, for the results of all sources; or a dict of these by the source's name. A sink is a `Sink`,
+            or a function or coroutine function of a `Result`.
+        policy: "every_frame", "latest", a `Policy`, or a dict of these by the source's name. By default, every frame of
+            files and iterables, and the latest of live sources.
+        in_flight: the maximum number of frames submitted to the models at once; by default two for each slot, one on the
+            device and one queued.
+        sink_buffer: the number of results that may wait for a sink. If it is full, a source with "every_frame" waits; for
+            a source with "latest", the oldest waiting result is dropped for that sink, and counted.
+        threads: the number that convert frames.
+        listener: called with a `Report` for each problem that does not end the pipeline. By default it is logged.
         clock: in seconds; for tests in virtual time.
 
     Raises:
-        InputError: there is no model or no source, what is given is none, or an option is out of range.
+        InputError: there is no model or no source, a model, source or sink has the wrong type, or an option is out of
+            range.
     """
 
     def __init__(
@@ -83,9 +84,9 @@ class Pipeline:
         self._listener = listener or _log
         self._sinks: list[Sink] = []
         self._lanes: dict[str, Lane] = {}
-        known: dict[int, Sink] = {}  # by the object that was given: one that serves several sources is opened once
+        known: dict[int, Sink] = {}  # by the id of the given object: a sink for several sources is opened once
         found = _sources(sources)
-        tell_apart(found)
+        number_duplicates(found)
         _check_names([source.name for source in found], policy, sinks)
         for source in found:
             wanted = sinks.get(source.name, ()) if isinstance(sinks, Mapping) else sinks
@@ -102,12 +103,12 @@ class Pipeline:
         self._supervisor: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._fatal: BaseException | None = None
-        self._reports: Counter[str] = Counter()  # of no source
+        self._reports: Counter[str] = Counter()  # reports that belong to no source
         self._state = "closed"
 
     async def __aenter__(self) -> Self:
         if self._state != "closed":
-            raise UsageError("a pipeline can be entered once")
+            raise UsageError("a pipeline can be entered only once; create another one")
         check_asyncio("a pipeline")
         self._state = "running"
         self._pool = Workers(self._threads, "aiotrt-video")
@@ -140,35 +141,49 @@ class Pipeline:
     async def wait(self) -> None:
         """Wait until all sources have ended, and all their results have reached their sinks.
 
-        A source that fails ends, and its status says why; the others go on. So do a frame that a model refuses and a result
-        that a sink raises for: they are counted.
+        A source that fails ends, and its status contains the error; the other sources continue. A frame that a model
+        rejects and a result for which a sink raises are counted, and the source continues. Cancelling this has no effect on
+        the pipeline.
 
         Raises:
-            ModelBrokenError, ModelClosedError, DeviceError: a model is not usable any more; everything has stopped.
+            ModelBrokenError, ModelClosedError, DeviceError: a model is not usable any more; all lanes have stopped.
+            UsageError: the pipeline was not entered.
         """
         if self._ended is None:
-            raise UsageError("the pipeline is not entered: use 'async with'")
+            raise UsageError("the pipeline was not entered: use 'async with'")
         await asyncio.shield(self._ended)
 
     def pause(self, source: str | None = None) -> None:
-        """Take no more frames of this source, or of any. A live one goes on; what it gives is dropped as its policy says."""
+        """Stop processing frames of one source, or of all. A live source continues; its policy drops frames.
+
+        Raises:
+            UsageError: there is no source of this name.
+        """
         for lane in self._chosen(source):
             lane.resumed.clear()
 
     def resume(self, source: str | None = None) -> None:
-        """Take frames again."""
+        """Continue to process frames of one source, or of all.
+
+        Raises:
+            UsageError: there is no source of this name.
+        """
         for lane in self._chosen(source):
             lane.resumed.set()
 
     def stop(self, source: str | None = None) -> None:
-        """Read no more of this source, or of any. What was read goes its way: `wait` waits for it."""
+        """Stop reading one source, or all. Frames that were read are still processed; `wait` waits for them.
+
+        Raises:
+            UsageError: there is no source of this name.
+        """
         if source is None and self._state == "running":
             self._state = "stopping"
         for lane in self._chosen(source):
             lane.stop()
 
     def status(self) -> PipelineStatus:
-        """How things are now."""
+        """Return a snapshot of all states and counts."""
         now = self._clock()
         sources = {name: lane.status(now) for name, lane in self._lanes.items()}
         return PipelineStatus(
@@ -185,11 +200,11 @@ class Pipeline:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """The clock that times are by."""
+        """The clock for all times, in seconds."""
         return self._clock
 
     def report(self, report: Report) -> None:
-        """Tell whoever listens; what that raises is logged."""
+        """Pass a report to the listener, and log an exception that it raises."""
         try:
             self._listener(report)
         except Exception:
@@ -203,7 +218,7 @@ class Pipeline:
         return [self._lanes[source]]
 
     async def _guard(self, lane: Lane) -> None:
-        """Run a lane; what ends it ends the others only if no frame can ever be inferred again."""
+        """Run a lane. An error that makes a model unusable cancels the other lanes too."""
         try:
             await lane.run()
         except (ModelBrokenError, ModelClosedError, DeviceError) as error:
@@ -214,7 +229,7 @@ class Pipeline:
                         task.cancel()
 
     async def _supervise(self) -> None:
-        """Tell who waits, when all lanes have ended."""
+        """Resolve `_ended`, on which `wait` waits, when all lanes have ended."""
         assert self._ended is not None
         await asyncio.wait(self._tasks)
         self._state = "ended"
@@ -226,11 +241,11 @@ class Pipeline:
             self._ended.set_result(None)
         else:
             self._ended.set_exception(failure)
-            self._ended.exception()  # seen: whoever waits is told, and nobody must
+            self._ended.exception()  # retrieved, or asyncio would log it if nothing waits
 
     async def _close(self) -> None:
-        """Also to its end when it is cancelled, once more: else threads stay, and films that cannot be read."""
-        await to_its_end(asyncio.create_task(self._end(), name="aiotrt video: closing"))
+        """Close everything, even when cancelled again; otherwise threads and incomplete video files would remain."""
+        await wait_until_done(asyncio.create_task(self._end(), name="aiotrt video: closing"))
 
     async def _end(self) -> None:
         for task in self._tasks:
@@ -240,14 +255,14 @@ class Pipeline:
         while self._opened:
             sink = self._opened.pop()
             try:
-                with only_own():
+                with own_cancellation_only():
                     await sink.aclose()
             except Exception as error:
                 self._reports[Kind.SINK.value] += 1
                 self.report(Report(Kind.SINK, "", f"{sink.name} could not be closed: {error}", error))
         self._state = "ended"
         if self._pool is not None:
-            self._pool.shutdown()  # idle, since whoever used it has waited for it: its threads end at once
+            self._pool.shutdown()  # all of its users have waited for it, so its threads are idle and end at once
 
 
 def _sources(sources: Any) -> list[Source]:
@@ -264,8 +279,8 @@ def _sources(sources: Any) -> list[Source]:
     return found
 
 
-def tell_apart(sources: Sequence[Source]) -> None:
-    """Number those of one name."""
+def number_duplicates(sources: Sequence[Source]) -> None:
+    """Append a number to the names of sources that have the same name."""
     names = [source.name for source in sources]
     for i, source in enumerate(sources):
         if names.count(source.name) > 1:
@@ -273,7 +288,7 @@ def tell_apart(sources: Sequence[Source]) -> None:
 
 
 def _is_frames(values: Any) -> bool:
-    """Whether a list is one source's frames, rather than several sources."""
+    """Return whether a list holds the frames of one source, rather than several sources."""
     return bool(values) and all(isinstance(value, Frame) or hasattr(value, "dtype") for value in values)
 
 
@@ -288,7 +303,7 @@ def _policy_of(source: Source, given: Any) -> Policy:
     if isinstance(given, Mapping):
         given = given.get(source.name)
     if given is None:
-        # The newest one, and no more: an older frame of a live source is worth nothing once there is a newer one.
+        # An older frame of a live source is useless once there is a newer one.
         return Policy("latest") if source.is_live else Policy()
     return given if isinstance(given, Policy) else Policy(given)
 

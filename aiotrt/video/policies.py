@@ -1,6 +1,6 @@
-"""Which frames are worth a model's time: pure decisions, no clock, no loop.
+"""Decide which frames are processed. Pure logic, without a clock or an event loop.
 
-A `Mailbox` stands between who produces and who takes. What it drops, it counts, by reason.
+A `Mailbox` is between a producer and a consumer. It counts dropped items by reason.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 Keep: TypeAlias = Literal["every_frame", "latest"]
 
-OVERTAKEN: Final = "overtaken"  # a newer one came before it was taken
-STALE: Final = "stale"  # it was older than max_staleness when it would have been taken
-TOO_MANY: Final = "max_fps"  # it came sooner than max_fps allows
+OVERTAKEN: Final = "overtaken"  # a newer one replaced it before it was taken
+STALE: Final = "stale"  # it had waited longer than max_staleness when it was to be taken
+TOO_MANY: Final = "max_fps"  # it came earlier than max_fps allows
 _ROUNDING: Final = 1e-9  # seconds; timestamps are sums of fractions
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens to frames when they come faster than they are worked on.
+    """What happens to frames that arrive faster than they are processed.
 
     Args:
-        keep: "every_frame" holds the source back, so none is lost; "latest" drops all but the newest.
-        max_staleness: seconds; what has waited longer when its turn comes is dropped, whatever `keep` says.
-        max_fps: the most frames a second that are taken: with "every_frame" the source is slowed down to it, with "latest"
-            frames between are dropped.
-        buffer: how many may wait; by default 4, and with "latest" 1.
+        keep: "every_frame" makes the source wait, so no frame is lost; "latest" drops all but the newest.
+        max_staleness: seconds; a frame that has waited longer when it is to be taken is dropped, whatever `keep` is.
+        max_fps: the maximum number of frames taken in a second: with "every_frame" the source is slowed down to it, with
+            "latest" the frames between are dropped.
+        buffer: the number of frames that may wait; by default 4, and with "latest" 1.
 
     Raises:
-        InputError: one of them is out of range.
+        InputError: an argument is out of range.
     """
 
     keep: Keep = "every_frame"
@@ -45,7 +45,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.keep not in ("every_frame", "latest"):
-            raise InputError(f"a policy keeps 'every_frame' or 'latest', not {self.keep!r}")
+            raise InputError(f"keep must be 'every_frame' or 'latest', got {self.keep!r}")
         for name, value in (("max_staleness", self.max_staleness), ("max_fps", self.max_fps)):
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be positive or None, got {value!r}")
@@ -54,13 +54,13 @@ class Policy:
 
 
 class Mailbox(Generic[T]):
-    """What waits, oldest first.
+    """A queue of waiting items, oldest first, that drops items according to a policy.
 
     Args:
-        policy: what to keep.
+        policy: which items to keep.
 
     Attributes:
-        drops: how many were dropped, by reason.
+        drops: the number of dropped items, by reason.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -75,11 +75,11 @@ class Mailbox(Generic[T]):
 
     @property
     def has_room(self) -> bool:
-        """Whether one more may be put in; with "latest" always."""
+        """Whether an item may be put; always with "latest"."""
         return self._policy.keep == "latest" or len(self._waiting) < self._size
 
     def put(self, item: T, now: float) -> None:
-        """Put one in, which there is room for, received now."""
+        """Add an item received at `now`; there must be room for it."""
         assert self.has_room
         if self._policy.keep == "latest":
             if self._delay(now) > 0:
@@ -92,11 +92,11 @@ class Mailbox(Generic[T]):
         self._waiting.append((item, now))
 
     def delay(self, now: float) -> float:
-        """Seconds until the next one may be taken, if there is one; 0 for now."""
+        """Return the seconds until the next item may be taken; 0 if it may be taken now."""
         return self._delay(now) if self._policy.keep == "every_frame" else 0.0
 
     def take(self, now: float) -> T | None:
-        """The oldest that is not stale, if there is one."""
+        """Take the oldest item that is not stale; None if there is none."""
         while self._waiting:
             item, received = self._waiting.popleft()
             if self._policy.max_staleness is not None and now - received > self._policy.max_staleness:
@@ -111,7 +111,7 @@ class Mailbox(Generic[T]):
         return max(0.0, self._due - now) if self._due - now > _ROUNDING else 0.0
 
     def _count(self, now: float) -> None:
-        """One passes now. On a grid: the next interval begins where this one should have, so jitter does not add up."""
+        """Record an item that passes now. Intervals lie on a grid, so that jitter does not accumulate."""
         if self._policy.max_fps is not None:
             interval = 1 / self._policy.max_fps
             self._due = (self._due if self._due > now - interval else now) + interval

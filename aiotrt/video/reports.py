@@ -1,4 +1,4 @@
-"""What goes wrong with a source or a sink: the error, and the report that is counted and handed to whoever listens."""
+"""Problems of a source or a sink: the error, and the report that is counted and passed to the listener."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ __all__ = ["Kind", "Listener", "Report", "SourceError"]
 
 
 class SourceError(AiotrtError):
-    """A source cannot be opened or read: it is missing, is no video, has no picture in it, or went away for good.
+    """A source cannot be opened or read: it is missing, is not a video, contains no picture, or was lost permanently.
 
-    Other sources of the same pipeline go on.
+    Other sources of the same pipeline continue.
     """
 
 
 class Kind(Enum):
-    """What a report is about."""
+    """The kind of problem that a report describes."""
 
-    CORRUPT = "corrupt"  #: a packet or picture was damaged, and left out
-    TRUNCATED = "truncated"  #: a file ended before as many frames came as it says it has
-    SEEK = "seek"  #: a file could not be read from where it should be; it is read from the beginning
+    CORRUPT = "corrupt"  #: a packet or picture is damaged
+    TRUNCATED = "truncated"  #: a file ended before its declared number of frames or duration
+    SEEK = "seek"  #: a file cannot be read from `start`; it is read from the beginning
     HARDWARE = "hardware"  #: a hardware decoder cannot be used; software decodes
-    HUGE = "huge"  #: a picture of more than max_pixels was left out
-    RESOLUTION = "resolution"  #: pictures have another size from now on
-    LOST = "lost"  #: a live source went away; it will be tried again
-    RECONNECTED = "reconnected"  #: and is back
+    HUGE = "huge"  #: a picture has more than max_pixels, and was skipped
+    RESOLUTION = "resolution"  #: the size of the pictures changed
+    LOST = "lost"  #: a live source was lost; it will be opened again
+    RECONNECTED = "reconnected"  #: a lost source gives frames again
     FAILED = "failed"  #: a source ended with an error
-    INFERENCE = "inference"  #: a model refused or failed one frame
-    SINK = "sink"  #: a sink raised for one result, or could not be opened or closed
+    INFERENCE = "inference"  #: a model rejected a frame, or failed for it
+    SINK = "sink"  #: a sink raised for a result, or could not be closed
 
 
 @dataclass(frozen=True)
 class Report:
-    """Something that a source or a sink could not do. Nothing of it ends the pipeline.
+    """A problem of a source or a sink that does not end the pipeline.
 
     Attributes:
-        kind: what it is about.
+        kind: the kind of problem.
         source: the source's name; empty for a sink as a whole.
-        detail: a sentence.
-        error: what was raised, if something was.
+        detail: a description.
+        error: the exception, if there is one.
     """
 
     kind: Kind

@@ -1,6 +1,6 @@
-"""RF-DETR-Seg-Nano from the `rfdetr` package, in the form that a graph can hold.
+"""RF-DETR-Seg-Nano from the package `rfdetr`, in a form that can be captured.
 
-The module itself makes tensors on the host in its forward pass, which no capture survives; its `torch.export` does not.
+The module creates tensors in host memory in its forward pass, which makes capture fail; its `torch.export` program does not.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from aiotrt.errors import EngineError, MissingDependencyError
 
 __all__ = ["SIZE", "exported", "network"]
 
-SIZE: Final = 312  # pixels, of the network's square input
+SIZE: Final = 312  # height and width of the network's input, in pixels
 
 log = logging.getLogger("aiotrt.video")
 
 
 def network(weights: str | os.PathLike[str] | None = None, *, seed: int = 0) -> torch.nn.Module:
-    """The network on the host in FP32, for one image (1, 3, 312, 312); gives boxes, logits and masks.
+    """Create the network on the CPU in FP32, for one image (1, 3, 312, 312); it returns boxes, logits and masks.
 
     Args:
-        weights: a checkpoint of RF-DETR-Seg-Nano. None for random weights, of which a warning is logged: what they detect
-            means nothing, and only speed and equality can be looked at.
-        seed: of the random weights; torch's own generator is left as it was.
+        weights: a checkpoint of RF-DETR-Seg-Nano. None for random weights, with a warning in the log: their detections are
+            meaningless, so they only serve to measure speed and to compare results.
+        seed: of the random weights; the state of torch's own generator is restored.
 
     Raises:
-        EngineError: the file is missing, or is no such checkpoint.
+        EngineError: the file is missing, or is not a checkpoint of RF-DETR-Seg-Nano.
         MissingDependencyError: the package is not installed.
     """
     if weights is not None and not Path(weights).is_file():
@@ -42,9 +42,9 @@ def network(weights: str | os.PathLike[str] | None = None, *, seed: int = 0) -> 
     except ImportError as error:
         raise MissingDependencyError(f"RF-DETR needs the package rfdetr ({error}); pip install rfdetr") from error
     if weights is None:
-        log.warning("RF-DETR has RANDOM WEIGHTS: what it detects means nothing; pass a checkpoint of RF-DETR-Seg-Nano")
+        log.warning("RF-DETR has RANDOM WEIGHTS: its detections are meaningless; pass a checkpoint of RF-DETR-Seg-Nano")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package's own, of its dependencies' future
+        warnings.simplefilter("ignore")  # deprecation warnings of the package's dependencies
         torch.manual_seed(seed)
         try:
             model: Any = package.RFDETRSegNano(
@@ -53,16 +53,16 @@ def network(weights: str | os.PathLike[str] | None = None, *, seed: int = 0) -> 
         except Exception as error:
             if weights is None:
                 raise
-            raise EngineError(f"{os.fspath(weights)}: no weights of RF-DETR-Seg-Nano: {error}") from error
+            raise EngineError(f"{os.fspath(weights)}: not a checkpoint of RF-DETR-Seg-Nano: {error}") from error
         module: torch.nn.Module = model.model.model
         module.eval()
         prepare: Any = module.export
-        prepare()  # the form that exporters take; it changes the module
+        prepare()  # changes the module, in place, to the form that exporters need
     return module.requires_grad_(requires_grad=False)
 
 
 def exported(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.export.ExportedProgram:
-    """The network as a program for one device and dtype, for `load`. Moves the module there. Takes some seconds."""
+    """Export the network to a program for one device and dtype, for `load`. Moves the module there; takes some seconds."""
     module = module.to(device, dtype)
     example = torch.zeros(1, 3, SIZE, SIZE, device=device, dtype=dtype)
     with warnings.catch_warnings(), torch.no_grad():

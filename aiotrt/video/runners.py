@@ -1,4 +1,4 @@
-"""One frame through one model: straight into a leased slot's staging where that can be, else by a call."""
+"""Run models on a frame: written directly into a leased slot's staging memory where possible, else by a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from aiotrt.errors import InputError
 from aiotrt.model import Model
 from aiotrt.tensors import take_apart
-from aiotrt.video.cancellation import to_its_end
+from aiotrt.video.cancellation import wait_until_done
 from aiotrt.video.frames import Frame
 
 __all__ = ["Infer", "ModelLike", "Outcome", "Runner", "check_models", "runner_of"]
@@ -22,11 +22,17 @@ Infer: TypeAlias = Callable[[Frame], Awaitable[Any]]
 #: A model, several by name (each gets every frame, and the result is a dict), or a coroutine function from frame to result.
 ModelLike: TypeAlias = Model | Mapping[str, Model] | Infer
 
-INLINE: int = 1 << 20  # bytes that may be copied on the loop's thread
+INLINE: int = 1 << 20  # bytes that may be copied on the event loop's thread
 
 
 class Outcome(NamedTuple):
-    """A result, and where the time went, in seconds."""
+    """A result and its durations in seconds.
+
+    Attributes:
+        result: of the models.
+        slot: waiting for a slot and writing its staging memory; None if the frame was not written there directly.
+        device: the rest.
+    """
 
     result: Any
     slot: float | None
@@ -34,23 +40,23 @@ class Outcome(NamedTuple):
 
 
 class Runner(Protocol):
-    """Frames in, results out."""
+    """Runs models on frames."""
 
     @property
     def capacity(self) -> int:
-        """How many frames keep it busy."""
+        """The number of concurrent frames that keep it busy."""
         ...
 
     async def __call__(self, frame: Frame) -> Outcome:
-        """Run for one frame."""
+        """Run the models on one frame."""
         ...
 
 
 def check_models(models: ModelLike) -> None:
-    """Before anything is opened for them.
+    """Check the models of a pipeline, before it opens anything.
 
     Raises:
-        InputError: they are none.
+        InputError: there is no model, or an object is not a model.
     """
     if isinstance(models, Mapping):
         if not models:
@@ -63,13 +69,13 @@ def check_models(models: ModelLike) -> None:
 
 
 def runner_of(models: ModelLike, pool: Executor, clock: Callable[[], float], in_flight: int | None) -> Runner:
-    """How to run frames.
+    """Create the runner for the models.
 
     Args:
-        models: see `ModelLike`; `check_models` has seen them.
+        models: see `ModelLike`; already checked by `check_models`.
         pool: threads that convert frames.
         clock: in seconds.
-        in_flight: where `models` does not say itself how many frames keep it busy.
+        in_flight: the capacity of a coroutine function; None for 2. Models determine their own.
     """
     if isinstance(models, Model):
         return _OneModel(models, pool, clock)
@@ -87,7 +93,7 @@ class _OneModel:
         slots = statistics.free + statistics.claimed + statistics.preparing + statistics.in_flight
         slots += statistics.readable + statistics.draining + statistics.broken
         batching = model._options.batching
-        # One on the device and one in line for each slot, or for each place in a batch: it never waits for a frame.
+        # One on the device and one queued for each slot or place in a batch, so that the device never waits for a frame.
         self.capacity = 2 * slots * (1 if batching is None else batching.max_size)
         self._may_lease = batching is None and model._options.outputs is None
 
@@ -110,16 +116,16 @@ class _OneModel:
             written = self._clock()
             structure, views = take_apart(await slot.replay())
 
-            def owned() -> Any:  # copies, since the next launch overwrites the views
+            def owned() -> Any:  # copies, because the next launch overwrites the views
                 return structure.build([np.array(view) for view in views])
 
             result = owned() if sum(view.nbytes for view in views) <= INLINE else await self._in_pool(owned)
         return Outcome(result, written - started, self._clock() - written)
 
     async def _in_pool(self, function: Callable[[], Any]) -> Any:
-        """Cancelled, this waits for the thread all the same: it works on a slot that is somebody else's afterwards."""
+        """Call `function` in a thread. If cancelled, wait for it, because it uses a slot that is released afterwards."""
         work = asyncio.get_running_loop().run_in_executor(self._pool, function)
-        return await to_its_end(work)
+        return await wait_until_done(work)
 
 
 class _Several:

@@ -1,6 +1,7 @@
-"""Where results go: functions, JSON lines and a progress bar. `encoding` and `watching` have those that show frames.
+"""Sinks for results: functions, JSON lines and a progress bar. Sinks that show frames are in `encoding` and `watching`.
 
-A sink is called for one result of a source at a time, in order; of several sources at once. What blocks runs in a thread.
+A sink gets the results of one source in order, one at a time; those of different sources concurrently. Blocking calls run in
+a thread.
 """
 
 from __future__ import annotations
@@ -44,39 +45,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What a sink gets.
+    """A frame and the output for it, as passed to sinks.
 
     Attributes:
-        frame: what went in.
-        output: what the model, or the function, gave for it. It belongs to all sinks together: do not write to it.
+        frame: the input.
+        output: of the model or the function. All sinks share it, so do not write to it.
     """
 
     frame: Frame
     output: Any
 
 
-#: From a frame's pixels and the model's output to the pixels to show; runs in a thread. It must not write to its input.
+#: A function from a frame's pixels and the model's output to the pixels to show. It runs in a thread, and must not change
+#: its input.
 Draw: TypeAlias = Callable[[Array, Any], Array]
 
 
 class Sink(ABC):
-    """Takes results. Opened when its pipeline is entered, and closed when that is left, whatever happened."""
+    """Base class of sinks. The pipeline opens a sink on entering, and always closes it on leaving."""
 
     @property
     def name(self) -> str:
-        """What status and reports call it; the class's name, unless said otherwise."""
+        """The name in status and reports: the class's name, unless overridden."""
         return type(self).__name__
 
     async def open(self) -> None:
-        """Get ready."""
+        """Prepare for results. An exception makes entering the pipeline fail."""
         return
 
     @abstractmethod
     async def write(self, result: Result) -> None:
-        """Take one result. What it raises is counted, and the next result comes all the same."""
+        """Process one result. An exception is counted, and the next result follows."""
 
     async def aclose(self) -> None:
-        """Write out what is left, and let go."""
+        """Write buffered results and release resources. An exception is counted."""
         return
 
 
@@ -84,11 +86,11 @@ SinkLike: TypeAlias = Sink | Callable[[Result], Awaitable[None] | None]
 
 
 class Callback(Sink):
-    """A function, or a coroutine function, of a `Result`.
+    """A sink that calls a function or a coroutine function with each `Result`.
 
     Args:
-        function: a function that is not a coroutine function runs on the loop's thread, and must be quick.
-        in_thread: run it in a thread instead.
+        function: what to call. A plain function runs on the event loop's thread, and must return quickly.
+        in_thread: run a plain function in a worker thread instead.
     """
 
     def __init__(self, function: Callable[[Result], Awaitable[None] | None], *, in_thread: bool = False) -> None:
@@ -97,11 +99,11 @@ class Callback(Sink):
 
     @property
     def name(self) -> str:
-        """The function's name."""
+        """The name of the function."""
         return str(getattr(self._function, "__name__", type(self._function).__name__))
 
     async def write(self, result: Result) -> None:
-        """See `Sink`."""
+        """Call the function with a result."""
         if self._in_thread:
             await asyncio.to_thread(self._function, result)
             return
@@ -111,39 +113,39 @@ class Callback(Sink):
 
 
 class Threaded(Sink):
-    """A sink that works in a thread of its own, one result after the other."""
+    """Base class of sinks that process results in their own thread, one at a time."""
 
     def __init__(self) -> None:
         self._pool: Workers | None = None
 
     async def open(self) -> None:
-        """Get ready."""
+        """Start the thread and call `begin` in it."""
         self._pool = Workers(1, "aiotrt-sink")
         await self._in_thread(self.begin)
 
     async def write(self, result: Result) -> None:
-        """See `Sink`."""
+        """Call `take` in the thread. If this is cancelled, `take` continues to run."""
         await self._in_thread(lambda: self.take(result))
 
     async def aclose(self) -> None:
-        """See `Sink`."""
+        """Call `end` in the thread, and end the thread."""
         if self._pool is not None:
             try:
-                await self._in_thread(self.end)  # after what a cancelled write may still do there
+                await self._in_thread(self.end)  # runs after a cancelled write that is still in the thread
             finally:
-                self._pool.shutdown()  # idle: the thread ends at once
+                self._pool.shutdown()  # the thread is idle, and ends at once
                 self._pool = None
 
     def begin(self) -> None:
-        """In the thread: get ready."""
+        """Prepare for results. Called in the thread."""
         return
 
     @abstractmethod
     def take(self, result: Result) -> None:
-        """In the thread: take one result."""
+        """Process one result. Called in the thread."""
 
     def end(self) -> None:
-        """In the thread: write out what is left, and let go. Also after `begin` has raised."""
+        """Write buffered results and release resources. Called in the thread, even if `begin` raised."""
         return
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
@@ -151,13 +153,13 @@ class Threaded(Sink):
 
 
 class JsonLines(Threaded):
-    """A line of JSON for each result: source, index, time, and what `convert` makes of the output.
+    """A sink that writes a line of JSON for each result: source, index, time and the converted output.
 
-    Numbers that are not finite, which JSON has not, are null.
+    Numbers that are not finite are written as null, because JSON has none.
 
     Args:
-        path: of the file, which is written anew; or an open text file, which stays open.
-        convert: from the output to what JSON has; by default arrays become lists, and named results objects.
+        path: of the file, which is overwritten; or an open text file, which stays open.
+        convert: a function from the output to JSON types; by default arrays become lists, and named results objects.
     """
 
     def __init__(self, path: str | os.PathLike[str] | IO[str], convert: Callable[[Any], Any] | None = None) -> None:
@@ -167,19 +169,19 @@ class JsonLines(Threaded):
         self._file: IO[str] | None = None
 
     def begin(self) -> None:
-        """Get ready."""
+        """Open the file."""
         if isinstance(self._path, (str, os.PathLike)):
             self._file = Path(self._path).open("w", encoding="utf-8")  # noqa: SIM115  # `end` closes it
         else:
             self._file = self._path
 
     def take(self, result: Result) -> None:
-        """See `Threaded`."""
+        """Write the line of a result."""
         assert self._file is not None
         self._file.write(as_json(result, self._convert) + "\n")
 
     def end(self) -> None:
-        """See `Threaded`."""
+        """Close the file, or flush one that was passed open."""
         if self._file is not None:
             if isinstance(self._path, (str, os.PathLike)):
                 self._file.close()
@@ -188,10 +190,10 @@ class JsonLines(Threaded):
 
 
 class Progress(Sink):
-    """A progress bar for each source, with frames a second, by rich; to standard error.
+    """A sink that shows a progress bar for each source, with frames a second, on standard error.
 
     Args:
-        total: how many frames there are, by the source's name, where that is known.
+        total: the number of frames by the source's name, where it is known.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -217,11 +219,11 @@ class Progress(Sink):
         )
 
     async def open(self) -> None:
-        """Get ready."""
+        """Show the display."""
         self._progress.start()
 
     async def write(self, result: Result) -> None:
-        """See `Sink`."""
+        """Advance the bar of the result's source."""
         name = result.frame.source
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=self._total.get(name), fps=0.0)
@@ -232,30 +234,30 @@ class Progress(Sink):
         self._progress.update(self._bars[name], advance=1, fps=fps)
 
     async def aclose(self) -> None:
-        """See `Sink`."""
+        """Stop the display."""
         self._progress.stop()
 
 
 def sink_of(given: SinkLike) -> Sink:
-    """A sink, from what a pipeline takes as one.
+    """Convert an argument of a pipeline to a sink.
 
     Raises:
-        InputError: it is none.
+        InputError: it is neither a sink nor a function.
     """
     if isinstance(given, Sink):
         return given
     if callable(given):
         return Callback(given)
-    raise InputError(f"a sink is a Sink, a function or a coroutine function of a Result, not {type(given).__name__}")
+    raise InputError(f"a sink must be a Sink, a function or a coroutine function of a Result, got {type(given).__name__}")
 
 
 def as_json(result: Result, convert: Callable[[Any], Any]) -> str:
-    """A result in one line: source, index, time, and what `convert` makes of the output; null for what is not finite."""
+    """Write a result as a line of JSON: source, index, time and the converted output; null for non-finite numbers."""
     frame = result.frame
     row = {"source": frame.source, "index": frame.index, "time": frame.time, "output": convert(result.output)}
     try:
         return json.dumps(row, allow_nan=False)
-    except ValueError:  # JSON has no word for them, and what Python writes is refused by others
+    except ValueError:  # JSON has no NaN or infinity, and other parsers reject those that Python writes
         return json.dumps(_finite(row), allow_nan=False)
 
 
@@ -268,7 +270,7 @@ def _finite(value: Any) -> Any:
 
 
 def jsonable(output: Any) -> Any:
-    """Arrays and tensors as lists, named tuples and mappings as objects, detections one object each, without masks."""
+    """Convert to JSON types: arrays to lists, named tuples and mappings to objects, detections to objects without masks."""
     if isinstance(output, Detections):
         rows = zip(output.boxes.tolist(), output.scores.tolist(), output.classes.tolist(), strict=True)
         return [{"box": box, "score": score, "class": number} for box, score, number in rows]

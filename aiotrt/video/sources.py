@@ -1,4 +1,4 @@
-"""Sources of frames: files, URLs, cameras and iterables, with their own time, loops, pace and reconnection."""
+"""Sources of frames: files, URLs, cameras and iterables, with times, looping, pacing and reconnection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import InputError, UsageError
-from aiotrt.video.cancellation import only_own
+from aiotrt.video.cancellation import own_cancellation_only
 from aiotrt.video.decoding import Opening, camera
 from aiotrt.video.feeds import AsyncFeed, DecoderFeed, Feed, Item, IteratorFeed, SequenceFeed
 from aiotrt.video.frames import Frame
@@ -28,7 +28,7 @@ from aiotrt.video.reports import Kind, Listener, Report, SourceError
 
 __all__ = ["Backoff", "Source", "SourceLike", "SourceState", "open"]
 
-#: A path, a URL, a camera's number, an iterable of frames, or a function that makes one anew.
+#: A path, a URL, a camera's number, an iterable of frames, or a function that returns a new iterable.
 SourceLike: TypeAlias = (
     "str | os.PathLike[str] | int | Iterable[Any] | AsyncIterable[Any] | Callable[[], Iterable[Any] | AsyncIterable[Any]] "
     "| Source"
@@ -37,16 +37,16 @@ SourceLike: TypeAlias = (
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait before a source that went away is tried again.
+    """The delays before attempts to open a lost source again.
 
     Args:
-        first: seconds before the first attempt.
-        factor: from one attempt to the next.
-        longest: seconds, at most.
-        attempts: in a row, before it is given up; None for ever.
+        first: the delay before the first attempt, in seconds.
+        factor: by which the delay grows from one attempt to the next.
+        longest: the maximum delay, in seconds.
+        attempts: the number of attempts without success after which the source fails; None for no limit.
 
     Raises:
-        InputError: one of them is out of range.
+        InputError: an argument is out of range.
     """
 
     first: float = 0.5
@@ -62,14 +62,14 @@ class Backoff:
             raise InputError(f"attempts must be at least 0 or None, got {self.attempts!r}")
 
     def delay(self, attempt: int) -> float | None:
-        """Seconds before this attempt, counted from 0; None if it is given up."""
+        """Return the seconds before an attempt, counted from 0; None if there are no more attempts."""
         if self.attempts is not None and attempt >= self.attempts:
             return None
         return float(min(self.longest, self.first * self.factor ** min(attempt, 64)))
 
 
 class SourceState(Enum):
-    """How a source is."""
+    """The state of a source."""
 
     CLOSED = "closed"
     RUNNING = "running"
@@ -79,14 +79,14 @@ class SourceState(Enum):
 
 
 class Source:
-    """Frames of one source: ``async with`` opens and closes it, ``async for`` reads it. Made by `open`.
+    """Frames of one source: ``async with`` opens and closes it, ``async for`` reads it. Created by `open`.
 
     Attributes:
-        name: what it is called.
-        is_live: whether it goes on whether or not anybody reads.
-        state: how it is.
-        counts: reports, by kind.
-        count: frames given so far.
+        name: in status, results and messages.
+        is_live: whether it produces frames independently of the reader.
+        state: the present state.
+        counts: the number of reports, by kind.
+        count: the number of frames given so far.
     """
 
     def __init__(
@@ -121,21 +121,21 @@ class Source:
         self._feed: Feed | None = None
         self._attempt = 0
         self._size: tuple[int, ...] | None = None
-        self._offset = 0.0  # seconds: what this turn's times are behind, of a source that loops
-        self._resumes: float | None = None  # seconds: when a turn's first frame follows, which says the offset
-        self._last = 0.0  # seconds: the last frame's time, and how long it stood
-        self._interval = 0.0
-        self._turn = 0  # frames in this turn
-        self._begin: float | None = None  # by the clock, when the frame of time 0 is due
+        self._offset = 0.0  # seconds that a looping source adds to the times of this pass
+        self._resumes: float | None = None  # seconds: the time for the first frame of a new pass, which sets the offset
+        self._last = 0.0  # time of the last frame, in seconds
+        self._interval = 0.0  # seconds between the last two frames
+        self._pass_count = 0  # frames in this pass
+        self._begin: float | None = None  # clock time at which the frame of time 0 is due
 
     @property
     def frames(self) -> int | None:
-        """How many frames it says it has, if it says so."""
+        """The number of frames that a file declares; None if it declares none, or if the source loops."""
         return self._feed.decoder.frames if isinstance(self._feed, DecoderFeed) and not self._loops else None
 
     async def __aenter__(self) -> Self:
         if self.state is not SourceState.CLOSED:
-            raise UsageError(f"source {self.name!r} can be opened once; make another one with video.open")
+            raise UsageError(f"source {self.name!r} can be opened only once; create another one with video.open")
         check_asyncio(f"source {self.name!r}")
         await self.start()
         return self
@@ -156,25 +156,25 @@ class Source:
         return frame
 
     async def start(self) -> None:
-        """Open it.
+        """Open the source, with further attempts if it has a `Backoff`.
 
         Raises:
-            SourceError: it cannot be opened, and is not tried again.
+            SourceError: the source cannot be opened, and there are no more attempts.
         """
         while self._feed is None:
             try:
-                with only_own():
+                with own_cancellation_only():
                     self._feed = await self._connect()
             except Exception as error:
                 await self._lost(error)
         if self.state is SourceState.CLOSED:
-            self.state = SourceState.RUNNING  # one that comes back does so with its first frame
+            self.state = SourceState.RUNNING  # a reconnecting source becomes running with its first frame
 
     async def take(self) -> Frame | None:
-        """The next frame, not converted yet; None at the end.
+        """Return the next frame, not converted yet; None at the end. If cancelled, no frame is counted.
 
         Raises:
-            SourceError: it broke, and is not tried again.
+            SourceError: the source failed, and there are no more attempts.
         """
         if self._limit is not None and self.count >= self._limit:
             self.state = SourceState.ENDED
@@ -185,33 +185,33 @@ class Source:
             feed = self._feed
             assert feed is not None
             try:
-                with only_own():
+                with own_cancellation_only():
                     item = await feed.read()
-                self._tell(feed)
+                self._report_notes(feed)
                 frame = None if item is None else self._frame(item)
             except Exception as error:
-                self._tell(feed)
+                self._report_notes(feed)
                 await self._drop()
                 await self._lost(error)
                 continue
             if item is None:
-                if await self._turned():
+                if await self._begins_again():
                     continue
                 self.state = SourceState.ENDED
                 return None
             if frame is not None:
                 await self._pace(frame)
-                self.count += 1  # only now: cancelled while it was held back, it was never given
+                self.count += 1  # after pacing: a frame cancelled there was never given
                 return frame
 
     async def aclose(self) -> None:
-        """Close it. Idempotent."""
+        """Close the source. Idempotent."""
         if self.state is not SourceState.FAILED:
             self.state = SourceState.ENDED
         await self._drop()
 
     def report(self, kind: Kind, detail: str, error: BaseException | None = None) -> None:
-        """Count, and tell whoever listens."""
+        """Count a problem, and pass a report to the listener."""
         self.counts[kind] += 1
         if self.listener is not None:
             self.listener(Report(kind, self.name, detail, error))
@@ -219,16 +219,16 @@ class Source:
     async def _drop(self) -> None:
         feed, self._feed = self._feed, None
         if feed is not None:
-            with contextlib.suppress(Exception):  # of a source that is given up, or broken already
-                with only_own():
+            with contextlib.suppress(Exception):  # the source is not used any more, or has failed already
+                with own_cancellation_only():
                     await feed.aclose()
 
-    def _tell(self, feed: Feed) -> None:
+    def _report_notes(self, feed: Feed) -> None:
         for kind, detail in feed.notes():
             self.report(kind, detail)
 
     async def _lost(self, error: Exception) -> None:
-        """Wait before the next attempt, or raise if there is none."""
+        """Wait before the next attempt to open the source, or raise if there are no more attempts."""
         delay = None if self._backoff is None else self._backoff.delay(self._attempt)
         if delay is None:
             self.state = SourceState.FAILED
@@ -241,21 +241,21 @@ class Source:
         self.state = SourceState.RECONNECTING
         await asyncio.sleep(delay)
 
-    async def _turned(self) -> bool:
-        """The feed has ended: whether another one follows it."""
-        if self._loops and self._turn:
+    async def _begins_again(self) -> bool:
+        """Handle the end of the feed. Returns whether a new feed follows, for another pass or after a lost connection."""
+        if self._loops and self._pass_count:
             self._resumes = self._last + self._interval
-            self._turn = 0
+            self._pass_count = 0
             await self._drop()
             return True
-        if not self._ends and self._backoff is not None and not self._is_film():
+        if not self._ends and self._backoff is not None and not self._is_finite():
             await self._drop()
             await self._lost(SourceError(f"{self.name}: the stream ended"))
             return True
         return False
 
-    def _is_film(self) -> bool:
-        """Whether what is read says how long it is: a film, though it comes over a network, and its end is the end."""
+    def _is_finite(self) -> bool:
+        """Return whether the feed declares its length: then it is a video file, even at a URL, and its end is final."""
         return isinstance(self._feed, DecoderFeed) and self._feed.decoder.is_finite
 
     def _frame(self, item: Item) -> Frame | None:
@@ -273,19 +273,19 @@ class Source:
             self.report(Kind.RESOLUTION, f"from {self._size[1]} by {self._size[0]} to {shape[1]} by {shape[0]}")
         self._size = shape
         if (at := item.time) is None and self._fps is not None:
-            at = self._turn / self._fps
+            at = self._pass_count / self._fps
         if at is not None:
-            if self._resumes is not None:  # its own first time need not be 0: a part is read, or that is how it counts
+            if self._resumes is not None:  # the first time of a pass need not be 0, for instance with `start`
                 self._offset, self._resumes = self._resumes - at, None
             at += self._offset
-            self._interval = max(0.0, at - self._last) if self._turn else self._interval
+            self._interval = max(0.0, at - self._last) if self._pass_count else self._interval
             self._last = at
         frame = Frame(self.name, self.count, item.picture, time=at, received=self.clock(), decode_seconds=item.seconds)
-        self._turn += 1
+        self._pass_count += 1
         return frame
 
     async def _pace(self, frame: Frame) -> None:
-        """Hold a frame back until its time has come, as a camera would."""
+        """Wait until a frame's time, as a camera would."""
         if not self._realtime or frame.time is None:
             return
         now = self.clock()
@@ -319,47 +319,47 @@ def open(  # noqa: A001  # as in `video.open`
     max_pixels: int = 1 << 26,
     stream: int | None = None,
 ) -> Source:
-    """A source of frames: ``async with video.open(...) as frames``, then ``async for frame in frames``.
+    """Create a source of frames: ``async with video.open(...) as frames``, then ``async for frame in frames``.
 
-    Nothing happens before it is entered. Decoding runs in a worker thread of its own.
+    Nothing is opened before the block is entered. Decoding runs in its own worker thread.
 
     Args:
-        source: a path; a URL, such as ``rtsp://...``; a camera's number, or its device file; an iterable or asynchronous
-            iterable of (height, width, 3) byte arrays, RGB, each alone or in a pair (seconds, array), where a
-            time that is not finite, or None, is none; or a function
-            that returns such an iterable, called again whenever the source is begun again. A list, tuple or array is read
-            on the loop's thread, any other synchronous iterable in a thread.
-        name: what it is called in status and results; by default the file's name or the URL without what is secret in it.
-        live: whether frames come whether or not anybody takes them; by default URLs and cameras do. What a pipeline's
-            policy for it is by default depends on this, and whether it is tried again. A film at a URL is not live.
-        loop: begin again at the end; times go on.
-        realtime: hand out a file's frames at their times, as a camera would, rather than as fast as they are taken.
-        fps: of an iterable whose frames bear no time.
-        reconnect: try again when it breaks, with growing delays; by default live URLs and cameras are, for ever. One that
-            says how long it is ends at its end.
-        start: seconds from the beginning of a file, whatever its clock says there.
-        limit: end after so many frames.
-        timeout: seconds to open, and for one read, before a URL or camera counts as broken.
-        hardware: decode with such a device ("cuda", "vaapi", ...) where PyAV and the codec can, else in software.
-        threads: that the decoder may use.
-        container: its format, where FFmpeg must be told.
-        options: FFmpeg's own.
-        max_pixels: larger pictures are left out and counted.
-        stream: which of a file's videos, from 0; by default the one that FFmpeg takes for the best, never cover art.
+        source: a path; a URL, such as ``rtsp://...``; a camera's number or device file; an iterable or asynchronous iterable
+            of (height, width, 3) byte arrays, RGB, each alone or in a pair (seconds, array), where None or a time that is
+            not finite means no time; or a function that returns such an iterable, called whenever the source begins again. A
+            list, tuple or array is read on the event loop's thread, any other synchronous iterable in a worker thread.
+        name: in status and results; by default the file's name, or the URL without secrets.
+        live: whether the source produces frames independently of the reader; by default true for URLs and cameras. It
+            determines a pipeline's default policy, and whether the source is opened again when it ends or is lost. Pass
+            False for a video file at a URL.
+        loop: start again at the end; times continue.
+        realtime: give a file's frames at their times, as a camera would, rather than as fast as they are read.
+        fps: frames a second of an iterable whose frames have no time.
+        reconnect: the delays before attempts to open a lost source again; by default ``Backoff()`` for live URLs and
+            cameras. A URL of a video file that declares its length ends at its end.
+        start: seconds from the beginning of a file where reading begins, whatever the file's own clock.
+        limit: the number of frames after which the source ends.
+        timeout: seconds for opening, and for one read, after which a URL or camera counts as lost.
+        hardware: decode with this kind of device ("cuda", "vaapi", ...) where PyAV and the codec can, else in software.
+        threads: the number that the decoder may use; 0 for FFmpeg's choice.
+        container: the format, if FFmpeg cannot detect it.
+        options: passed to FFmpeg.
+        max_pixels: larger pictures are skipped and counted.
+        stream: the index among a file's video streams, from 0; by default FFmpeg's choice, which is never cover art.
 
-    Pictures are turned upright and mirrored as the file says, as phones store them.
+    Pictures are rotated and mirrored as the file's display matrix says, which phones write.
 
     Raises:
         InputError: an option is out of range.
 
     Entering raises:
-        SourceError: it is missing, is no video, or has no video in it.
+        SourceError: the source is missing, is not a video, or contains no video stream.
         MissingDependencyError: PyAV is not installed.
     """
     if isinstance(source, Source):
         return source
     if not (start >= 0 and math.isfinite(start)):
-        raise InputError(f"start must be a number of seconds from 0 on, got {start!r}")
+        raise InputError(f"start must be a finite number of seconds, at least 0, got {start!r}")
     for option, number in (("timeout", timeout), ("fps", fps), ("max_pixels", max_pixels)):
         if number is not None and not number > 0:
             raise InputError(f"{option} must be positive, got {number!r}")
@@ -367,7 +367,7 @@ def open(  # noqa: A001  # as in `video.open`
         ("limit", limit),
         ("threads", threads),
         ("stream", stream),
-    ):  # 0 threads: as many as FFmpeg thinks best
+    ):  # 0 threads: FFmpeg chooses
         if number is not None and number < 0:
             raise InputError(f"{option} must be at least 0, got {number!r}")
     connect: Callable[[], Awaitable[Feed]]
@@ -379,7 +379,7 @@ def open(  # noqa: A001  # as in `video.open`
         is_remote = is_camera or is_url
         ends = not is_remote or live is False
         location, found = camera(text) if is_camera else (str(text), None)
-        # FFmpeg takes what is before a colon for a protocol. Text that names no file may mean one, as pipe:0 does.
+        # FFmpeg takes text before a colon for a protocol. A text that names no file may mean one, such as pipe:0.
         has_colon = ":" in location and not is_remote and not location.startswith("file:")
         if has_colon and (isinstance(source, os.PathLike) or Path(location).exists()):
             location = f"file:{location}"
@@ -395,10 +395,10 @@ def open(  # noqa: A001  # as in `video.open`
             feed = await DecoderFeed.open(opening, title)
             height, width = feed.decoder.size()
             wrong = None
-            if height * width > most:  # before the memory for it is taken
+            if height * width > most:  # checked before memory for a picture is allocated
                 wrong = f"pictures of {width} by {height} are over max_pixels={most:,}"
             elif not (height and width) and not is_remote:
-                wrong = f"its pictures have no size that can be read: they are damaged, or over max_pixels={most:,}"
+                wrong = f"the size of its pictures cannot be read: they are damaged, or over max_pixels={most:,}"
             if wrong is not None:
                 await feed.aclose()
                 raise SourceError(f"{title}: {wrong}")
@@ -429,7 +429,7 @@ def open(  # noqa: A001  # as in `video.open`
     )
 
 
-def _feed_of(frames: object, name: str, patience: float) -> Feed:
+def _feed_of(frames: object, name: str, timeout: float) -> Feed:
     if isinstance(frames, AsyncIterable):
         return AsyncFeed(aiter(frames))
     if isinstance(frames, Sequence):
@@ -437,18 +437,18 @@ def _feed_of(frames: object, name: str, patience: float) -> Feed:
     if isinstance(frames, np.ndarray):
         return SequenceFeed(list(frames))
     if isinstance(frames, Iterable):
-        return IteratorFeed(iter(frames), name, patience)
+        return IteratorFeed(iter(frames), name, timeout)
     raise InputError(
         f"source {name!r}: expected a path, a URL, a camera's number or an iterable, got {type(frames).__name__}"
     )
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user, password, query and fragment, fit for logs."""
-    # As urlsplit and FFmpeg split it; urlsplit itself refuses some, in words that repeat what is secret.
+    """Return a URL without user, password, query and fragment, for logs."""
+    # Split as urlsplit and FFmpeg do. urlsplit itself rejects some URLs with messages that contain the secrets.
     scheme, _, rest = url.partition("://")
     authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     host = authority.rpartition("@")[2]
-    # A password that was not escaped cuts itself in two: where that may be so, nothing after the scheme is shown.
+    # An unescaped password may be split in two, and part of it left in the path or host: then show only the scheme.
     is_cut = "@" in path or not re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host)
     return f"{scheme}://..." if is_cut else f"{scheme}://{host}{slash}{path}"

@@ -1,4 +1,4 @@
-"""How a pipeline is doing: frozen snapshots, and the recorders that they are made from."""
+"""The status of a pipeline: immutable snapshots, and the recorder of their figures."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Final
 
 __all__ = ["STAGES", "Latency", "Meter", "PipelineStatus", "SinkStatus", "SourceStatus"]
 
-#: In the order that a frame goes through them. `slot`: waiting for a slot and writing its staging memory, where frames are
-#: written there directly; else that is part of `device`.
+#: The stages of a frame, in order. `slot`: waiting for a slot and writing its staging memory, if frames are written there
+#: directly; otherwise this is part of `device`.
 STAGES: Final = ("decode", "queue", "slot", "device", "sink")
-WINDOW: Final = 512  # durations that a latency is made of
-RECENT: Final = 2.0  # seconds that a rate is made of
+WINDOW: Final = 512  # number of durations in a latency
+RECENT: Final = 2.0  # seconds over which a rate is computed
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Durations of the last frames, in seconds.
+    """Durations of one stage, over the last 512 frames, in seconds.
 
     Attributes:
-        p50: half of them are shorter.
-        p99: all but one in a hundred are shorter.
-        worst: the longest.
-        mean: their mean.
-        count: how many there were since the start; the figures are of the last 512.
+        p50: the median.
+        p99: the 99th percentile.
+        worst: the maximum.
+        mean: the mean.
+        count: the number of frames since the start.
     """
 
     p50: float
@@ -38,13 +38,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class SinkStatus:
-    """One sink, for one source.
+    """The status of one sink for one source.
 
     Attributes:
         name: of the sink.
-        delivered: results that it took.
-        failed: results that it raised for.
-        drops: results that it never saw, because it was too slow and the policy keeps the latest.
+        delivered: results that it processed.
+        failed: results for which it raised.
+        drops: results dropped because it was too slow and the policy keeps the latest.
         waiting: results that wait for it.
     """
 
@@ -57,24 +57,27 @@ class SinkStatus:
 
 @dataclass(frozen=True)
 class SourceStatus:
-    """One source. Every frame it gave is in exactly one of `completed`, `failed`, `drops`, `waiting` and `in_flight`.
+    """The status of one source.
+
+    Each frame is counted in exactly one of `completed`, `failed`, `drops`, `waiting` and `in_flight`.
 
     Attributes:
         state: "closed", "running", "paused", "reconnecting", "ended" or "failed".
-        error: why it failed, if it did.
-        frames: how many it gave.
-        expected: how many it says it has, if it says so.
+        error: the message of the error that ended it; None if there is none.
+        frames: the number of frames that it gave.
+        expected: the number of frames that it declares; None if it declares none.
         waiting: frames that wait for a model.
-        in_flight: frames that are with a model.
+        in_flight: frames that are submitted to a model.
         completed: frames with a result.
-        failed: frames that a model refused or failed.
+        failed: frames that a model rejected or for which it failed.
         drops: frames that the policy dropped, by reason.
-        reports: what went wrong, by kind; see `Kind`.
+        reports: the number of problems by kind; see `Kind`.
         fps: results a second, over the last two seconds.
-        latency: by stage; see `STAGES`.
-        limited_by: what its frames were waited for most of late: "source" (reading and decoding), "models" (the device, the
-            model's slots or the event loop) or "sinks"; empty before anything was waited for.
-        sinks: what became of its results.
+        latency: durations by stage: "decode", "queue", "slot", "device" and "sink". "slot" is waiting for a slot and writing
+            its memory, if frames are written there directly; otherwise this is part of "device".
+        limited_by: the recent bottleneck: "source" (reading and decoding), "models" (the device, the model's slots or the
+            event loop) or "sinks"; empty before the first wait.
+        sinks: the status of each sink for this source.
     """
 
     state: str
@@ -94,24 +97,25 @@ class SourceStatus:
 
     @property
     def dropped(self) -> int:
-        """All drops together."""
+        """The sum of all drops."""
         return sum(self.drops.values())
 
 
 @dataclass(frozen=True)
 class PipelineStatus:
-    """A pipeline at one moment.
+    """A snapshot of a pipeline.
 
     Attributes:
-        state: "running", "stopping" or "ended".
-        sources: by name.
-        in_flight: frames that are with a model.
-        limit: how many may be.
+        state: "closed" (not entered yet), "running", "stopping" or "ended".
+        sources: the status of each source, by name.
+        in_flight: frames that are submitted to a model.
+        limit: the maximum of `in_flight`.
         completed: frames with a result, of all sources.
         dropped: frames that policies dropped, of all sources.
-        fps: results a second, of all sources together, over the last two seconds.
-        limited_by: "models" if a source is limited by them, since then they take no more; else what limits most sources.
-        reports: what went wrong with sinks as a whole, by kind: one could not be closed, and its file may not be complete.
+        fps: results a second of all sources together, over the last two seconds.
+        limited_by: "models" if they limit any source, because then they are saturated; else the bottleneck of most sources.
+        reports: the number of problems with sinks as a whole, by kind. A sink that could not be closed may have left an
+            incomplete file.
     """
 
     state: str
@@ -126,7 +130,7 @@ class PipelineStatus:
 
 
 class Meter:
-    """Durations by stage, and how often something was completed."""
+    """Recorder of durations by stage, of completions and of waits."""
 
     def __init__(self) -> None:
         self._durations: dict[str, deque[float]] = {stage: deque(maxlen=WINDOW) for stage in STAGES}
@@ -135,27 +139,27 @@ class Meter:
         self._waits: deque[tuple[str, float]] = deque(maxlen=WINDOW)
 
     def add(self, stage: str, seconds: float) -> None:
-        """One duration."""
+        """Record a duration of a stage."""
         self._durations[stage].append(seconds)
         self._counts[stage] += 1
 
     def completed(self, now: float) -> None:
-        """One completion."""
+        """Record a completion."""
         self._completions.append(now)
 
     def waited(self, what: str, seconds: float) -> None:
-        """The next frame waited for this, or this for it."""
+        """Record that the lane waited for `what`: "source", "models" or "sinks"."""
         self._waits.append((what, seconds))
 
     def limit(self) -> str:
-        """What was waited for most, lately."""
+        """Return the longest recent wait's reason; empty if there was none."""
         waits: Counter[str] = Counter()
         for what, seconds in self._waits:
             waits[what] += seconds  # type: ignore[assignment]  # a Counter's values may be of any kind
         return waits.most_common(1)[0][0] if sum(waits.values()) > 0 else ""
 
     def latency(self) -> dict[str, Latency]:
-        """Of each stage that there was."""
+        """Return the durations of each stage that has occurred."""
         found = {}
         for stage, values in self._durations.items():
             if values:
@@ -171,11 +175,11 @@ class Meter:
         return found
 
     def fps(self, now: float) -> float:
-        """Completions a second, lately."""
+        """Return the recent number of completions a second."""
         recent = [at for at in self._completions if now - at <= RECENT]
         if len(recent) < 2:
             return 0.0
-        # Until now, unless the next one may still come in time: a source that stands still does not keep its last rate.
+        # Count the time since the last completion beyond the usual interval, so that the rate of a stalled source falls.
         span, gap = recent[-1] - recent[0], now - recent[-1]
         usual = span / (len(recent) - 1)
         return (len(recent) - 1) / (span + max(0.0, gap - usual)) if span > 0 else 0.0

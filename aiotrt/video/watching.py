@@ -1,7 +1,7 @@
-"""Live pictures for whoever watches: MJPEG over HTTP, and frames and results over WebSockets.
+"""Live views: MJPEG over HTTP, and frames and results over WebSockets.
 
-Each viewer has one place for the newest frame that it has not seen. Putting one there never waits, so a viewer that is slow,
-or stands still, costs itself frames, which are counted, and nobody else anything.
+Each viewer has a mailbox for one frame, the newest that it has not seen. Adding a frame never waits, so a slow or stalled
+viewer loses frames, which are counted, and does not delay the pipeline or other viewers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ BOUNDARY: Final = "frame"
 
 @dataclass(frozen=True)
 class ViewerStatus:
-    """One viewer.
+    """The status of one viewer.
 
     Attributes:
-        source: what it watches.
-        shown: frames that were handed to its connection.
-        dropped: frames that it never saw, since a newer one came before its connection had room.
+        source: the name of the source that it watches.
+        shown: frames that were passed to its connection.
+        dropped: frames that a newer one replaced before the connection had room.
     """
 
     source: str
@@ -47,7 +47,7 @@ class ViewerStatus:
 
 @dataclass(frozen=True)
 class _Shown:
-    """One result as it is sent; None where nobody wants it."""
+    """A result encoded for sending; a field that no viewer wants is None."""
 
     text: str | None
     jpeg: bytes | None
@@ -62,11 +62,11 @@ class _Viewer:
         self._shown = 0
 
     async def next(self) -> _Shown | None:
-        """The newest one that it has not seen; None when the pipeline has ended, and it has seen the last one."""
-        if not await self.box.something():
+        """Return the newest result not yet seen; None after the last one, when the pipeline has ended."""
+        if not await self.box.wait_for_item():
             return None
         self._shown += 1
-        return self.box.take(0.0)  # 0: nothing here depends on the time
+        return self.box.take(0.0)  # the policy does not depend on the time
 
     @property
     def status(self) -> ViewerStatus:
@@ -74,7 +74,7 @@ class _Viewer:
 
 
 class _Live(Sink):
-    """Encodes each result once for all who watch its source, and not at all while nobody does."""
+    """Base class that encodes each result once for all viewers of its source, and only if there are any."""
 
     def __init__(self, draw: Draw | None, convert: Callable[[Any], Any] | None, quality: int) -> None:
         try:
@@ -89,12 +89,12 @@ class _Live(Sink):
         self._is_closed = False
 
     async def open(self) -> None:
-        """Get ready."""
+        """Accept viewers until `aclose`."""
         self._is_closed = False
 
     async def write(self, result: Result) -> None:
-        """See `Sink`."""
-        # Only those who are here now: one that comes while this is encoded may want what was not.
+        """Encode a result, and put it into the mailbox of each viewer of its source."""
+        # The viewers at this moment, because one that comes during encoding may want a form that is not encoded.
         viewers = [viewer for viewer in self._viewers if viewer.source == result.frame.source]
         if not viewers:
             return
@@ -104,18 +104,18 @@ class _Live(Sink):
             viewer.box.put(shown, 0.0)
 
     async def aclose(self) -> None:
-        """See `Sink`. Each viewer gets the last frame, and then the end; a slow one is not waited for."""
+        """End all views after the last frame, without waiting for slow viewers."""
         self._is_closed = True
         for viewer in self._viewers:
             viewer.box.close()
 
     def viewers(self) -> tuple[ViewerStatus, ...]:
-        """Who watches now, in the order in which they came."""
+        """Return the status of the present viewers, in the order in which they came."""
         return tuple(viewer.status for viewer in self._viewers)
 
     @contextlib.contextmanager
     def _watching(self, source: str, *, frames: bool, results: bool) -> Iterator[_Viewer]:
-        """A viewer, for as long as the block lasts."""
+        """Register a viewer until the block ends."""
         viewer = _Viewer(source, frames=frames, results=results)
         if self._is_closed:
             viewer.box.close()
@@ -136,12 +136,12 @@ class _Live(Sink):
 
 
 class Mjpeg(_Live):
-    """The newest frame of each source as JPEG, for browsers: `response` is for a route of FastAPI or Starlette.
+    """A sink that shows the newest frame of each source in browsers, as JPEG; see `response`.
 
-    Frames are encoded only while somebody watches. A viewer that is slow skips frames, and holds up nobody.
+    Frames are encoded only while there are viewers. A slow viewer skips frames, and delays nothing.
 
     Args:
-        draw: what to show; by default the frame as it is.
+        draw: a function that draws on the frame, such as `Annotator`; None shows the frame unchanged.
         quality: of the JPEGs, from 1 to 95.
 
     Raises:
@@ -152,7 +152,7 @@ class Mjpeg(_Live):
         super().__init__(draw, None, quality)
 
     async def parts(self, source: str) -> AsyncIterator[bytes]:
-        """The body of a ``multipart/x-mixed-replace`` response, until the pipeline ends."""
+        """Yield the body of a ``multipart/x-mixed-replace`` response, until the pipeline ends."""
         with self._watching(source, frames=True, results=False) as viewer:
             while (shown := await viewer.next()) is not None:
                 assert shown.jpeg is not None
@@ -160,7 +160,9 @@ class Mjpeg(_Live):
                 yield head.encode() + shown.jpeg + b"\r\n"
 
     def response(self, source: str) -> StreamingResponse:
-        """A response that lasts as long as the pipeline: ``return mjpeg.response("door")`` in a route; ``<img>`` shows it.
+        """Return a response for a route of FastAPI or Starlette: ``return mjpeg.response("door")``. ``<img>`` shows it.
+
+        It lasts until the pipeline ends. For a source that does not exist it has no frames.
 
         Raises:
             MissingDependencyError: Starlette is not installed.
@@ -168,21 +170,21 @@ class Mjpeg(_Live):
         try:
             from starlette.responses import StreamingResponse
         except ImportError as error:
-            raise MissingDependencyError(f"a response needs Starlette; {install_hint('serving')}") from error
+            raise MissingDependencyError(f"an MJPEG response needs Starlette; {install_hint('serving')}") from error
         kind = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
         return StreamingResponse(self.parts(source), media_type=kind, headers={"Cache-Control": "no-store"})
 
 
 class WebSockets(_Live):
-    """Results and frames of each source over WebSockets: `serve` is for a WebSocket route of FastAPI or Starlette.
+    """A sink that sends the results and frames of each source over WebSockets; see `serve`.
 
     For each result a viewer gets a text message, the JSON that `JsonLines` writes, and then a binary one, the frame as JPEG;
-    or only one of the two. Each is encoded once for all viewers, and only while somebody wants it. A viewer that is slow
-    skips results, and holds up nobody.
+    or only one of the two. Each is encoded once for all viewers, and only if a viewer wants it. A slow viewer skips results,
+    and delays nothing.
 
     Args:
-        draw: what to show; by default the frame as it is. `Annotator` draws boxes, masks and labels.
-        convert: from the output to what JSON has; by default arrays become lists, and named results objects.
+        draw: a function that draws on the frame, such as `Annotator`; None shows the frame unchanged.
+        convert: a function from the output to JSON types; by default arrays become lists, and named results objects.
         quality: of the JPEGs, from 1 to 95.
 
     Raises:
@@ -193,27 +195,27 @@ class WebSockets(_Live):
         super().__init__(draw, convert, quality)
 
     async def serve(self, socket: WebSocket, source: str, *, frames: bool = True, results: bool = True) -> ViewerStatus:
-        """Show a source to one viewer, until that goes or the pipeline ends; then the socket is closed, with 1000.
+        """Send a source to one viewer until it disconnects or the pipeline ends; for a route of FastAPI or Starlette.
 
-        A socket that is not accepted yet is; who may watch is for the route to decide before. What the viewer says is read
-        and ignored. Cancelled, it leaves the socket open, as a route that is cancelled does.
+        At the end of the pipeline the socket is closed, with code 1000. A socket that is not accepted yet is accepted, so
+        authorise the viewer in the route before. Messages from the viewer are ignored. If cancelled, the socket stays open.
 
         Args:
             socket: of the viewer.
-            source: the source's name. One that there is not shows nothing.
+            source: the source's name. A source that does not exist gives no results.
             frames: whether to send frames.
             results: whether to send results.
 
         Returns:
-            How much the viewer saw.
+            The counts of this viewer.
 
         Raises:
-            InputError: neither frames nor results are to be sent.
+            InputError: both `frames` and `results` are False.
         """
         from starlette.websockets import WebSocketState
 
         if not (frames or results):
-            raise InputError("a viewer gets frames, results or both")
+            raise InputError("frames and results are both False: a viewer needs at least one of them")
         if socket.application_state is WebSocketState.CONNECTING:
             await socket.accept()
         with self._watching(source, frames=frames, results=results) as viewer:
@@ -226,7 +228,7 @@ class WebSockets(_Live):
 
 
 async def _send(socket: WebSocket, viewer: _Viewer) -> None:
-    """Everything that comes, and then the end. A server waits here until the connection has room."""
+    """Send each new result, then close. Sending waits until the connection has room."""
     from starlette.websockets import WebSocketDisconnect
 
     with contextlib.suppress(WebSocketDisconnect):
@@ -239,6 +241,6 @@ async def _send(socket: WebSocket, viewer: _Viewer) -> None:
 
 
 async def _until_gone(socket: WebSocket) -> None:
-    """Else one that goes while nothing is sent would be kept until the next frame, which may never come."""
+    """Wait until the viewer disconnects, because without a frame to send this would not be noticed."""
     while (await socket.receive())["type"] != "websocket.disconnect":
         pass

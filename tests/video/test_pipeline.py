@@ -255,7 +255,7 @@ async def test_a_model_whose_call_is_cancelled_elsewhere_fails_that_frame_alone(
     assert sink.indices("frames") == [0, 1, *range(3, 9)]
     assert (status.frames, status.completed, status.failed, status.in_flight) == (9, 8, 1, 0)
     assert [report.kind for report in reports] == [Kind.INFERENCE]
-    assert "<Frame 2 of frames: 48x64x3>: what it awaited was cancelled by somebody else" in reports[0].detail
+    assert "<Frame 2 of frames: 48x64x3>: an operation that it awaited was cancelled from outside" in reports[0].detail
     await nothing_left(before)
 
 
@@ -293,7 +293,7 @@ async def test_a_source_whose_call_is_cancelled_elsewhere_fails_or_is_tried_agai
         await pipeline.wait()
         status = pipeline.status().sources
     assert (status["a"].state, status["a"].frames) == ("failed", 1)
-    assert "cancelled by somebody else" in (status["a"].error or "")
+    assert "cancelled from outside" in (status["a"].error or "")
     assert (status["b"].state, status["b"].error, status["b"].frames) == ("ended", None, 2)
     assert status["b"].reports == {"lost": 1, "reconnected": 1}
     await nothing_left(before)
@@ -567,7 +567,7 @@ async def test_wrong_options() -> None:
         ({"in_flight": 0}, "in_flight must be at least 1"),
         ({"policy": {"b": "latest"}}, "there is no source 'b'"),
         ({"sinks": {"b": print}}, "there is no source 'b'"),
-        ({"sinks": [3]}, "a sink is a Sink, a function"),
+        ({"sinks": [3]}, "a sink must be a Sink, a function"),
     ):
         with pytest.raises(InputError, match=says):
             Pipeline(number, **{"sources": {"a": pictures(1)}, **arguments})  # type: ignore[arg-type]
@@ -590,6 +590,6 @@ async def test_status_is_frozen_and_entering_twice_is_refused() -> None:
         with pytest.raises(AttributeError):
             pipeline.status().limit = 3  # type: ignore[misc]
     assert pipeline.status().state == "ended"
-    with pytest.raises(UsageError, match="entered once"):
+    with pytest.raises(UsageError, match="entered only once"):
         async with pipeline:
             pass

@@ -104,7 +104,7 @@ async def test_sources_whose_files_would_be_one_do_not_write_into_each_other(tmp
     assert [number_of(image) for _, image in contents(tmp_path / "door_1.mp4")] == [number] * count
     assert {report.detail.partition(": <")[0].partition(" raised")[0] for report in reports} == {"VideoFile"}
     assert len(reports) == 7 - count
-    assert f"is of source {name!r}" in reports[0].detail
+    assert f"belongs to source {name!r}" in reports[0].detail
 
 
 async def test_another_size_in_mid_stream_is_scaled_to_the_first(tmp_path: Path) -> None:

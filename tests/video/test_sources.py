@@ -140,16 +140,16 @@ async def test_sound_without_pictures(tmp_path: Path, site: str) -> None:
         sound: Any = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         sound.sample_rate = 8000
         file.mux(stream.encode(sound))
-    with pytest.raises(SourceError, match="no video in it"):
+    with pytest.raises(SourceError, match="no video stream"):
         async with video.open(tmp_path / "a.wav"):
             pass
-    with pytest.raises(SourceError, match=f"^{site}/a.wav: there is no video in it"):
+    with pytest.raises(SourceError, match=f"^{site}/a.wav: it contains no video stream"):
         async with video.open(site.replace("//", "//me:secret@") + "/a.wav?secret", live=False):
             pass
 
 
 async def test_no_frames(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no video in it"):
+    with pytest.raises(SourceError, match="no video stream"):
         async with video.open(write_video(tmp_path / "a.mp4", [])):
             pass
     assert await read(video.open([])) == []
@@ -538,7 +538,7 @@ async def test_options_out_of_range(options: dict[str, Any]) -> None:
 async def test_a_source_is_opened_once() -> None:
     source = video.open([picture(0)])
     await read(source)
-    with pytest.raises(UsageError, match="can be opened once"):
+    with pytest.raises(UsageError, match="can be opened only once"):
         await read(source)
 
 

@@ -294,7 +294,7 @@ async def test_a_frame_that_cannot_be_drawn_is_counted_and_the_viewer_stays() ->
 
 async def test_a_viewer_wants_something() -> None:
     live, socket = video.WebSockets(), object()
-    with pytest.raises(InputError, match="frames, results or both"):
+    with pytest.raises(InputError, match="frames and results are both False"):
         await live.serve(socket, "door", frames=False, results=False)  # type: ignore[arg-type]
 
 
