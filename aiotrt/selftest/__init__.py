@@ -1,6 +1,6 @@
-"""What `aiotrt verify` checks: that an engine, this machine and aiotrt do together what aiotrt promises.
+"""The checks of `aiotrt verify`: that an engine and aiotrt work on this machine as documented.
 
-Start reading at `checks`, which runs them in order; each of the others holds the checks of one kind.
+Start reading at `checks`, which runs them in order; each other module contains the checks of one kind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the checks share: the open model, its cases, inputs with known results, and how results are compared."""
+"""Objects shared by the checks: the open model, its cases, inputs with known results, and comparison of results."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ __all__ = ["Bench", "Options", "Sample", "Tensors", "as_tensors", "compare", "di
 T = TypeVar("T")
 Tensors = tuple[torch.Tensor, ...]
 
-#: Seconds that a call may take where nothing holds it. A program that hangs is a check that failed.
-PATIENCE: Final = 60.0
-#: Inputs with known results, over all cases; their memory is held until the end.
+#: Seconds that a call may take if nothing holds it. A longer call fails its check.
+CALL_TIMEOUT: Final = 60.0
+#: The number of samples, over all cases; their memory is held until the end.
 SAMPLES: Final = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to verify, and how thoroughly.
+    """The engine to verify, and the thoroughness of the checks.
 
     Attributes:
         file: the engine or ONNX file.
         device: as for `aiotrt.load`.
-        slots: likewise.
-        runtime: likewise.
-        sha256: likewise.
-        allow_host_code: likewise.
-        shapes: by input, the shapes to verify at; empty for those of the engine's profiles.
-        ranges: by input, the values to draw from.
-        inputs: random inputs per case.
+        slots: as for `aiotrt.load`.
+        runtime: as for `aiotrt.load`.
+        sha256: as for `aiotrt.load`.
+        allow_host_code: as for `aiotrt.load`.
+        shapes: the shapes to verify at, by input; empty for those of the engine's profiles.
+        ranges: the smallest and largest random value, by input.
+        inputs: the number of random inputs for each case.
         seed: of the random inputs.
-        replays: how many the endurance check makes.
-        cancellations: how many calls are cancelled.
-        duration: seconds to measure for.
-        tolerance: how far results may be apart, as a share of the output's largest value, where the engine does not
-            repeat itself.
+        replays: the number of replays in the endurance check.
+        cancellations: the number of calls to cancel.
+        duration: seconds for the latency measurement.
+        tolerance: the allowed difference of results, as a share of the output's largest value, for outputs in which the
+            engine is not deterministic.
         require_graph: whether running without a graph is a failure.
     """
 
@@ -73,12 +73,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs, and what the model gives for them when nothing else runs.
+    """Inputs, and the model's results for them when nothing else runs.
 
     Attributes:
-        case: whose shapes they have.
-        inputs: on the host.
-        expected: likewise.
+        case: the case to whose shapes they belong.
+        inputs: tensors in host memory.
+        expected: the results, in host memory.
     """
 
     case: Case
@@ -87,18 +87,18 @@ class Sample:
 
 
 class Bench:
-    """One open model under examination.
+    """The open model under test, with its cases and samples.
 
     Args:
         model: open, with graphs.
-        plain: opens the same model without graphs, with one slot.
+        plain: creates the same model without graphs, with one slot.
         cases: the shapes to verify at.
-        usual: the one among them to measure with.
-        options: how thoroughly.
-        progress: is told how far the present check is, 0 to 1.
+        usual: the case to measure with.
+        options: of the verification.
+        progress: called with the progress of the present check, from 0 to 1.
 
     Attributes:
-        loose: the outputs in which the engine does not repeat itself, by index: found by the parity check.
+        nondeterministic: indices of the outputs in which the engine is not deterministic; set by the parity check.
     """
 
     def __init__(
@@ -119,43 +119,45 @@ class Bench:
         self.progress = progress
         self.executor: Executor = model._executor
         self.device: Device = self.executor.device
-        self.loose: set[int] = set()
+        self.nondeterministic: set[int] = set()
         self._samples: list[Sample] = []
 
     def inputs(self, case: Case, number: int) -> Tensors:
-        """Random inputs; the same for the same case, number and seed."""
+        """Return random inputs, which depend only on the case, the number and the seed."""
         seed = self.options.seed * 1_000_003 + self.cases.index(case) * 10_007 + number
         return random_inputs(case, self.options.ranges, seed)
 
     async def samples(self) -> list[Sample]:
-        """Some inputs of every case, with their results, got one at a time."""
+        """Return some inputs of every case, with their results from sequential calls."""
         if not self._samples:
             for case in self.cases:
                 for number in range(max(2, SAMPLES // len(self.cases))):
                     inputs = self.inputs(case, number)
                     results = as_tensors(await within(self.model(*inputs), "a call"))
-                    expected = tuple(tensor.clone() for tensor in results)  # results that change later must not change this
+                    expected = tuple(
+                        tensor.clone() for tensor in results
+                    )  # a copy, which a later overwrite of the results does not change
                     self._samples.append(Sample(case, inputs, expected))
         return self._samples
 
     async def pair(self) -> tuple[Sample, Sample]:
-        """Two samples of the usual case, with different results where there are such."""
+        """Return two samples of the usual case, with different results if there are any."""
         first, *others = [sample for sample in await self.samples() if sample.case is self.usual]
         return first, next((s for s in others if digest(s.expected) != digest(first.expected)), others[0])
 
     def programs(self, case: Case) -> list[Program]:
-        """What the slots run for it."""
+        """Return the programs that the slots run for a case."""
         return list(self.executor.cache.holders((case.shapes, (), self.executor.specs.known())).values())
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The outputs' names."""
+        """The names of the outputs."""
         return self.programs(self.usual)[0].names.names
 
-    # Comparing...
+    # Comparison
 
     def check(self, got: object, sample: Sample, what: str) -> None:
-        """Compare results, on the host, with a sample's.
+        """Compare results in host memory with those of a sample.
 
         Raises:
             CheckFailed: they differ; the message begins with `what`.
@@ -167,9 +169,9 @@ class Bench:
             raise CheckFailed(f"{what} ({sample.case}): {difference}{owner}")
 
     def difference(self, got: Tensors, expected: Tensors) -> str | None:
-        """How results differ, bit for bit, or beyond the tolerance where the engine does not repeat itself."""
+        """Describe the first difference: bit for bit, or beyond the tolerance where the engine is not deterministic."""
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-            difference = compare(a, b, self.options.tolerance if i in self.loose else None)
+            difference = compare(a, b, self.options.tolerance if i in self.nondeterministic else None)
             if difference is not None:
                 return f"output {self.outputs[i]!r} {difference}"
         return None
@@ -180,10 +182,10 @@ class Bench:
             self.difference(mine, sample.expected) is None
         )
 
-    # To the device and back...
+    # Copies to the device and back
 
     async def on_device(self, tensors: Tensors) -> Tensors:
-        """Copies on the device, complete."""
+        """Copy tensors to the device, and wait for the copies."""
 
         def copy() -> Tensors:
             staged = [self._pinned(tensor).copy_(tensor) for tensor in tensors]
@@ -194,7 +196,7 @@ class Bench:
         return await asyncio.to_thread(copy)
 
     async def on_host(self, tensors: Sequence[torch.Tensor]) -> Tensors:
-        """Copies on the host of device tensors that are complete."""
+        """Copy complete device tensors to host memory, and wait for the copies."""
 
         def copy() -> Tensors:
             staged = tuple(self._pinned(tensor) for tensor in tensors)
@@ -209,18 +211,18 @@ class Bench:
     def _copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         self.device.prepare_thread()
         stream = self.device.stream()
-        # What was allocated just now may have been somebody's before, in the current stream's order.
+        # The allocator may reuse memory whose last use is still pending on the current stream.
         stream.wait(self.device.current_stream().record())
         for destination, source in zip(destinations, sources, strict=True):
             stream.copy(destination, source)
         stream.synchronize()
         stream.close()
 
-    # Calls...
+    # Calls
 
     @contextlib.asynccontextmanager
     async def started(self, inputs: Sequence[Tensors]) -> AsyncIterator[list[asyncio.Task[Any]]]:
-        """Calls under way; those that are not done at the end of the block are cancelled."""
+        """Start calls; those that are not done at the end of the block are cancelled."""
         calls = [asyncio.create_task(self.model(*values)) for values in inputs]
         try:
             yield calls
@@ -231,7 +233,7 @@ class Bench:
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run several at once, and return what they return; the first error ends the others too."""
+    """Run coroutines concurrently, and return their results; the first error cancels the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
@@ -242,12 +244,12 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def within(awaitable: Awaitable[T], what: str, expected: float = 0.0) -> T:
-    """Wait, but not for ever.
+    """Wait with a timeout.
 
     Raises:
-        CheckFailed: it took `PATIENCE` seconds more than the `expected` ones.
+        CheckFailed: the operation took more than `expected` + `CALL_TIMEOUT` seconds; it is cancelled.
     """
-    limit = expected + PATIENCE
+    limit = expected + CALL_TIMEOUT
     try:
         async with asyncio.timeout(limit):
             return await awaitable
@@ -256,12 +258,12 @@ async def within(awaitable: Awaitable[T], what: str, expected: float = 0.0) -> T
 
 
 def as_tensors(results: object) -> Tensors:
-    """What a call returned, as a plain tuple."""
+    """Return the tensors in a call's results as a flat tuple."""
     return tuple(take_apart(results)[1])
 
 
 def digest(tensors: Tensors) -> bytes:
-    """Tells results apart, bit for bit."""
+    """Hash results; results that differ in any bit have different digests."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -270,12 +272,12 @@ def digest(tensors: Tensors) -> bytes:
 
 
 def compare(got: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> str | None:
-    """How two host tensors differ; None where they do not.
+    """Describe the difference of two host tensors; None if there is none.
 
     Args:
-        got: one.
-        expected: the other.
-        tolerance: as a share of the largest value in `expected`; None for bit for bit.
+        got: the result.
+        expected: the tensor to compare with.
+        tolerance: as a share of the largest value in `expected`; None to compare bit for bit.
     """
     if got.dtype is not expected.dtype or got.shape != expected.shape:
         return f"is {_kind(got)}, expected {_kind(expected)}"
@@ -289,7 +291,7 @@ def compare(got: torch.Tensor, expected: torch.Tensor, tolerance: float | None =
     odd = int(((a.isfinite() != b.isfinite()) | (a.isnan() != b.isnan())).sum())
     if tolerance is not None and distance <= tolerance * largest and odd == 0:
         return None
-    beyond = "" if tolerance is None else f", which is beyond the tolerance of {tolerance:g} times {largest:.4g}"
+    beyond = "" if tolerance is None else f", more than the tolerance of {tolerance:g} times {largest:.4g}"
     return f"differs in {count:,} of {len(differ):,} elements, by up to {distance:.4g}{beyond}"
 
 
@@ -298,9 +300,9 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A row of bytes for each element."""
+    """Return a row of bytes for each element."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).reshape(tensor.numel(), tensor.element_size())
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).double()  # float8 goes to float32 only
+    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).double()  # float8 can only be converted to float32

@@ -1,4 +1,4 @@
-"""At which shapes a model is verified, and with which random inputs."""
+"""Choose the shapes and the random inputs with which a model is verified."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from aiotrt.tensors import Shapes, TensorSpec
 __all__ = ["Case", "Range", "check_ranges", "combine", "find_cases", "random_inputs"]
 
 Shape: TypeAlias = tuple[int, ...]
-#: The smallest and the largest value of an input, both among them.
+#: The smallest and the largest value of an input, inclusive.
 Range: TypeAlias = tuple[float, float]
 
-#: For integers of more than one byte: flags, masks, indices and lengths all take these two.
+#: For integers of more than one byte, because flags, masks, indices and lengths all accept these two.
 _USUAL_INTEGERS: Final = (0, 1)
 
 
@@ -27,10 +27,10 @@ class Case:
     """One set of shapes.
 
     Attributes:
-        label: where it comes from, such as "profile 0 smallest".
+        label: its origin, such as "profile 0 smallest".
         specs: the model's inputs.
         shapes: of the inputs, in their order.
-        limits: by host (shape) input, the smallest and largest values that the profile allows.
+        limits: the smallest and largest values that the profile allows, by host (shape) input.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def named(self) -> dict[str, Shape]:
-        """The shapes by input name, as `Model.lease` and `Model.warmup` take them."""
+        """The shapes by input name, as for `Model.lease` and `Model.warmup`."""
         return {spec.name: shape for spec, shape in zip(self.specs, self.shapes, strict=True)}
 
     def __str__(self) -> str:
@@ -50,20 +50,19 @@ class Case:
 def find_cases(
     file: str, specs: tuple[TensorSpec, ...], profiles: Sequence[Profile], given: Mapping[str, Sequence[Shape]]
 ) -> tuple[list[Case], Case]:
-    """The shapes to verify at.
+    """Choose the shapes to verify at.
 
     Args:
         file: for messages.
         specs: the model's inputs.
-        profiles: the engine's, where it has any.
-        given: the shapes that the user asks for, by input; see `combine`.
+        profiles: of the engine, if it has any.
+        given: the shapes that the user requests, by input; see `combine`.
 
     Returns:
-        Every case, and the one among them to measure with: the shapes asked for first, or those that the first profile was
-        tuned for.
+        All cases, and the one to measure with: the first requested shapes, or those for which the first profile is tuned.
 
     Raises:
-        InputError: an input of that name does not exist, a shape does not fit, or an open shape was not given.
+        InputError: an input of that name does not exist, a shape does not fit, or a dynamic shape is not given.
     """
     found: dict[Shapes, list[str]] = {}
     usual: Shapes | None = None
@@ -87,25 +86,25 @@ def find_cases(
 
 
 def combine(given: Mapping[str, Sequence[Shape]]) -> list[dict[str, Shape]]:
-    """The sets of shapes that the user asks for: a shape that is given once goes with each of the others.
+    """Combine the requested shapes to sets: a shape that is given once is used in every set.
 
     Raises:
-        InputError: two inputs are given several times, and not as often as each other.
+        InputError: two inputs have several shapes each, but not the same number.
     """
     count = max(map(len, given.values()), default=0)
     for name, shapes in given.items():
         if len(shapes) not in (1, count):
             raise InputError(
-                f"--shape {name}=: given {len(shapes)} times; expected once, or {count} times as for another input"
+                f"--shape {name}=: given {len(shapes)} times; expected once, or {count} times like another input"
             )
     return [{name: shapes[i if len(shapes) > 1 else 0] for name, shapes in given.items()} for i in range(count)]
 
 
 def check_ranges(file: str, specs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]) -> None:
-    """Check what the user says about values.
+    """Check the requested ranges of values.
 
     Raises:
-        InputError: an input of that name does not exist, or its dtype does not hold these values.
+        InputError: an input of that name does not exist, or its dtype cannot represent these values.
     """
     for name, (low, high) in ranges.items():
         spec = _find(file, "--range", specs, name)
@@ -122,10 +121,10 @@ def check_ranges(file: str, specs: tuple[TensorSpec, ...], ranges: Mapping[str, 
 
 
 def random_inputs(case: Case, ranges: Mapping[str, Range], seed: int) -> tuple[torch.Tensor, ...]:
-    """Inputs for a case: the same for the same seed, everywhere.
+    """Create inputs for a case; they depend only on the seed, on every machine.
 
-    Floating-point inputs are normally distributed, bytes take every value, wider integers are 0 or 1, which is in range
-    as a flag, a mask, an index or a token; `ranges` says otherwise, and the profile does for host inputs.
+    Floating-point inputs are normally distributed, bytes take all values, and wider integers are 0 or 1, which is valid as
+    a flag, a mask, an index or a token. `ranges` overrides this, and so does the profile for host inputs.
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(
@@ -142,7 +141,7 @@ def _random(
         values = [int(torch.randint(low, high + 1, (), generator=generator)) for low, high in zip(*each, strict=True)]
         return torch.tensor(values).reshape(shape).to(dtype)
     if dtype.is_floating_point:
-        wide = torch.float64 if dtype is torch.float64 else torch.float32  # not every dtype can be drawn
+        wide = torch.float64 if dtype is torch.float64 else torch.float32  # torch has no random numbers of some dtypes
         if limits is None:
             return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
         low, high = limits
@@ -157,7 +156,7 @@ def _random(
 
 
 def _declared(profiles: Sequence[Profile]) -> list[tuple[str, Mapping[str, Shape]]]:
-    """What the engine itself says."""
+    """Return the sets of shapes that the engine's profiles declare."""
     declared: list[tuple[str, Mapping[str, Shape]]] = []
     for profile in profiles:
         if profile.extents:
@@ -171,7 +170,7 @@ def _declared(profiles: Sequence[Profile]) -> list[tuple[str, Mapping[str, Shape
 def _given(
     file: str, specs: tuple[TensorSpec, ...], given: Mapping[str, Sequence[Shape]]
 ) -> list[tuple[str, Mapping[str, Shape]]]:
-    """What the user says."""
+    """Return the sets of shapes that the user requests."""
     for name in given:
         _find(file, "--shape", specs, name)
     return [("given", shapes) for shapes in combine(given)]
@@ -180,9 +179,9 @@ def _given(
 def _shape(file: str, spec: TensorSpec, shape: Shape | None) -> Shape:
     if shape is None:
         if spec.shape is not None and None not in spec.shape:
-            return tuple(extent or 0 for extent in spec.shape)
+            return tuple(size or 0 for size in spec.shape)
         raise InputError(
-            f"{file}: the shape of input {spec} is open, and no profile says which to take; "
+            f"{file}: the shape of input {spec} is dynamic, and no profile declares one; "
             f"give one with --shape {spec.name}={_example(spec)}"
         )
     if not spec.fits(shape) or min(shape, default=1) < 1:
@@ -195,8 +194,8 @@ def _shape(file: str, spec: TensorSpec, shape: Shape | None) -> Shape:
 def _example(spec: TensorSpec) -> str:
     if spec.shape is None:
         return "1x64"
-    space = 320 if len(spec.shape) == 4 else 64  # images, or sequences
-    return "x".join(str(extent or (1 if i == 0 else space)) for i, extent in enumerate(spec.shape))
+    inner = 320 if len(spec.shape) == 4 else 64  # images, or sequences
+    return "x".join(str(size or (1 if i == 0 else inner)) for i, size in enumerate(spec.shape))
 
 
 def _find(file: str, option: str, specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:

@@ -1,4 +1,4 @@
-"""One verification: loads the model, runs every check on it, closes it, and reports."""
+"""Verify an engine: load the model, run every check, close it, and report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aiotrt.selftest.cases import check_ranges, combine, find_cases
 from aiotrt.selftest.endurance import cancellation, endurance
 from aiotrt.selftest.instruments import describe, memory
 from aiotrt.selftest.latency import latency
-from aiotrt.selftest.laws import callers, completion, gate, inputs
+from aiotrt.selftest.laws import callers, completion, consumers, inputs
 from aiotrt.selftest.parity import capture, parity
 from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable, Outcome, Report, Result
 
@@ -25,48 +25,50 @@ __all__ = ["CHECKS", "Progress", "verify"]
 
 _log: Final = logging.getLogger("aiotrt")
 
-#: After "load", in this order; "close" comes last.
+#: The checks between "load" and "close", in order.
 CHECKS: Final[dict[str, Callable[[Bench], Awaitable[Finding]]]] = {
     "capture": capture,
     "parity": parity,
     "results wait for the device": completion,
-    "consumers are waited for": gate,
+    "consumers are waited for": consumers,
     "inputs are waited for": inputs,
     "callers are kept apart": callers,
     "cancellation": cancellation,
     "endurance": endurance,
     "latency": latency,
 }
-#: Seconds that closing may take: nothing is on the device by then.
+#: Seconds that closing may take; nothing runs on the device then.
 CLOSES_WITHIN: Final = 30.0
 
 
 class Progress(Protocol):
-    """Who is told how far it is."""
+    """An object that is notified of the progress."""
 
     def begin(self, name: str) -> None:
-        """A check begins."""
+        """Record that a check begins."""
         ...
 
     def advance(self, fraction: float) -> None:
-        """How far it is, 0 to 1."""
+        """Record the progress of the present check, from 0 to 1."""
         ...
 
     def end(self, result: Result) -> None:
-        """It ended."""
+        """Record that a check ended."""
         ...
 
 
 async def verify(options: Options, progress: Progress) -> Report:
-    """Verify an engine, end to end. It never raises for a check that fails: the report says so.
+    """Verify an engine, end to end. A check that fails does not raise: it is in the report.
+
+    If cancelled, the model is closed without waiting for work on the device.
 
     Args:
-        options: what, and how thoroughly.
-        progress: is told of every check.
+        options: the engine, and the thoroughness of the checks.
+        progress: notified of every check.
 
     Raises:
         InputError: a shape or range does not fit the model, or one is missing.
-        EngineError, MissingDependencyError, UsageError: it cannot be loaded; see `aiotrt.load`.
+        EngineError, MissingDependencyError, UsageError: the model cannot be loaded; see `aiotrt.load`.
     """
     report = Report(str(options.file), options.seed)
 
@@ -102,7 +104,7 @@ def _load(options: Options, *, graphs: bool) -> Model:
         runtime=options.runtime,
         sha256=options.sha256,
         allow_host_code=options.allow_host_code,
-        # For a GPU an ONNX file is built, with a profile for each of the shapes; nothing else looks at this.
+        # Used only to build an ONNX file for a GPU, with a profile for each set of shapes.
         profiles=combine(options.shapes) or None,
     )
 
@@ -114,7 +116,7 @@ async def _open(options: Options, *, graphs: bool) -> Model:
     except InputError as error:
         if options.shapes or options.file.suffix.lower() != ".onnx":
             raise
-        raise InputError(f"{error}; here, give the shapes with --shape NAME=1x3x320x320") from error
+        raise InputError(f"{error}; with this command, give the shapes with --shape NAME=1x3x320x320") from error
 
 
 def _bench(model: Model, options: Options, progress: Progress) -> Bench:
@@ -164,14 +166,14 @@ async def _run(name: str, check: Callable[[Bench], Awaitable[Finding]], bench: B
         outcome, detail, figures = Outcome.NOT_APPLICABLE, str(reason), reason.figures
     except CheckFailed as failure:
         outcome, detail, figures = Outcome.FAILED, str(failure), failure.figures
-    except Exception as error:  # whatever it is, the other checks have something to say too
+    except Exception as error:  # an unexpected error fails this check; the others still run
         _log.debug("verify: %s raised", name, exc_info=True)
         outcome, detail, figures = Outcome.FAILED, f"raised {type(error).__name__}: {error}", {}
     return Result(name, outcome, detail, time.perf_counter() - started, figures)
 
 
 async def _close(bench: Bench) -> Finding:
-    """Everything is given back."""
+    """Close the model, which must release everything in time."""
     try:
         async with asyncio.timeout(CLOSES_WITHIN):
             await bench.model.aclose()

@@ -1,4 +1,4 @@
-"""Calls that are cancelled at any stage, and many thousands of replays in flat memory."""
+"""Check that calls can be cancelled at any stage, and that thousands of replays use constant memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["cancellation", "endurance"]
 
 #: Seconds in which slots must be free again after cancellations.
 FREE_WITHIN: Final = 10.0
-#: Bytes by which memory may grow: an allocator keeps what was once needed at the same time.
+#: Bytes by which memory may grow, because an allocator keeps the memory of the highest concurrent use.
 SLACK: Final = 16 << 20
-#: One in so many results is compared with what it should be; comparing takes longer than running.
+#: One in this many results is compared with the expected one, because comparing takes longer than running.
 COMPARED: Final = 8
 
 
 async def cancellation(bench: Bench) -> Finding:
-    """Calls and leases cancelled at random stages; then all slots are free, and everybody else's results were right."""
+    """Cancel calls and leases at random stages; check that all slots become free, and that other results are correct."""
     options = bench.options
     chance = random.Random(options.seed)
     samples = await bench.samples()
@@ -53,7 +53,9 @@ async def cancellation(bench: Bench) -> Finding:
                 for _ in range(chance.randrange(6)):
                     await asyncio.sleep(0)
             else:
-                await asyncio.sleep(chance.uniform(0, 8 * usual))  # they share slots, so a call takes longer now
+                await asyncio.sleep(
+                    chance.uniform(0, 8 * usual)
+                )  # concurrent calls share slots, so a call takes longer than `usual`
         finally:
             task.cancel()
         try:
@@ -78,12 +80,12 @@ async def cancellation(bench: Bench) -> Finding:
     for sample in samples:
         bench.check(await within(bench.model(*sample.inputs), "a call"), sample, "after cancellations")
     return Finding(
-        f"{cancelled} cancelled, {completed} done before that, {kept} left alone and right; all slots free", figures
+        f"{cancelled} cancelled, {completed} done before that, {kept} not cancelled and correct; all slots free", figures
     )
 
 
 async def _cancel_on_device(bench: Bench, samples: list[Sample]) -> int:
-    """Cancel a call on each slot while the device has it, which is seldom met by chance; returns how many."""
+    """Cancel a call on each slot while it is on the device, which random times seldom hit. Returns the number of calls."""
     streams = [slot.stream for slot in bench.executor.slots]
     inputs = [samples[i % len(samples)].inputs for i in range(bench.options.slots)]
     async with held(bench, streams, True), bench.started(inputs) as calls:
@@ -110,7 +112,7 @@ async def _all_free(bench: Bench, figures: dict[str, int]) -> None:
 
 
 async def endurance(bench: Bench) -> Finding:
-    """Replays at all shapes, several at once, from all kinds of inputs: neither device nor host memory grows."""
+    """Replay at all shapes, concurrently and from all kinds of inputs; check that device and host memory do not grow."""
     options = bench.options
     samples = await bench.samples()
     placed = [(sample, sample.inputs, True) for sample in samples]
@@ -143,7 +145,7 @@ async def endurance(bench: Bench) -> Finding:
         "growth": grown,
     }
     numbers = ", ".join(f"{_WORDS[name]} {grown[name]:+,} B" for name in grown if grown[name] is not None)
-    # Buffers of calls in flight come and go, and their allocator may keep as much again.
+    # The number of calls in flight at a measurement varies, and the allocator may keep their buffers.
     flight = callers * max(sum(t.nbytes for t in (*s.inputs, *s.expected)) for s in samples)
     limits = {"resident": SLACK + flight, "allocated": 0, "used": SLACK + flight}
     for name, limit in limits.items():
@@ -172,7 +174,7 @@ def _growth(before: int | None, after: int | None) -> int | None:
 
 
 async def _spread(bench: Bench, count: int, workers: int, step: Callable[[int], Awaitable[None]]) -> None:
-    """Take `count` steps, `workers` at a time; the first error ends it."""
+    """Run `count` steps, `workers` at a time; the first error cancels the others."""
     numbers = iter(range(count))
 
     async def work() -> None:

@@ -1,6 +1,6 @@
-"""What a device is examined with: a latch that holds its streams, a clock that it reads itself, and what it says of itself.
+"""Instruments for testing a device: a latch that holds its streams, a clock on the device, memory use and versions.
 
-No model needs any of this to run: it is for `aiotrt verify` and for tests.
+They are for `aiotrt verify` and for tests; models do not use them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _DRIVER: Final = Path("/proc/driver/nvidia/version")
 
 
 class Latch:
-    """Holds streams until it is opened: "the device is still busy" as a state to enter, not a time to hope for.
+    """Holds streams until it is opened, so that a test can enter the state "the device is still busy" instead of timing it.
 
-    While a stream is held, nothing may block on it, and on CUDA nothing may synchronise the whole device, which the first
-    use of a kernel can do: run what is to be held once before that without a latch. As an async context manager it is open
-    afterwards at the latest, so that whoever fails holds up nobody else.
+    While a stream is held, nothing may block on it, and on CUDA nothing may synchronize the whole device, which the first
+    use of a kernel can do: run the held work once before, without a latch. As an async context manager it opens at the end
+    of the block at the latest, so that a failure leaves no stream held.
 
     Args:
-        device: whose streams; the host device or a CUDA device, or its name.
+        device: the device of the streams, the host device or a CUDA device, or its name.
     """
 
     def __init__(self, device: Device | str) -> None:
@@ -41,7 +41,7 @@ class Latch:
         self._value = self._device.pinned((1,), torch.int32).zero_()
 
     def hold(self, stream: Stream) -> None:
-        """What is submitted to `stream` from now on waits for the latch.
+        """Make work that is submitted to `stream` from now on wait for the latch.
 
         Raises:
             DeviceError: the driver cannot hold a stream.
@@ -58,7 +58,7 @@ class Latch:
             raise DeviceError("the driver cannot hold a stream", code=int(status), name=status.name)
 
     def open(self) -> None:
-        """Let them go. From any thread, any number of times."""
+        """Release all held streams. May be called from any thread, any number of times."""
         self._value.fill_(1)
         self._opened.set()
 
@@ -70,13 +70,13 @@ class Latch:
 
 
 class StreamClock:
-    """When a stream reached a point in its work: by the GPU's clock on CUDA, by the host's on the host device."""
+    """Measures when a stream reaches points in its work, with the GPU's clock on CUDA, else with the CPU's."""
 
     def __init__(self, device: Device) -> None:
         self._cuda = device.torch_device.type == "cuda"
 
     def mark(self, stream: Stream) -> Any:
-        """Mark the point between what was submitted to `stream` before and what will be after."""
+        """Mark the point between work submitted to `stream` before and after this call."""
         if self._cuda:
             return stream.record(torch.cuda.Event(enable_timing=True))
         times: list[float] = []
@@ -84,7 +84,7 @@ class StreamClock:
         return times
 
     def milliseconds(self, first: Any, last: Any) -> float:
-        """The time between two marks of one stream, which it has passed."""
+        """Return the milliseconds between two marks that a stream has passed."""
         if self._cuda:
             return float(first.elapsed_time(last))
         return float(last[0] - first[0]) * 1e3
@@ -92,12 +92,12 @@ class StreamClock:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in use at one moment, in bytes; None where it cannot be told.
+    """Memory in use at one moment, in bytes; None if unknown.
 
     Attributes:
-        resident: of this process, on the host.
-        allocated: by torch's allocator on the device.
-        used: on the device by everybody, other processes included: TensorRT allocates for itself too.
+        resident: host memory of this process.
+        allocated: device memory of torch's allocator.
+        used: device memory of all allocators and processes, because TensorRT has its own.
     """
 
     resident: int | None
@@ -106,7 +106,7 @@ class Memory:
 
 
 def memory(device: Device) -> Memory:
-    """What is in use now."""
+    """Measure the memory in use."""
     resident = None
     if _STATM.exists():
         resident = int(_STATM.read_text(encoding="ascii").split()[1]) * 4096
@@ -117,7 +117,7 @@ def memory(device: Device) -> Memory:
 
 
 def describe(device: Device) -> dict[str, str]:
-    """Name, driver and versions, for a report."""
+    """Return the device's name, driver and versions, for a report."""
     where = device.torch_device
     facts = {"name": device.name, "torch": str(torch.__version__), "python": platform.python_version()}
     if where.type != "cuda":
@@ -138,7 +138,7 @@ def describe(device: Device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The kernel driver's version; the API does not tell it."""
+    """Read the version of the kernel driver, which the API does not provide."""
     try:
         words = _DRIVER.read_text(encoding="utf-8").split()
     except OSError:

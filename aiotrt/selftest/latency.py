@@ -1,8 +1,8 @@
-"""What a run costs, laid out as trtexec lays it out. Every figure is one that was measured; percentiles are not between two.
+"""Measure the latency of a run, in the layout of trtexec. Percentiles are measured values, not interpolated.
 
-The phases are timed on the slot's own stream: the same copies in, launch and copies out, in the same order as a call's, with
-a mark between them. Where there is a graph, some runs are submitted while the stream is held, and then let go together, so
-that no delay of the host's counts as the device's. Throughput and the awaited call are measured through the public API.
+The phases are timed on the slot's own stream: the same copies in, launch and copies out as in a call, in the same order,
+with marks between them. With a graph, several runs are submitted while the stream is held and then released together, so
+that no delay of the CPU is attributed to the device. Throughput and the awaited call are measured through the public API.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aiotrt.selftest.report import Finding
 
 __all__ = ["ROWS", "latency", "summary"]
 
-#: The rows of the table by their keys, with trtexec's names where it has them, in its order.
+#: The titles of the table's rows by key; names and order are trtexec's where it has them.
 ROWS: Final = {
     "latency_ms": "Latency",
     "enqueue_time_ms": "Enqueue Time",
@@ -33,15 +33,15 @@ ROWS: Final = {
     "d2h_latency_ms": "D2H Latency",
     "awaited_call_ms": "Awaited Call",
 }
-#: Runs that are submitted at once; far below what a stream takes before submitting blocks.
+#: Runs that are submitted together; far fewer than a stream accepts before submitting blocks.
 _BATCH: Final = 8
-#: Fewest runs of each kind, so that a percentile means something.
+#: The minimum number of runs of each kind, so that percentiles are meaningful.
 _LEAST: Final = 20
 
 
 @dataclass
 class _Phases:
-    """Milliseconds, a value for each run."""
+    """The durations of each phase in milliseconds, one for each run."""
 
     total: list[float] = field(default_factory=list)
     enqueue: list[float] = field(default_factory=list)
@@ -51,7 +51,7 @@ class _Phases:
 
 
 async def latency(bench: Bench) -> Finding:
-    """Throughput with all slots busy, one awaited call at a time, and the phases of a run on the device."""
+    """Measure throughput with all slots busy, single awaited calls, and the phases of a run on the device."""
     share = bench.options.duration / 3
     samples = [sample for sample in await bench.samples() if sample.case is bench.usual]
     inputs = [sample.inputs for sample in samples]
@@ -78,9 +78,9 @@ async def latency(bench: Bench) -> Finding:
     }
     if unified:
         figures["not_applicable"] = {
-            "h2d_latency_ms": "host memory is the device's: nothing is copied in",
+            "h2d_latency_ms": "the device uses host memory: nothing is copied in",
             "gpu_compute_time_ms": "there is no GPU; Latency is the time on the host device's stream",
-            "d2h_latency_ms": "host memory is the device's: nothing is copied out",
+            "d2h_latency_ms": "the device uses host memory: nothing is copied out",
         }
     middle, call = figures["latency_ms"]["median"], figures["awaited_call_ms"]["median"]
     return Finding(
@@ -89,7 +89,7 @@ async def latency(bench: Bench) -> Finding:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """The statistics that trtexec prints. Every percentile is a value that was measured."""
+    """Compute the statistics that trtexec prints. Every percentile is a measured value."""
     median, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99], method="inverted_cdf")
     return {
         "min": float(min(values)),
@@ -104,7 +104,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 async def _awaited(bench: Bench, inputs: Sequence[Any], seconds: float) -> list[float]:
-    """One caller: from the call to the results in hand."""
+    """Time calls of one caller, in milliseconds, from the call until it has the results."""
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     warm = _LEAST
@@ -112,14 +112,14 @@ async def _awaited(bench: Bench, inputs: Sequence[Any], seconds: float) -> list[
         started = time.perf_counter()
         await bench.model(*inputs[len(times) % len(inputs)])
         if warm > 0:
-            warm -= 1  # the hub learns when to look
+            warm -= 1  # the hub learns the duration that it predicts
         else:
             times.append((time.perf_counter() - started) * 1e3)
     return times
 
 
 async def _throughput(bench: Bench, inputs: Sequence[Any], seconds: float) -> tuple[int, float]:
-    """Two callers for each slot: how many calls in how many seconds."""
+    """Run two callers for each slot; return the number of calls and the seconds that they took."""
     started = time.perf_counter()
     deadline = started + seconds
     count = 0
@@ -145,9 +145,9 @@ async def _phases(bench: Bench, inputs: Any, seconds: float) -> _Phases:
         deadline = time.perf_counter() + seconds
         first = True
         while first or len(phases.total) < _LEAST or time.perf_counter() < deadline:
-            # In a worker, for a launch without a graph occupies its thread. The slot is ours until the lease ends.
+            # In a worker, because a launch without a graph occupies its thread. The lease owns the slot meanwhile.
             batch = await asyncio.to_thread(_batch, bench.device, hold.slot.stream, hold.program)
-            if not first:  # the first one warms up
+            if not first:  # the first batch is the warm-up
                 for name, values in vars(batch).items():
                     getattr(phases, name).extend(values)
             first = False
@@ -155,11 +155,11 @@ async def _phases(bench: Bench, inputs: Any, seconds: float) -> _Phases:
 
 
 def _batch(device: Device, stream: Stream, program: Program) -> _Phases:
-    """On a worker thread: several runs, one after the other, and how long each phase of each took."""
+    """Run several times in sequence, and time each phase. Called on a worker thread."""
     device.prepare_thread()
     clock, phases, marks = StreamClock(device), _Phases(), []
     latch = Latch(device)
-    # Without a graph a run is any number of submissions, and may wait for the device: it must not be held.
+    # A run without a graph submits any number of operations and may wait for the device, so it must not be held.
     hold = program.captured and not device.unified
     runs = _BATCH if hold else 1
     try:

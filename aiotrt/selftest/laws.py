@@ -1,7 +1,7 @@
-"""The handshake's laws, with the device held by a latch, so that the moment in which a defect shows lasts.
+"""Checks of the handshake's laws while a latch holds the device, which prolongs the state in which a defect is visible.
 
 Every body runs twice: first with the latch open, because the first use of a kernel may need an idle device, and then held,
-when its results are looked at.
+when its results are checked.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from aiotrt.selftest.bench import Bench, Sample, as_tensors, digest, within
 from aiotrt.selftest.instruments import Latch
 from aiotrt.selftest.report import CheckFailed, Finding, NotApplicable
 
-__all__ = ["HOLD", "callers", "completion", "gate", "held", "inputs"]
+__all__ = ["HOLD", "callers", "completion", "consumers", "held", "inputs"]
 
-#: Seconds for which the device is held. Whoever does not wait for it is done long before.
+#: Seconds for which the device is held. An operation that wrongly does not wait for it ends long before.
 HOLD: Final = 0.2
-#: Seconds after which the latch is opened by itself, if a call that should return at once does not.
+#: Seconds after which a watchdog opens the latch, if a call that should return at once blocks.
 STUCK: Final = 20.0
-#: Calls at once, to tell whose results are whose.
+#: The number of concurrent calls with which mixed-up results are detected.
 CALLERS: Final = 64
 
 
 async def completion(bench: Bench) -> Finding:
-    """Results are not handed out, and a lease's event is not complete, before the device is done."""
+    """Check that results are not returned, and that a lease's event does not complete, before the device is done."""
     samples = (await bench.samples())[: bench.options.slots]
     streams = [slot.stream for slot in bench.executor.slots]
     for hold in (False, True):
@@ -68,16 +68,16 @@ async def completion(bench: Bench) -> Finding:
             results = await bench.on_host([buffer.tensor for buffer in slot.outputs])
             if hold:
                 bench.check(results, sample, "a lease has wrong results")
-    return Finding(f"{len(samples)} calls and a lease waited for the device for {HOLD:g} s, and were right then")
+    return Finding(f"{len(samples)} calls and a lease waited for the device for {HOLD:g} s, and were then correct")
 
 
-async def gate(bench: Bench) -> Finding:
-    """What a consumer on another stream has not read yet is not overwritten by the slot's next call."""
+async def consumers(bench: Bench) -> Finding:
+    """Check that the slot's next call does not overwrite results that a consumer on another stream has not read yet."""
     first, second = await bench.pair()
     side = bench.model.stream()
     try:
         for hold in (False, True):
-            await _gate(bench, side, first, second, hold)
+            await _consumers(bench, side, first, second, hold)
             bench.progress(1.0 if hold else 0.5)
     finally:
         await asyncio.to_thread(side.synchronize)
@@ -85,10 +85,10 @@ async def gate(bench: Bench) -> Finding:
     return Finding(f"a consumer that was held for {HOLD:g} s read its own results; the next call waited for it")
 
 
-async def _gate(bench: Bench, side: Stream, first: Sample, second: Sample, hold: bool) -> None:
+async def _consumers(bench: Bench, side: Stream, first: Sample, second: Sample, hold: bool) -> None:
     model, device = bench.model, bench.device
     async with contextlib.AsyncExitStack() as stack:
-        # All slots but one are taken, so that the next call needs the one that is consumed.
+        # Lease all slots but one, so that the next call needs the slot with the consumer.
         for _ in range(bench.options.slots - 1):
             await stack.enter_async_context(model.lease(first.case.named))
         async with held(bench, [], hold) as latch:
@@ -98,7 +98,7 @@ async def _gate(bench: Bench, side: Stream, first: Sample, second: Sample, hold:
                 await within(slot.replay(), "a replay")
                 outputs = list(slot.outputs)
                 seen = [device.empty(output.shape, output.dtype) for output in outputs]
-                # Whose memory it was before, in the current stream's order.
+                # The memory of `seen` may have a pending use on the current stream.
                 side.wait(device.current_stream().record())
                 latch.hold(side)
 
@@ -123,9 +123,9 @@ async def _gate(bench: Bench, side: Stream, first: Sample, second: Sample, hold:
 
 
 async def inputs(bench: Bench) -> Finding:
-    """An input that is still being made on the caller's stream is waited for."""
+    """Check that a call waits for an input that the caller's stream is still writing."""
     if bench.device.unified:
-        raise NotApplicable("host inputs are complete when they are passed; only device inputs can still be in the making")
+        raise NotApplicable("host inputs are complete when they are passed; only device inputs can still be pending")
     side = bench.model.stream()
     try:
         for hold in (False, True):
@@ -134,11 +134,11 @@ async def inputs(bench: Bench) -> Finding:
     finally:
         await asyncio.to_thread(side.synchronize)
         side.close()
-    return Finding(f"a call waited for {HOLD:g} s for an input that was still being made, and read it then")
+    return Finding(f"a call waited for {HOLD:g} s for an input that was still being written, and then read it")
 
 
 async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hold: bool) -> None:
-    values = await bench.on_device(second.inputs)  # what a call that does not wait would read
+    values = await bench.on_device(second.inputs)  # values that a call reads if it does not wait
     made = await bench.on_device(first.inputs)
 
     def start() -> Request:
@@ -152,7 +152,7 @@ async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hol
             if hold:
                 await asyncio.sleep(HOLD)
                 if request.done():
-                    raise CheckFailed("a call returned while its input was still being made")
+                    raise CheckFailed("a call returned while its input was still being written")
             latch.open()
             results = as_tensors(await within(request, "a call"))
         finally:
@@ -163,11 +163,13 @@ async def _inputs(bench: Bench, side: Stream, first: Sample, second: Sample, hol
 
 
 async def callers(bench: Bench) -> Finding:
-    """Many calls at once, all submitted before the first one ends, each get the results of their own inputs."""
+    """Check that concurrent calls, all submitted before the first one ends, get the results of their own inputs."""
     samples = await bench.samples()
     distinct = len({digest(sample.expected) for sample in samples})
     if distinct == 1:
-        raise NotApplicable("all inputs give the same results here, so nothing tells callers apart; see --range")
+        raise NotApplicable(
+            "all inputs give the same results, so mixed-up results cannot be detected; choose other inputs with --range"
+        )
     order = [samples[i % len(samples)] for i in range(CALLERS)]
     random.Random(bench.options.seed).shuffle(order)
     streams = [slot.stream for slot in bench.executor.slots]
@@ -181,10 +183,10 @@ async def callers(bench: Bench) -> Finding:
                 held(bench, streams, hold) as latch,
                 bench.started([placed[id(sample)] for sample in order]) as calls,
             ):
-                await asyncio.sleep(0)  # all are submitted now
+                await asyncio.sleep(0)  # the calls are submitted in this loop iteration
                 latch.open()
                 all_results = [as_tensors(await within(call, "a call")) for call in calls]
-            # Only after the last one has written its own.
+            # Check after the last call has written its results.
             for results, sample in zip(all_results, order, strict=True):
                 on_host = results if kind == "host" else await bench.on_host(results)
                 if hold:
@@ -195,7 +197,11 @@ async def callers(bench: Bench) -> Finding:
 
 @contextlib.asynccontextmanager
 async def held(bench: Bench, streams: Sequence[Stream], hold: bool) -> AsyncIterator[Latch]:
-    """A latch that holds `streams`; without `hold` it is open from the start, for the rehearsal."""
+    """Hold `streams` with a latch until the block ends; with `hold` False the latch is open, for the first run.
+
+    Raises:
+        CheckFailed: the watchdog had to open the latch.
+    """
     stuck = threading.Event()
     async with Latch(bench.device) as latch:
 

@@ -1,4 +1,4 @@
-"""Whether everything is captured, and whether a graph gives what the same engine gives without one, bit for bit."""
+"""Check that everything is captured, and that graphs give bit-identical results to the same engine without graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["capture", "parity"]
 
 
 async def capture(bench: Bench) -> Finding:
-    """Every case is captured on every slot; where one is not, the reason is told."""
+    """Capture every case on every slot, and report the reason if a case cannot be captured."""
     rows: list[dict[str, Any]] = []
     for i, case in enumerate(bench.cases):
         await bench.model.warmup(case.named)
@@ -32,7 +32,7 @@ async def capture(bench: Bench) -> Finding:
     without = [row for row in rows if not row["captured"]]
     total = sum(row["bytes"] for row in rows)
     if not without:
-        kind = "recorded calls, the host's stand-in for graphs" if bench.device.unified else "graphs"
+        kind = "recorded calls, the host device's substitute for graphs" if bench.device.unified else "graphs"
         return Finding(f"{len(rows) * bench.options.slots} {kind}: {_list(rows)}; {total / 1e6:,.1f} MB", figures)
     reasons = "; ".join(dict.fromkeys(reason for row in without for reason in row["fallbacks"]))
     message = f"{len(without)} of {len(rows)} shapes run without a graph ({_list(without)}): {reasons}"
@@ -43,17 +43,17 @@ async def capture(bench: Bench) -> Finding:
 
 @dataclass
 class _Seen:
-    """What was seen of one output so far."""
+    """Differences of one output so far."""
 
-    repeats: bool = True
-    difference: str | None = None  # the first, bit for bit
-    beyond: str | None = None  # the first beyond the tolerance
+    is_deterministic: bool = True
+    difference: str | None = None  # the first difference, bit for bit
+    beyond: str | None = None  # the first difference beyond the tolerance
 
 
 async def parity(bench: Bench) -> Finding:
-    """Random inputs, at every case: each slot's graph against the engine without one, and that one against itself.
+    """Compare each slot's graph bit for bit with the engine without a graph, for random inputs of every case.
 
-    An output in which the engine does not repeat itself without a graph is compared with a tolerance instead.
+    Each input runs twice without a graph. An output in which the two runs differ is compared with a tolerance instead.
     """
     options = bench.options
     names = bench.outputs
@@ -64,43 +64,48 @@ async def parity(bench: Bench) -> Finding:
             case, number = bench.cases[done // options.inputs], done % options.inputs
             inputs = bench.inputs(case, number)
             first, second = await _run(plain, inputs), await _run(plain, inputs)
-            # One for each slot: they are all free, so each gets one.
+            # One call for each slot; all slots are free, so each gets one.
             calls = together(bench.model(*inputs) for _ in range(options.slots))
             for i, got in enumerate(await within(calls, "a call")):
-                _look(seen, as_tensors(got), first, second, options.tolerance, f"{case}, input {number}, call {i}")
+                _compare(seen, as_tensors(got), first, second, options.tolerance, f"{case}, input {number}, call {i}")
             bench.progress((done + 1) / total)
-    bench.loose = {i for i, output in enumerate(seen) if not output.repeats}
-    loose = [names[i] for i in sorted(bench.loose)]
-    figures = {"cases": len(bench.cases), "inputs": options.inputs, "not_repeatable": loose, "tolerance": options.tolerance}
+    bench.nondeterministic = {i for i, output in enumerate(seen) if not output.is_deterministic}
+    inexact = [names[i] for i in sorted(bench.nondeterministic)]
+    figures = {
+        "cases": len(bench.cases),
+        "inputs": options.inputs,
+        "not_repeatable": inexact,
+        "tolerance": options.tolerance,
+    }
     for name, output in zip(names, seen, strict=True):
-        difference = output.difference if output.repeats else output.beyond
+        difference = output.difference if output.is_deterministic else output.beyond
         if difference is not None:
-            noise = "" if output.repeats else "; the engine does not repeat itself here even without a graph"
+            noise = "" if output.is_deterministic else "; the engine is not deterministic here, even without a graph"
             raise CheckFailed(f"output {name!r} with a graph, compared with none: {difference}{noise}", figures)
     plural = "s" * (len(bench.cases) != 1)
     compared = f"{total} random inputs over {len(bench.cases)} set{plural} of shapes, on each of {options.slots} slots"
-    if loose:
-        exact = "all others bit for bit" if len(loose) < len(names) else "none bit for bit"
+    if inexact:
+        exact = "all others bit for bit" if len(inexact) < len(names) else "none bit for bit"
         detail = (
-            f"{compared}: the engine does not repeat itself without a graph in {', '.join(map(repr, loose))}, compared "
+            f"{compared}: the engine is not deterministic without a graph in {', '.join(map(repr, inexact))}, compared "
             f"within {options.tolerance:g} of the largest value; {exact}"
         )
     else:
         detail = f"{compared}: equal bit for bit, and repeatable without a graph"
     if bench.model.statistics().replays == 0:
-        raise NotApplicable(f"nothing here is a graph; runs without one: {detail}", figures)
+        raise NotApplicable(f"nothing was captured; runs without graphs: {detail}", figures)
     return Finding(detail, figures)
 
 
 async def _run(model: Model, inputs: Tensors) -> Tensors:
     results = as_tensors(await within(model(*inputs), "a call without a graph"))
-    return tuple(tensor.clone() for tensor in results)  # results that change later must not change this
+    return tuple(tensor.clone() for tensor in results)  # a copy, which a later overwrite of the results does not change
 
 
-def _look(seen: list[_Seen], got: Tensors, first: Tensors, second: Tensors, tolerance: float, where: str) -> None:
+def _compare(seen: list[_Seen], got: Tensors, first: Tensors, second: Tensors, tolerance: float, where: str) -> None:
     for output, a, b, c in zip(seen, got, first, second, strict=True):
         if compare(c, b) is not None:
-            output.repeats = False
+            output.is_deterministic = False
         difference = compare(a, b)
         if difference is None:
             continue

@@ -1,4 +1,4 @@
-"""What checks answer: passed, failed or not applicable, with the reason; and the report that is made of the answers."""
+"""The outcomes of checks with their reasons, and the report of all outcomes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CheckFailed", "Finding", "NotApplicable", "Outcome", "Report", "Resu
 
 
 class Outcome(enum.Enum):
-    """How a check ended."""
+    """The outcome of a check."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -19,11 +19,11 @@ class Outcome(enum.Enum):
 
 
 class CheckFailed(Exception):
-    """What was promised does not hold.
+    """Raised by a check that fails.
 
     Args:
-        detail: what was expected, and what came.
-        figures: what was measured all the same.
+        detail: what was expected, and what occurred.
+        figures: measurements up to the failure.
     """
 
     def __init__(self, detail: str, figures: Mapping[str, Any] | None = None) -> None:
@@ -32,16 +32,16 @@ class CheckFailed(Exception):
 
 
 class NotApplicable(CheckFailed):
-    """There is nothing to check here; the message says why."""
+    """Raised by a check that does not apply; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check that passed has to say.
+    """The findings of a check that passed.
 
     Attributes:
-        detail: a line for people.
-        figures: what was measured, for programs: what JSON can hold.
+        detail: a line of text.
+        figures: measurements for programs, in JSON types.
     """
 
     detail: str
@@ -50,14 +50,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """How one check ended.
+    """The result of one check.
 
     Attributes:
-        name: the check's.
-        outcome: how it ended.
-        detail: a line: what was found, or why it failed or does not apply.
-        seconds: how long it took.
-        figures: what was measured.
+        name: of the check.
+        outcome: passed, failed or not applicable.
+        detail: a line of text: the findings, or why it failed or does not apply.
+        seconds: its duration.
+        figures: measurements, in JSON types.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Result:
 
 @dataclass
 class Report:
-    """All results of one run.
+    """All results of one verification.
 
     Attributes:
-        file: what was verified.
+        file: the verified file.
         seed: of the random inputs.
         results: in the order in which the checks ran.
     """
@@ -83,11 +83,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether no check failed."""
         return all(result.outcome is not Outcome.FAILED for result in self.results)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return the report in JSON types."""
         return {
             "file": self.file,
             "passed": self.passed,

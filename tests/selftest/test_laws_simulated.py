@@ -19,7 +19,7 @@ from aiotrt.testing import SimulatedDevice, run
 from aiotrt.testing.streams import Record
 from tests.tools import Affine, frame
 
-CHECKS = [laws.completion, laws.gate, laws.inputs, laws.callers]
+CHECKS = [laws.completion, laws.consumers, laws.inputs, laws.callers]
 
 
 class SimulatedLatch:
@@ -75,14 +75,14 @@ def test_device_inputs_take_part() -> None:
 
 def test_an_input_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotrt.runtime.launch.Request.order", lambda self, slot: None)
-    with pytest.raises(CheckFailed, match=r"its input was still being made|did not wait for its input"):
+    with pytest.raises(CheckFailed, match=r"its input was still being written|did not wait for its input"):
         checked(laws.inputs, 0)
 
 
 def test_a_consumer_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotrt.runtime.launch.open_gates", lambda slot: slot.gates.clear())
     with pytest.raises(CheckFailed, match="a consumer of its results had not read them"):
-        checked(laws.gate, 0)
+        checked(laws.consumers, 0)
 
 
 def test_a_result_that_is_handed_out_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
