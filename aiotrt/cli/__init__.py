@@ -1,6 +1,6 @@
 """The command line: ``aiotrt``, or ``python -m aiotrt``. Each command is one file here.
 
-The exit status is 0 when all went well, 1 when something failed, 2 when the command was wrong, and 130 after Ctrl-C.
+The exit status is 0 on success, 1 after a failure, 2 for wrong arguments, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from aiotrt.errors import AiotrtError, InputError, UsageError
 
 __all__ = ["main"]
 
-#: In the order of the help. A command has `register(subparsers, parents)`, which sets `run`: arguments to exit status.
+#: The commands, in the order of the help. Each module has `register(subparsers, parents)`, which adds a parser and sets its
+#: `run`, a function from the arguments to the exit status.
 COMMANDS: Final = (build, inspect, serve, verify, video, completion)
-#: What `--version` names too, and the packages whose versions it shows.
+#: The optional packages whose versions `--version` shows.
 _OPTIONAL: Final = {
     "CUDA bindings": "cuda-bindings",
     "TensorRT": "tensorrt",
@@ -40,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments; by default the process's.
+        argv: the arguments; None for those of the process.
 
     Returns:
         The exit status.
 
     Raises:
-        SystemExit: the arguments are wrong (2), or help was asked for (0).
+        SystemExit: the arguments are wrong (2), or help or the version was requested (0).
     """
     arguments = _parser().parse_args(argv)
     with _logging(verbose=arguments.verbose, errors=arguments.errors):
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("aiotrt: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # Whoever read our output has gone. The interpreter would complain when it flushes the rest at its end.
+            # The output's reader has closed the pipe. Otherwise the interpreter would report that when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         return status
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="aiotrt", description="await model(frame): GPU inference for asyncio programs.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of aiotrt and what it runs on")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", help="show the whole log, and tracebacks of errors")
+    common.add_argument("-v", "--verbose", action="store_true", help="show all log messages, and tracebacks of errors")
     # With `prog`, since argparse would format help to find it, and rich need not be imported where no help is shown.
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog=parser.prog)
     parser.set_defaults(errors=False, parser=parser)
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Print the versions on one line. argparse's own action would wrap it."""
+    """Print the versions on one line, which argparse's own action would wrap."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         parts = [f"aiotrt {aiotrt.__version__} ({aiotrt.__impl__})", f"Python {platform.python_version()}"]
@@ -103,8 +104,9 @@ def _logging(*, verbose: bool, errors: bool) -> Iterator[None]:
     """Show the package's log on standard error while a command runs.
 
     Args:
-        verbose: all of it.
-        errors: those too for which no exception ends the command; otherwise they are left to the one that comes.
+        verbose: whether to show all messages, rather than warnings only.
+        errors: whether to show errors too, for a command that continues after them. Otherwise the exception that ends the
+            command reports the error.
     """
     log = logging.getLogger("aiotrt")
     handler = _Handler()
@@ -121,7 +123,7 @@ def _logging(*, verbose: bool, errors: bool) -> Iterator[None]:
 
 
 class _Handler(logging.Handler):
-    """To whatever standard error is at the time: a progress bar replaces it, and makes way for the line."""
+    """A handler that prints to the current `sys.stderr`, which a progress bar replaces to print lines above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``aiotrt build``: an ONNX file in, a TensorRT engine out."""
+"""``aiotrt build``: build a TensorRT engine from an ONNX file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ examples:
       input x is dynamic: smallest, usual and largest shape
 
   aiotrt build detector.onnx --profile x:1x3x320x320 --profile x:8x3x320x320
-      two profiles, each for one shape
+      two profiles, each of one shape
 
   aiotrt build detector.onnx --runtime tensorrt_rtx --compute-capability sm89 --compute-capability sm120
       for two kinds of GPU, on a machine that has none
@@ -39,7 +39,7 @@ _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 def register(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], parents: Sequence[argparse.ArgumentParser]
 ) -> None:
-    """Add the command to the program's."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "build",
         help="build a TensorRT engine from an ONNX file",
@@ -49,7 +49,7 @@ def register(
     )
     parser.add_argument("model", metavar="MODEL.onnx", type=Path)
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="the engine (default: MODEL.engine)")
-    parser.add_argument("--runtime", choices=["tensorrt", "tensorrt_rtx"], help="what builds (default: what is installed)")
+    parser.add_argument("--runtime", choices=["tensorrt", "tensorrt_rtx"], help="the builder (default: the installed one)")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: the types in the file")
     parser.add_argument(
         "--profile",
@@ -67,8 +67,8 @@ def register(
         help="a GPU to build for, such as sm89 (TensorRT-RTX; default: every one it supports from Ampere on)",
     )
     parser.add_argument("--optimization-level", metavar="0-5", type=int, help="0 builds fast, 5 runs fast (default: 3)")
-    parser.add_argument("--workspace", metavar="SIZE", help="the most scratch memory of a layer, such as 512M or 2G")
-    parser.add_argument("--timing-cache", metavar="FILE", type=Path, help="where kernel timings are kept between builds")
+    parser.add_argument("--workspace", metavar="SIZE", help="the maximum scratch memory of a layer, such as 512M or 2G")
+    parser.add_argument("--timing-cache", metavar="FILE", type=Path, help="a file that keeps kernel timings between builds")
     parser.add_argument("--device", metavar="N", type=int, help="the GPU to build on")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the engine's record instead of a summary")
@@ -76,9 +76,9 @@ def register(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build, and say what was built."""
-    check_readable(arguments.model)  # of a folder such as "." or "/" there is no name to make the engine's of
-    # The bar is a nicety: without rich, or into a file, the build goes on without it.
+    """Build the engine, and print a summary."""
+    check_readable(arguments.model)  # before `with_suffix`, which fails for a folder such as "." or "/"
+    # The bar is optional: it is omitted without rich, and if standard error is not a terminal.
     bar = not arguments.quiet and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
     try:
         engine = build(
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             progress=bar,
         )
-    except OpenShapesError as error:  # in this program's words, not in Python's
+    except OpenShapesError as error:  # suggest the command's option, not the Python argument
         example = " ".join(shlex.quote(f"{name}:{_written(shapes)}") for name, shapes in error.example.items())
         raise InputError(f"{error.what}, for instance --profile {example}") from error
     sidecar = check_sidecar(engine)
@@ -103,16 +103,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(sidecar.to_json(), end="")
         return 0
     for line in sidecar.mended:
-        print(f"mended: {line}")
+        print(f"repaired: {line}")
     print(f"{engine}: {sidecar.engine['size'] / 1e6:.1f} MB in {sidecar.seconds:.1f} s, {sidecar}")
     return 0
 
 
 def parse_profile(entries: Sequence[str]) -> Profile:
-    """One profile: ``x:1x3x32x32,1x3x640x640,4x3x960x960`` for each input, or one shape that is all three.
+    """Parse a profile: ``x:1x3x32x32,1x3x640x640,4x3x960x960`` for each input, or one shape that is used for all three.
 
     Raises:
-        InputError: it is written in another way.
+        InputError: an entry has another form, or names an input again.
     """
     profile: Profile = {}
     for entry in entries:
@@ -125,7 +125,7 @@ def parse_profile(entries: Sequence[str]) -> Profile:
             )
         if name in profile:
             raise InputError(
-                f"--profile: input {name!r} stands twice in one profile; write --profile again for the next one"
+                f"--profile: input {name!r} is given twice in one profile; repeat --profile for another profile"
             )
         low, usual, high = (tuple(map(int, shape.split("x"))) for shape in (shapes if len(shapes) == 3 else shapes * 3))
         profile[name] = low, usual, high
@@ -137,10 +137,10 @@ def _written(shapes: Range) -> str:
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes, from ``512M`` or ``2G``, which an option was given.
+    """Parse a number of bytes such as ``512M`` or ``2G``, the value of `option`.
 
     Raises:
-        InputError: it is written in another way.
+        InputError: the text has another form.
     """
     match = re.fullmatch(r"(\d+)([kmg]?)(?:i?b)?", text.strip().lower())
     if match is None:

@@ -1,4 +1,4 @@
-"""``aiotrt inspect``: what an ONNX file or an engine is, without running it and without a GPU."""
+"""``aiotrt inspect``: describe an ONNX file or an engine, without running it and without a GPU."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ examples:
   aiotrt inspect detector.engine
   aiotrt inspect detector.engine --json
 """
-#: Enough for a plan's head, and for the text that Ultralytics puts before it.
+#: Bytes to read: enough for a plan's header, and for the metadata that Ultralytics writes before it.
 _HEAD: Final = (1 << 20) + 4096
-#: Kinds of operators and of layers shown in the table; --json has all.
+#: The number of kinds of operators and layers in the table; --json shows all.
 _KINDS: Final = 8
-#: Layers shown in the table; --json has all.
+#: The number of layers in the table; --json shows all.
 _LAYERS: Final = 8
 
 
 def register(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], parents: Sequence[argparse.ArgumentParser]
 ) -> None:
-    """Add the command to the program's."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "inspect",
-        help="say what a model or an engine is",
-        description="Say what an .onnx, .engine or .plan file is. Nothing of it is run, so files from anywhere are safe, "
-        "unless --load is given.",
+        help="describe a model or an engine",
+        description="Describe an .onnx, .engine or .plan file. Without --load nothing in the file is run, so untrusted "
+        "files are safe.",
         epilog=_EXAMPLES,
         parents=parents,
     )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument(
-        "--load", action="store_true", help="have TensorRT load an engine on this GPU, and say what only it can tell"
+        "--load", action="store_true", help="load an engine with TensorRT on this GPU, and show what only TensorRT can read"
     )
     parser.add_argument(
         "--allow-host-code", action="store_true", help="with --load: run host code inside the engine, if you trust it"
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=run)
 
 
@@ -77,16 +77,18 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _show(facts)
     except RecursionError as error:
-        raise EngineError(f"{arguments.file}: what it or its record says is nested too deeply to be shown") from error
+        raise EngineError(
+            f"{arguments.file}: its content, or that of its record, is nested too deeply to be shown"
+        ) from error
     return 0
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What can be said of a file: ``kind`` is ``"onnx"`` or ``"engine"``, and decides about the other keys.
+    """Describe a file. The key ``kind`` is ``"onnx"`` or ``"engine"``; the other keys depend on it.
 
     Raises:
-        EngineError: it is missing, empty, damaged, or neither.
-        MissingDependencyError: a package is missing that reads it.
+        EngineError: the file is missing, empty, damaged, or neither an ONNX file nor an engine.
+        MissingDependencyError: the package that reads the file is not installed.
     """
     check_readable(path)
     return _describe_onnx(path) if path.suffix.lower() == ".onnx" else _describe_engine(path)
@@ -140,20 +142,20 @@ def _describe_engine(path: Path) -> dict[str, Any]:
 
 
 def describe_loaded(path: Path, *, allow_host_code: bool = False) -> dict[str, Any]:
-    """What TensorRT tells of an engine that it has loaded on torch's current GPU.
+    """Load an engine with TensorRT on torch's current GPU, and describe it.
 
     Args:
         path: the engine.
-        allow_host_code: whether code for the host inside it may run.
+        allow_host_code: whether code in the engine may run on the CPU.
 
     Raises:
-        EngineError: it is not an engine, or cannot be loaded here.
+        EngineError: the file is not an engine, or cannot be loaded on this machine.
         MissingDependencyError: TensorRT is not installed.
     """
     if path.suffix.lower() == ".onnx":
-        raise EngineError(f"{path}: --load is for engines; an ONNX file tells all there is without")
+        raise EngineError(f"{path}: --load is for engines; omit it for an ONNX file")
     if not torch.cuda.is_available():
-        raise EngineError(f"{path}: --load needs an NVIDIA GPU, and torch sees none here")
+        raise EngineError(f"{path}: --load needs an NVIDIA GPU, but torch finds none on this machine")
     engine = open_engine(path, open_device("cuda"), EngineOptions(allow_host_code=allow_host_code))
     assert isinstance(engine, TensorRTEngine)
     try:
@@ -178,7 +180,7 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    """An input or output; extents are numbers, names, or null where they are open and nameless."""
+    """Describe an input or output; dimensions are numbers, names, or null if they are dynamic and unnamed."""
     kind = value.type.tensor_type
     shape = None
     if kind.HasField("shape"):
@@ -210,8 +212,10 @@ def _show(facts: dict[str, Any]) -> None:
         LookupError,
         TypeError,
         ValueError,
-    ) as error:  # what nothing else reads of a record is not checked
-        raise EngineError(f"{facts['file']}: its record is not as aiotrt writes it: {error!r}; --json shows it") from error
+    ) as error:  # the other fields of a record are not validated before
+        raise EngineError(
+            f"{facts['file']}: its record has another form than aiotrt writes: {error!r}; --json shows it"
+        ) from error
     for label, text in rows:
         table.add_row(label, str(text))
     show(console, table)
@@ -228,7 +232,7 @@ def _onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     total = sum(facts["parameters"].values())
     split = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters"].items())
     rows.append(("parameters", f"{total:,} ({split})" if split else "0"))
-    rows.append(("nodes", f"{facts['nodes']:,} ({_commonest(facts['operators'])})"))
+    rows.append(("nodes", f"{facts['nodes']:,} ({_most_common(facts['operators'])})"))
     rows += [(f"meta {key}", _short(value)) for key, value in facts["metadata"].items()]
     rows += [("when built", line) for line in facts["mended_when_built"]]
     return rows
@@ -236,7 +240,7 @@ def _onnx_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     title = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[facts["product"]]
-    version = facts["version"] or "of unknown version: its header is older or newer than aiotrt knows, or damaged"
+    version = facts["version"] or "of unknown version: aiotrt does not know its header, or the header is damaged"
     rows = [("file", f"{facts['file']}, {_size(facts['size'])}"), ("written by", f"{title} {version}")]
     if facts["capabilities"]:
         rows.append(("for GPUs", ", ".join(facts["capabilities"])))
@@ -244,26 +248,26 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     record, loaded = facts["record"], facts.get("loaded")
     if loaded is not None:
         rows.append(("loaded with", loaded["runtime"]))
-        rows += _border_rows(loaded)
-        rows.append(("memory", f"{_size(loaded['slot_memory'])} of activations for each slot, beside the weights"))
+        rows += _io_rows(loaded)
+        rows.append(("memory", f"{_size(loaded['slot_memory'])} of activations for each slot, in addition to the weights"))
         names = loaded["layer_names"]
-        rows.append(("layers", f"{loaded['layers']:,}" + ", the names not recorded" * (not names)))
+        rows.append(("layers", f"{loaded['layers']:,}" + ", names not recorded" * (not names)))
         rows += [("layer", _short(name)) for name in names[:_LAYERS]]
         if len(names) > _LAYERS:
             rows.append(("", f"and {len(names) - _LAYERS:,} more: see --json"))
     if record is None:
         if loaded is None:
-            rows.append(("record", "none: only TensorRT on a GPU can tell inputs and outputs; there, add --load"))
+            rows.append(("record", "none: only TensorRT can read inputs and outputs; on a GPU, add --load"))
         return rows
     if loaded is None:
-        rows += _border_rows(record)
-        rows.append(("memory", "of a slot: only TensorRT on a GPU can tell; there, add --load"))
+        rows += _io_rows(record)
+        rows.append(("memory", "of a slot: only TensorRT can determine it; on a GPU, add --load"))
     if record["layers"]:
         kinds = collections.Counter(layer["type"] for layer in record["layers"])
         rows.append(
             (
                 "network",
-                f"{kinds.total():,} layer{'s' * (kinds.total() > 1)} before the builder fused any ({_commonest(kinds)})",
+                f"{kinds.total():,} layer{'s' * (kinds.total() > 1)} before the builder fused any ({_most_common(kinds)})",
             )
         )
     rows.append(("precision", record["precision"] or "as in the ONNX file"))
@@ -272,38 +276,40 @@ def _engine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     where = f" on {gpu['name']} ({gpu['compute_capability']})" if gpu else " without a GPU"
     rows.append(("built", f"{record['date']} in {record['seconds']} s{where}"))
     rows += [("option", f"{name}: {value}") for name, value in record["options"].items()]
-    rows += [("mended", line) for line in record["mended"]]
+    rows += [("repaired", line) for line in record["mended"]]
     rows += [("warning", line) for line in record["warnings"]]
     return rows
 
 
-def _border_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _io_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = _tensor_rows(facts)
     for number, profile in enumerate(facts["profiles"]):
         for name, (low, usual, high) in profile.items():
-            rows.append((f"profile {number}", f"{name}: {_extents(low)} to {_extents(high)}, usually {_extents(usual)}"))
+            rows.append(
+                (f"profile {number}", f"{name}: {_dimensions(low)} to {_dimensions(high)}, usually {_dimensions(usual)}")
+            )
     return rows
 
 
 def _tensor_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (label, f"{tensor['name']}: {tensor['dtype']} {_extents(tensor['shape'])}")
+        (label, f"{tensor['name']}: {tensor['dtype']} {_dimensions(tensor['shape'])}")
         for label, key in (("input", "inputs"), ("output", "outputs"))
         for tensor in facts[key]
     ]
 
 
-def _commonest(counts: Mapping[str, int]) -> str:
-    """The commonest of some kinds."""
+def _most_common(counts: Mapping[str, int]) -> str:
+    """List the most common kinds and their counts."""
     kinds = sorted(counts.items(), key=lambda kind: -kind[1])
     more = f", and {len(kinds) - _KINDS} more kinds" if len(kinds) > _KINDS else ""
     return ", ".join(f"{name} {count:,}" for name, count in kinds[:_KINDS]) + more
 
 
-def _extents(shape: Sequence[int | str | None] | None) -> str:
+def _dimensions(shape: Sequence[int | str | None] | None) -> str:
     if shape is None:
         return "of unknown rank"
-    return f"({', '.join('*' if extent is None else str(extent) for extent in shape)})"
+    return f"({', '.join('*' if size is None else str(size) for size in shape)})"
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Tables on standard output, drawn with rich."""
+"""Print tables on standard output, with rich."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["open_console", "show"]
 
 
 def open_console() -> Console:
-    """Where tables go.
+    """Create the console for tables.
 
     Raises:
         MissingDependencyError: rich is not installed.
@@ -22,16 +22,16 @@ def open_console() -> Console:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise MissingDependencyError(f"the table is drawn with rich; {install_hint('cli')}, or use --json") from error
+        raise MissingDependencyError(f"tables need rich; {install_hint('cli')}, or use --json") from error
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 200  # into a file or a pipe nothing should be cut to a screen's width
+        console.width = 200  # do not truncate lines in a file or a pipe
     return console
 
 
 def show(console: Console, *parts: RenderableType) -> None:
-    """Print tables and lines."""
+    """Print tables and lines of text."""
     with console.capture() as drawn:
         for part in parts:
             console.print(part)
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # rich fills cells up with spaces
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # rich pads cells with spaces

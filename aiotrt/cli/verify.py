@@ -1,4 +1,4 @@
-"""``aiotrt verify``: that an engine, this machine and aiotrt do together what aiotrt promises."""
+"""``aiotrt verify``: check on this machine that an engine and aiotrt work together as documented."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ examples:
       at the smallest, usual and largest shapes of each profile
 
   aiotrt verify detector.onnx --device host --shape x=1x3x320x320
-      with ONNX Runtime, on a machine with no GPU; several --shape x=... make several sets of shapes
+      with ONNX Runtime, on a machine without a GPU; several --shape x=... make several sets of shapes
 
   aiotrt verify encoder.engine --range input_ids=0:30521 --require-graph --json
       for CI: token numbers up to 30521, and running without a graph counts as a failure
 
-The exit status is 0 when nothing failed, 1 when a check failed or the file cannot be loaded, 2 when the command was wrong.
+The exit status is 0 if no check failed, 1 if a check failed or the file cannot be loaded, 2 for wrong arguments.
 """
 _COLOURS: Final = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.NOT_APPLICABLE: "yellow"}
 _COLUMNS: Final = ("min", "max", "mean", "median", "p90", "p95", "p99")
@@ -45,12 +45,12 @@ _COLUMNS: Final = ("min", "max", "mean", "median", "p90", "p95", "p99")
 def register(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], parents: Sequence[argparse.ArgumentParser]
 ) -> None:
-    """Add the command to the program's."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "verify",
-        help="prove on this machine that an engine runs right",
-        description="Load an engine and check on this machine what aiotrt promises: capture, results that are equal bit\n"
-        "for bit with a graph and without, the order of readers and writers, cancellation, flat memory. Then measure.",
+        help="check on this machine that an engine runs correctly",
+        description="Load an engine and check on this machine what aiotrt promises: capture, bit-identical results with\n"
+        "and without a graph, the order of readers and writers, cancellation, constant memory. Then measure.",
         epilog=_EXAMPLES,
         parents=parents,
     )
@@ -69,36 +69,40 @@ def register(
         metavar="NAME=LOW:HIGH",
         action="append",
         default=[],
-        help="the values to draw an input from, both included",
+        help="the range of an input's random values, bounds included",
     )
     parser.add_argument("--inputs", metavar="N", type=_count(1), default=8, help="random inputs for each shape (default: 8)")
-    parser.add_argument("--seed", metavar="N", type=_count(0), default=0, help="of the random inputs (default: 0)")
-    parser.add_argument("--replays", metavar="N", type=_count(1), default=10_000, help="for endurance (default: 10000)")
+    parser.add_argument("--seed", metavar="N", type=_count(0), default=0, help="seed of the random inputs (default: 0)")
+    parser.add_argument(
+        "--replays", metavar="N", type=_count(1), default=10_000, help="replays of the endurance check (default: 10000)"
+    )
     parser.add_argument("--cancellations", metavar="N", type=_count(1), default=200, help="calls to cancel (default: 200)")
     parser.add_argument(
-        "--duration", metavar="SECONDS", type=_positive, default=3.0, help="to measure latency for (default: 3)"
+        "--duration", metavar="SECONDS", type=_positive, default=3.0, help="duration of the latency measurement (default: 3)"
     )
     parser.add_argument(
         "--tolerance",
         metavar="SHARE",
         type=_positive,
         default=0.01,
-        help="of an output's largest value, where the engine does not repeat itself (default: 0.01)",
+        help="allowed difference of a nondeterministic engine, as a share of an output's largest value (default: 0.01)",
     )
-    parser.add_argument("--require-graph", action="store_true", help="fail where something runs without a graph")
+    parser.add_argument("--require-graph", action="store_true", help="fail if anything runs without a graph")
     parser.add_argument(
-        "--runtime", choices=["tensorrt", "tensorrt_rtx", "tensorrt_lean"], help="what runs it (default: what reads it)"
+        "--runtime",
+        choices=["tensorrt", "tensorrt_rtx", "tensorrt_lean"],
+        help="the runtime (default: the one that can read the file)",
     )
-    parser.add_argument("--sha256", metavar="HEX", help="the file's checksum: another file is not loaded")
+    parser.add_argument("--sha256", metavar="HEX", help="checksum of the file; a file with another one is not loaded")
     parser.add_argument("--allow-host-code", action="store_true", help="run host code inside the engine, if you trust it")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify, and say how it went."""
-    console = None if arguments.json else open_console()  # before minutes of work, not after
+    """Verify the engine, and print a report."""
+    console = None if arguments.json else open_console()  # fails without rich, so do it before minutes of work
     options = Options(
         arguments.file,
         device=arguments.device,
@@ -126,25 +130,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_shapes(entries: Sequence[str]) -> dict[str, list[tuple[int, ...]]]:
-    """``x=1x3x320x320``, any number of times.
+    """Parse shapes such as ``x=1x3x320x320``; an input may have several.
 
     Raises:
-        InputError: it is written in another way.
+        InputError: an entry has another form.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for entry in entries:
         name, _, text = entry.rpartition("=")
         if not name or not re.fullmatch(r"\d+(x\d+)*", text):
-            raise InputError(f"--shape {entry!r}: expected NAME=EXTENTS as in x=1x3x320x320")
+            raise InputError(f"--shape {entry!r}: expected NAME=SHAPE as in x=1x3x320x320")
         shapes.setdefault(name, []).append(tuple(map(int, text.split("x"))))
     return shapes
 
 
 def parse_ranges(entries: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """``input_ids=0:30521``, once for each input.
+    """Parse ranges such as ``input_ids=0:30521``, at most one for each input.
 
     Raises:
-        InputError: it is written in another way, or an input stands there twice.
+        InputError: an entry has another form, or an input is given twice.
     """
     ranges: dict[str, tuple[float, float]] = {}
     for entry in entries:
@@ -157,7 +161,7 @@ def parse_ranges(entries: Sequence[str]) -> dict[str, tuple[float, float]]:
         if not name or not math.isfinite(low) or not math.isfinite(high):
             raise InputError(f"--range {entry!r}: expected NAME=SMALLEST:LARGEST as in input_ids=0:30521")
         if name in ranges:
-            raise InputError(f"--range: input {name!r} stands there twice")
+            raise InputError(f"--range: input {name!r} is given twice")
         ranges[name] = low, high
     return ranges
 
@@ -169,7 +173,7 @@ def _count(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
         return value
 
-    count.__name__ = "number"  # argparse's messages name it
+    count.__name__ = "number"  # argparse's messages contain this name
     return count
 
 
@@ -181,22 +185,22 @@ def _positive(text: str) -> float:
 
 
 class _Silence:
-    """No bar."""
+    """Progress without a display."""
 
     def begin(self, name: str) -> None:
-        """A check begins."""
+        """Do nothing when a check begins."""
 
     def advance(self, fraction: float) -> None:
-        """How far it is."""
+        """Do nothing when a check advances."""
 
     def end(self, result: Result) -> None:
-        """It ended."""
+        """Do nothing when a check ends."""
 
 
 @contextlib.contextmanager
 def _progress(*, bar: bool) -> Iterator[Progress]:
-    """A bar on standard error for each check; it makes way for the table."""
-    if not bar or importlib.util.find_spec("rich") is None:  # with --json it is not needed
+    """Show a bar on standard error for each check; the bars are removed at the end."""
+    if not bar or importlib.util.find_spec("rich") is None:  # rich is optional with --json
         yield _Silence()
         return
     from rich import progress as rich
@@ -233,12 +237,12 @@ def _show(console: Console, report: Report) -> None:
     latency = next((result for result in report.results if "throughput_qps" in result.figures), None)
     parts = [] if latency is None else ["", *_latency(latency.figures)]
     failed = sum(result.outcome is Outcome.FAILED for result in report.results)
-    verdict = "all that applies passed" if report.passed else f"{failed} failed"
+    verdict = "all applicable checks passed" if report.passed else f"{failed} failed"
     show(console, table, *parts, "", Text(f"{report.file}: {verdict}", style="green" if report.passed else "bold red"))
 
 
 def _latency(figures: Any) -> list[str | Table]:
-    """As trtexec lays it out."""
+    """Return the measurements as a table, in the layout of trtexec."""
     from rich.table import Table
 
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in figures["shapes"].items())

@@ -95,7 +95,7 @@ def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments += ["--profile", "x:1x8,2x8,4x8", "--profile", "x:9x9", "--compute-capability", "sm89", "--workspace", "64M"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    for text in ("mended: input 'x'", "b.engine: ", "TensorRT-RTX"):
+    for text in ("repaired: input 'x'", "b.engine: ", "TensorRT-RTX"):
         assert text in printed
     sidecar = check_sidecar(out)
     assert sidecar is not None
@@ -226,7 +226,7 @@ def test_inspect_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = capsys.readouterr().out
     for text in ("TensorRT-RTX 1.", "SM89", "x: float32 (*, 8)", "x: (1, 8) to (4, 8), usually (2, 8)", "a.onnx, SHA-256"):
         assert text in table
-    assert "memory      of a slot: only TensorRT on a GPU can tell; there, add --load" in table
+    assert "memory      of a slot: only TensorRT can determine it; on a GPU, add --load" in table
     assert "network     1 layer before the builder fused any (activation 1)" in table
     assert not any(line.endswith(" ") for line in table.splitlines())
     assert main(["inspect", str(tmp_path / "a.engine"), "--json"]) == 0
@@ -309,7 +309,7 @@ def test_inspect_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "appended" in failed(capsys, 1, "inspect", path)
     path.write_bytes(b"vtrt\1" + bytes(100))
     assert main(["inspect", str(path)]) == 0
-    assert "TensorRT-RTX of unknown version: its header is older or newer" in capsys.readouterr().out
+    assert "TensorRT-RTX of unknown version: aiotrt does not know its header" in capsys.readouterr().out
     path.write_bytes(b"vtrt")
     assert "truncated: the header of an engine has" in failed(capsys, 1, "inspect", path)
     (tmp_path / "b.onnx").write_bytes(b"garbage")
@@ -351,7 +351,7 @@ def test_inspect_records_that_nobody_wrote(tmp_path: Path, capsys: pytest.Captur
     ]
     for change in changes:
         sidecar_path(path).write_text(json.dumps({**dataclasses.asdict(record), **change}))
-        assert "a.engine: its record is not as aiotrt writes it: " in failed(capsys, 1, "inspect", path)
+        assert "a.engine: its record has another form than aiotrt writes: " in failed(capsys, 1, "inspect", path)
         assert main(["inspect", str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["record"].items() >= change.items()
     sidecar_path(path).write_text(

@@ -100,7 +100,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("  ")[0] for line in lines[lines.index(heading) + 1 : -2]]
     assert rows == ["Latency", "Enqueue Time", "H2D Latency", "GPU Compute Time", "D2H Latency", "Awaited Call"]
     assert sum("not applicable: " in line for line in lines[lines.index(heading) :]) == 3
-    assert lines[-1] == f"{path}: all that applies passed"
+    assert lines[-1] == f"{path}: all applicable checks passed"
     assert not any(line.endswith(" ") for line in lines)
 
 
@@ -209,7 +209,7 @@ def test_shapes_and_ranges_that_do_not_fit(tmp_path: Path, capsys: pytest.Captur
     path = models.add(tmp_path / "a.onnx", (None, 8), (None, 8))
     host = (path, "--device", "host")
     line = failed(capsys, 2, *host)
-    assert "a.onnx: the shape of input a: float32 (*, 8) is open" in line
+    assert "a.onnx: the shape of input a: float32 (*, 8) is dynamic" in line
     assert line.endswith("give one with --shape a=1x8")
     assert "the shape of input b: " in failed(capsys, 2, *host, "--shape", "a=1x8")
     assert "there is no input 'c'; the inputs are a: float32 (*, 8), b:" in failed(capsys, 2, *host, "--shape", "c=1")
@@ -219,7 +219,7 @@ def test_shapes_and_ranges_that_do_not_fit(tmp_path: Path, capsys: pytest.Captur
     assert "got (0, 8)" in failed(capsys, 2, *host, "--shape", "a=0x8", "--shape", "b=1x8")
     thrice = [f"--shape=a={n}x8" for n in (1, 2, 3)] + [f"--shape=b={n}x8" for n in (1, 2)]
     assert "--shape b=: given 2 times; expected once, or 3 times" in failed(capsys, 2, *host, *thrice)
-    assert "--shape 'a:1x8': expected NAME=EXTENTS" in failed(capsys, 2, *host, "--shape", "a:1x8")
+    assert "--shape 'a:1x8': expected NAME=SHAPE" in failed(capsys, 2, *host, "--shape", "a:1x8")
     assert "there is no input 'c'" in failed(capsys, 2, *host, "--range", "c=0:1")
     assert "--range a=3:1: expected a smallest and a largest value" in failed(capsys, 2, *host, "--range", "a=3:1")
     double = double_on("host")
@@ -272,7 +272,7 @@ def test_shapes_of_an_onnx_file_become_profiles_on_a_gpu(
 def test_shapes_and_ranges_as_they_are_written() -> None:
     assert parse_shapes(["x=1x3", "serving:0=7", "x=2x3"]) == {"x": [(1, 3), (2, 3)], "serving:0": [(7,)]}
     for wrong in ("x", "x=", "=1x2", "x=1,2", "x=1xa", "x=-1x2", "x=1x"):
-        with pytest.raises(InputError, match="expected NAME=EXTENTS"):
+        with pytest.raises(InputError, match="expected NAME=SHAPE"):
             parse_shapes([wrong])
     assert parse_ranges(["x=0:9", "a=b=-1.5:2"]) == {"x": (0, 9), "a=b": (-1.5, 2)}
     for wrong in ("x", "x=1", "x=1:2:3", "=1:2", "x=a:b", "x=0:inf"):
@@ -314,7 +314,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert b"endurance" in drawn
     assert b"100%" in drawn
-    assert out.decode().endswith("all that applies passed\n")
+    assert out.decode().endswith("all applicable checks passed\n")
 
 
 @pytest.mark.parametrize(
