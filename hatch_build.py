@@ -1,9 +1,9 @@
 """Build hook of hatchling: compile the modules of `COMPILED` in aiotrt/_build.py with Cython.
 
-AIOTRT_BUILD=python makes the pure wheel. AIOTRT_BUILD=native makes the platform wheel, and fails where a module does not
-compile. Without it, a module that does not compile gives the pure wheel and a warning that names the reason.
+AIOTRT_BUILD=python builds the pure wheel. AIOTRT_BUILD=native builds the platform wheel, and fails if a module does not
+compile. Without the variable, a module that does not compile gives the pure wheel and a warning with the reason.
 
-An editable install compiles with AIOTRT_BUILD=native only, and in place, as ``python hatch_build.py`` does.
+An editable install compiles only with AIOTRT_BUILD=native, and in place, as ``python hatch_build.py`` does.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-#: boundscheck and wraparound keep Python's meaning: a wrong index raises IndexError. With nonecheck an attribute of None
-#: raises AttributeError, as in Python, where a typed one would crash. Types come from .pxd files alone.
+#: boundscheck and wraparound stay on, as is the default, so a wrong index raises IndexError. Without nonecheck, an
+#: attribute of a typed None would crash instead of raising AttributeError. Types come from .pxd files only.
 DIRECTIVES = {"language_level": 3, "annotation_typing": False, "freethreading_compatible": True, "nonecheck": True}
 
-#: Versions whose compiled closures in typed classes read memory that is not theirs.
+#: Versions of Cython whose compiled closures in typed classes read invalid memory.
 FAULTY = ("3.3.0",)
 
 
 class NativeBuildHook(BuildHookInterface):
-    """The hook that pyproject.toml names."""
+    """The build hook that pyproject.toml configures."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before hatchling writes the wheel, and add the files to it."""
+        """Compile before hatchling writes the wheel, and add the files to it.
+
+        Raises:
+            ValueError: AIOTRT_BUILD is neither native nor python.
+        """
         wanted = os.environ.get("AIOTRT_BUILD", "")
         if wanted not in ("", "native", "python"):
             raise ValueError(f"AIOTRT_BUILD must be native or python, got {wanted!r}")
@@ -56,13 +60,13 @@ class NativeBuildHook(BuildHookInterface):
 
 
 def compile_modules(root: Path, folder: Path) -> dict[str, Path]:
-    """Compile all modules into one shared library. Returns the files that belong in the package, by their path below `root`.
+    """Compile all modules into one shared library, and return the files to add to the package, by their path below `root`.
 
-    One library, because each has pages of its own for code and data, and after a sleep of the process the first use of a
-    page costs as much as hundreds of instructions.
+    One library, because every library has its own pages of code and data, and after the process sleeps, the first use of
+    a page costs as much as hundreds of instructions.
     """
     import Cython
-    from Cython.Build import cythonize  # first, since setuptools may not be imported before what it replaces
+    from Cython.Build import cythonize  # first: setuptools must not be imported before the distutils it replaces
     from setuptools import Distribution, Extension
     from setuptools.command.build_ext import build_ext
 

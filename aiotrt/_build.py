@@ -1,6 +1,6 @@
-"""The version, the modules that a native build compiles, and the record that a build leaves.
+"""The version, the modules that a native build compiles, and the record that a build writes.
 
-The build hook runs this file by itself, so it imports the standard library only.
+The build hook runs this file alone, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ COMPILED: Final = (
     "aiotrt.runtime.slots",
 )
 
-#: The shared library that has all of them.
+#: The shared library that contains all of them.
 LIBRARY: Final = f"_native{EXTENSION_SUFFIXES[0]}"
 
-#: The file that a native build writes into the package, one for each kind of Python: a checkout may have several.
+#: The record of a native build, in the package. Named by the Python version, since a checkout may have several builds.
 RECORD: Final = f"_native{EXTENSION_SUFFIXES[0].rpartition('.')[0]}.json"
 
 
 def record(root: Path) -> dict[str, Any]:
-    """Describe a native build of this version, from the sources as they are now.
+    """Describe a native build of this version from the present sources.
 
     Args:
         root: the package's folder.

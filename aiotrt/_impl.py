@@ -1,12 +1,11 @@
 """Choose the implementation: the modules of `COMPILED` as extension modules ("native"), or as plain Python ("python").
 
 Both are made from the same `.py` files; the extension modules are in one shared library. `aiotrt/__init__.py` imports this
-module before any other of the package, so the choice is made once and holds for all of them. ``AIOTRT_IMPL=native`` or
-``AIOTRT_IMPL=python`` in the environment asks for one. Without it, native runs where the library is, and python where it is
-not.
+module before any other of the package, so the choice is made once, for all of them. ``AIOTRT_IMPL=native`` or
+``AIOTRT_IMPL=python`` in the environment selects one. Without it, native is used where the library exists, else python.
 
 A library that is of another version, older than its sources or broken raises `ImplementationError`.
-aiotrt never falls back to plain Python silently, because a program would become slower with no sign of why.
+aiotrt never falls back to plain Python silently, because a program would become slower for no visible reason.
 """
 
 from __future__ import annotations
@@ -34,15 +33,18 @@ REMEDY: Final = f"install aiotrt again (in a checkout: make native), or set {VAR
 
 
 class ImplementationError(ImportError):
-    """The implementation that was asked for, or the one that is installed, cannot run."""
+    """The selected implementation cannot run."""
 
 
 def _choose(asked: str, root: Path) -> Implementation:
     """Choose the implementation, and check that it was compiled from these sources.
 
     Args:
-        asked: the value of `VARIABLE`, empty where it is not set.
+        asked: the value of `VARIABLE`; empty if it is not set.
         root: the package's folder.
+
+    Raises:
+        ImplementationError: `asked` is no implementation, or native cannot run.
     """
     is_compiled = (root / LIBRARY).is_file()
     if asked not in ("", "native", "python"):
@@ -52,7 +54,7 @@ def _choose(asked: str, root: Path) -> Implementation:
     if not is_compiled:
         python = ".".join(map(str, sys.version_info[:2]))
         raise ImplementationError(
-            f"{VARIABLE}=native, but aiotrt {__version__} has no compiled modules for Python {python} here: "
+            f"{VARIABLE}=native, but aiotrt {__version__} is installed without compiled modules for Python {python}: "
             f"unset {VARIABLE}, or install aiotrt with AIOTRT_BUILD=native and a C compiler (in a checkout: make native)"
         )
     try:
@@ -83,7 +85,7 @@ class _Finder(MetaPathFinder):
 
 
 class _NativeLoader(ExtensionFileLoader):
-    """Load an extension module, and raise `ImplementationError` where that fails."""
+    """Load an extension module, or raise `ImplementationError`."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         with self._explained():
@@ -97,7 +99,7 @@ class _NativeLoader(ExtensionFileLoader):
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (ImplementationError, ModuleNotFoundError):  # of a module that this one imports: not this file's fault
+        except (ImplementationError, ModuleNotFoundError):  # of another module that this one imports: keep its message
             raise
         except Exception as error:
             raise ImplementationError(
@@ -115,5 +117,5 @@ def _install() -> Implementation:
     return implementation
 
 
-#: The implementation that runs in this process.
+#: The implementation that this process uses.
 IMPLEMENTATION: Final = _install()

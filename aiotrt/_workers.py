@@ -1,4 +1,4 @@
-"""Worker threads for what blocks: they end with the process, whatever holds them up."""
+"""Worker threads for blocking calls; a blocked thread does not keep the process alive."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["Workers"]
 T = TypeVar("T")
 Job: TypeAlias = Callable[[], None]
 
-#: Seconds that the end of the process waits for jobs under way, over all pools: one that ends inside torch while Python
-#: shuts down could crash the process.
+#: Seconds that process exit waits for running jobs, over all pools, because a job inside torch while Python shuts down
+#: could crash the process.
 EXIT_TIMEOUT: Final = 1.0
 
 _pools: Final[weakref.WeakSet[Workers]] = weakref.WeakSet()
 
 
 class Workers(Executor):
-    """A pool of daemon threads. A job goes to the thread that became idle last.
+    """A pool of daemon threads. A job runs on the thread that became idle last.
 
     `concurrent.futures.ThreadPoolExecutor` joins its threads when the process ends, so one job that never returns, such as
-    the first call of a module that hangs, would keep the process alive. And its threads take turns, so that each job finds
-    a processor's caches cold: on an H200's host a module of 340 us took 520 us.
+    the first call of a module that hangs, would keep the process alive. It also rotates through its threads, so each job
+    finds cold CPU caches: on the CPU of an H200 machine a module of 340 us took 520 us.
 
     Args:
-        count: the most threads it has.
-        name: of the threads.
+        count: the maximum number of threads.
+        name: the prefix of the threads' names.
     """
 
     def __init__(self, count: int, name: str = "aiotrt-worker") -> None:
@@ -43,15 +43,17 @@ class Workers(Executor):
         self._name = name
         self._threads: list[threading.Thread] = []
         self._shared = _Shared()
-        self._stop = weakref.finalize(self, self._shared.stop)  # a pool that is garbage has no more jobs
+        self._stop = weakref.finalize(self, self._shared.stop)  # a pool that is garbage-collected gets no more jobs
         self._stop.atexit = False
         _pools.add(self)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call `fn` on a thread of this pool.
 
+        Cancelling the future prevents a queued call; a running call is not interrupted.
+
         Raises:
-            ResourceError: the pool has no thread, and none can be started. The job was not accepted.
+            ResourceError: the pool has no thread, and none can be started. The job is not accepted.
             RuntimeError: the pool was shut down.
         """
         future: Future[T] = Future()
@@ -61,7 +63,7 @@ class Workers(Executor):
                 return
             try:
                 result = fn(*args, **kwargs)
-            except BaseException as error:  # it belongs to the holder of the future
+            except BaseException as error:  # the future raises it
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -77,16 +79,20 @@ class Workers(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Accept no more jobs. The threads end after those that were accepted; with `wait`, block until they have."""
+        """Accept no more jobs. The threads end after the accepted jobs; with `wait`, block until they have ended."""
         self._stop()
         if wait:
             for thread in self._threads:
                 thread.join()
 
     def _start(self, job: Job) -> bool:
-        """Start a thread that begins with this job; False if none can be started and another thread will do it."""
+        """Start a thread that runs this job first; False if none can be started, and another thread has to run it.
+
+        Raises:
+            ResourceError: none can be started, and there is no other thread.
+        """
         name = f"{self._name}_{len(self._threads)}"
-        # The thread does not hold the pool, which ends its threads when it is garbage.
+        # The thread holds no reference to the pool, so that a dropped pool is garbage-collected and ends its threads.
         thread = threading.Thread(target=_serve, args=(self._shared, [job]), name=name, daemon=True)
         try:
             thread.start()
@@ -99,12 +105,12 @@ class Workers(Executor):
 
 
 class _Shared:
-    """What the threads of a pool share.
+    """State shared by the threads of a pool.
 
     Attributes:
         lock: held for each change. Reentrant, because a garbage collection inside it may end the pool.
-        jobs: those that wait for a thread: while there are any, no thread is idle.
-        idle: where each idle thread waits for its next job; the one that became idle last is the last.
+        jobs: jobs that wait for a thread; while there are any, no thread is idle.
+        idle: the queue from which each idle thread takes its next job, in the order in which the threads became idle.
         is_shut: whether the threads end when they have no more jobs.
     """
 
@@ -132,7 +138,7 @@ def _serve(shared: _Shared, first: list[Job]) -> None:
                 job = shared.jobs.popleft()
                 continue
             shared.idle.append(inbox)
-            if shared.is_shut:  # asked after the thread is listed as idle: a collection in between may end the pool
+            if shared.is_shut:  # read after the thread is listed as idle: a garbage collection in between may end the pool
                 shared.stop()
         job = inbox.get()
 

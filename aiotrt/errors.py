@@ -1,28 +1,28 @@
-"""What can go wrong, who is to blame, and whether the model is still usable.
+"""Exceptions of aiotrt: the cause of each, and whether the model is still usable.
 
 ::
 
     AiotrtError
-    ├── InputError (ValueError)     you passed something the model cannot take; nothing was submitted; the model is usable
-    ├── UsageError (RuntimeError)   you called at the wrong moment or from the wrong place (another event loop, a lease that
-    │                               has ended, before the first launch); nothing was submitted; the model is usable
-    ├── EngineError                 the engine file or module is bad, foreign or incompatible, or it raised while it ran;
-    │                               at load: no model exists; in a call: that call failed alone, the model is usable
-    ├── QueueFullError              all slots are busy and the queue is at its bound; nothing was submitted; try later
-    ├── DeadlineError (TimeoutError)   a call's ``deadline=`` passed before its result was there; the model is usable
-    │   └── OverloadedError         its result would come after it; nothing was submitted; `.seconds` is how much too late
-    ├── ModelClosedError            you closed the model, or have not opened it; the call can never succeed on it
-    ├── ModelBrokenError            something else broke the model, `__cause__` says what; load it again, and after a
-    │                               DeviceError on CUDA do so in a new process
-    ├── DeviceError                 the device answered with a fault; every pending await on that device gets it and the
-    │   │                           models there are broken; `.code` and `.name` are the driver's own
-    │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is kept for ever,
+    ├── InputError (ValueError)     an argument does not fit the model; nothing was submitted; the model is usable
+    ├── UsageError (RuntimeError)   a call at the wrong time or from the wrong place (another event loop, a lease that has
+    │                               ended, before the first launch); nothing was submitted; the model is usable
+    ├── EngineError                 the engine file or module is damaged, incompatible or of another format, or it raised; at
+    │                               load: no model exists; in a call: only that call failed, the model is usable
+    ├── QueueFullError              all slots are busy and the queue is full; nothing was submitted; try later
+    ├── DeadlineError (TimeoutError)   a call's ``deadline=`` passed before its result was available; the model is usable
+    │   └── OverloadedError         the result is predicted to miss the deadline, by `.seconds`; nothing was submitted
+    ├── ModelClosedError            the model is closed or was never opened; no call on it can succeed
+    ├── ModelBrokenError            an earlier error, `__cause__`, broke the model; load it again; after a DeviceError on
+    │                               CUDA, do so in a new process
+    ├── DeviceError                 the device reported a fault; every pending await on that device raises it, and its models
+    │   │                           are broken; `.code` and `.name` are the driver's own
+    │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is never freed,
     │                               because the device may still be using it
-    ├── ResourceError               the process has no thread or file descriptor left for this; at load: no model exists; in
-    │                               a call: that call failed alone, the model is usable
-    └── MissingDependencyError (ImportError)   a package is not installed; the message says which and how
+    ├── ResourceError               the process has no thread or file descriptor left; at load: no model exists; in a call:
+    │                               only that call failed, the model is usable
+    └── MissingDependencyError (ImportError)   a package is not installed; the message says which, and how to install it
 
-Messages name the thing, what was expected, what came, and what to do next.
+A message names the object at fault, what was expected, what was given, and what to do next.
 """
 
 from __future__ import annotations
@@ -45,56 +45,57 @@ __all__ = [
 
 
 class AiotrtError(Exception):
-    """Base of every error that aiotrt raises on purpose."""
+    """Base class of all errors that aiotrt raises deliberately."""
 
 
 class InputError(AiotrtError, ValueError):
-    """An input has the wrong name, dtype, rank, extents, layout or device.
+    """An input has the wrong name, dtype, rank, size of a dimension, layout or device.
 
-    Nothing was submitted and the model is usable: mend the input and call again. Also raised by `aiotrt.build` for an
-    argument that is wrong or does not fit the model; nothing was written then.
+    Nothing was submitted and the model is usable: correct the input and call again. Also raised by `aiotrt.build` for an
+    argument that is invalid or does not fit the model; nothing was written then.
     """
 
 
 class UsageError(AiotrtError, RuntimeError):
-    """A call came at the wrong moment or from the wrong place.
+    """A call was made at the wrong time or from the wrong place.
 
-    Another event loop or thread than the one that opened the model, a lease after its block has ended, outputs before a
-    launch. Nothing was submitted and the model is usable.
+    Examples: from another event loop or thread than the one that opened the model, on a lease after its block has ended,
+    for outputs before a launch. Nothing was submitted and the model is usable.
     """
 
 
 class EngineError(AiotrtError):
-    """An engine is bad, foreign or incompatible, or it raised while it ran.
+    """An engine is damaged, of another format or incompatible, or it raised while it ran.
 
-    Raised by `load`: no model exists and nothing is left behind. Raised by a call: that call failed, by itself, and the
-    model is usable.
+    Raised by `load`: no model exists and nothing is left behind. Raised by a call: only that call failed, and the model
+    is usable.
     """
 
 
 class QueueFullError(AiotrtError):
-    """Every slot is busy and `max_queue` callers wait already.
+    """Every slot is busy, and `max_queue` callers are waiting already.
 
-    Nothing was submitted. Wait and call again, or raise `max_queue`, or answer your own caller with "busy". A batching model
-    also tells it to a call that had to make way for a newer one, if `Batching.overload` says so.
+    Nothing was submitted. Wait and call again, or raise `max_queue`, or answer your own client with "busy". A batching
+    model also raises it from a queued call that a newer one replaced, if `Batching.overload` is set so.
     """
 
 
 class DeadlineError(AiotrtError, TimeoutError):
-    """A call's ``deadline=`` passed before its result was there.
+    """A call's ``deadline=`` passed before its result was available.
 
-    If the item still waited, the device never sees it; if not, its result is dropped. The model is usable.
+    An item that was still queued is never submitted; otherwise its result is dropped. The model is usable.
     """
 
 
 class OverloadedError(DeadlineError):
-    """At the pace that was measured, a call's result would come after its ``deadline=``.
+    """At the measured rate, a call's result would be available only after its ``deadline=``.
 
-    It was refused at once: nothing was submitted, and the model is usable. Try later, or answer your own caller with "busy".
+    The call was rejected at once: nothing was submitted, and the model is usable. Try later, or answer your own client with
+    "busy".
 
     Args:
-        message: what is expected.
-        seconds: how much too late the result would come.
+        message: the text of the error.
+        seconds: how late the result would be.
     """
 
     def __init__(self, message: str, *, seconds: float = 0.0) -> None:
@@ -107,18 +108,18 @@ class ModelClosedError(AiotrtError):
 
 
 class ModelBrokenError(AiotrtError):
-    """Something broke the model earlier; `__cause__` is what.
+    """An earlier error broke the model; `__cause__` is that error.
 
-    Every later call raises this at once. Load a new model; after a `DeviceError` on CUDA, in a new process, since a CUDA
-    context does not recover from a fault.
+    Every later call raises this at once. Load a new model; after a `DeviceError` on CUDA, do so in a new process, because a
+    CUDA context does not recover from a fault.
     """
 
 
 class DeviceError(AiotrtError):
-    """The device answered a call with a fault.
+    """The device reported a fault.
 
     Args:
-        message: what was being done.
+        message: the operation that failed.
         code: the driver's or runtime's status code; -1 where there is none.
         name: the code's name, such as ``cudaErrorIllegalAddress``.
     """
@@ -132,17 +133,17 @@ class DeviceError(AiotrtError):
 class DeviceHangError(DeviceError):
     """Work on the device is overdue past `hang_timeout`.
 
-    The model is broken. Its buffers are kept for the life of the process, because the device may still write to them.
+    The model is broken. Its buffers are never freed, because the device may still write to them.
     """
 
 
 class ResourceError(AiotrtError):
     """The process has no thread or no file descriptor left.
 
-    Raised by `load`: no model exists and nothing is left behind. Raised by a call: that call failed, by itself, and the
-    model is usable. Close files and connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``).
+    Raised by `load`: no model exists and nothing is left behind. Raised by a call: only that call failed, and the model
+    is usable. Close files and connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``).
     """
 
 
 class MissingDependencyError(AiotrtError, ImportError):
-    """A package that this needs is not installed; the message says which one and how to install it."""
+    """A required package is not installed; the message says which one, and how to install it."""

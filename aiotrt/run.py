@@ -1,4 +1,4 @@
-"""`run`: an event loop for a program, the fast one where it is installed."""
+"""`run`: run a coroutine in a new event loop, uvloop where it is installed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None) -> T:
-    """Run a coroutine to its end, on uvloop where it is installed and on asyncio's own loop elsewhere.
+    """Run a coroutine until it ends, on uvloop where it is installed, else on asyncio's own loop.
 
     Args:
         main: the coroutine.
         debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
 
-    Returns what `main` returns, and raises what it raises. Ctrl-C cancels `main` and then raises `KeyboardInterrupt`.
+    Returns the result of `main`, and raises its exceptions. Ctrl-C cancels `main` and then raises `KeyboardInterrupt`.
 
     Raises:
-        UsageError: a loop is running on this thread already, as in a notebook. `main` is closed.
+        UsageError: an event loop is running on this thread already, as in a notebook. `main` is closed.
     """
     if asyncio._get_running_loop() is not None:
         main.close()
