@@ -43,7 +43,9 @@ from benchmarks.waits import NOT_LIKE_FOR_LIKE
 __all__ = ["GRACE", "INTERRUPTED", "NAMES", "Teller", "bounded", "main", "seconds_of", "unwritable"]
 
 ROOT: Final = Path(__file__).parent.parent
-DOCS: Final = (ROOT / "docs" / "performance.md", ROOT / "docs" / "video.md", ROOT / "README.md")
+DOCS: Final = (
+    ROOT / "docs" / "internals" / "performance.md", ROOT / "docs" / "internals" / "video.md", ROOT / "README.md",
+)  # fmt: skip
 TENSORRT_LIMIT: Final = 300.0  # seconds, as `Part.limit`
 GRACE: Final = 45.0  # seconds more until a part that hangs is stopped, and says where
 COMMAND_LIMIT: Final = 590.0  # seconds until `targets` or `calls` is stopped if it hangs

@@ -221,7 +221,7 @@ def test_a_part_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_documentation_says_what_the_results_say() -> None:
-    text = (suite.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    text = (suite.ROOT / "docs" / "internals" / "performance.md").read_text(encoding="utf-8")
     marks = tables.MARK.findall(text)
     assert {"serving-overload", "serving-side-by-side-host", "serving-side-by-side-cuda"} <= set(marks)
     assert tables.filled(text) == text, "python -m benchmarks table"
@@ -623,10 +623,10 @@ def test_plots_come_from_the_files_alone(stored: Path, tmp_path: Path) -> None:
 def test_the_documentation_has_the_plots_of_the_stored_results(part: str, tmp_path: Path) -> None:
     record = tables.load(RESULTS / f"{part}-cuda.json")
     drawn = {path.name for path in plots.draw([record], tmp_path, ["uvloop"])}
-    text = (DOCS / "performance.md").read_text()
+    text = (DOCS / "internals" / "performance.md").read_text()
     for plot in plots.PLOTS[part]:
         picture = DOCS / "images" / f"{plot.__name__}-cuda-uvloop.svg"
-        assert (f"(images/{picture.name})" in text) is picture.exists() is (picture.name in drawn)
+        assert (f"(../images/{picture.name})" in text) is picture.exists() is (picture.name in drawn)
         if picture.exists():
             assert plots.described(record) in picture.read_text(), (
                 "python -m benchmarks plot --loop uvloop --out docs/images"

@@ -1,7 +1,7 @@
 """None of the eighteen defects of the original, through the public API: on the simulated GPU, on the host, and on a GPU.
 
 Streams are held, so that the window in which the defect would show stays open. The models of the defects themselves are in
-`tests/testing/test_origin_defects.py` and `test_origin_habits.py`; what each of B1 to B18 is stands in docs/verification.md.
+`tests/testing/test_origin_defects.py` and `test_origin_habits.py`; docs/internals/verification.md describes B1 to B18.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of the eighteen defects in docs/verification.md names tests that exist, in every form."""
+"""The table of the eighteen defects in docs/internals/verification.md names tests that exist, in every form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "verification.md"
+PAGE = ROOT / "docs" / "internals" / "verification.md"
 
 
 def rows() -> dict[int, list[str]]:

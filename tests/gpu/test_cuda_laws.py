@@ -1,6 +1,6 @@
 """The laws on a real GPU, with streams held by a latch so that the window in which a defect shows stays open.
 
-Each test is named after the defect of the original that it makes impossible (see docs/verification.md).
+Each test is named after the defect of the original that it makes impossible (see docs/internals/verification.md).
 """
 
 from __future__ import annotations
