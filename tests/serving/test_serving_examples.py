@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +23,7 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from tests.serving.test_processes import ROOT, process, until_ready
+from tests.test_documentation import BLOCK
 
 EXAMPLES = ("fastapi_ocr", "fastapi_read", "websocket_frames", "ray_serve")
 CELL = 16
@@ -97,6 +100,31 @@ def test_a_video_over_a_websocket_the_latest_frame_wins() -> None:
             assert closed.value.rcvd.code == 1003
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
         assert f'outcome="completed"}} {len(answers) + 3:.1f}' in metrics, "what was skipped was never run"
+        server.send_signal(signal.SIGTERM)
+        server.wait(20)
+
+
+def test_the_programs_for_tritons_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / "docs" / "triton.md").read_text(encoding="utf-8"))
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as grpc:
+        ports = {"8000": http.getsockname()[1], "8001": grpc.getsockname()[1]}
+
+    def run(program: str) -> str:
+        for there, here in ports.items():
+            program = program.replace(f"127.0.0.1:{there}", f"127.0.0.1:{here}")
+        Path("program.py").write_text(program, encoding="utf-8")
+        runpy.run_path("program.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    assert run(blocks[0][0]) == ""
+    options = ["--device", "host", "--port", ports["8000"], "--grpc-port", ports["8001"]]
+    with process("-m", "aiotrt", "serve", "relu.onnx", *options) as (server, url):
+        until_ready(url)
+        for program, printed in blocks[1:]:
+            assert run(program) == printed != ""
         server.send_signal(signal.SIGTERM)
         server.wait(20)
 
