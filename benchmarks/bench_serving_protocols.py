@@ -53,7 +53,7 @@ def measure(*, seconds: float, quick: bool, folder: Path | None) -> int:
         command = ["-m", "aiotrt", "serve", place / "double.onnx", "--port", http, "--grpc-port", rpc, "--device", "host"]
         with started(command, place / "log") as process:
             rows = run_on("uvloop", _all(http, rpc, process.pid, seconds, 1 if quick else ROUNDS))
-    results = {"quick": quick, "seconds": seconds, "rounds": 1 if quick else ROUNDS, "rows": rows}
+    results = {"quick": quick, "seconds": seconds, "rounds": 1 if quick else ROUNDS, "settings": rows}
     if folder is not None:
         print(f"results: {write('serving-protocols', results, folder)}")
     return 0

@@ -85,7 +85,8 @@ def measure(*, quick: bool, folder: Path | None) -> int:
             f"processor time: server {1e3 * server:.1f}, client {1e3 * own:.1f} ms a request"
         )
     if folder is not None:
-        print(f"results: {write('serving-shared-memory', {'size': size, 'rounds': rounds, 'ways': results}, folder)}")
+        found = {"quick": quick, "size": size, "rounds": rounds, "ways": results}
+        print(f"results: {write('serving-shared-memory', found, folder)}")
     return 0
 
 

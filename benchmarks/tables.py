@@ -599,6 +599,20 @@ def _attacks(record: Record) -> list[Table]:
     return [Table("Requests that are meant to stop a server", headings, rows)]
 
 
+def _protocols(record: Record) -> list[Table]:
+    rows = [
+        [
+            f"{row['size']}, {row['clients']} clients, {row['way']}",
+            f"{row['rate']:,.0f}",
+            " / ".join(f"{1e3 * row['latency'][name]:.1f}" for name in ("p50", "p99")),
+            f"{1e3 * row['cpu']:.2f}",
+        ]
+        for row in record["settings"]
+    ]
+    headings = ["tensor and way", "requests/s", "p50 / p99, ms", "server's CPU for each, ms"]
+    return [Table("HTTP and gRPC, in turns", headings, rows)]
+
+
 def _shared_memory(record: Record) -> list[Table]:
     rows = [
         [
@@ -670,6 +684,7 @@ _MAKERS: Final[dict[str, Callable[[Record], list[Table]]]] = {
     "tensorrt": _tensorrt,
     "serving-attacks": _attacks,
     "serving-overload": _overload,
+    "serving-protocols": _protocols,
     "serving-shared-memory": _shared_memory,
     "serving-side-by-side": _side_by_side,
     "serving-side-by-side-detector": _side_by_side,

@@ -45,6 +45,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*\.)?[RST]"),
     ("py:class", r"Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
     ("py:class", "WebSocket"),  # imported for type checkers only
+    ("py:class", r"aiotrt\.serving\.kserve\.(binary|servable)\..*"),  # internal types have no page
 ]
 
 # The overloads of `load` are for type checkers; readers want its options and their defaults.

@@ -66,7 +66,7 @@ class Sink(ABC):
 
     @property
     def name(self) -> str:
-        """The name in status and reports: the class's name, unless overridden."""
+        """The name in status and reports, by default that of the class."""
         return type(self).__name__
 
     async def open(self) -> None:

@@ -244,13 +244,19 @@ def test_a_program_that_is_stuck_while_the_device_is_held(
     """Whoever blocks on the device in a call that should return at once would hold itself up for ever."""
     from aiotrt.runtime.executor import Executor
 
-    launch = Executor._launch
+    launch, replay = Executor._launch, Executor._replay
 
     def blocking(self: Any, slot: Any, request: Any, program: Any) -> None:
         launch(self, slot, request, program)
         slot.stream.synchronize()
 
+    def blocking_too(self: Any, slot: Any, request: Any, was_queued: bool) -> bool:
+        is_launched = replay(self, slot, request, was_queued)
+        slot.stream.synchronize()
+        return is_launched
+
     monkeypatch.setattr(Executor, "_launch", blocking)
+    monkeypatch.setattr(Executor, "_replay", blocking_too)
     monkeypatch.setattr(laws, "STUCK", 0.3)
     found = failures(verified(tmp_path, device))
     assert "blocks on the device" in found["callers are kept apart"]

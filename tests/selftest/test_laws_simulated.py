@@ -80,7 +80,8 @@ def test_an_input_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_consumer_that_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotrt.runtime.launch.open_gates", lambda slot: slot.gates.clear())
+    for module in ("launch", "executor", "hold"):
+        monkeypatch.setattr(f"aiotrt.runtime.{module}.open_gates", lambda slot: slot.gates.clear())
     with pytest.raises(CheckFailed, match="a consumer of its results had not read them"):
         checked(laws.consumers, 0)
 
