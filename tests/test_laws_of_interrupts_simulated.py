@@ -5,6 +5,8 @@ On a simulated device, and audited, as in `test_laws_simulated`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 from typing import Any
 from unittest import mock
@@ -12,12 +14,17 @@ from unittest import mock
 import pytest
 
 import aiotrt
+from aiotrt.batching.batch import Batch
+from aiotrt.batching.group import Group
+from aiotrt.batching.queue import Queue
 from aiotrt.completion.hub import Hub
 from aiotrt.runtime.executor import Executor
 from aiotrt.runtime.programs import ProgramCache
 from aiotrt.runtime.slots import Slots
 from aiotrt.tensors import Kind
 from aiotrt.testing import SimulatedDevice, SimulatedGraph, SimulatedStream
+from tests.test_batches_simulated import balanced
+from tests.test_batches_simulated import load as load_batching
 from tests.test_laws_of_owners_simulated import GROUPS
 from tests.test_laws_simulated import load, right, settle, under_schedules
 from tests.tools import executor_of, frame
@@ -96,6 +103,68 @@ def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, ow
             assert right(device.read(await model(device.tensor(frame(2)))), 2)
 
     under_schedules(group, program)
+
+
+BATCH_PLACES = [
+    *[(SimulatedGraph, "launch", done) for done in (False, True)],
+    *[(Hub, "add", done) for done in (False, True)],
+    *[(Slots, "move", done) for done in (False, True)],
+    *[(Batch, "fill", done) for done in (False, True)],
+    *[(Group, "route_of", done) for done in (False, True)],
+    (Queue, "take", False),
+    (Slots, "request", False),
+]
+
+
+@pytest.mark.parametrize("is_free", [True, False], ids=["a free slot", "a busy slot"])
+@pytest.mark.parametrize(
+    ("owner", "name", "is_done"), BATCH_PLACES, ids=[f"{o.__name__}.{n}-{d}" for o, n, d in BATCH_PLACES]
+)
+@pytest.mark.interpreted
+@pytest.mark.parametrize("group", range(1))
+def test_after_an_interrupt_no_item_of_a_batch_waits_forever(
+    group: int, owner: Any, name: str, is_done: bool, is_free: bool
+) -> None:
+    if owner is Slots and name == "move" and not is_free:
+        pytest.skip("the first move ends the lease that keeps the slot busy")
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load_batching(device, slots=1, max_size=2, warmup=frame(0)) as model:
+            executor, gatherer = executor_of(model), model._gatherer
+            assert gatherer is not None
+            assert right(await model(frame(1)), 1)
+            await settle(model, 1)
+            held = None
+            if not is_free:
+                specs = executor.specs.specs
+                assert specs is not None
+                held = executor.lease(specs, ((1, *frame(0).shape),), Kind.NUMPY)
+                await held
+            items = [gatherer.submit((frame(value),), {}) for value in range(3)]
+            with interrupted(owner, name, is_done), contextlib.suppress(KeyboardInterrupt):
+                gatherer.pump()
+                if held is not None:
+                    assert held.slot is not None
+                    slot, held = held.slot, None
+                    executor.end_lease(slot)
+            if held is not None:
+                assert held.slot is not None
+                executor.end_lease(held.slot)
+            for value, outcome in enumerate(await asyncio.gather(*map(as_result, items))):
+                assert isinstance(outcome, aiotrt.EngineError) or right(outcome, value)
+            await settle(model, 1)
+            assert right(await model(frame(4)), 4)
+            assert balanced(model)
+
+    under_schedules(group, program)
+
+
+async def as_result(item: Any) -> Any:
+    """What awaiting an item gives, or raises."""
+    try:
+        return await item
+    except aiotrt.AiotrtError as error:
+        return error
 
 
 @pytest.mark.interpreted

@@ -2,7 +2,7 @@
 
 To the executor a batch is a request like any other that has `Items`. Host items are copied straight into the rows of the
 slot's staging memory, device items into the rows of the graph's own input buffer, on the slot's stream, which has waited for
-each caller's. Each result is a copy of its own, of one row, in memory that it shares with nobody.
+each caller's. Each result is a copy of one row, in memory of its own.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ class Gatherer:
             executor.observe(item)
         if deadline is not None and deadline < math.inf:
             item.timer = self._loop.call_at(now + deadline, self._ring, item)
-        if self._open is None and self._soon is None:
-            self._soon = self._loop.call_soon(self._turn)
+        if self._open is None:
+            self._pump_soon()
         return item
 
     def _recognise(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Group, list[Argument]]:
@@ -255,6 +255,10 @@ class Gatherer:
     def _free(self) -> int:
         return self._executor.machine.count(FREE)
 
+    def _pump_soon(self) -> None:
+        if self._soon is None:
+            self._soon = self._loop.call_soon(self._turn)
+
     def _turn(self, is_first: bool = True) -> None:
         """Pump in this loop iteration, or in the next one where callers of the last batch are still to be woken."""
         self._soon = None
@@ -270,22 +274,30 @@ class Gatherer:
             request = Request(self._loop, (), NO_SPECS, (), NUMPY)
             request.batch = batch = Batch(self._granted, self._settle, stack=self._batching.stack)
             prefer: Container[int] = ()
-            if not self._free():
-                self._open = batch
-            elif not self._assemble(request, batch):
-                return
-            else:
-                try:
+            try:
+                if not self._free():
+                    self._open = batch
+                elif not self._assemble(request, batch):
+                    return
+                else:
                     prefer = batch.group.route_of(batch.size).holders
-                except Exception as error:  # its items are in no queue any more
+                executor.admit(request, prefer)
+            except BaseException as error:
+                if not request.is_queued and request.slot is None:  # its items are in no queue any more
                     executor.reject(request, executor.explain(error, "before it was launched"))
-                    continue
-            executor.admit(request, prefer)
+                if not isinstance(error, Exception):  # an interrupt, after which the loop may go on
+                    self._pump_soon()
+                    raise
 
     def _granted(self, request: Request, batch: Batch) -> None:
         """An empty batch got its slot."""
         self._open = None
-        if self._assemble(request, batch):
+        try:
+            is_launched = self._assemble(request, batch)
+        except BaseException:  # an interrupt: the executor fails this batch, and other items wait
+            self._pump_soon()
+            raise
+        if is_launched:
             self.pump()
         else:  # all items have left
             request.cancel()
@@ -295,6 +307,13 @@ class Gatherer:
         """Choose the items that go now; false if there are none."""
         now = self._loop.time()
         plan = self._queue.take(now, is_gone=self._is_gone, hold=not self._executor.closing)
+        if plan.items:
+            # First: the items are in no queue any more, so after an interrupt they must end with their batch.
+            for item in plan.items:
+                item.request = request
+            batch.number = self._pace.begin(now)
+            batch.items, batch.size, batch.group = plan.items, plan.size, plan.items[0].group
+            batch.left = len(plan.items)
         for item in plan.expired:
             self._expire(item)
         if self._held is not None:
@@ -304,11 +323,6 @@ class Gatherer:
             if plan.until is not None:
                 self._held = self._loop.call_at(plan.until, self._release)
             return False
-        batch.items, batch.size, batch.group = plan.items, plan.size, plan.items[0].group
-        batch.left = len(plan.items)
-        batch.number = self._pace.begin(now)
-        for item in plan.items:
-            item.request = request
         if self._batching.stack:
             self.counters.batches[len(plan.items)] += 1
             self.counters.padding += plan.size - len(plan.items)
@@ -343,6 +357,9 @@ class Gatherer:
         """A batch has ended, and so have the items that did not leave it."""
         if batch.items:  # one that failed may have been much quicker than others
             self._pace.end(batch.number, self._loop.time() if error is None else None)
+        elif self._open is batch:  # interrupted before it had its slot: the items still wait, for another one
+            self._open = None
+            self._pump_soon()
         for i, item in enumerate(batch.items):
             if item.request is None:
                 continue

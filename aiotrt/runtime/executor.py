@@ -389,7 +389,9 @@ class Executor:
                 try:
                     if request.route is None or not self._replay(slot, request, was_queued):
                         batch = request.batch
-                        if batch is not None and batch.fill(request, slot) and self._replay(slot, request, False):
+                        # A batch that was interrupted on its way into the queue has ended, and takes no items.
+                        is_filled = batch is not None and not request.is_done and batch.fill(request, slot)
+                        if is_filled and self._replay(slot, request, False):
                             request.route = None  # the short path's end does not know of items
                         else:
                             self.begin(slot, request)

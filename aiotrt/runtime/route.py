@@ -77,7 +77,7 @@ class Route:
         self.on_device = len(self.on_host) < len(arguments)
         self.nbytes = sum(argument.host.nbytes for argument in arguments if argument.host is not None)
         self._is_pinned = device.is_pinned
-        #: Those that the device would read in place, if their memory is page-locked.
+        #: The inputs that the device reads in place, without a copy, if their memory is page-locked.
         self._large = tuple(
             i
             for i, argument in enumerate(arguments)

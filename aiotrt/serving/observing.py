@@ -76,7 +76,7 @@ class Observer:
         """Something comes in, in its caller's context."""
         if isinstance(what, Request) and isinstance(what.batch, Batch):
             what.add_done_callback(functools.partial(self._batch_ended, what, what.batch))
-        elif isinstance(what, Item) or not what.is_lease:  # how long somebody holds a lease is his own business
+        elif isinstance(what, Item) or not what.is_lease:  # the duration of a lease is not measured
             if self._tracing is not None:
                 try:
                     self._tracing.begin(what)

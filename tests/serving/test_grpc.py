@@ -544,7 +544,7 @@ async def test_the_deadline_of_the_call_is_the_requests(tmp_path: Path) -> None:
             await until_waiting(server.model, 0)
             with refused("DEADLINE_EXCEEDED"):
                 await server.infer(client_timeout=0.05)
-            # Whoever is first finds it out: the model's queue, or gRPC, which cancels.
+            # The deadline is found by the model's queue, or by gRPC, which cancels the call.
             await until_slow(lambda: server.model.statistics().expired + server.model.statistics().cancelled == 1)
         np.testing.assert_array_equal(await first, X + X)
 

@@ -247,7 +247,7 @@ class _Server:
         return self._service.index(is_ready)
 
     async def load(self, request: Request, name: str) -> dict[str, Any]:
-        """Load a model that the server was started with, as it was told then."""
+        """Load a model that the server was started with, with the settings of the start."""
         await self._service.load(name, (await self._small_json(request)).get("parameters"))
         return {}
 

@@ -1,8 +1,8 @@
 """Compressed bodies: gzip and deflate, which Triton's clients have, in pieces.
 
-A kilobyte may stand for a megabyte, so requests are decompressed by pieces of bounded size, each of which is counted before
-the next one is made. Answers are compressed only where a client names one coding alone, as Triton's clients do when they are
-told to: most HTTP libraries name all that they know in every request, and compressing tensors costs more than sending them.
+A kilobyte can decompress to a megabyte, so requests are decompressed in pieces of bounded size, and each piece is counted
+before the next one is made. Answers are compressed only if `Accept-Encoding` names exactly one coding, as Triton's clients
+do on demand: most HTTP libraries name all their codings in every request, and compressing tensors costs more than it saves.
 """
 
 from __future__ import annotations

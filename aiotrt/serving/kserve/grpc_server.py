@@ -66,7 +66,7 @@ _MOST_IN_STREAM: Final = 64
 _OVERHEAD: Final = 64 << 10
 #: Seconds until a message that is still arriving counts as slow.
 _SLOW: Final = 1.0
-#: Seconds between two looks at whether the server is ready, for clients that watch.
+#: Seconds between two checks whether the server is ready, for clients that watch its health.
 _WATCHED: Final = 0.5
 
 #: `grpc.aio` has no types.

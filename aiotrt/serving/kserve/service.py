@@ -158,7 +158,7 @@ class Service:
 
         Args:
             model: what to run.
-            servable: likewise.
+            servable: the model's description and counters for clients.
             called: the request.
             passed: called when its inputs are there, and again when the model has run.
 
@@ -237,7 +237,7 @@ class Service:
     # The repository...
 
     async def load(self, name: str, parameters: object) -> None:
-        """Load a model that the server was started with, as it was told then.
+        """Load a model that the server was started with, with the settings of the start.
 
         Raises:
             starlette.exceptions.HTTPException: as `check` does.

@@ -138,7 +138,7 @@ class ServerSettings:
         models: what it serves.
         host: the address that it binds to.
         port: 0 for any that is free.
-        grpc_port: likewise, of the protocol over gRPC; None for HTTP only.
+        grpc_port: the port of the protocol over gRPC, 0 for any free one; None for HTTP only.
         token: what clients must send as ``Authorization: Bearer``; None for no such thing.
         max_body: bytes of one request.
         max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
