@@ -283,15 +283,15 @@ def as_record(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def busiest(shares: Mapping[str, float], gpu: float | None, limited_by: str | None = None) -> str:
-    """The stage that limits the others: which a pipeline waits for, and else which is at work for most of the time.
+    """Return the stage that limits the others: the one that a pipeline waits for, or else the busiest.
 
-    The loop seems to be where it polls, so a device that hardly rests comes first. One that rests while frames are decoded
-    waits for them: it does not limit.
+    The loop's share includes polling, so a device that is hardly ever idle comes first. A device that is often idle does
+    not limit: if the pipeline waits for its models then, they wait for the loop's thread.
 
     Args:
-        shares: of the time, by stage; the device's from what its work takes alone, where several at once take less.
-        gpu: the device's, as it was seen; None where nobody looked.
-        limited_by: what the pipeline says; None where there is none, and in older results.
+        shares: of the time, by stage; the device's is computed from its work alone, and too high where several run at once.
+        gpu: the device's share as it was observed; None if nothing observed it.
+        limited_by: `PipelineStatus.limited_by`; None without a pipeline, and in older results.
     """
     shares = dict(shares) if gpu is None else {**shares, "device": gpu}
     if shares.get("device", 0.0) >= BUSY:
@@ -303,7 +303,7 @@ def busiest(shares: Mapping[str, float], gpu: float | None, limited_by: str | No
         return "decode" if is_decoding else "loop"
     if limited_by == "models":
         shares.pop("decode", None)
-    elif is_decoding and gpu is not None:
+    if gpu is not None and (is_decoding or limited_by == "models"):
         shares.pop("device")
     return max(shares, key=lambda stage: shares[stage])
 

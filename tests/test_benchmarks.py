@@ -730,7 +730,8 @@ def test_every_baseline_says_what_is_not_alike() -> None:
         ({"loop": 0.5, "device": 0.9, "decode": 0.6}, 0.7, "source", "decode"),
         ({"loop": 0.7, "device": 0.9, "decode": 0.6}, 0.7, "source", "decode"),
         ({"loop": 0.5, "device": 0.9, "decode": 0.0}, 0.7, "source", "loop"),
-        ({"loop": 0.5, "decode": 0.8}, 0.7, "models", "device"),
+        ({"loop": 0.5, "decode": 0.8}, 0.7, "models", "loop"),  # a device that is idle for a third of the time
+        ({"loop": 0.3}, 0.82, "models", "loop"),
         ({"loop": 0.5, "decode": 0.8}, 0.7, "sinks", "sinks"),
         ({"loop": 0.5, "decode": 0.8}, 0.95, "source", "device"),
         ({"loop": 0.5, "device": 0.9, "decode": 0.6}, 0.73, None, "decode"),  # an older file

@@ -131,10 +131,6 @@ class Frame:
         """Whether `image` is available without conversion."""
         return self._image is not None or isinstance(self._picture, Held)
 
-    def write(self, out: Array) -> None:
-        """Convert, and copy the pixels into `out`, such as a slot's page-locked staging memory; for worker threads."""
-        np.copyto(out, self._picture.array() if self._image is None else self._image, casting="no")
-
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))
         return f"<Frame {self.index} of {self.source}: {size}{f', {self.time:.3f} s' if self.time is not None else ''}>"

@@ -193,8 +193,8 @@ class Lane:
                     now = clock()
                     self._counts["completed"] += 1
                     self._meter.completed(now)
-                    if outcome.slot is not None:
-                        self._meter.add("slot", outcome.slot)
+                    if outcome.convert is not None:
+                        self._meter.add("convert", outcome.convert)
                     self._meter.add("device", outcome.device)
                     result = Result(frame, outcome.result)
                     for outlet in self._outlets:

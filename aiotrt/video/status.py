@@ -10,9 +10,8 @@ from typing import Final
 
 __all__ = ["STAGES", "Latency", "Meter", "PipelineStatus", "SinkStatus", "SourceStatus"]
 
-#: The stages of a frame, in order. `slot`: waiting for a slot and writing its staging memory, if frames are written there
-#: directly; otherwise this is part of `device`.
-STAGES: Final = ("decode", "queue", "slot", "device", "sink")
+#: The stages of a frame, in order.
+STAGES: Final = ("decode", "queue", "convert", "device", "sink")
 WINDOW: Final = 512  # number of durations in a latency
 RECENT: Final = 2.0  # seconds over which a rate is computed
 
@@ -73,8 +72,8 @@ class SourceStatus:
         drops: frames that the policy dropped, by reason.
         reports: the number of problems by kind; see `Kind`.
         fps: results a second, over the last two seconds.
-        latency: durations by stage: "decode", "queue", "slot", "device" and "sink". "slot" is waiting for a slot and writing
-            its memory, if frames are written there directly; otherwise this is part of "device".
+        latency: durations by stage: "decode", "queue", "convert" (to RGB, in a thread), "device" (waiting for a slot
+            included) and "sink".
         limited_by: the recent bottleneck: "source" (reading and decoding), "models" (the device, the model's slots or the
             event loop) or "sinks"; empty before the first wait.
         sinks: the status of each sink for this source.

@@ -89,9 +89,6 @@ async def test_pictures_come_as_they_are_to_be_shown(matrix: tuple[int, int, int
         assert np.abs(frame.image[:, :20].astype(int) - expected[:, :20]).max() < 16
         with pytest.raises(ValueError, match="read-only"):
             frame.image[0] = 0
-        out = np.empty(expected.shape, np.uint8)
-        frame.write(out)
-        np.testing.assert_array_equal(out, frame.image)
 
 
 @pytest.mark.asyncio

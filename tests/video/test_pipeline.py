@@ -467,7 +467,7 @@ async def test_cancellation_leaves_nothing(tmp_path: Path) -> None:
 # With models...
 
 
-async def test_decoded_frames_go_through_leases_and_keep_their_own_results(tmp_path: Path, device: str) -> None:
+async def test_decoded_frames_keep_their_own_results(tmp_path: Path, device: str) -> None:
     """Every result is its frame's, though the slots' buffers are used again and again."""
     path, sink = write_video(tmp_path / "a.mp4", [i % 32 for i in range(64)], size=(50, 38)), Remember()
 
@@ -484,7 +484,36 @@ async def test_decoded_frames_go_through_leases_and_keep_their_own_results(tmp_p
         results = [result for result in sink.results if result.frame.source == name]
         assert [round(float(r.output["mean"]) / 8) for r in results] == [i % 32 for i in range(64)]
         assert all(np.array_equal(r.output["image"], r.frame.image) for r in results)
-        assert status.sources[name].latency.keys() >= {"decode", "queue", "slot", "device", "sink"}
+        assert status.sources[name].latency.keys() >= {"decode", "queue", "convert", "device", "sink"}
+
+
+class Latched:
+    """A picture whose conversion waits for permission."""
+
+    shape, pixel_aspect = (4, 4, 3), 1.0
+
+    def __init__(self) -> None:
+        self.begun, self.permitted = threading.Event(), threading.Event()
+
+    def array(self) -> Any:
+        self.begun.set()
+        assert self.permitted.wait(20)
+        return np.full(self.shape, 8, np.uint8)
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_no_slot_waits_for_a_conversion(several: bool, device: str) -> None:
+    latched, sink = Latched(), Remember()
+    async with aiotrt.load(lambda frame: frame.float().mean(), device=device, slots=1) as model:
+        models = {"a": model} if several else model
+        async with Pipeline(models, [[Frame("a", 0, latched)]], sink) as pipeline:
+            await until(latched.begun.is_set)
+            assert model.statistics().free == 1
+            assert await model(np.zeros((4, 4, 3), np.uint8)) == 0
+            latched.permitted.set()
+            await pipeline.wait()
+    output = sink.results[0].output
+    assert (output["a"] if several else output) == 8
 
 
 async def test_a_resolution_that_changes_is_captured_anew(tmp_path: Path, device: str) -> None:

@@ -74,7 +74,7 @@ async def test_films_at_once_get_the_bits_of_single_calls(device: str, tmp_path:
             assert all(np.array_equal(a, b) for a, b in zip(result.output, expected, strict=True))
     for name in ("a", "b"):
         assert remembered.indices(name) == list(range(count))
-        assert status.sources[name].latency.keys() >= {"decode", "queue", "slot", "device", "sink"}
+        assert status.sources[name].latency.keys() >= {"decode", "queue", "convert", "device", "sink"}
 
 
 def test_the_command_without_weights(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

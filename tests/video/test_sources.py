@@ -59,9 +59,6 @@ async def test_pixels_arrive_as_they_are_and_are_not_to_be_written_to(tmp_path: 
     # Rows of 50 pixels are padded in FFmpeg's memory; the padding must not show.
     frames = await read(video.open(write_video(tmp_path / "a.mp4", range(20), size=(50, 38))))
     assert [number_of(frame.image) for frame in frames] == list(range(20))
-    staging = np.zeros((38, 50, 3), np.uint8)
-    frames[7].write(staging)
-    assert np.array_equal(staging, frames[7].image)
     with pytest.raises(ValueError, match="read-only"):
         frames[7].image[...] = 0
 
