@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from aiotrt.errors import ResourceError
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "processors"]
 
 T = TypeVar("T")
 Job: TypeAlias = Callable[[], None]
@@ -24,6 +25,14 @@ Job: TypeAlias = Callable[[], None]
 EXIT_TIMEOUT: Final = 1.0
 
 _pools: Final[weakref.WeakSet[Workers]] = weakref.WeakSet()
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
 
 
 class Workers(Executor):

@@ -578,7 +578,7 @@ async def test_it_spins_only_where_there_is_a_processor_to_spare(processors: int
     def timer(*_: Any) -> Timer:
         return Timer(World(), lambda: None)
 
-    with mock.patch.object(completion, "_processors", return_value=processors):
+    with mock.patch.object(completion, "processors", return_value=processors):
         assert Hub(asyncio.get_running_loop(), timer=timer)._spin == spin
     assert Hub(asyncio.get_running_loop(), timer=timer, spin=0.125)._spin == 0.125
 
@@ -592,7 +592,7 @@ async def test_processors_are_those_that_this_process_may_use(system: Any, count
         return system
 
     with mock.patch("os.sched_getaffinity", affinity, create=True), mock.patch("os.cpu_count", return_value=system):
-        assert completion._processors() == count
+        assert completion.processors() == count
 
 
 async def test_a_lane_says_how_long_its_work_ran_and_since_when_it_may_have_been_complete() -> None:

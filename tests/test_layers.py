@@ -37,7 +37,7 @@ LAYERS = [
     {"runtime.programs"},
     {"runtime.handshake"},
     {"runtime.alarm"},
-    {"runtime.memory"},
+    {"runtime.memory", "runtime.copy_job"},
     {"runtime.route"},
     {"runtime.request", "runtime.replay"},
     {"runtime.launch"},

@@ -6,10 +6,13 @@ On a GPU, `tests/gpu` runs it against the real driver wherever the compiled buil
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.standin.driver import Driver, Kind, Logged, missing, submitter
@@ -274,6 +277,208 @@ def test_a_driver_without_one_of_the_functions_is_an_error(module: Any, library:
         with pytest.raises(KeyError, match=name):
             module.fill({key: value for key, value in addresses.items() if key != name})
     module.fill(addresses)
+
+
+# Jobs: copies and launches by threads...
+
+SUBMISSION = [Logged(Kind.SET_CONTEXT, CONTEXT, 0), Logged(Kind.GRAPH_LAUNCH, BARE, STREAM), RECORD]
+
+
+class Jobs:
+    """Makes jobs, and remembers what their `fail` was given."""
+
+    def __init__(self, module: Any, driver: Driver, threads: int = 2) -> None:
+        self.module, self.driver, self.threads = module, driver, threads
+        self.failures: list[tuple[str, int, bool]] = []
+        self.is_complete = True
+
+    def job(self, *copies: tuple[Any, Any], graph: int = BARE, kept: object = None) -> Any:
+        return self.module.CopyJob(
+            copies, graph, STREAM, EVENT, CONTEXT, kept, self.threads, self._fail, lambda: self.is_complete
+        )
+
+    def _fail(self, doing: str, status: int, is_lost: bool) -> None:
+        self.failures.append((doing, status, is_lost))
+        raise OSError(doing)
+
+    def finish(self, job: Any) -> None:
+        """Wait until it was submitted."""
+        ends = time.monotonic() + 20
+        while not job.confirm():
+            assert time.monotonic() < ends
+            time.sleep(1e-4)
+
+
+@pytest.fixture
+def jobs(library: Driver, module: Any) -> Iterator[Jobs]:
+    library.take()
+    yield Jobs(module, library)
+    ends = time.monotonic() + 20
+    while module.end():
+        assert time.monotonic() < ends
+        time.sleep(1e-4)
+    module.begin()
+
+
+def test_a_job_copies_and_then_launches(jobs: Jobs) -> None:
+    sources: list[np.ndarray[Any, Any]] = [np.arange(1 << 18, dtype=np.float32), np.ones((3, 5), np.uint8)]
+    destinations = [np.zeros_like(source) for source in sources]
+    job = jobs.job(*zip(destinations, sources, strict=True))
+    assert job() is False
+    assert jobs.driver.take() == []
+    job.start()
+    jobs.finish(job)
+    assert jobs.driver.take() == SUBMISSION
+    assert all(np.array_equal(got, source) for got, source in zip(destinations, sources, strict=True))
+    for status, answer in ((600, False), (0, True)):
+        jobs.driver.answer(Kind.EVENT_QUERY, status)
+        assert job() is answer
+    jobs.driver.take()
+    job.start()
+    assert jobs.driver.take() == [], "it was started once"
+
+
+def test_a_job_is_incomplete_while_its_thread_launches(jobs: Jobs) -> None:
+    job = jobs.job((np.zeros(4), np.ones(4)))
+    with jobs.driver.holding():
+        job.start()
+        jobs.driver.wait_held(1)
+        assert job() is False
+        assert job.confirm() is False
+    jobs.finish(job)
+
+
+def test_no_more_threads_than_wanted_and_the_first_comes_first(jobs: Jobs) -> None:
+    made = [jobs.job((np.zeros(4), np.ones(4)), graph=100 + i) for i in range(20)]
+    with jobs.driver.holding():
+        for job in made:
+            job.start()
+        jobs.driver.wait_held(2)
+        launched = [call.a for call in jobs.driver.take() if call.kind == Kind.GRAPH_LAUNCH]
+        assert sorted(launched) == [100, 101]
+    for job in made:
+        jobs.finish(job)
+    assert sorted(call.a for call in jobs.driver.take() if call.kind == Kind.GRAPH_LAUNCH) == list(range(102, 120))
+
+
+def test_one_thread_keeps_the_order(jobs: Jobs) -> None:
+    jobs.threads = 1
+    made = [jobs.job((np.zeros(4), np.ones(4)), graph=100 + i) for i in range(20)]
+    for job in made:
+        job.start()
+    for job in made:
+        jobs.finish(job)
+    assert [call.a for call in jobs.driver.take() if call.kind == Kind.GRAPH_LAUNCH] == list(range(100, 120))
+
+
+def test_a_launch_that_fails_is_an_error_once_what_was_submitted_is_complete(jobs: Jobs) -> None:
+    jobs.driver.answer(Kind.GRAPH_LAUNCH, 700)
+    jobs.is_complete = False
+    job = jobs.job((np.zeros(4), np.ones(4)))
+    job.start()
+    until_submitted(job)
+    assert job.confirm() is False
+    jobs.is_complete = True
+    with pytest.raises(OSError, match="launching a graph"):
+        job.confirm()
+    assert jobs.failures == [("launching a graph", 700, False)]
+    assert jobs.driver.take() == SUBMISSION, "the event is recorded even so: part of the work may be on the stream"
+
+
+def test_a_record_that_fails_leaves_the_end_unknown(jobs: Jobs) -> None:
+    jobs.driver.answer(Kind.EVENT_RECORD, 2)
+    job = jobs.job((np.zeros(4), np.ones(4)))
+    job.start()
+    until_submitted(job)
+    with pytest.raises(OSError, match="recording an event"):
+        job.confirm()
+    assert jobs.failures == [("recording an event", 2, True)]
+
+
+def test_without_the_context_nothing_is_launched(jobs: Jobs) -> None:
+    jobs.driver.answer(Kind.SET_CONTEXT, 201)
+    job = jobs.job((np.zeros(4), np.ones(4)))
+    job.start()
+    until_submitted(job)
+    with pytest.raises(OSError, match="launching a graph"):
+        job.confirm()
+    assert jobs.driver.take() == SUBMISSION[:1]
+
+
+def until_submitted(job: Any) -> None:
+    """Wait until a job that fails was submitted."""
+    ends = time.monotonic() + 20
+    while True:
+        try:
+            job()
+        except RuntimeError:
+            return
+        assert time.monotonic() < ends
+        time.sleep(1e-4)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        (np.zeros(4), np.ones(8)[::2]),
+        (np.zeros(8)[::2], np.ones(4)),
+        (np.zeros(4), np.ones(5)),
+        (np.zeros(4), "text"),
+        (np.frombuffer(bytes(32)), np.ones(4)),
+    ],
+)
+def test_arrays_that_it_cannot_copy_are_refused_and_let_go(jobs: Jobs, copy: tuple[Any, Any]) -> None:
+    good = np.zeros(4), np.ones(4)
+    with pytest.raises((BufferError, TypeError, ValueError)):
+        jobs.job(good, copy)
+    good[0].resize(5, refcheck=True)  # refused while a buffer of it is exported
+
+
+def test_what_a_thread_uses_is_kept_until_it_is_done(jobs: Jobs) -> None:
+    class Tracked(np.ndarray[Any, Any]):
+        pass
+
+    kept = Tracked((4,))
+    source = np.ones(4).view(Tracked)
+    references = [weakref.ref(kept), weakref.ref(source)]
+    job = jobs.job((np.zeros(4), source), kept=kept)
+    del kept, source
+    with jobs.driver.holding():
+        job.start()
+        jobs.driver.wait_held(1)
+        del job  # as a request that was given up
+        gc.collect()
+        assert all(reference() is not None for reference in references)
+    following = jobs.job((np.zeros(4), np.ones(4)))
+    jobs.threads = 1
+    following.start()
+    jobs.finish(following)
+    ends = time.monotonic() + 20
+    while any(reference() is not None for reference in references):  # the next start forgets it
+        assert time.monotonic() < ends
+        another = jobs.job((np.zeros(4), np.ones(4)))
+        another.start()
+        jobs.finish(another)
+
+
+def test_a_job_that_was_never_started_lets_go(jobs: Jobs) -> None:
+    source = np.ones(4)
+    job = jobs.job((np.zeros(4), source))
+    del job
+    source.resize(5, refcheck=True)
+
+
+def test_threads_end_and_work_after_that_is_done(jobs: Jobs) -> None:
+    first = jobs.job((np.zeros(4), np.ones(4)))
+    first.start()
+    jobs.finish(first)
+    ends = time.monotonic() + 20
+    while jobs.module.end():
+        assert time.monotonic() < ends
+        time.sleep(1e-4)
+    late = jobs.job((np.zeros(4), np.ones(4)))
+    late.start()
+    jobs.finish(late)
 
 
 def test_it_frees_what_it_has(library: Driver, module: Any) -> None:

@@ -31,6 +31,7 @@ from math import inf
 from operator import attrgetter
 from typing import Final
 
+from aiotrt._workers import processors
 from aiotrt.completion.lane import Lane, Pending
 from aiotrt.completion.prediction import (
     EARLIER_TO_PREPARE,
@@ -66,7 +67,7 @@ WAKES: Final = 100e-6
 #: Where no more than this many seconds pass from poll to poll, the loop has nothing else to do. Then each poll of a spin
 #: makes so many queries more, since an iteration of the loop takes longer than a query.
 IDLE: Final = 10e-6
-REPEATS: Final = 3
+REPEATS: Final = 16
 PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
 _DUE: Final = attrgetter("due")
 
@@ -93,7 +94,7 @@ class Hub:
         spin: float | None = None,
     ) -> None:
         if spin is None:
-            spin = SPIN_BUDGET if _processors() > 2 else 0.0
+            spin = SPIN_BUDGET if processors() > 2 else 0.0
         self.progress = progress
         self.polls = 0  # queries made
         self.wakes = 0  # times the timer fired
@@ -580,13 +581,6 @@ async def wait(event: object) -> None:
 _hubs: Final[weakref.WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = weakref.WeakValueDictionary()
 # A finalizer that runs inside it, of a model whose loop is closed, takes it again to release that model's hub.
 _hubs_lock = threading.RLock()
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return os.cpu_count() or 1
 
 
 def _drop_hubs_of_closed_loops() -> None:

@@ -1,12 +1,38 @@
-"""The compiled form of `CudaGraph.submit` and of an event's query.
+"""The compiled form of `CudaGraph.submit` and of an event's query, and threads that copy host inputs and launch.
 
 The driver's functions are a table of pointers that `fill` fills at run time, so that building takes no CUDA, and a test can
 fill the table with functions of its own. Nothing here gives up the interpreter lock: no call blocks, and another thread that
-takes the lock meanwhile may keep it for milliseconds.
+takes the lock meanwhile may keep it for milliseconds. The threads that copy never take it.
 """
 
+import os
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.pythread cimport (
+    PyThread_acquire_lock,
+    PyThread_allocate_lock,
+    PyThread_release_lock,
+    PyThread_start_new_thread,
+    PyThread_type_lock,
+)
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    static int aiotrt_load(int *p) { int v = *(volatile int *)p; _ReadWriteBarrier(); return v; }
+    static void aiotrt_store(int *p, int v) { _ReadWriteBarrier(); *(volatile int *)p = v; }
+    #else
+    static int aiotrt_load(int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static void aiotrt_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    #endif
+    """
+    int load "aiotrt_load"(int*) noexcept nogil
+    void store "aiotrt_store"(int*, int) noexcept nogil
 
 
 cdef struct Memcpy3D:  # CUDA_MEMCPY3D of the driver API
@@ -38,18 +64,20 @@ cdef enum:
     ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
 cdef struct Table:
-    int (*graph_launch)(void*, void*) noexcept
-    int (*event_record)(void*, void*) noexcept
+    int (*graph_launch)(void*, void*) noexcept nogil
+    int (*event_record)(void*, void*) noexcept nogil
     int (*event_query)(void*) noexcept
     int (*stream_query)(void*) noexcept
     int (*stream_wait)(void*, void*, unsigned int) noexcept
     int (*set_copy)(void*, void*, const Memcpy3D*, void*) noexcept
+    int (*set_context)(void*) noexcept nogil
 
 cdef Table driver
 
 #: The driver's functions that `fill` needs.
 NAMES = (
     "cuGraphLaunch", "cuEventRecord", "cuEventQuery", "cuStreamQuery", "cuStreamWaitEvent", "cuGraphExecMemcpyNodeSetParams",
+    "cuCtxSetCurrent",
 )
 
 
@@ -59,8 +87,9 @@ def fill(addresses):
     Args:
         addresses: of the functions, by the names in `NAMES`.
     """
-    driver.graph_launch = <int (*)(void*, void*) noexcept><uintptr_t>addresses["cuGraphLaunch"]
-    driver.event_record = <int (*)(void*, void*) noexcept><uintptr_t>addresses["cuEventRecord"]
+    driver.graph_launch = <int (*)(void*, void*) noexcept nogil><uintptr_t>addresses["cuGraphLaunch"]
+    driver.event_record = <int (*)(void*, void*) noexcept nogil><uintptr_t>addresses["cuEventRecord"]
+    driver.set_context = <int (*)(void*) noexcept nogil><uintptr_t>addresses["cuCtxSetCurrent"]
     driver.event_query = <int (*)(void*) noexcept><uintptr_t>addresses["cuEventQuery"]
     driver.stream_query = <int (*)(void*) noexcept><uintptr_t>addresses["cuStreamQuery"]
     driver.stream_wait = <int (*)(void*, void*, unsigned int) noexcept><uintptr_t>addresses["cuStreamWaitEvent"]
@@ -100,7 +129,7 @@ cdef class Probe:
 
 
 cdef class Submitter:
-    """What `CudaGraph.submit` does, for calls with all inputs and results in device memory, or without copies.
+    """What `CudaGraph.submit` does, for calls with all inputs and results in device memory, without copies, or as before.
 
     Args:
         bare: the executable graph without copies.
@@ -117,6 +146,8 @@ cdef class Submitter:
     cdef Port* _ports
     cdef Py_ssize_t _inputs, _count
     cdef object _fallback, _fail
+    cdef object _copying, _sources, _results, _version
+    cdef void* _remembered
 
     def __cinit__(self):
         self._ports = NULL
@@ -158,9 +189,11 @@ cdef class Submitter:
         cdef void* graph = self._bare
         cdef Py_ssize_t i, n
         n = len(results)
-        if event.address == 0 or (n == 0 and len(sources) > 0):
+        if sources is self._sources and results is self._results and event.address and self._copying.version == self._version:
+            graph = self._remembered
+        elif event.address == 0 or (n == 0 and len(sources) > 0):
             return self._fallback(stream, origin, mark, inputs, sources, outputs, results, event)
-        if n:
+        elif n:
             if self._direct == NULL or n != self._count - self._inputs or len(sources) != self._inputs:
                 return self._fallback(stream, origin, mark, inputs, sources, outputs, results, event)
             graph = self._direct
@@ -180,6 +213,11 @@ cdef class Submitter:
         status = driver.event_record(<void*><uintptr_t>event.address, queue)
         if status != SUCCESS:
             self._fail("recording an event", status)
+
+    def remember(self, copying, uintptr_t graph, sources, results):
+        """Launch this graph for these sources and results, as long as the version of `copying` stays what it is."""
+        self._copying, self._remembered = copying, <void*>graph
+        self._sources, self._results, self._version = sources, results, copying.version
 
     def prepare(self, results):
         """See `Graph.prepare`."""
@@ -206,3 +244,261 @@ cdef class Submitter:
             self._fail("setting the address of a copy", status)
         port.address = address
         return True
+
+
+cdef struct Copy:
+    void* destination
+    const void* source
+    size_t nbytes
+
+cdef enum:
+    CREATED, STARTED, SUBMITTED
+
+cdef struct Work:
+    Copy* copies
+    Py_ssize_t count
+    void* graph
+    void* stream
+    void* event
+    void* context
+    int launched, recorded  # what the driver answered
+    int state
+    Work* next
+
+cdef struct Thread:
+    PyThread_type_lock wake  # held; released once for each piece of work
+    Work* work
+    Thread* next
+
+cdef struct Pool:
+    PyThread_type_lock lock  # of all below
+    Work* first
+    Work* last
+    Thread* idle
+    int count  # threads
+    bint is_ended
+
+cdef Pool pool
+#: Jobs whose threads may still use their memory.
+_running = set()
+
+
+cdef void _carry_out(Work* work) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(work.count):
+        memcpy(work.copies[i].destination, work.copies[i].source, work.copies[i].nbytes)
+    work.launched = driver.set_context(work.context)
+    if work.launched == SUCCESS:
+        work.launched = driver.graph_launch(work.graph, work.stream)
+        work.recorded = driver.event_record(work.event, work.stream)  # after a failure too: part of it may be there
+    store(&work.state, SUBMITTED)  # last: from here on it is the loop's again
+
+
+cdef void _serve(void* argument) noexcept nogil:
+    cdef Thread* this = <Thread*>argument
+    cdef Work* work = this.work
+    while work != NULL:
+        _carry_out(work)
+        PyThread_acquire_lock(pool.lock, 1)
+        work = pool.first
+        if work != NULL:
+            pool.first = work.next
+            PyThread_release_lock(pool.lock)
+        elif pool.is_ended:
+            PyThread_release_lock(pool.lock)
+        else:
+            this.next = pool.idle
+            pool.idle = this
+            PyThread_release_lock(pool.lock)
+            PyThread_acquire_lock(this.wake, 1)
+            work = this.work
+    PyThread_acquire_lock(pool.lock, 1)
+    pool.count -= 1
+    PyThread_release_lock(pool.lock)
+
+
+cdef void _give(Work* work, int most) noexcept:
+    """Give work to an idle thread, to a new one if there are fewer than `most`, or to the first that is done."""
+    cdef Thread* thread
+    PyThread_acquire_lock(pool.lock, 1)
+    thread = pool.idle
+    if thread != NULL:
+        pool.idle = thread.next
+    elif pool.count < most:
+        thread = _thread()
+        if thread != NULL:
+            thread.work = work
+            pool.count += 1
+            PyThread_release_lock(pool.lock)
+            if PyThread_start_new_thread(_serve, thread) != <unsigned long>-1:
+                return
+            PyThread_acquire_lock(pool.lock, 1)
+            pool.count -= 1
+            thread = NULL
+    if thread == NULL and pool.count == 0:
+        PyThread_release_lock(pool.lock)
+        _carry_out(work)  # no thread can be started
+        return
+    if thread == NULL:
+        work.next = NULL
+        if pool.first == NULL:
+            pool.first = work
+        else:
+            pool.last.next = work
+        pool.last = work
+        PyThread_release_lock(pool.lock)
+        return
+    thread.work = work
+    PyThread_release_lock(pool.lock)
+    PyThread_release_lock(thread.wake)
+
+
+cdef Thread* _thread() noexcept:
+    cdef Thread* thread = <Thread*>calloc(1, sizeof(Thread))
+    if thread != NULL:
+        thread.wake = PyThread_allocate_lock()
+        if thread.wake == NULL:
+            free(thread)
+            return NULL
+        PyThread_acquire_lock(thread.wake, 1)
+    return thread
+
+
+def begin():
+    """Make the pool of threads empty: when this is imported, and in a child process, which has none of its parent's."""
+    memset(&pool, 0, sizeof(pool))
+    pool.lock = PyThread_allocate_lock()
+    if pool.lock == NULL:
+        raise MemoryError
+    _running.clear()
+
+
+def end():
+    """Make the threads end after the work that they have. Returns how many have not ended yet; may be called again."""
+    cdef Thread* thread
+    cdef int count
+    PyThread_acquire_lock(pool.lock, 1)
+    pool.is_ended = True
+    while pool.idle != NULL:
+        thread = pool.idle
+        pool.idle = thread.next
+        thread.work = NULL
+        PyThread_release_lock(thread.wake)
+    count = pool.count
+    PyThread_release_lock(pool.lock)
+    return count
+
+
+begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=begin)
+
+
+cdef class CopyJob:
+    """The job of `aiotrt.runtime.copy_job` for a thread that needs no interpreter lock.
+
+    Args:
+        copies: contiguous arrays of as many bytes, to where and from where.
+        graph: to launch, by its handle.
+        stream: where, likewise.
+        event: recorded after it, likewise.
+        context: of all of them, likewise.
+        kept: what must not be freed before the work was submitted.
+        threads: how many there may be.
+        fail: raises the error of a driver's status, given what was done, and whether the work's end cannot be seen.
+        query: what `Device.query` answers for the event.
+
+    Raises:
+        ValueError, BufferError, TypeError: an array is not contiguous, or numpy cannot export it.
+    """
+    cdef Work _work
+    cdef Py_buffer* _buffers
+    cdef Py_ssize_t _exported
+    cdef int _threads
+    cdef object _kept, _fail, _query
+
+    def __cinit__(self):
+        memset(&self._work, 0, sizeof(self._work))
+        self._buffers = NULL
+        self._exported = 0
+
+    def __init__(
+        self, copies, uintptr_t graph, uintptr_t stream, uintptr_t event, uintptr_t context, kept, int threads, fail, query
+    ):
+        cdef Py_ssize_t i, count = len(copies)
+        self._kept, self._threads, self._fail, self._query = kept, threads, fail, query
+        self._work.graph, self._work.stream = <void*>graph, <void*>stream
+        self._work.event, self._work.context = <void*>event, <void*>context
+        self._work.copies = <Copy*>calloc(count + 1, sizeof(Copy))
+        self._buffers = <Py_buffer*>calloc(2 * count + 1, sizeof(Py_buffer))
+        if self._work.copies == NULL or self._buffers == NULL:
+            raise MemoryError
+        for i in range(count):
+            destination, source = copies[i]
+            PyObject_GetBuffer(destination, &self._buffers[self._exported], PyBUF_SIMPLE | PyBUF_WRITABLE)
+            self._exported += 1
+            PyObject_GetBuffer(source, &self._buffers[self._exported], PyBUF_SIMPLE)
+            self._exported += 1
+            if self._buffers[2 * i].len != self._buffers[2 * i + 1].len:
+                raise ValueError("a copy between arrays of different sizes")
+            self._work.copies[i].destination = self._buffers[2 * i].buf
+            self._work.copies[i].source = self._buffers[2 * i + 1].buf
+            self._work.copies[i].nbytes = self._buffers[2 * i].len
+        self._work.count = count
+
+    def __dealloc__(self):
+        self._release()
+
+    cdef void _release(self) noexcept:
+        while self._exported > 0:
+            self._exported -= 1
+            PyBuffer_Release(&self._buffers[self._exported])
+        free(self._buffers)
+        free(self._work.copies)
+        self._buffers = NULL
+        self._work.copies = NULL
+
+    cdef bint _is_submitted(self) noexcept:
+        if load(&self._work.state) != SUBMITTED:
+            return False
+        if self._buffers != NULL:  # first seen now
+            self._release()
+            self._kept = None
+            _running.discard(self)
+        return True
+
+    def __call__(self):
+        """See `Job`."""
+        cdef int status
+        if not self._is_submitted():
+            return False
+        if self._work.launched == SUCCESS and self._work.recorded == SUCCESS:
+            status = driver.event_query(self._work.event)
+            if status == SUCCESS:
+                return True
+            if status == NOT_READY:
+                return False
+        raise RuntimeError("a launch by a thread failed, or its event could not be queried")
+
+    def confirm(self):
+        """See `Job`."""
+        if not self._is_submitted():
+            return False
+        if self._work.recorded != SUCCESS:
+            self._fail("recording an event", self._work.recorded, True)
+        if not self._query():
+            return False
+        if self._work.launched != SUCCESS:
+            self._fail("launching a graph", self._work.launched, False)
+        return True
+
+    def start(self):
+        """See `Job`."""
+        cdef CopyJob job
+        if self._work.state != CREATED:
+            return
+        for job in list(_running):  # those of requests that were given up
+            job._is_submitted()
+        _running.add(self)  # a thread uses its memory
+        self._work.state = STARTED
+        _give(&self._work, self._threads)

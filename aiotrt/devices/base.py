@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -30,6 +30,9 @@ from aiotrt.errors import DeviceError
 __all__ = ["BaseDevice", "BaseGraph", "CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "write_back"]
 
 T = TypeVar("T")
+
+#: Bytes of host memory that the interpreter's threads copy: waking one costs about as much as copying a mebibyte.
+LARGE_COPY: Final = (1 << 20) + 1
 
 #: What to copy, each to where and from where.
 Copies: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -149,6 +152,31 @@ class Graph(Protocol):
         """
         ...
 
+    def copy_job(
+        self,
+        stream: Stream,
+        copies: Sequence[tuple[Any, Any]],
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> Any | None:
+        """Return a job that copies host arrays, and then submits as `submit` does, in a thread without the interpreter lock.
+
+        None where there is no such thread, or where the copies need the interpreter. See `aiotrt.runtime.copy_job.Job`.
+
+        Args:
+            stream: where.
+            copies: to which array, and from which.
+            inputs: the buffers that the graph reads.
+            sources: what is copied into each of them.
+            outputs: what the graph writes.
+            results: where each of them is copied to.
+            event: recorded last.
+        """
+        ...
+
     def close(self) -> None:
         """Free it. The last launch must have completed."""
         ...
@@ -164,11 +192,13 @@ class Device(Protocol):
         submits_from_threads: whether running Python on a stream occupies the calling thread (cuda) rather than the
             stream's own (host), so that work without a graph must be submitted from a worker thread.
         tells: whether it says by itself when an event is complete (host), or must be asked (cuda); see `when_complete`.
+        thread_copy_bytes: from how many bytes of host inputs on a thread copies and launches, while other slots are busy.
         fault: the fault that broke the device, if one did.
     """
 
     name: str
     torch_device: torch.device
+    thread_copy_bytes: int
     unified: bool
     submits_from_threads: bool
     tells: bool
@@ -369,12 +399,26 @@ class BaseGraph(ABC):
     def prepare(self, results: Sequence[torch.Tensor]) -> None:  # noqa: B027  # nothing is to be done for most
         """Do ahead what `submit` would do for these results."""
 
+    def copy_job(
+        self,
+        stream: Stream,
+        copies: Sequence[tuple[Any, Any]],
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> Any | None:
+        """Return None: there are no such threads. See `Graph.copy_job`."""
+        return None
+
 
 class BaseDevice(ABC):
     """The parts of a `Device` that are the same for all: its fault, its worker threads, and that it must be asked."""
 
     fault: DeviceError | None = None
     tells = False
+    thread_copy_bytes = LARGE_COPY
     captures = 0
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ default, and invalidates that capture.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -22,6 +23,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Self, TypeVar
 
@@ -29,6 +31,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from aiotrt._impl import IMPLEMENTATION
+from aiotrt._workers import processors
 from aiotrt.devices.base import BaseDevice, BaseGraph, CaptureError, Copies, Event, Graph, Stream
 from aiotrt.devices.cuda_graphs import CopyingGraph, DirectGraph, is_plain
 from aiotrt.errors import AiotrtError, DeviceError
@@ -45,6 +48,12 @@ PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
 #: Handles that stand for a default stream: of the legacy kind, likewise by its own name, and of each thread.
 DEFAULT_STREAMS: Final = frozenset({0, 1, 2})
+
+#: Threads of the compiled build that copy host inputs and launch: copying in two uses most of the memory's bandwidth.
+COPYING_THREADS: Final = 2
+#: From how many bytes of host inputs on one of them does so, while other slots are busy.
+COPYING_BYTES: Final = 384 << 10
+EXIT_TIMEOUT: Final = 1.0  # seconds that process exit waits for them
 
 #: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
@@ -251,8 +260,14 @@ class CudaGraph(BaseGraph):
         self._copying = copying
         self._bare = bare
         self._direct = direct
+        #: The lists of a program's host memory, if `copying` is set to copy from and to it, and its version then: a request
+        #: with the same lists needs to set nothing.
+        self._sources: Any = None
+        self._results: Any = None
+        self._version = -1
+        self._native: Any = None
         if bare is not None and _submitter is not None:
-            native = _native(bare, direct, self.submit)
+            native = self._native = _native(bare, direct, self.submit)
             self.submit, self.prepare = native.submit, native.prepare  # type: ignore[method-assign]
         self._random = random
 
@@ -296,12 +311,15 @@ class CudaGraph(BaseGraph):
         event: Event,
     ) -> None:
         # All in one function, since it runs for each call: the same steps as `BaseGraph.submit`, in the same order.
-        graph = self._direct if results else None if sources else self._bare
+        graph: Any = self._direct if results else None if sources else self._bare
+        is_set = sources is self._sources and self._is_set(results)
+        if is_set:
+            graph = self._copying
         if graph is None or type(stream) is not CudaStream or type(event) is not CudaEvent or event.driver is None:
-            super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
+            self._submit_and_remember(stream, origin, mark, inputs, sources, outputs, results, event)
             return
         handle = graph.handle
-        if results:
+        if results and not is_set:
             if len(sources) != len(graph.inputs) or len(results) != len(graph.outputs):
                 raise RuntimeError(
                     f"{len(graph.inputs)} inputs and {len(graph.outputs)} results, not {len(sources)} and {len(results)}"
@@ -310,7 +328,7 @@ class CudaGraph(BaseGraph):
                 address = tensor.data_ptr()
                 if address != port.now:
                     if not tensor.is_cuda:  # pinned memory takes another kind of node
-                        super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
+                        self._submit_and_remember(stream, origin, mark, inputs, sources, outputs, results, event)
                         return
                     port.point(handle, address)
         if origin is not None and (
@@ -325,6 +343,26 @@ class CudaGraph(BaseGraph):
         if answer[0] is not _DONE:
             _check("recording an event", answer)
 
+    def _is_set(self, results: object) -> bool:
+        return results is self._results and self._copying is not None and self._copying.version == self._version
+
+    def _submit_and_remember(self, stream: Any, origin: Any, mark: Any, *copies_and_event: Any) -> None:
+        super().submit(stream, origin, mark, *copies_and_event)
+        _, sources, _, results, _ = copies_and_event
+        self._remember(sources, results)
+
+    def _remember(self, sources: Any, results: Any) -> None:
+        """Note that the graph's copies are from and to these lists, if they are a program's: of host memory only."""
+        copying = self._copying
+        if copying is None or copying.ordered or not copying.is_complete or type(sources) is not list:
+            return
+        for tensor in (*sources, *results):
+            if tensor.is_cuda:  # a caller's, which nothing here may keep alive
+                return
+        self._sources, self._results, self._version = sources, results, copying.version
+        if self._native is not None:
+            self._native.remember(copying, int(copying.handle), sources, results)
+
     def prepare(self, results: Sequence[torch.Tensor]) -> None:
         # An update of an executable graph holds from its next launch on.
         graph = self._direct
@@ -334,13 +372,41 @@ class CudaGraph(BaseGraph):
                 if address != port.now and tensor.is_cuda:
                     port.point(graph.handle, address)
 
+    def copy_job(
+        self,
+        stream: Stream,
+        copies: Sequence[tuple[Any, Any]],
+        inputs: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        event: Event,
+    ) -> Any | None:
+        copying = self._copying
+        if _submitter is None or copying is None or copying.ordered or type(event) is not CudaEvent or event.address == 0:
+            return None
+        if any(destination.dtype != source.dtype or destination.shape != source.shape for destination, source in copies):
+            return None
+        if sources is not self._sources or not self._is_set(results):
+            copying.set(list(zip(inputs, sources, strict=True)), list(zip(results, outputs, strict=True)))
+            if not copying.is_complete:
+                return None  # some copies are no nodes of the graph
+            self._remember(sources, results)
+        try:
+            return _submitter.CopyJob(
+                copies, int(copying.handle), stream.handle, event.address, copying.context, (self, stream, event),
+                COPYING_THREADS, _fail_job, functools.partial(query, event.query),
+            )  # fmt: skip
+        except (BufferError, TypeError, ValueError):  # an array that is not contiguous, or whose dtype has no buffer
+            return None
+
     def close(self) -> None:
         for name in ("submit", "prepare"):
             self.__dict__.pop(name, None)  # a cycle
         for made in (self._copying, self._bare, self._direct):
             if made is not None:
                 made.close()
-        self._copying = self._bare = self._direct = None
+        self._copying = self._bare = self._direct = self._native = self._sources = self._results = None
         self._graph.reset()
 
 
@@ -359,6 +425,8 @@ class CudaDevice(BaseDevice):
         torch.cuda.init()
         _load_submitter()
         self.index = index
+        if _submitter is not None and processors() > COPYING_THREADS:
+            self.thread_copy_bytes = COPYING_BYTES
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self.current_handle = functools.partial(torch._C._cuda_getCurrentRawStream, index)  # type: ignore[method-assign]
@@ -606,6 +674,13 @@ def _load_submitter() -> None:
             raise ImportError(f"the CUDA driver has no {name}: update it, or set AIOTRT_IMPL=python") from None
     submitter.fill(addresses)
     _submitter = submitter
+    atexit.register(_end_threads)
+
+
+def _end_threads() -> None:
+    ends = time.monotonic() + EXIT_TIMEOUT
+    while _submitter.end() and time.monotonic() < ends:  # a thread may be held by a launch on a device that hangs
+        time.sleep(1e-3)
 
 
 def _native(bare: DirectGraph, direct: DirectGraph | None, fallback: Callable[..., None]) -> Any:
@@ -744,6 +819,16 @@ def _check(doing: str, answer: tuple[Any, ...]) -> tuple[Any, ...]:
 def _fail(doing: str, status: int) -> None:
     """Raise the error of a status that the compiled module got."""
     _check(doing, (driver.CUresult(status),))
+
+
+def _fail_job(doing: str, status: int, is_lost: bool) -> None:
+    """Raise the error of a job's status; `is_lost` if nothing says when what was submitted ends."""
+    try:
+        _fail(doing, status)
+    except RuntimeError as error:
+        if is_lost:
+            raise DeviceError(f"a launch by a thread could not be followed up: {error}") from error
+        raise
 
 
 def _code(error: BaseException) -> tuple[int, str]:

@@ -47,8 +47,11 @@ class CopyingGraph:
 
     Attributes:
         handle: to launch it.
+        context: in which it was made, by its handle.
         ordered: as given.
         is_set: whether any node may be enabled.
+        version: how often `set` was called.
+        is_complete: whether the nodes made all copies that `set` was last given.
         is_whole: whether each input and each output has nodes of its own.
     """
 
@@ -64,6 +67,7 @@ class CopyingGraph:
         self.ordered = ordered
         self.is_whole = False
         self._check = check
+        self.context = 0
         self._nobody: Any = None  # an event of its own: nodes cannot be switched off, but name one that means nothing
         self._wait: Any = None  # the nodes, and the events that they name
         self._record: Any = None
@@ -72,7 +76,10 @@ class CopyingGraph:
         self._before: dict[int, _Port] = {}  # by the identity of the buffer's tensor, which this keeps
         self._after: dict[int, _Port] = {}
         self.is_set = False
+        self.version = 0
+        self.is_complete = False
         (context,) = check("finding the context", driver.cuCtxGetCurrent())
+        self.context = int(context)
         (self._graph,) = check("creating a graph", driver.cuGraphCreate(0))
         self.handle: Any = None
         try:
@@ -103,11 +110,14 @@ class CopyingGraph:
 
     def set(self, before: Copies, after: Copies) -> tuple[Copies, Copies]:
         """Make later launches do these copies, and no others; returns those that cannot be nodes."""
+        self.version += 1
         if not (before or after or self.is_set):
+            self.is_complete = True
             return before, after
-        self.is_set = True
+        self.is_set, self.is_complete = True, False
         others = self._set(self._before, before, 0), self._set(self._after, after, 1)
         self.is_set = bool(before or after)
+        self.is_complete = not any(others)
         return others
 
     def order(self, wait: Any, record: Any) -> None:

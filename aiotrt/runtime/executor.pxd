@@ -16,6 +16,7 @@ cdef class Executor:
     cdef public object specs
     cdef public list _spares, slots
     cpdef recycle(self, Request request)
+    cdef public double _thread_bytes
     cdef public bint _overlap, _serving, _unified, closing, is_discarded
     cdef public long _forks
     cdef public Hub hub
@@ -27,6 +28,8 @@ cdef class Executor:
     cpdef _serve(self, grant)
     @cython.locals(route=Route, counters=Counters, prepares=bint)
     cpdef bint _replay(self, Slot slot, Request request, bint was_queued) except -1
+    @cython.locals(route=Route)
+    cpdef bint _hand_over(self, Slot slot, Request request, program) except -1
     cpdef _results(self, program, origin)
     cpdef _prepare_results(self, program, origin, bint is_current)
     @cython.locals(request=Request)

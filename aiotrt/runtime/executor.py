@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from math import inf
 from typing import Any, Final
 
 import numpy as np
@@ -48,6 +49,7 @@ from aiotrt.errors import (
     UsageError,
 )
 from aiotrt.runtime.alarm import Alarm
+from aiotrt.runtime.copy_job import CopyJob, Job
 from aiotrt.runtime.handshake import bound_inputs, carries_anything, carry, ready_events, wants_consumed
 from aiotrt.runtime.launch import copy_in, fill, has_passed, open_gates, pass_turn, retire, submit_request
 from aiotrt.runtime.memory import allocate, keep, release_when_idle
@@ -161,6 +163,8 @@ class Executor:
         #: request says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
         self._unified = self.device.unified
+        #: From how many bytes of host inputs on a thread may copy and launch; where the device tells, none does.
+        self._thread_bytes: float = inf if self._unified or self.device.tells else self.device.thread_copy_bytes
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
         self.latest: Slot | None = None  # without overlap: who launched last
         self._idle: asyncio.Future[None] | None = None
@@ -251,7 +255,7 @@ class Executor:
             likely = shapes, kind, specs
             if likely == self._likely and not request.marked and Route.suits(leaves, arguments, self.device):
                 route = Route(leaves, arguments, specs, shapes, kind, holders, self.device)
-                if route.nbytes <= COPY_ON_LOOP_BYTES:  # larger ones are copied by a worker
+                if route.nbytes <= COPY_ON_LOOP_BYTES or (self._thread_bytes < inf and request.origin is None):
                     if named or specs.structure is not None:
                         self._nested_route = route
                     else:
@@ -412,7 +416,12 @@ class Executor:
     def _interrupted(self, slot: Slot, request: Request) -> None:
         """An interrupt came in the middle, and the loop may go on, as a notebook's does: nothing is left half done."""
         state = self.machine.states[slot.index]
-        if slot.request is not request or state in (BROKEN, FREE, State.PREPARING) or request in slot.lane.pending:
+        if slot.request is not request or state in (BROKEN, FREE, State.PREPARING):
+            return
+        if request in slot.lane.pending:
+            start = getattr(request.query, "start", None)
+            if start is not None:  # a job that may not have been given to a thread yet
+                start()
             return
         error = EngineError(f"{self.recipe.engine.name} was interrupted while this call was launched")
         if request.is_lease or slot.program is None:
@@ -451,15 +460,20 @@ class Executor:
         if route.on_host:
             if self._unified and slot.gates:  # a consumer may still be reading what would be written
                 return self._detour(request)
-            staged: list[Any] = list(sources)
+            if route.nbytes >= self._thread_bytes and self._hand_over(slot, request, program):
+                return True
+            if route.nbytes > COPY_ON_LOOP_BYTES:
+                return self._detour(request)
             for i in route.on_host:
                 view = program.input_views[i]
                 if view is None:
                     return self._detour(request)
                 source = sources[i]
                 view[...] = source if type(source) is np.ndarray else source.numpy()
-                staged[i] = program.staged_inputs[i]
-            sources = staged
+            if route.on_device:
+                sources = [program.staged_inputs[i] if i in route.on_host else source for i, source in enumerate(sources)]
+            else:
+                sources = program.staged_inputs  # the same list each time, which the graph recognises
         origin = request.origin if request.kind is DEVICE else None
         results: Any
         if self._unified:
@@ -504,6 +518,50 @@ class Executor:
         self.hub.add(slot.lane, request, slot.when_complete)
         if prepares:
             self._prepare_results(program, origin, not was_queued)
+        return True
+
+    def _hand_over(self, slot: Slot, request: Request, program: Program) -> bool:
+        """Let a thread copy the host inputs of such a request and launch; False where the loop is to do it.
+
+        The request is in flight from now on. It is polled as others are, and incomplete until the thread has launched it.
+        """
+        route = request.route
+        assert route is not None
+        if request.origin is not None or (route.nbytes <= COPY_ON_LOOP_BYTES and not self.machine.count(IN_FLIGHT)):
+            return False  # alone, waking a thread would cost the caller more than copying
+        copies: list[Any] = []
+        for view, source in zip(program.input_views, request.values):  # noqa: B905  # all of them are on the host
+            if view is None:
+                return False
+            copies.append((view, source if type(source) is np.ndarray else source.numpy()))
+        sources: Sequence[Any] = program.staged_inputs
+        results: Sequence[Any] = program.staged_outputs
+        for view in program.output_views:
+            if view is None:
+                return False
+        graph = program.graph
+        assert graph is not None
+        job: Job | None = graph.copy_job(slot.stream, copies, program.inputs, sources, program.outputs, results, slot.event)
+        if job is None:
+            submit = partial(
+                graph.submit, slot.stream, None, slot.mark, program.inputs, sources, program.outputs, results, slot.event
+            )
+            job = CopyJob(self._workers, self.device, slot.stream, slot.event, copies, submit, slot.query)
+        slot.program = program
+        cache = self.cache
+        cache.uses = program.used = cache.uses + 1
+        self.counters.hits += 1
+        if slot.gates:
+            open_gates(slot)
+        self.machine.move(slot.index, LAUNCH)
+        self.counters.replays += 1
+        request.query = job
+        request.confirm = job.confirm
+        request.on_done = slot.on_done
+        request.estimate = program.estimate
+        request.hang_timeout = self.hang_timeout
+        self.hub.add(slot.lane, request)
+        job.start()  # last: whatever happens before it, no thread uses the slot's memory yet
         return True
 
     def _prepare_results(self, program: Program, origin: Stream | None, is_current: bool) -> None:
@@ -843,21 +901,18 @@ class Executor:
     def _copy_out(self, slot: Slot, request: Request) -> None:
         program = slot.program
         assert program is not None
-        views = [program.output_view(i) for i in range(len(program.outputs))]
-        dtypes = [output.dtype for output in program.outputs]
-        kind, batch = request.kind, request.batch
-
-        def copy() -> Sequence[Any]:
-            if batch is not None:
-                return batch.copied(program, views)
-            return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]
-
-        if sum(view.nbytes for view in views) > COPY_ON_LOOP_BYTES:
+        views = []
+        nbytes = 0
+        for i in range(len(program.outputs)):
+            view = program.output_view(i)
+            views.append(view)
+            nbytes += view.nbytes
+        if nbytes > COPY_ON_LOOP_BYTES:
             # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
-            self.work(slot, copy, self._copied)
+            self.work(slot, partial(_owned, request, program, views), self._copied)
             return
         try:
-            results = copy()
+            results = _owned(request, program, views)
         except Exception as error:  # out of memory: without this the slot would be in flight for ever
             self._copied(slot, None, error)
         else:
@@ -1259,6 +1314,14 @@ class Executor:
         for slot in self.slots:
             slot.stream.close()
         self.recipe.engine.close()
+
+
+def _owned(request: Request, program: Program, views: Sequence[Any]) -> Sequence[Any]:
+    """Copy these views of the outputs to memory of the callers' own. A worker may call this."""
+    if request.batch is not None:
+        return request.batch.copied(program, views)
+    kind = request.kind
+    return [own(view, output.dtype, kind) for view, output in zip(views, program.outputs, strict=True)]
 
 
 def _device_failed(executor: weakref.ref[Executor], error: DeviceError) -> None:

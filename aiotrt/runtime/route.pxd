@@ -2,8 +2,9 @@
 
 cdef class Route:
     cdef object __weakref__
-    cdef public object _holds, _index, _is_pinned, _large, holders, kind, nbytes, on_host, shapes, specs
+    cdef public object _holds, _index, _is_pinned, _large, holders, kind, on_host, shapes, specs
     cdef public list _signature
+    cdef public long long nbytes
     cdef public bint on_device
     cpdef bint matches(self, values) except -1
     cpdef bint _has_pinned(self, values) except -1

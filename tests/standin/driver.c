@@ -1,9 +1,11 @@
-/* The driver's functions that the compiled build calls. Each call is logged; what it answers is set by the test. */
+/* The driver's functions that the compiled build calls, on any thread. Each call is logged; what it answers is set by the
+ * test, which can also hold launches: they are logged, and return when they are released. */
 
+#include <pthread.h>
 #include <stddef.h>
 #include <string.h>
 
-enum { GRAPH_LAUNCH, EVENT_RECORD, EVENT_QUERY, STREAM_QUERY, STREAM_WAIT, SET_COPY, KINDS };
+enum { GRAPH_LAUNCH, EVENT_RECORD, EVENT_QUERY, STREAM_QUERY, STREAM_WAIT, SET_COPY, SET_CONTEXT, KINDS };
 
 typedef struct { /* CUDA_MEMCPY3D */
     size_t src_x, src_y, src_z, src_lod;
@@ -32,8 +34,13 @@ typedef struct {
 static Call calls[4096];
 static long count;
 static int answers[KINDS];
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static int is_held;
+static long held;
 
 static int noted(long kind, const void *a, const void *b, const Memcpy3D *copy) {
+    pthread_mutex_lock(&mutex);
     if (count < (long)(sizeof calls / sizeof *calls)) {
         Call *call = &calls[count];
         memset(call, 0, sizeof *call);
@@ -48,7 +55,15 @@ static int noted(long kind, const void *a, const void *b, const Memcpy3D *copy) 
         }
         count++;
     }
-    return answers[kind];
+    if (kind == GRAPH_LAUNCH && is_held) {
+        held++;
+        pthread_cond_broadcast(&changed);
+        while (is_held) pthread_cond_wait(&changed, &mutex);
+        held--;
+    }
+    int answer = answers[kind];
+    pthread_mutex_unlock(&mutex);
+    return answer;
 }
 
 int cuGraphLaunch(void *graph, void *stream) { return noted(GRAPH_LAUNCH, graph, stream, NULL); }
@@ -61,7 +76,20 @@ int cuGraphExecMemcpyNodeSetParams(void *graph, void *node, const Memcpy3D *copy
     return noted(SET_COPY, graph, node, copy);
 }
 
+int cuCtxSetCurrent(void *context) { return noted(SET_CONTEXT, context, NULL, NULL); }
+
 void set_answer(long kind, int status) { answers[kind] = status; }
+void hold(int wanted) {
+    pthread_mutex_lock(&mutex);
+    is_held = wanted;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&mutex);
+}
+void wait_held(long wanted) { /* until so many launches are held */
+    pthread_mutex_lock(&mutex);
+    while (held < wanted) pthread_cond_wait(&changed, &mutex);
+    pthread_mutex_unlock(&mutex);
+}
 long call_count(void) { return count; }
 const Call *call_at(long i) { return &calls[i]; }
 void reset(void) {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,7 @@ class Kind(IntEnum):
     STREAM_QUERY = 3
     STREAM_WAIT = 4
     SET_COPY = 5
+    SET_CONTEXT = 6
 
 
 class _Call(ctypes.Structure):
@@ -76,6 +79,19 @@ class Driver:
     def answer(self, kind: Kind, status: int) -> None:
         """Make each later call of this kind answer so."""
         self.library.set_answer(int(kind), status)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside, launches are logged and do not return."""
+        self.library.hold(1)
+        try:
+            yield
+        finally:
+            self.library.hold(0)
+
+    def wait_held(self, count: int) -> None:
+        """Block until so many launches are held."""
+        self.library.wait_held(count)
 
     def take(self) -> list[Logged]:
         """The calls since the last `take`; the answers become 0 again."""

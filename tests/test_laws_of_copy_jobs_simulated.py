@@ -1,0 +1,233 @@
+"""Host inputs that a thread copies, which then launches: such calls are as right as all others.
+
+On a simulated device, and audited, as in `test_laws_simulated`. The compiled build's threads are tested in `test_submitter`,
+and on a GPU in `tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import aiotrt
+from aiotrt.completion.hub import Hub
+from aiotrt.runtime.copy_job import CopyJob
+from aiotrt.runtime.slots import Slots, State
+from aiotrt.testing import SimulatedDevice, SimulatedGraph
+from aiotrt.testing.virtual import Workers
+from tests.simulated import held_streams
+from tests.test_laws_of_interrupts_simulated import interrupted
+from tests.test_laws_of_owners_simulated import GROUPS, streams_of
+from tests.test_laws_simulated import load, right, settle, under_schedules
+from tests.tools import executor_of, frame, turns
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[CopyJob]]:
+    """The jobs that are started meanwhile."""
+    started: list[CopyJob] = []
+    start = CopyJob.start
+
+    def starting(self: CopyJob) -> None:
+        started.append(self)
+        start(self)
+
+    with mock.patch.object(CopyJob, "start", starting):
+        yield started
+
+
+@contextlib.asynccontextmanager
+async def loaded(device: SimulatedDevice, slots: int, **options: Any) -> AsyncIterator[aiotrt.Model]:
+    """A model whose calls with host inputs are all given to threads."""
+    with mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", -1):
+        async with load(device, slots=slots, overlap=True, warmup=frame(0), **options) as model:
+            executor_of(model)._thread_bytes = 0
+            for _ in range(3):
+                assert right(await model(frame(1)), 1)
+            yield model
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_caller_gets_its_own_result(group: int, slots: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, slots) as model:
+            with counted() as started:
+                results = await asyncio.gather(*[model(frame(i)) for i in range(9)])
+            assert all(right(result, i) for i, result in enumerate(results))
+            assert len(started) == 9
+            await settle(model, slots)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_small_input_is_copied_by_a_thread_only_while_another_slot_is_busy(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, overlap=True, warmup=frame(0)) as model:
+            executor_of(model)._thread_bytes = 0
+            for _ in range(3):
+                await model(frame(1))
+            with counted() as started, held_streams(device, *streams_of(model)):
+                calls = [asyncio.ensure_future(model(frame(i))) for i in range(2)]
+                await turns()
+                assert len(started) == 1
+            assert [right(result, i) for i, result in enumerate(await asyncio.gather(*calls))] == [True, True]
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_callers_that_are_cancelled_lose_nothing(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        slots = choose.randint(1, 3)
+        async with loaded(device, slots) as model:
+            calls = [asyncio.ensure_future(model(frame(i))) for i in range(10)]
+            for call in choose.sample(calls, 5):
+                for _ in range(choose.randint(0, 4)):
+                    await asyncio.sleep(0)
+                call.cancel()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            for i, result in enumerate(results):
+                assert isinstance(result, asyncio.CancelledError) or right(result, i)
+            await settle(model, slots)
+            assert right(await model(frame(20)), 20)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the launch", "after the launch"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_launch_that_fails_in_a_thread_is_its_callers_error(group: int, after: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        slots = choose.randint(1, 2)
+        async with loaded(device, slots) as model:
+            launch, strikes = SimulatedGraph.launch, set(choose.sample(range(8), 3))
+            uses = iter(range(100))
+
+            def launching(self: SimulatedGraph, *args: Any) -> None:
+                strikes_now = next(uses) in strikes
+                if after or not strikes_now:
+                    launch(self, *args)
+                if strikes_now:
+                    raise RuntimeError("the driver said no")
+
+            with mock.patch.object(SimulatedGraph, "launch", launching):
+                results = await asyncio.gather(*[model(frame(i)) for i in range(8)], return_exceptions=True)
+                await settle(model, slots)
+            failed = [result for result in results if isinstance(result, BaseException)]
+            assert len(failed) == 3
+            assert all(isinstance(error, aiotrt.EngineError) and "the driver said no" in str(error) for error in failed)
+            assert all(right(result, i) for i, result in enumerate(results) if not isinstance(result, BaseException))
+            assert right(await model(frame(9)), 9)
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["the launch", "the record after a launch that failed"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_fault_in_a_thread_breaks_the_model_and_ends_every_call(group: int, record: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 2) as model:
+            error = RuntimeError("no") if record else aiotrt.DeviceError("an illegal address", code=700, name="ILLEGAL")
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(mock.patch.object(SimulatedGraph, "launch", side_effect=error))
+                if record:
+                    stream = type(executor_of(model).slots[0].stream)
+                    stack.enter_context(mock.patch.object(stream, "record", side_effect=RuntimeError("no record")))
+                results = await asyncio.gather(*[model(frame(i)) for i in range(5)], return_exceptions=True)
+            assert all(isinstance(result, aiotrt.DeviceError) for result in results)
+            assert model.statistics().broken == 2
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_closing_waits_for_the_thread_and_for_what_it_launches(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 2) as model:
+            calls = [asyncio.ensure_future(model(frame(i))) for i in range(2)]
+            await asyncio.sleep(0)
+        assert [right(call.result(), i) for i, call in enumerate(calls)] == [True, True]
+
+    under_schedules(group, program)
+
+
+def test_without_a_thread_the_loop_does_it() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 2) as model:
+            submit, refused = Workers.submit, []
+
+            def submitting(self: Workers, function: Any, *args: Any) -> Any:
+                if function.__name__ == "_run":
+                    refused.append(function)
+                    raise aiotrt.ResourceError("no worker thread could be started: can't start new thread")
+                return submit(self, function, *args)
+
+            with mock.patch.object(Workers, "submit", submitting):
+                assert right(await model(frame(3)), 3)
+            assert len(refused) == 1
+
+    under_schedules(0, program)
+
+
+PLACES = [
+    (owner, name, is_done)
+    for owner, name in ((SimulatedGraph, "copy_job"), (Slots, "move"), (Hub, "add"), (CopyJob, "start"))
+    for is_done in (False, True)
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "is_done"), PLACES, ids=[f"{o.__name__}.{n}-{d}" for o, n, d in PLACES])
+@pytest.mark.interpreted
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_interrupt_leaves_no_slot_claimed_and_no_memory_to_two(group: int, owner: Any, name: str, is_done: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 1) as model:
+            with interrupted(owner, name, is_done), pytest.raises(KeyboardInterrupt):
+                _ = executor_of(model).submit((frame(2),), {})
+            results = await asyncio.gather(*[model(frame(i)) for i in range(3)])
+            assert all(right(result, i) for i, result in enumerate(results))
+            await settle(model, 1)
+            statistics = model.statistics()
+            assert statistics.submitted == statistics.completed + statistics.failed + statistics.cancelled
+
+    under_schedules(group, program)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_inputs_are_read_until_they_are_copied_and_no_longer_kept_than_that(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 1) as model:
+            with counted() as started:
+                call = asyncio.ensure_future(model(frame(5)))
+                await asyncio.sleep(0)
+                (job,) = started
+                assert executor_of(model).machine.states == [State.IN_FLIGHT]
+                call.cancel()
+                await asyncio.wait([call])
+                await settle(model, 1)
+            assert len(job._copies) == 0
+
+    under_schedules(group, program)
+
+
+def test_a_copy_that_fails_submits_nothing() -> None:
+    submitted = mock.Mock()
+    device = mock.Mock(**{"query.return_value": True})
+    copies = [(np.zeros(3), np.zeros(4))]
+    workers = mock.Mock(**{"submit.side_effect": RuntimeError})
+    job = CopyJob(workers, device, mock.Mock(), mock.Mock(), copies, submitted, lambda: True)
+    assert job() is False
+    job.start()
+    for ask in (job, job.confirm):
+        with pytest.raises(ValueError, match="broadcast"):
+            ask()
+    submitted.assert_not_called()
