@@ -844,17 +844,30 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
-        if request.route is not None and error is None and state is IN_FLIGHT and request.kind is DEVICE:
+        if request.route is not None and error is None and state is IN_FLIGHT:
             # The short path's end: the slot goes on, and then the caller is told.
-            results = request.results
-            complete = self.complete
-            for result in results:
-                result._trt_produce_event = complete  # type: ignore[attr-defined]
-            assert slot.program is not None
-            names = slot.program.names
-            packed = results[0] if names.is_bare else names.pack(results)
+            program = slot.program
+            assert program is not None
             if request.times is not None:
                 self._observe(slot, request.times)
+            results: Any
+            if request.kind is DEVICE:
+                results = request.results
+                complete = self.complete
+                for result in results:
+                    result._trt_produce_event = complete
+            else:
+                views = self._small_views(program)
+                if views is None:
+                    self._copy_out(slot, request)
+                    return
+                try:
+                    results = _owned(request, program, views)
+                except Exception as failure:  # out of memory
+                    self._copied(slot, None, failure)
+                    return
+            names = program.names
+            packed = results[0] if names.is_bare else names.pack(results)
             grant = self.machine.move(slot.index, COPIED)
             slot.request = slot.program = request.slot = None
             try:
@@ -901,14 +914,10 @@ class Executor:
     def _copy_out(self, slot: Slot, request: Request) -> None:
         program = slot.program
         assert program is not None
-        views = []
-        nbytes = 0
-        for i in range(len(program.outputs)):
-            view = program.output_view(i)
-            views.append(view)
-            nbytes += view.nbytes
-        if nbytes > COPY_ON_LOOP_BYTES:
+        views = self._small_views(program)
+        if views is None:
             # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
+            views = [program.output_view(i) for i in range(len(program.outputs))]
             self.work(slot, partial(_owned, request, program, views), self._copied)
             return
         try:
@@ -917,6 +926,16 @@ class Executor:
             self._copied(slot, None, error)
         else:
             self._finish(slot, request, results)
+
+    def _small_views(self, program: Program) -> list[Any] | None:
+        """Return views of the outputs; None if together they are too large to be copied on the loop."""
+        views = []
+        nbytes = 0
+        for i in range(len(program.outputs)):
+            view = program.output_view(i)
+            views.append(view)
+            nbytes += view.nbytes
+        return views if nbytes <= COPY_ON_LOOP_BYTES else None
 
     def _copied(self, slot: Slot, results: Sequence[Any] | None, error: BaseException | None) -> None:
         request = slot.request

@@ -91,7 +91,7 @@ async def test_calls_from_the_host_are_right_between_calls_of_other_kinds(size: 
         return np.full(size, value, np.float32)
 
     def device(value: float) -> torch.Tensor:
-        return torch.full((size,), value, device="cuda")
+        return torch.full((size,), float(value), device="cuda")
 
     async with aiotrt.load(summed, device="cuda", slots=1, warmup=(host(0), host(0))) as model:
         for i in range(60):
