@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 import aiotrt
+from aiotrt._workers import processors
 from aiotrt.completion import hub as completion
 from aiotrt.completion.hub import IDLE, PATROL, POLLS_BEFORE_HANG, REPEATS, STALL, STALL_SHARE, TURN, Hub
 from aiotrt.completion.lane import Lane, Pending
@@ -573,12 +574,12 @@ async def test_looking_at_intervals_begins_with_one() -> None:
     assert min(delays) >= SHORTEST_SLEEP * 0.999
 
 
-@pytest.mark.parametrize(("processors", "spin"), [(1, 0.0), (2, 0.0), (3, SPIN_BUDGET), (64, SPIN_BUDGET)])
-async def test_it_spins_only_where_there_is_a_processor_to_spare(processors: int, spin: float) -> None:
+@pytest.mark.parametrize(("count", "spin"), [(1, 0.0), (2, 0.0), (3, SPIN_BUDGET), (64, SPIN_BUDGET)])
+async def test_it_spins_only_where_there_is_a_processor_to_spare(count: int, spin: float) -> None:
     def timer(*_: Any) -> Timer:
         return Timer(World(), lambda: None)
 
-    with mock.patch.object(completion, "processors", return_value=processors):
+    with mock.patch.object(completion, "processors", return_value=count):
         assert Hub(asyncio.get_running_loop(), timer=timer)._spin == spin
     assert Hub(asyncio.get_running_loop(), timer=timer, spin=0.125)._spin == 0.125
 
@@ -592,7 +593,7 @@ async def test_processors_are_those_that_this_process_may_use(system: Any, count
         return system
 
     with mock.patch("os.sched_getaffinity", affinity, create=True), mock.patch("os.cpu_count", return_value=system):
-        assert completion.processors() == count
+        assert processors() == count
 
 
 async def test_a_lane_says_how_long_its_work_ran_and_since_when_it_may_have_been_complete() -> None:
@@ -717,6 +718,62 @@ async def test_who_awaits_is_resumed_after_an_interrupt_at_any_reading_of_the_cl
     for _ in range(3):
         await asyncio.sleep(0)
     assert resumed == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["the timer is read", "the timer was read", "the clock is read"])
+async def test_an_interrupt_when_the_timer_fires_leaves_the_poll_to_the_loop(where: str) -> None:
+    """The timer does not fire again by itself."""
+    world = World()
+    resumed = resumed_by(world, 2)
+    left = [1]
+
+    def interrupt() -> float:
+        if left:
+            left.clear()
+            raise KeyboardInterrupt
+        return world.now
+
+    if where == "the clock is read":
+        world.hub._clock = interrupt
+    else:
+        world.hub._read = interrupt
+        if where == "the timer was read":
+            world.hub._armed = math.inf
+    with pytest.raises(KeyboardInterrupt):
+        world.fire()
+    assert world.hub._soon is not None
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert resumed == [0, 1]
+
+
+@pytest.mark.parametrize("reading", [1, 2])
+async def test_an_interrupt_when_the_device_notifies_leaves_the_poll_to_the_loop(reading: int) -> None:
+    world = World()
+    lane = Lane()
+    waiter = Waiter(asyncio.get_running_loop(), lambda: True, lambda _: world.hub.finished.append(waiter), Estimate(), None)
+    notify: list[Callable[[], None]] = []
+    world.hub.add(lane, waiter, notify.append)
+    resumed: list[Any] = []
+    waiter.add_done_callback(resumed.append)
+    waiter.is_done = True
+    waiter.notified = world.now  # as `notify` does, which would have the loop call `_notified` once more
+    world.hub._told.append(lane)
+    readings = 0
+
+    def clock() -> float:
+        nonlocal readings
+        readings += 1
+        if readings == reading:
+            raise KeyboardInterrupt
+        return world.now
+
+    world.hub._clock = clock
+    with pytest.raises(KeyboardInterrupt):
+        world.hub._notified()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert resumed == [waiter]
 
 
 @pytest.mark.skipif(aiotrt.__impl__ == "native", reason="compiled code calculates without calling a number's methods")

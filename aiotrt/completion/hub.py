@@ -272,28 +272,39 @@ class Hub:
 
     def _notified(self) -> None:
         self._is_told = False  # first: who is told of from here on calls this again
-        now = self._clock()
-        told = self._told
-        while told:
-            told.popleft().due = now
-        if self._soon is None:
-            self._poll()
+        try:
+            now = self._clock()
+            told = self._told
+            while told:
+                told[0].due = now
+                told.popleft()
+            if self._soon is None:
+                self._poll()
+        except BaseException:  # an interrupt: no other notification of this work will come
+            self._loop.call_soon(self._notified)
+            raise
 
     # Polling...
 
     def _fire(self) -> None:
         """The timer has fired."""
-        if self._read is not None:
-            try:
-                self._read()
-            except BlockingIOError:  # set again between becoming readable and being read
-                return
-        self.wakes += 1
-        if self._armed < inf:
-            self._lateness.learn(self._slept, self._clock() - self._armed)
+        try:
+            if self._read is not None:
+                try:
+                    self._read()
+                except BlockingIOError:  # set again between becoming readable and being read
+                    return
+            self.wakes += 1
+            if self._armed < inf:
+                self._lateness.learn(self._slept, self._clock() - self._armed)
+                self._armed = inf
+            if self._soon is None:  # else the loop is about to poll
+                self._poll()
+        except BaseException:  # an interrupt: the timer does not fire again by itself
             self._armed = inf
-        if self._soon is None:  # else the loop is about to poll
-            self._poll()
+            if self._soon is None:
+                self._soon = self._loop.call_soon(self._poll)
+            raise
 
     def _poll(self) -> None:
         """Query the head of each lane that is due, call back for those that are complete, and wake who awaits them."""

@@ -527,7 +527,9 @@ class Executor:
         """
         route = request.route
         assert route is not None
-        if request.origin is not None or (route.nbytes <= COPY_ON_LOOP_BYTES and not self.machine.count(IN_FLIGHT)):
+        if request.origin is not None or request.batch is not None:
+            return False
+        if route.nbytes <= COPY_ON_LOOP_BYTES and not self.machine.count(IN_FLIGHT):
             return False  # alone, waking a thread would cost the caller more than copying
         copies: list[Any] = []
         for view, source in zip(program.input_views, request.values):  # noqa: B905  # all of them are on the host
