@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,8 +32,17 @@ class Lease:
     slot is free after it.
     """
 
-    def __init__(self, executor: Executor, specs: Specs, shapes: Shapes, kind: Kind, model: object) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        model: object,
+        choose: Callable[[], Executor] | None = None,
+    ) -> None:
         self._executor = executor
+        self._choose = choose  # of several devices, the one whose slot this is to be, once it is entered
         self._model = model  # a model that is garbage lets go of its slots, and so of this one
         self._specs = specs
         self._shapes = shapes
@@ -45,6 +55,8 @@ class Lease:
     async def __aenter__(self) -> Self:
         if self._is_entered:
             raise UsageError("a lease can be entered once; ask the model for another one")
+        if self._choose is not None:
+            self._executor = self._choose()
         request = self._executor.lease(self._specs, self._shapes, self._kind)
         self._is_entered = True
         try:
@@ -80,6 +92,11 @@ class Lease:
     ) -> None:
         if self._hold is not None:
             self._hold.leave()
+
+    @property
+    def device(self) -> str:
+        """The name of the device that the slot is on. Of a model on several it is chosen when the lease is entered."""
+        return self._executor.device.name
 
     @property
     def inputs(self) -> Buffers:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, TypedDict
 
-import torch
-
 from aiotrt.batching.queue import Batching
 from aiotrt.building.profiles import ProfileArgument
-from aiotrt.devices import Device
+from aiotrt.devices import Devices
 
 __all__ = ["EngineLoadOptions", "LoadOptions"]
 
@@ -17,7 +15,7 @@ __all__ = ["EngineLoadOptions", "LoadOptions"]
 class LoadOptions(TypedDict, total=False):
     """What `load` takes that says nothing of the type of its results; see there."""
 
-    device: str | torch.device | Device
+    device: Devices
     slots: int
     overlap: bool
     max_queue: int | None
@@ -29,6 +27,7 @@ class LoadOptions(TypedDict, total=False):
     graph_cache_entries: int
     graph_cache_bytes: int
     hang_timeout: float | None
+    retry: bool
     progress: Literal["predict", "spin", "interval"]
     threads: int
     runtime: Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"] | None

@@ -23,15 +23,17 @@ from aiotrt._impl import IMPLEMENTATION
 from aiotrt._workers import Workers
 from aiotrt.batching.batch import check_extents
 from aiotrt.batching.batcher import Gatherer
+from aiotrt.batching.dispatcher import Dispatcher
 from aiotrt.batching.queue import Batching
 from aiotrt.batching.stacked import Stacked
 from aiotrt.building.files import unreadable
 from aiotrt.building.profiles import Examples, ProfileArgument
 from aiotrt.completion.hub import Hub, check_asyncio, check_loop
 from aiotrt.completion.prediction import Progress
-from aiotrt.devices import Device, Stream, open_device
+from aiotrt.devices import Device, Devices, Stream, is_several, open_device, open_devices
 from aiotrt.engines import Engine, EngineOptions, is_file, open_engine, usual_device
 from aiotrt.engines.module import training_parts
+from aiotrt.engines.replicas import check_free, replicas
 from aiotrt.errors import AiotrtError, EngineError, InputError, ModelBrokenError, ModelClosedError, ResourceError, UsageError
 from aiotrt.lease import Lease
 from aiotrt.load_options import EngineLoadOptions, LoadOptions
@@ -83,7 +85,7 @@ def load(source: Callable[..., object], **options: Unpack[EngineLoadOptions]) ->
 def load(
     source: object,
     *,
-    device: str | torch.device | Device = "auto",
+    device: Devices = "auto",
     slots: int = 2,
     overlap: bool = True,
     max_queue: int | None = 1024,
@@ -97,6 +99,7 @@ def load(
     graph_cache_entries: int = 64,
     graph_cache_bytes: int = 8 << 30,
     hang_timeout: float | None = 60.0,
+    retry: bool = False,
     progress: Literal["predict", "spin", "interval"] = "predict",
     threads: int = 1,
     runtime: Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"] | None = None,
@@ -119,8 +122,10 @@ def load(
             in training mode. Weights that are updated in place are seen by the next call; weights that are replaced are
             not, since graphs use the memory that they were captured with.
         device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
-            the host otherwise, or for an ``.onnx`` file where no TensorRT is installed.
-        slots: how many requests may be on the device at once; each slot has its own stream, buffers and graphs.
+            the host otherwise, or for an ``.onnx`` file where no TensorRT is installed. A list of devices, or ``"cuda:*"``
+            for every GPU that the process sees: one model and one queue for all of them. Each call goes to the device where
+            it is expected to finish first. A module is copied to each device but its own.
+        slots: how many requests may be on each device at once; each slot has its own stream, buffers and graphs.
         overlap: whether launches of several slots may run at the same time. False makes each wait, on the device, for the
             one before it, but for its copies: for a model that fills the device by itself, which gets no more done by two
             at a time, but each of the two later. A call without a graph waits for nobody; its end is seen in its turn, and
@@ -145,6 +150,8 @@ def load(
         hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit. It holds
             too for the engine's first run for new shapes with its capture, while the model is warmed up or called: raise it
             for a module that compiles itself for longer.
+        retry: with several devices, whether a call whose inputs are on the host runs again on another device, once, when the
+            device that ran it broke or hung. For models whose result does not depend on how often they run.
         progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
             iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
         threads: how many threads one run of a host engine may use.
@@ -175,12 +182,20 @@ def load(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    for name, value in (("overlap", overlap), ("graphs", graphs), ("allow_host_code", allow_host_code)):
+    flags = ("overlap", overlap), ("graphs", graphs), ("retry", retry), ("allow_host_code", allow_host_code)
+    for name, value in flags:
         if not isinstance(value, bool):
             raise InputError(f"{name} must be True or False, got {value!r}")
     limit: object = hang_timeout
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
+    if is_several(device):
+        if not isinstance(device, str):
+            device = tuple(device)  # type: ignore[arg-type]  # a value, whatever becomes of the caller's list
+            if not device:
+                raise InputError("device=[] names no device: expected a list of devices, such as ['cuda:0', 'cuda:1']")
+    elif retry:
+        raise InputError(f"retry=True needs another device to run a call again, and device={device!r} is one: pass a list")
     options_of_batching: object = batching
     if options_of_batching is not None and not isinstance(options_of_batching, Batching):
         raise InputError(f"batching must be an aiotrt.Batching or None, got {batching!r}")
@@ -203,7 +218,7 @@ def load(
         source, device, slots, overlap, max_queue, graphs, warmup, signatures == "fixed", preprocess, postprocess,
         kind,
         max(graph_cache_entries, slots), graph_cache_bytes, hang_timeout, Progress(progress),
-        EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles), batching,
+        EngineOptions(threads, runtime, sha256, allow_host_code, precision, profiles), batching, retry,
     )  # fmt: skip
     return Model(options)
 
@@ -214,7 +229,7 @@ class Statistics:
 
     Attributes:
         engine: its name.
-        device: its device's name.
+        device: its device's name; of several devices, their names with commas between them.
         implementation: "native" or "python": whether aiotrt runs compiled.
         free: slots nobody uses.
         claimed: slots whose caller writes inputs.
@@ -244,6 +259,8 @@ class Statistics:
         wakes: times that hub's timer fired.
         batches: how many batches there were of each number of items, with batching.
         padding: how many rows of those batches held no item of their own.
+        devices: of a model on several devices, the numbers of each. There, with batching, calls are batches, and
+            `submitted` to `rejected` count what came to the device; what waits for a device is in the model's queue.
     """
 
     engine: str
@@ -277,10 +294,18 @@ class Statistics:
     wakes: int
     batches: Mapping[int, int]
     padding: int
+    devices: tuple[Statistics, ...] = ()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a fault has taken every slot: no call can succeed on this model, or on this one of its devices."""
+        return self.broken > 0 and not (
+            self.free or self.claimed or self.preparing or self.in_flight or self.readable or self.draining
+        )
 
 
 class Model(Generic[R]):
-    """An engine with slots, on one device, for one event loop. Made by `load`.
+    """An engine with slots, on one device or several, for one event loop. Made by `load`.
 
     Await it, or enter it with ``async with``, before use. It belongs to the loop that opened it: load once per loop. All
     methods are for that loop's thread.
@@ -288,8 +313,9 @@ class Model(Generic[R]):
 
     def __init__(self, options: _Options) -> None:
         self._options = options
-        self._executor: Executor | None = None
-        self._gatherer: Gatherer | None = None  # with batching
+        self._executor: Executor | None = None  # of several, the first
+        self._executors: tuple[Executor, ...] = ()
+        self._gatherer: Gatherer | None = None  # with batching, or several devices
         self._opening: asyncio.Task[None] | None = None
         self._awaiting = 0
         self._is_closed = False
@@ -338,7 +364,7 @@ class Model(Generic[R]):
             DeadlineError: the deadline passed; the model is usable.
             OverloadedError: the result would come after it. Nothing was submitted.
             EngineError: the engine raised. This call failed, with the others of its batch; the model is usable.
-            DeviceError: the device broke; so did the model.
+            DeviceError: the device broke; so did the model, unless it has other devices.
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
 
         Cancellation returns at once. A call in line leaves it; work on the device goes on, and its slot, inputs and
@@ -368,28 +394,45 @@ class Model(Generic[R]):
         executor.recycle(request)
         return result
 
-    def lease(self, shapes: object = None, *, outputs: Literal["numpy", "torch", "device"] | None = None) -> Lease:
+    def lease(
+        self,
+        shapes: object = None,
+        *,
+        outputs: Literal["numpy", "torch", "device"] | None = None,
+        device: str | torch.device | None = None,
+    ) -> Lease:
         """Hold a slot: ``async with model.lease() as slot``. Zero copy, both ways.
 
         Args:
             shapes: of the inputs: a sequence of shapes, a mapping from input names, or for a single input its shape. None
                 for the declared shapes if they are all fixed, else those of the first warm-up or call.
             outputs: where results should be after a launch: "device" (the default), or also on the host.
+            device: one of the model's devices. None for the one where a launch is expected to end first when the lease is
+                entered; then it waits in that device's line.
 
         Raises:
             InputError: the shapes are missing or do not fit.
+            UsageError: the model has no such device.
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here; or it makes batches,
                 whose slots nobody holds.
         """
-        executor = self._usable()
-        if self._gatherer is not None:
+        executor, gatherer = self._usable(), self._gatherer
+        if self._options.batching is not None:
             raise UsageError(
                 f"{executor.recipe.engine.name}: a model with batching= has no slots of a caller's own; "
                 "load the engine without batching= for leases"
             )
         kind = _kind(outputs) or Kind.DEVICE
-        shapes = self._lease_shapes(executor, shapes)
-        return Lease(executor, executor.specs.known(), shapes, kind, self)
+        shapes, specs = self._lease_shapes(executor, shapes), executor.specs.known()
+        name = None if device is None else str(device)
+        if not isinstance(gatherer, Dispatcher):
+            if name not in (None, executor.device.name, str(executor.device.torch_device)):
+                raise UsageError(f"device must be the model's ({executor.device.name}), got {name!r}")
+            return Lease(executor, specs, shapes, kind, self)
+        executor = gatherer.executor(name, (shapes, (), specs))
+        if name is not None:
+            return Lease(executor, specs, shapes, kind, self)
+        return Lease(executor, specs, shapes, kind, self, lambda: gatherer.executor(None, (shapes, (), specs)))
 
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
@@ -443,11 +486,11 @@ class Model(Generic[R]):
                 kind, fixed = Kind.NUMPY, specs.known()
             kind = executor.outputs or kind
             if gatherer is None:
-                await self._warm(executor, fixed, shapes, kind, arguments)
+                await self._warm(fixed, shapes, kind, arguments)
                 continue
             for stacked, batch_shapes, size in gatherer.stacked(fixed, shapes):
                 examples_of_size = arguments if size is None else [Stacked([argument], size) for argument in arguments]
-                await self._warm(executor, stacked, batch_shapes, kind, examples_of_size, size)
+                await self._warm(stacked, batch_shapes, kind, examples_of_size, size)
 
     def statistics(self) -> Statistics:
         """How things are now; see `Statistics`."""
@@ -455,28 +498,27 @@ class Model(Generic[R]):
         if executor is None:
             raise self._not_open()
         gatherer = self._gatherer
-        counts: dict[str, Any] = {state.value: executor.machine.count(state) for state in State}
-        calls: dict[str, Any] = {"expired": 0, "padding": 0, "batches": {}} | executor.counters.as_dict()
-        if gatherer is not None:
-            calls |= vars(gatherer.counters) | {"batches": dict(sorted(gatherer.counters.batches.items()))}
-        return Statistics(
-            engine=executor.recipe.engine.name,
-            device=executor.device.name,
-            implementation=IMPLEMENTATION,
-            **counts,
-            waiting=executor.machine.waiting if gatherer is None else gatherer.waiting,
-            **calls,
-            graphs=len(executor.cache),
-            graph_bytes=executor.cache.nbytes,
-            signatures=len({program.key[2] for program in executor.cache}),
-            fallbacks=tuple(executor.fallbacks),
-            polls=executor.hub.polls,
-            wakes=executor.hub.wakes,
-        )
+        found = [_statistics(one) for one in self._executors]
+        if isinstance(gatherer, Dispatcher):
+            return _of_several(found, gatherer)
+        if gatherer is None:
+            return found[0]
+        batches = dict(sorted(gatherer.counters.batches.items()))
+        return replace(found[0], **vars(gatherer.counters) | {"batches": batches, "waiting": gatherer.waiting})
 
-    def stream(self) -> Stream:
-        """A new stream on the model's device, for consumers: ``wait`` for an event, ``run`` a function, ``close``."""
-        return self._usable().device.stream()
+    def stream(self, device: str | torch.device | None = None) -> Stream:
+        """A new stream on the model's device, for consumers: ``wait`` for an event, ``run`` a function, ``close``.
+
+        Args:
+            device: of several devices, which; None for the first that works.
+
+        Raises:
+            UsageError: the model has no such device.
+        """
+        executor = self._usable()
+        if device is not None and isinstance(self._gatherer, Dispatcher):
+            executor = self._gatherer.executor(str(device), ((), (), executor.specs.known()))
+        return executor.device.stream()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...] | None:
@@ -503,11 +545,10 @@ class Model(Generic[R]):
 
     @property
     def slots(self) -> int:
-        """How many calls and leases can be on the device at the same time."""
-        executor = self._executor
-        if executor is None:
+        """How many calls and leases can be on the devices at the same time."""
+        if self._executor is None:
             raise self._not_open()
-        return len(executor.slots)
+        return sum(len(executor.slots) for executor in self._executors)
 
     def observe(self, observer: Callable[[Any], None] | None) -> None:
         """Call `observer` for each call and lease that comes in, with batching for each item and each batch.
@@ -522,19 +563,23 @@ class Model(Generic[R]):
         Raises:
             ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
         """
-        self._usable().observer = observer
+        self._usable()
+        for executor in self._executors:
+            executor.observer = observer
 
     @property
     def is_ready(self) -> bool:
         """Whether a call now could succeed, since it is open, warmed up, not broken and not closing."""
-        executor = self._executor
         return (
-            executor is not None
-            and self._opening is not None
+            self._opening is not None
             and self._opening.done()
-            and executor.broken is None
-            and not executor.closing
+            and any(executor.broken is None and not executor.closing for executor in self._executors)
         )
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether some of the model's devices broke, and others go on."""
+        return self.is_ready and any(executor.broken is not None for executor in self._executors)
 
     async def aclose(self, *, drain: bool = True) -> None:
         """Close. Idempotent. New calls raise `ModelClosedError` from now on.
@@ -556,9 +601,9 @@ class Model(Generic[R]):
             self._is_closed = True
             return
         check_loop(executor.loop, executor.recipe.engine.name)
-        self._refuse(executor, drain)
+        self._refuse(drain)
         if self._closing is None or self._closing.done():  # the first, or the last one failed
-            self._closing = _in_background(self._close(executor))
+            self._closing = _in_background(self._close())
         await asyncio.shield(self._closing)
 
     def __repr__(self) -> str:
@@ -566,11 +611,13 @@ class Model(Generic[R]):
         name = _name(self._options.source)
         if executor is None:
             return f"<aiotrt.Model {name}: {'closed' if self._is_closed else 'not open'}>"
+        places = ", ".join(one.device.name for one in self._executors)
         if self._is_closed:
-            return f"<aiotrt.Model {name} on {executor.device.name}: closed>"
-        counts = ", ".join(f"{n} {state.value}" for state in State if (n := executor.machine.count(state)))
+            return f"<aiotrt.Model {name} on {places}: closed>"
+        totals = {state: sum(one.machine.count(state) for one in self._executors) for state in State}
+        counts = ", ".join(f"{n} {state.value}" for state, n in totals.items() if n)
         waiting = executor.machine.waiting if self._gatherer is None else self._gatherer.waiting
-        return f"<aiotrt.Model {name} on {executor.device.name}: {counts}; {waiting} waiting>"
+        return f"<aiotrt.Model {name} on {places}: {counts}; {waiting} waiting>"
 
     def __reduce__(self) -> NoReturn:
         # Of two models with one executor, the first that is garbage would take it from the other.
@@ -580,7 +627,8 @@ class Model(Generic[R]):
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
             was_closing = executor.closing  # and the loop was closed under that
-            executor.discard()
+            for one in self._executors:
+                one.discard()
             if not was_closing:
                 warnings.warn(
                     f"{self!r} was never closed: use 'async with', or await aclose()",
@@ -596,8 +644,10 @@ class Model(Generic[R]):
             raise ModelClosedError(f"{_name(self._options.source)} is closed: load it again")
         if self._opening is None:
             check_asyncio(_name(self._options.source))
-            if not isinstance(self._options.device, (str, torch.device)) and hasattr(self._options.device, "check_loop"):
-                self._options.device.check_loop()
+            given = self._options.device
+            for device in given if isinstance(given, tuple) else (given,):
+                if not isinstance(device, (str, torch.device)) and hasattr(device, "check_loop"):
+                    device.check_loop()
             self._opening = _in_background(self._open())
         opening = self._opening
         check_loop(opening.get_loop(), _name(self._options.source))
@@ -620,22 +670,33 @@ class Model(Generic[R]):
         options = self._options
         loading = _Loading(options)
         try:
-            device, engine = await _in_thread(loading.run)
+            loaded = await _in_thread(loading.run)
         except BaseException:
             self._is_closed = True
             loading.abandon()
             raise
         try:
-            self._executor = self._make_executor(device, engine)
+            self._executor = self._make_executors(loaded)
         except BaseException:
             self._is_closed = True
-            await _start_freeing(engine.close)
+            made, self._executors = self._executors, ()
+            for executor in made:
+                executor.detach()
+
+            def free() -> None:
+                for executor in made:
+                    executor.free()
+                for _, engine in loaded[len(made) :]:
+                    engine.close()
+
+            await _start_freeing(free)
             raise
         try:
-            if options.batching is not None:
-                self._gatherer = self._make_gatherer(self._executor, options.batching)
-            if self._executor.broken is not None:
-                raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
+            self._gatherer = self._make_gatherer(options.batching)
+            for executor in self._executors:
+                if executor.broken is not None:
+                    device = executor.device
+                    raise ModelBrokenError(f"{device.name} is broken: {device.fault}") from device.fault
             if not _is_empty(options.warmup):
                 await self.warmup(options.warmup)
             self._executor.specs.seal()
@@ -644,15 +705,26 @@ class Model(Generic[R]):
         except GeneratorExit:
             raise  # the loop was closed and nothing can be awaited any more: `__del__` discards the executor
         except BaseException:
-            self._refuse(self._executor, drain=False)
-            await self._close(self._executor)
+            self._refuse(drain=False)
+            await self._close()
             raise
 
-    def _make_executor(self, device: Device, engine: Engine) -> Executor:
-        options = self._options
+    def _make_executors(self, loaded: Sequence[tuple[Device, Engine]]) -> Executor:
+        """Make an executor for each device, and return the first. All of them check inputs alike."""
+        device, engine = loaded[0]
         declared, parameters = engine.inputs, engine.parameters
-        if options.preprocess is not None:  # then the model's inputs are that function's
-            declared, parameters = None, Parameters.of(options.preprocess)
+        if self._options.preprocess is not None:  # then the model's inputs are that function's
+            declared, parameters = None, Parameters.of(self._options.preprocess)
+        devices = [device for device, _ in loaded]
+        specs = InputSpecs(
+            declared, parameters, _holds(devices), device.torch_device, fixed=self._options.fixed, devices=_names(devices)
+        )
+        for device, engine in loaded:
+            self._executors += (self._make_executor(device, engine, specs),)
+        return self._executors[0]
+
+    def _make_executor(self, device: Device, engine: Engine, specs: InputSpecs) -> Executor:
+        options = self._options
         hub = Hub.acquire(options.progress)
         try:
             return Executor(
@@ -664,7 +736,7 @@ class Model(Generic[R]):
                     options.graphs,
                     ordered=not options.overlap and options.slots > 1,
                 ),
-                InputSpecs(declared, parameters, device.holds, device.torch_device, fixed=options.fixed),
+                specs,
                 hub,
                 slots=options.slots,
                 max_queue=options.max_queue,
@@ -682,19 +754,27 @@ class Model(Generic[R]):
                 f"{engine.name}: {device.name} could not provide for {options.slots} slots: {error}"
             ) from error
 
-    def _make_gatherer(self, executor: Executor, batching: Batching) -> Gatherer:
-        device, parameters = executor.device, executor.specs.parameters
+    def _make_gatherer(self, batching: Batching | None) -> Gatherer | None:
+        options, executor = self._options, self._executors[0]
+        devices = [one.device for one in self._executors]
 
         def of_items(declared: Specs | None) -> InputSpecs:
             return InputSpecs(
-                declared, parameters, device.holds, device.torch_device, of_items=True, fixed=self._options.fixed
+                declared,
+                executor.specs.parameters,
+                _holds(devices),
+                devices[0].torch_device,
+                of_items=True,
+                fixed=options.fixed,
+                devices=_names(devices),
             )
 
-        return Gatherer(executor, of_items, batching, self._options.max_queue)
+        if len(devices) > 1:
+            return Dispatcher(self._executors, of_items, batching, options.max_queue, retry=options.retry)
+        return None if batching is None else Gatherer(executor, of_items, batching, options.max_queue)
 
     async def _warm(
         self,
-        executor: Executor,
         specs: Specs,
         shapes: Shapes,
         kind: Kind,
@@ -703,20 +783,31 @@ class Model(Generic[R]):
     ) -> None:
         # One at a time: two that each held some of the slots would wait for each other for ever.
         await self._warmup_lock.acquire()
-        requests: list[Request] = []
+        requests: list[tuple[Executor, Request]] = []
+        working = [executor for executor in self._executors if executor.broken is None] or self._executors
         try:
-            requests.extend(executor.lease(specs, shapes, kind, is_warmup=True, arguments=arguments) for _ in executor.slots)
-            for request in requests:
+            for executor in working:  # the devices side by side
+                ready = [
+                    other.device.current_stream().record()
+                    for other in working
+                    if other is not executor
+                    and any(one.tensor is not None and other.device.holds(one.tensor) for one in arguments)
+                ]
+                requests.extend(
+                    (executor, executor.lease(specs, shapes, kind, is_warmup=True, arguments=arguments, ready=ready))
+                    for _ in executor.slots
+                )
+            for _, request in requests:
                 await request
                 if batch is not None:
                     assert request.slot is not None
                     assert request.slot.program is not None
                     check_extents(request.slot.program, batch)
         finally:
-            if not executor.loop.is_closed():  # else a garbage collection ends this, and no task can be woken
+            if not working[0].loop.is_closed():  # else a garbage collection ends this, and no task can be woken
                 self._warmup_lock.release()
                 # All are held until all were granted, so that each slot had its turn.
-                for request in requests:
+                for executor, request in requests:
                     request.cancel()
                     executor.abandon(request)
                     if request.done() and not request.cancelled():
@@ -724,26 +815,36 @@ class Model(Generic[R]):
 
     # Closing...
 
-    def _refuse(self, executor: Executor, drain: bool) -> None:
+    def _refuse(self, drain: bool) -> None:
         if not self._is_closed:
-            executor.refuse()
+            for executor in self._executors:
+                executor.refuse()
             if self._gatherer is not None:
                 self._gatherer.pump()  # nothing is held back any more
             if not drain:
-                executor.drop()
+                for executor in self._executors:
+                    executor.drop()
 
-    async def _close(self, executor: Executor) -> None:
+    async def _close(self) -> None:
+        executors = self._executors
         if not self._is_closed:
-            await _outlast(executor.idle(), executor)
-            await _outlast(executor.consumed(), executor)
+            while True:
+                for executor in executors:
+                    await _outlast(executor.idle(), executors)
+                    await _outlast(executor.consumed(), executors)
+                # What a device that broke meanwhile left undone may have gone to one that was idle already.
+                if all(executor.idle().done() for executor in executors) and not (self._gatherer and self._gatherer.waiting):
+                    break
             self._is_closed = True
-            executor.detach()
+            for executor in executors:
+                executor.detach()
             if self._gatherer is not None:
                 self._gatherer.close()
         if self._freeing is None:
-            self._freeing = _start_freeing(executor.free)
-        await _outlast(self._freeing, executor)
+            self._freeing = _start_freeing(lambda: _free(executors))
+        await _outlast(self._freeing, executors)
         self._executor = self._gatherer = None
+        self._executors = ()
 
     # Helpers...
 
@@ -751,6 +852,8 @@ class Model(Generic[R]):
         executor = self._executor
         if executor is None:
             raise self._not_open()
+        if isinstance(self._gatherer, Dispatcher):
+            executor = self._gatherer.lead
         executor.check_usable()
         return executor
 
@@ -767,7 +870,7 @@ class Model(Generic[R]):
         if shapes is None:
             if specs.specs is not None and all(spec.shape is not None and None not in spec.shape for spec in specs.specs):
                 return tuple(tuple(extent or 0 for extent in spec.shape or ()) for spec in specs.specs)
-            usual = executor.first_shapes
+            usual = next((one.first_shapes for one in self._executors if one.first_shapes is not None), None)
             if usual is None:
                 raise InputError("the inputs' shapes are not known yet: pass shapes=, or load with warmup=")
             return usual
@@ -813,7 +916,7 @@ else:
 @dataclass(frozen=True)
 class _Options:
     source: object
-    device: str | torch.device | Device
+    device: Devices
     slots: int
     overlap: bool
     max_queue: int | None
@@ -829,6 +932,7 @@ class _Options:
     progress: Progress
     engine: EngineOptions
     batching: Batching | None
+    retry: bool
 
 
 class _Loading:
@@ -838,34 +942,44 @@ class _Loading:
         self._options = options
         self._lock = threading.Lock()
         self._is_abandoned = False
-        self._engine: Engine | None = None
+        self._loaded: list[tuple[Device, Engine]] = []
 
-    def run(self) -> tuple[Device, Engine]:
+    def run(self) -> list[tuple[Device, Engine]]:
         options = self._options
-        name = usual_device(options.source) if options.device == "auto" else options.device
-        device = open_device(name)
-        try:
-            engine_options = options.engine
-            if options.preprocess is None and is_file(options.source):  # else the examples are not the engine's inputs
-                engine_options = replace(engine_options, examples=_example_shapes(options.warmup, options.batching))
-            engine = open_engine(options.source, device, engine_options)
-        except OSError as error:
-            raise unreadable(_name(options.source), error) from error
-        with self._lock:
-            self._engine = engine
-            if self._is_abandoned:
-                engine.close()
-        return device, engine
+        given, source = options.device, options.source
+        if is_several(given):
+            devices = open_devices(given)
+            sources = replicas(source, devices)
+            for name, function in (("preprocess", options.preprocess), ("postprocess", options.postprocess)):
+                if function is not None:
+                    check_free(name, function, devices)
+        else:
+            assert not isinstance(given, tuple)
+            devices = [open_device(usual_device(source) if given == "auto" else given)]  # type: ignore[arg-type]
+            sources = [source]
+        engine_options = options.engine
+        if options.preprocess is None and is_file(source):  # else the examples are not the engine's inputs
+            engine_options = replace(engine_options, examples=_example_shapes(options.warmup, options.batching))
+        for device, one in zip(devices, sources, strict=True):
+            try:
+                engine = open_engine(one, device, engine_options)
+            except OSError as error:
+                raise unreadable(_name(source), error) from error
+            with self._lock:
+                self._loaded.append((device, engine))
+                if self._is_abandoned:
+                    engine.close()
+        return self._loaded
 
     def abandon(self) -> None:
-        """Nobody will take the engine: whoever of the two threads comes second closes it."""
+        """Nobody will take the engines: whoever of the two threads comes second closes each."""
         with self._lock:
             self._is_abandoned = True
-            if self._engine is not None:
-                self._engine.close()
+            for _, engine in self._loaded:
+                engine.close()
 
 
-async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
+async def _outlast(future: asyncio.Future[None], executors: Sequence[Executor]) -> None:
     """Wait for a step of closing though that is cancelled: before the device is done nothing can be freed.
 
     Raises:
@@ -874,15 +988,89 @@ async def _outlast(future: asyncio.Future[None], executor: Executor) -> None:
     """
     ends = inf
     while not future.done():
-        left = ends - executor.loop.time()
+        left = ends - executors[0].loop.time()
         if left <= 0:
             raise asyncio.CancelledError
         try:
             await asyncio.wait([future], timeout=None if left == inf else left)
         except asyncio.CancelledError:
-            executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
-            ends = min(ends, executor.loop.time() + LOOP_END)
+            for executor in executors:
+                executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
+            ends = min(ends, executors[0].loop.time() + LOOP_END)
     future.result()
+
+
+def _free(executors: Sequence[Executor]) -> None:
+    for executor in executors:
+        executor.free()
+
+
+def _holds(devices: Sequence[Device]) -> Callable[[torch.Tensor], bool]:
+    """What says whether a tensor is in the memory of any of these."""
+    if len(devices) == 1:
+        return devices[0].holds
+    return lambda tensor: any(device.holds(tensor) for device in devices)
+
+
+def _names(devices: Sequence[Device]) -> str:
+    """The devices, for messages about several."""
+    return ", ".join(device.name for device in devices) if len(devices) > 1 else ""
+
+
+def _statistics(executor: Executor) -> Statistics:
+    """The numbers of one device."""
+    counts: dict[str, Any] = {state.value: executor.machine.count(state) for state in State}
+    calls: dict[str, Any] = executor.counters.as_dict()
+    return Statistics(
+        engine=executor.recipe.engine.name,
+        device=executor.device.name,
+        implementation=IMPLEMENTATION,
+        **counts,
+        waiting=executor.machine.waiting,
+        **calls,
+        expired=0,
+        graphs=len(executor.cache),
+        graph_bytes=executor.cache.nbytes,
+        signatures=len({program.key[2] for program in executor.cache}),
+        fallbacks=tuple(executor.fallbacks),
+        polls=executor.hub.polls,
+        wakes=executor.hub.wakes,
+        batches={},
+        padding=0,
+    )
+
+
+def _of_several(found: Sequence[Statistics], gatherer: Dispatcher) -> Statistics:
+    """The numbers of a model on several devices, from those of each."""
+    devices = []
+    for one, member in zip(found, gatherer.members, strict=True):  # without batches that held nothing
+        queued = one.waiting - (member.open is not None)
+        submitted = one.submitted - member.empty - (member.open is not None)
+        devices.append(replace(one, waiting=queued, submitted=submitted, cancelled=one.cancelled - member.empty))
+    items = vars(gatherer.counters)
+    totals: dict[str, Any] = {name: sum(getattr(one, name) for one in found) for name in _SUMS}
+    for name in ("submitted", "completed", "failed", "cancelled", "rejected"):
+        # Calls that went through the queue, and others: leases, and calls that found a slot free.
+        others = totals[name] - sum(getattr(member, name, 0) for member in gatherer.members)
+        totals[name] = items[name] + others
+    return replace(
+        found[0],
+        device=", ".join(one.device for one in found),
+        **totals,
+        waiting=gatherer.waiting + sum(one.waiting for one in devices),
+        expired=items["expired"],
+        signatures=max(one.signatures for one in found),
+        fallbacks=tuple(dict.fromkeys(reason for one in found for reason in one.fallbacks)),
+        batches=dict(sorted(items["batches"].items())),
+        padding=items["padding"],
+        devices=tuple(devices),
+    )
+
+
+_SUMS: Final = (
+    "free", "claimed", "preparing", "in_flight", "readable", "draining", "broken", "submitted", "completed", "failed",
+    "cancelled", "rejected", "replays", "fallback_runs", "captures", "hits", "misses", "graphs", "graph_bytes", "evictions",
+)  # fmt: skip
 
 
 def _check_engine_options(source: object, options: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(aiotrt.__file__).parent
 LAYERS = [
     {"errors", "_build", "_impl", "_install"},
     {"_workers"},
-    {"runtime.slots", "completion.prediction", "batching.queue", "run", "tensors.kind"},
+    {"runtime.slots", "runtime.placement", "completion.prediction", "batching.queue", "run", "tensors.kind"},
     {"tensors.conversion", "tensors.parameters", "tensors.structure"},
     {"tensors.reading", "tensors.tensor_spec", "tensors.output_names"},
     {"tensors.argument", "tensors.signature"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"building.cache"},
     {"building"},
     {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "devices"},
-    {"engines.base", "engines.module", "engines.onnx", "engines", "completion.hub"}
+    {"engines.base", "engines.module", "engines.onnx", "engines.replicas", "engines", "completion.hub"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},
     {"runtime.handshake"},
@@ -46,7 +46,9 @@ LAYERS = [
     {"batching.group", "batching.stacked"},
     {"batching.item"},
     {"batching.batch"},
+    {"batching.member", "batching.placed"},
     {"buffers", "runtime.mapping", "batching.batcher"},
+    {"batching.dispatcher"},
     {"runtime", "completion", "batching"},
     {"lease", "load_options"},
     {"model"},
@@ -63,12 +65,13 @@ RESERVED = {
     "uvloop": {"run"},
     "asyncio": {"completion.hub", "completion.timers", "completion.waiter", "run", "lease", "model"}
     | {f"runtime.{name}" for name in ("alarm", "request", "replay", "executor", "hold", "mapping")}
-    | {"batching.item", "batching.batcher"},
+    | {"batching.item", "batching.batcher", "batching.dispatcher"},
 }
 #: Pure modules, and all that they may import.
 PURE = {
     "errors": set(),
     "runtime.slots": {"enum", "collections", "typing"},
+    "runtime.placement": {"math", "typing"},
     "completion.prediction": {"enum", "math", "typing"},
     "batching.queue": {"bisect", "collections", "dataclasses", "math", "typing"},
 }

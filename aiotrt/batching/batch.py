@@ -26,7 +26,7 @@ from aiotrt.runtime.request import Request, Slot
 from aiotrt.tensors import DEVICE, Argument, own
 from aiotrt.tensors.conversion import Array
 
-__all__ = ["Batch", "check_extents"]
+__all__ = ["Batch", "argument_of", "check_extents"]
 
 
 class Batch:
@@ -132,7 +132,7 @@ class Batch:
         items = self.items
         on_host = self.group.on_host
         arguments = [
-            item.arguments or [_argument(value, i in on_host) for i, value in enumerate(item.values)] for item in items
+            item.arguments or [argument_of(value, i in on_host) for i, value in enumerate(item.values)] for item in items
         ]
         if self._stack:
             request.arguments = [Stacked(column, self.size) for column in zip(*arguments, strict=True)]
@@ -172,7 +172,7 @@ def check_extents(program: Program, size: int) -> None:
             )
 
 
-def _argument(value: Any, is_on_host: bool) -> Argument:
+def argument_of(value: Any, is_on_host: bool) -> Argument:
     """The argument of an input that a route has matched."""
     if is_on_host:
         return Argument(tuple(value.shape), value, host=value if type(value) is np.ndarray else value.numpy())

@@ -29,7 +29,7 @@ from aiotrt.runtime.handshake import ready_events
 from aiotrt.runtime.request import Request
 from aiotrt.runtime.route import Route
 from aiotrt.runtime.slots import FREE
-from aiotrt.tensors import DEVICE, NUMPY, Argument, InputSpecs, Shapes, Signature, Specs, TensorSpec
+from aiotrt.tensors import DEVICE, NUMPY, Argument, InputSpecs, Kind, Shapes, Signature, Specs, TensorSpec
 from aiotrt.tensors.input_specs import remember
 
 __all__ = ["Gatherer", "ItemCounters"]
@@ -84,6 +84,7 @@ class Gatherer:
             self.specs, self.sizes = executor.specs, (1,)
         self.counters = ItemCounters()
         self._usual = 0 if batching.priorities == 1 else 1  # so that a call can be more urgent than those that do not say
+        self._item: type[Item] = Item
         self._queue: Queue[Item] = Queue(batching, self.sizes, max_queue)
         self._pace = Pace(len(executor.slots), self._queue.limit, batching.priorities)
         self._loop = executor.loop
@@ -92,7 +93,7 @@ class Gatherer:
         self._open: Batch | None = None  # its request is in the executor's queue
         self._soon: asyncio.Handle | None = None
         self._held: asyncio.TimerHandle | None = None
-        executor.on_failure.append(self._fail)
+        self._listen()
 
     @property
     def waiting(self) -> int:
@@ -135,7 +136,7 @@ class Gatherer:
             values = [argument.tensor if argument.host is None else argument.host for argument in arguments]
         priority = self._usual if priority is None and deadline is None else self._check(deadline, priority)
         now = self._loop.time()
-        item = Item(self._loop, group, values, arguments, priority, now, None if deadline is None else now + deadline)
+        item = self._item(self._loop, group, values, arguments, priority, now, None if deadline is None else now + deadline)
         if group.on_device:
             item.origin = executor.device.current_stream()
             item.ready = ready_events(arguments)
@@ -162,22 +163,28 @@ class Gatherer:
         self.learn()
         specs, leaves = self.specs.recognise(values, named)
         arguments, shapes, kind = self.specs.check(specs, leaves)
-        on_host = tuple([argument.tensor is None for argument in arguments]) if kind is DEVICE else ()
-        key = shapes, on_host, executor.outputs or kind, specs
+        places = self._places(arguments) if kind is DEVICE else ()
+        key = shapes, places, executor.outputs or kind, specs
         group = self._groups.get(key)
         if group is None:
             if self._batching.stack:
                 check_stackable(arguments, specs)
-            group = Group(executor, arguments, specs, shapes, executor.outputs or kind, stack=self._batching.stack)
+            group = self._new_group(arguments, specs, shapes, executor.outputs or kind)
             remember(self._groups, key, group)
-        if (
-            group.route is None
-            and group.batched in executor.specs.accepted
-            and Route.suits(leaves, arguments, executor.device)
-        ):
-            group.route = Route(leaves, arguments, specs, shapes, kind, {}, executor.device)
+        if group.route is None and group.batched in executor.specs.accepted and Route.suits(leaves, arguments, group.device):
+            group.route = Route(leaves, arguments, specs, shapes, kind, {}, group.device, self.specs.holds)
         self._group = None if named or specs.structure is not None else group
         return group, arguments
+
+    def _places(self, arguments: Sequence[Argument]) -> Hashable:
+        """Where each input is, if any is on a device: items can be stacked if these are equal."""
+        return tuple([argument.tensor is None for argument in arguments])
+
+    def _new_group(self, arguments: Sequence[Argument], specs: Specs, shapes: Shapes, kind: Kind) -> Group:
+        return Group(self._executor, arguments, specs, shapes, kind, stack=self._batching.stack)
+
+    def _listen(self) -> None:
+        self._executor.on_failure.append(self._fail)
 
     def abandon(self, item: Item) -> None:
         """The caller no longer waits; nothing happens if the call has ended, or its loop was closed."""
@@ -301,7 +308,7 @@ class Gatherer:
             self.pump()
         else:  # all items have left
             request.cancel()
-            self._loop.call_soon(self._executor.abandon, request)  # not now: the executor is just granting it its slot
+            self._loop.call_soon(self._abandon, request)  # not now: the executor is just granting it its slot
 
     def _assemble(self, request: Request, batch: Batch) -> bool:
         """Choose the items that go now; false if there are none."""
@@ -401,10 +408,14 @@ class Gatherer:
             batch.left -= 1
             if batch.left == 0 and request.cancel():  # no caller waits for the batch
                 self._pace.end(batch.number, None)
-                self._executor.abandon(request)
+                self._abandon(request)
         else:
             return False
         return True
+
+    def _abandon(self, request: Request) -> None:
+        """No caller waits for this batch."""
+        self._executor.abandon(request)
 
     def _expire(self, item: Item) -> None:
         _stop(item)

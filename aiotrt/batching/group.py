@@ -24,6 +24,7 @@ class Group:
 
     Attributes:
         batched: the signature of batches.
+        device: the device of which inputs may be.
         on_host: the indices of the inputs on the host.
         nbytes: how many bytes those have.
         on_device: whether inputs or results are on the device.
@@ -34,6 +35,7 @@ class Group:
         self, executor: Executor, arguments: Sequence[Argument], specs: Specs, shapes: Shapes, kind: Kind, *, stack: bool
     ) -> None:
         self.batched = specs.batched() if stack else specs
+        self.device = executor.device
         self.shapes = shapes
         self.kind = kind
         self.on_host = tuple(i for i, argument in enumerate(arguments) if argument.host is not None)

@@ -193,7 +193,7 @@ class Queue(Generic[E]):
         self._groups: dict[Hashable, list[OrderedDict[E, None]]] = {}
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self._door)
+        return self._queue.count + self._door.count
 
     def __iter__(self) -> Iterator[E]:
         yield from self._queue
@@ -242,6 +242,21 @@ class Queue(Generic[E]):
             dropped.append(victim)
         self._enter(entry)
         return dropped
+
+    def put_back(self, entry: E) -> None:
+        """`entry`, which was taken, waits again, as the first of its class. No bound applies."""
+        entry.place = "queue"
+        self._bounded += entry.is_bounded
+        self._queue.add(entry)
+        self._queue.move_to_front(entry)
+        line = self._line(entry)
+        line[entry] = None
+        line.move_to_end(entry, last=False)
+
+    def head(self, now: float, *, hold: bool = True) -> tuple[E, int] | None:
+        """The entry that the next batch is made for, and how many entries that batch has; None for no batch now."""
+        entry = self._head(now, hold)
+        return None if entry is None else (entry, min(self.limit, sum(map(len, self._groups[entry.group]))))
 
     def remove(self, entry: E) -> None:
         """`entry` waits no longer, wherever it was; nothing happens if it does not wait."""
@@ -301,10 +316,14 @@ class Queue(Generic[E]):
         entry.place = "queue"
         self._bounded += entry.is_bounded
         self._queue.add(entry)
+        self._line(entry)[entry] = None
+
+    def _line(self, entry: E) -> OrderedDict[E, None]:
+        """The entries of this one's group and class."""
         lines = self._groups.get(entry.group)
         if lines is None:
             lines = self._groups[entry.group] = [OrderedDict() for _ in range(self._queue.classes)]
-        lines[entry.priority][entry] = None
+        return lines[entry.priority]
 
     def _leave(self, entry: E) -> None:
         entry.place = None
@@ -437,10 +456,10 @@ class _Lines(Generic[E]):
         self._patience = patience
         self._lines: list[OrderedDict[E, None]] = [OrderedDict() for _ in range(classes)]
         self._passed = [0] * classes  # batches since the oldest of this class became so
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[E]:
         for line in self._lines:
@@ -448,17 +467,20 @@ class _Lines(Generic[E]):
 
     def add(self, entry: E) -> None:
         self._lines[entry.priority][entry] = None
-        self._count += 1
+        self.count += 1
+
+    def move_to_front(self, entry: E) -> None:
+        self._lines[entry.priority].move_to_end(entry, last=False)
 
     def remove(self, entry: E) -> None:
         del self._lines[entry.priority][entry]
-        self._count -= 1
+        self.count -= 1
 
     def clear(self) -> None:
         for line in self._lines:
             line.clear()
         self._passed = [0] * self.classes
-        self._count = 0
+        self.count = 0
 
     def ahead(self, priority: int) -> int:
         """How many there are of this class, and of more urgent ones."""

@@ -438,6 +438,10 @@ class Hub:
         lane.due = self._next_poll(now, lane, head, started)
         return None
 
+    def now(self) -> float:
+        """The time on the hub's clock, which `Pending.submitted` and `Lane.last_done` are on, in seconds."""
+        return self._clock()
+
     def finish(self, waiter: Waiter) -> None:
         """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""
         if self.is_polling:

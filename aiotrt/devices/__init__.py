@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
 from aiotrt._install import install_hint
 from aiotrt.devices.base import CaptureError, Copies, Device, Event, Graph, Stream
 from aiotrt.devices.host import HostDevice, HostEvent
-from aiotrt.errors import MissingDependencyError, UsageError
+from aiotrt.errors import InputError, MissingDependencyError, UsageError
 
-__all__ = ["CaptureError", "Copies", "Device", "Event", "Graph", "Stream", "event_query", "open_device"]
+__all__ = [
+    "CaptureError", "Copies", "Device", "Devices", "Event", "Graph", "Stream", "event_query", "is_several", "open_device",
+    "open_devices",
+]  # fmt: skip
+
+#: What `load` takes: one device, several of a kind, or ``"cuda:*"``.
+Devices: TypeAlias = str | torch.device | Device | Sequence[str | torch.device | Device]
 
 _EXPECTED: Final = "'auto', 'host', 'cuda', 'cuda:<index>', a torch.device or a Device"
+_ALL: Final = "cuda:*"
 
 _devices: Final[dict[str, Device]] = {}
 _devices_lock = threading.Lock()
@@ -50,6 +57,56 @@ def open_device(name: str | torch.device | Device = "auto") -> Device:
         device = _devices.get(name)
         if device is None:
             device = _devices[name] = _make(name)
+        return device
+
+
+def is_several(devices: object) -> bool:
+    """Whether this stands for several devices, of which there may turn out to be only one."""
+    return devices == _ALL if isinstance(devices, str) else isinstance(devices, Sequence)
+
+
+def open_devices(devices: Devices) -> list[Device]:
+    """Return the devices of a list, or for ``"cuda:*"`` every GPU that the process sees, MIG instances among them.
+
+    The host may stand in a list several times. It is then as many devices, which share its processors.
+
+    Raises:
+        InputError: the list is empty, names a device twice, or mixes GPUs and the host.
+        UsageError, MissingDependencyError: as `open_device`.
+    """
+    if isinstance(devices, str) and devices == _ALL:
+        _cuda_name("cuda")  # raises where there is none
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    assert isinstance(devices, Sequence)
+    if not devices:
+        raise InputError("device=[] names no device; expected a list of devices, such as ['cuda:0', 'cuda:1'], or 'cuda:*'")
+    opened: list[Device] = []
+    hosts = 0
+    for name in devices:
+        if isinstance(name, (list, tuple)) or is_several(name):
+            raise InputError(f"device={devices!r}: expected one device in each place of the list, got {name!r}")
+        if str(name) in ("host", "cpu"):
+            opened.append(_host(hosts))
+            hosts += 1
+            continue
+        device = open_device(name)
+        if device in opened:
+            raise InputError(f"device={devices!r} names {device.name} twice; only the host may be listed several times")
+        opened.append(device)
+    if len({device.unified for device in opened}) > 1:
+        raise InputError(f"device={devices!r} mixes GPUs and the host: their results differ in the last bits; use one kind")
+    return opened
+
+
+def _host(number: int) -> Device:
+    """The host as its `number`-th device."""
+    if number == 0:
+        return open_device("host")
+    name = f"host:{number}"
+    with _devices_lock:
+        device = _devices.get(name)
+        if device is None:
+            device = _devices[name] = HostDevice(name)
         return device
 
 

@@ -295,16 +295,20 @@ class HostGraph(BaseGraph):
 
 
 class HostDevice(BaseDevice):
-    """This machine's processors and memory, as a device."""
+    """This machine's processors and memory, as a device.
 
-    name = "host"
+    Args:
+        name: what messages call it; a model may use the host as several devices.
+    """
+
     torch_device = torch.device("cpu")
     unified = True
     submits_from_threads = False
     tells = True
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "host") -> None:
         super().__init__()
+        self.name = name
         self._local = threading.local()
         self._streams: weakref.WeakSet[HostStream] = weakref.WeakSet()
         self._streams_lock = threading.Lock()  # each thread that asks for its current stream may add one
@@ -388,4 +392,4 @@ class HostDevice(BaseDevice):
         pass
 
     def __repr__(self) -> str:
-        return "<HostDevice>"
+        return "<HostDevice>" if self.name == "host" else f"<HostDevice {self.name}>"

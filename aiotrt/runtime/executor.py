@@ -254,7 +254,7 @@ class Executor:
         if self._overlap and specs in self.specs.accepted and all(program.captured for program in holders.values()):
             likely = shapes, kind, specs
             if likely == self._likely and not request.marked and Route.suits(leaves, arguments, self.device):
-                route = Route(leaves, arguments, specs, shapes, kind, holders, self.device)
+                route = Route(leaves, arguments, specs, shapes, kind, holders, self.device, self.specs.holds)
                 if route.nbytes <= COPY_ON_LOOP_BYTES or (self._thread_bytes < inf and request.origin is None):
                     if named or specs.structure is not None:
                         self._nested_route = route
@@ -274,7 +274,14 @@ class Executor:
             spares.append(request)
 
     def lease(
-        self, specs: Specs, shapes: Shapes, kind: Kind, *, is_warmup: bool = False, arguments: Sequence[Argument] = ()
+        self,
+        specs: Specs,
+        shapes: Shapes,
+        kind: Kind,
+        *,
+        is_warmup: bool = False,
+        arguments: Sequence[Argument] = (),
+        ready: Sequence[Event] = (),
     ) -> Request:
         """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does.
 
@@ -284,12 +291,13 @@ class Executor:
             kind: where results should be.
             is_warmup: whether this only prepares the slot.
             arguments: example inputs, where there are some.
+            ready: events of other devices, which the example inputs wait for.
         """
         self.check_usable()
         request = Request(self.loop, arguments, specs, shapes, kind, is_lease=True)
         if any(argument.tensor is not None for argument in arguments):
             request.origin = self.device.current_stream()
-            request.ready = ready_events(arguments)
+            request.ready = [*ready_events(arguments), *ready]
         request.is_warmup = is_warmup
         self._enter(request, not is_warmup, self.cache.holders(request.key))
         return request

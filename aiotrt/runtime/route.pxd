@@ -2,7 +2,7 @@
 
 cdef class Route:
     cdef object __weakref__
-    cdef public object _holds, _index, _is_pinned, _large, holders, kind, on_host, shapes, specs
+    cdef public object _any_holds, _holds, _index, _is_pinned, _large, holders, kind, on_host, shapes, specs
     cdef public list _signature
     cdef public long long nbytes
     cdef public bint on_device

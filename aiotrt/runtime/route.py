@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -37,7 +37,8 @@ class Route:
         shapes: theirs.
         kind: what the results should be.
         holders: the programs for these shapes, by slot, kept up to date by the cache.
-        device: the model's.
+        device: whose the device inputs are.
+        holds: whether a tensor is on any of the model's devices; None where this is the only one.
 
     Attributes:
         on_host: the indices of the inputs on the host.
@@ -45,6 +46,7 @@ class Route:
     """
 
     __slots__ = (
+        "_any_holds",
         "_holds",
         "_index",
         "_is_pinned",
@@ -68,6 +70,7 @@ class Route:
         kind: Kind,
         holders: Mapping[int, Program],
         device: Device,
+        holds: Callable[[torch.Tensor], bool] | None = None,
     ) -> None:
         self.specs = specs
         self.shapes = shapes
@@ -84,6 +87,7 @@ class Route:
             if argument.host is not None and argument.host.nbytes >= IN_PLACE_BYTES and not device.unified
         )
         self._holds = device.holds
+        self._any_holds = holds or device.holds
         self._index: int | None = device.torch_device.index  # of a GPU; None for a device in host memory
         self._signature = [
             (type(value), value.dtype, tuple(value.shape), argument.host is not None)
@@ -130,7 +134,7 @@ class Route:
                 ):
                     return False
                 elif on_host:
-                    if not one.is_cpu or one.requires_grad or one.layout is not _STRIDED or self._holds(one):
+                    if not one.is_cpu or one.requires_grad or one.layout is not _STRIDED or self._any_holds(one):
                         return False
                 elif index is None:
                     if one.layout is not _STRIDED or not self._holds(one):

@@ -36,9 +36,11 @@ class InputSpecs:
         of_items: whether the inputs are single items of a batch, without the batch axis.
         fixed: whether `seal` restricts calls to the signatures that were accepted before it; if there were none, to the
             first one after it.
+        devices: for messages too, the names of several devices, of which `device` is the first.
 
     Attributes:
         specs: the declared inputs, or the first inputs that the engine accepted; None until then.
+        holds: as given.
         accepted: the signatures that the engine accepted; if they are not fixed, the last `KEPT` ones.
     """
 
@@ -51,12 +53,14 @@ class InputSpecs:
         *,
         of_items: bool = False,
         fixed: bool = False,
+        devices: str = "",
     ) -> None:
         self.specs: Signature | None = None
         self.accepted: dict[Signature, None] = {}
         self.parameters = parameters
-        self._holds = holds
+        self.holds = holds
         self._device = device
+        self._devices = devices or str(device)
         self._of_items = of_items
         self._fixed = fixed or specs is not None
         self._is_sealed = False
@@ -349,10 +353,10 @@ class InputSpecs:
         if tensor.dtype is not spec.dtype:
             _refuse(spec, f"dtype {dtype_name(tensor.dtype)}", _conversion(value, spec.dtype))
         shape = tuple(tensor.shape)
-        if self._holds(tensor):
+        if self.holds(tensor):
             return Argument(shape, (value, tensor), tensor=tensor)
         if tensor.device.type != "cpu":
-            where = f"the model is on {self._device}: move it with .to({str(self._device)!r})"
+            where = f"the model is on {self._devices}: move it with .to({str(self._device)!r})"
             _refuse(spec, f"a tensor on {tensor.device}", where)
         return Argument(shape, value, host=numpy_view(tensor))
 

@@ -8,6 +8,7 @@ the program is deadlocked, and an error is raised instead of a hang.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Mapping
@@ -163,7 +164,7 @@ def run(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector, *
 
     Args:
         main: the coroutine; ``aiotrt.load(..., device=device)`` in it loads a model on the device.
-        device: the simulated device, or a fault injector around one.
+        device: the simulated device, with its peers, or a fault injector around one.
         debug: asyncio's debug mode; None leaves it to ``PYTHONASYNCIODEBUG``.
 
     Returns:
@@ -178,9 +179,11 @@ def run(main: Coroutine[Any, Any, T], device: SimulatedDevice | FaultInjector, *
         device = device.simulated
     try:
         with (
-            device.intercepting(),
+            contextlib.ExitStack() as stack,
             asyncio.Runner(debug=debug, loop_factory=lambda: VirtualLoop(device)) as runner,
         ):
+            for peer in device.peers:
+                stack.enter_context(peer.intercepting())
             result = runner.run(main)
     except BaseException as error:
         for hazard in device.detector.found[:1]:  # the likely cause

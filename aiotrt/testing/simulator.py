@@ -64,11 +64,14 @@ class SimulatedDevice(BaseDevice):
         schedule: decides durations and orders; a number is the seed of a `Seeded` schedule.
         name: the device's name in messages.
         time: the clock of another device, to share it; then `schedule` is ignored.
+        peer: another GPU of the same machine, with which this one shares time, host memory and race detector: a stream of
+            one can wait for an event of the other, and copies can go from one to the other.
 
     Attributes:
         time: the clock.
         detector: the race detector.
-        memory: the device's memory and its pinned memory.
+        memory: the device's memory and its pinned memory, with those of its peers.
+        peers: all GPUs of the machine, including this one.
         broken: the sticky fault; None before one.
     """
 
@@ -76,16 +79,28 @@ class SimulatedDevice(BaseDevice):
     submits_from_threads = True
     torch_device = torch.device("cpu")
 
-    def __init__(self, schedule: Schedule | int = 0, *, name: str = "simulated:0", time: VirtualTime | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule | int = 0,
+        *,
+        name: str | None = None,
+        time: VirtualTime | None = None,
+        peer: SimulatedDevice | None = None,
+    ) -> None:
         super().__init__()
-        self.name = name
-        self.time = VirtualTime(schedule) if time is None else time
-        self.detector = Detector()
-        self.memory = Memory()
+        self.peers: list[SimulatedDevice] = [] if peer is None else peer.peers
+        self.name = f"simulated:{len(self.peers)}" if name is None else name
+        self.peers.append(self)
+        if peer is not None:
+            time = peer.time
+        self.time: VirtualTime = VirtualTime(schedule) if time is None else time
+        self.detector: Detector = Detector() if peer is None else peer.detector
+        self.memory: Memory = Memory() if peer is None else peer.memory
         self.broken: DeviceError | None = None
-        self.pinned_writes: dict[int, tuple[int, int]] = {}  # by pinned block: writes executed, writes pending
+        #: By pinned block: writes executed, writes pending.
+        self.pinned_writes: dict[int, tuple[int, int]] = {} if peer is None else peer.pinned_writes
         self._events = 0
-        self._streams: dict[int, SimulatedStream] = {}
+        self._streams: dict[int, SimulatedStream] = {} if peer is None else peer._streams  # of all peers
         self._busy: dict[SimulatedStream, None] = {}
         self._local = threading.local()
         self._is_capturing = False
@@ -194,7 +209,8 @@ class SimulatedDevice(BaseDevice):
         """Block until every stream is idle. Must not be called on the event loop's thread."""
         self.block(lambda: not self._busy, f"{self.name}.synchronize()")
         for stream in self._streams.values():
-            self.detector.observe(self.detector.mark(stream.actor))
+            if stream.device is self:
+                self.detector.observe(self.detector.mark(stream.actor))
 
     def prepare_thread(self) -> None:
         """Bind the device's context to the calling thread, and exchange its capture mode: `needs_context`, `unsafe`."""
@@ -207,7 +223,7 @@ class SimulatedDevice(BaseDevice):
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is in device memory."""
         block = self.memory.block(tensor)
-        return block is not None and not block.pinned
+        return block is not None and block.stream is not None and self._streams[block.stream].device is self
 
     def check_loop(self) -> None:
         """Check that the running loop uses this device's clock: on another loop no work would ever be executed.
@@ -225,7 +241,9 @@ class SimulatedDevice(BaseDevice):
         """Create a pool of `count` worker threads in virtual time."""
 
         def prepare(job: Callable[[], None]) -> None:
-            with self.intercepting():
+            with contextlib.ExitStack() as stack:
+                for device in self.peers:
+                    stack.enter_context(device.intercepting())
                 job()
 
         return Workers(self.time, count, prepare)
@@ -376,14 +394,14 @@ class SimulatedDevice(BaseDevice):
                 self._busy[stream] = None
 
     def pump(self) -> None:
-        """Start all work that can start, after an operation completed."""
-        if self.broken is not None:
-            return
+        """Start all work that can start, on all devices of the machine, after an operation completed."""
+        devices = [device for device in self.peers if device.broken is None]
         moved = 1
         while moved:
-            moved = sum([busy.pump() for busy in self._busy])  # not any(), which would stop at the first
-        for busy in [busy for busy in self._busy if busy.is_idle]:
-            del self._busy[busy]
+            moved = sum([busy.pump() for device in devices for busy in device._busy])  # not any(), which would stop early
+        for device in devices:
+            for busy in [busy for busy in device._busy if busy.is_idle]:
+                del device._busy[busy]
 
     def execute(self, work: Work) -> None:
         """Execute work, unless the device is broken. An exception breaks it, as a failed assertion in a kernel does."""
@@ -470,7 +488,7 @@ class SimulatedDevice(BaseDevice):
             self.detector.freed(span, HOST if stream is None else stream.actor)
             if stream is None:
                 block.poison()
-            elif stream._is_closed or self.broken is not None:
+            elif stream._is_closed or stream.device.broken is not None:
                 continue  # it cannot be allocated again
             else:
                 stream.put_instant(block.poison)
