@@ -45,11 +45,13 @@ class Workers(Executor):
     Args:
         count: the maximum number of threads.
         name: the prefix of the threads' names.
+        begin: called first in each thread; None for nothing.
     """
 
-    def __init__(self, count: int, name: str = "aiotrt-worker") -> None:
+    def __init__(self, count: int, name: str = "aiotrt-worker", begin: Job | None = None) -> None:
         self._count = count
         self._name = name
+        self._begin = begin
         self._threads: list[threading.Thread] = []
         self._shared = _Shared()
         self._stop = weakref.finalize(self, self._shared.stop)  # a pool that is garbage-collected gets no more jobs
@@ -102,7 +104,7 @@ class Workers(Executor):
         """
         name = f"{self._name}_{len(self._threads)}"
         # The thread holds no reference to the pool, so that a dropped pool is garbage-collected and ends its threads.
-        thread = threading.Thread(target=_serve, args=(self._shared, [job]), name=name, daemon=True)
+        thread = threading.Thread(target=_serve, args=(self._shared, [job], self._begin), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -136,7 +138,9 @@ class _Shared:
                 self.idle.pop().put(None)
 
 
-def _serve(shared: _Shared, first: list[Job]) -> None:
+def _serve(shared: _Shared, first: list[Job], begin: Job | None) -> None:
+    if begin is not None:
+        begin()
     inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     job: Job | None = first.pop()
     while job is not None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"building.builder"},
     {"building.cache"},
     {"building"},
-    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "devices"},
+    {"devices.base", "devices.host", "devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "devices.numa", "devices"},
     {"engines.base", "engines.module", "engines.onnx", "engines.replicas", "engines", "completion.hub"}
     | {f"engines.tensorrt{part}" for part in ("", "_api", "_execution", "_kernels", "_plan", "_runtime")},
     {"runtime.programs"},

@@ -73,7 +73,9 @@ def register(
         "--docs", action="store_true", default=None, help="show the API at /docs, with scripts from a public CDN"
     )
     models = parser.add_argument_group("for the models given as arguments")
-    models.add_argument("--device", help="auto (the default), host, cuda or cuda:N")
+    models.add_argument(
+        "--device", help="auto (the default), host, cuda, cuda:N, several with commas, or cuda:* for all GPUs"
+    )
     models.add_argument("--slots", type=int, help="requests on the device at once (default: 2)")
     models.add_argument("--max-queue", type=int, help="requests that may wait before 503 (default: 1024)")
     models.add_argument("--threads", type=int, help="CPU threads of one run, with --device host (default: 1)")
@@ -157,6 +159,8 @@ def _model(text: str, arguments: argparse.Namespace) -> ModelSettings:
         for option in ("device", "slots", "max_queue", "threads")
         if getattr(arguments, option) is not None
     }
+    if "," in options.get("device", ""):
+        options["device"] = options["device"].split(",")
     if arguments.batching:
         options["batching"] = True
     try:

@@ -95,7 +95,20 @@ def open_devices(devices: Devices) -> list[Device]:
         opened.append(device)
     if len({device.unified for device in opened}) > 1:
         raise InputError(f"device={devices!r} mixes GPUs and the host: their results differ in the last bits; use one kind")
+    _connect(opened)
     return opened
+
+
+def _connect(devices: Sequence[Device]) -> None:
+    """Let GPUs copy to each other without the host, where they can: torch sees to that with the first copy of each pair."""
+    places = [device.torch_device for device in devices if device.torch_device.type == "cuda"]
+    for place in places:
+        with devices[0].exclusive(), torch.cuda.device(place):
+            for device in devices:
+                device.prepare_thread()
+            for other in places:
+                if other != place:
+                    torch.zeros(1, device=place).to(other)
 
 
 def _host(number: int) -> Device:

@@ -31,9 +31,10 @@ import torch
 from cuda.bindings import driver, runtime
 
 from aiotrt._impl import IMPLEMENTATION
-from aiotrt._workers import processors
+from aiotrt._workers import Workers, processors
 from aiotrt.devices.base import BaseDevice, BaseGraph, CaptureError, Copies, Event, Graph, Stream
 from aiotrt.devices.cuda_graphs import CopyingGraph, DirectGraph, is_plain
+from aiotrt.devices.numa import near, stay_near
 from aiotrt.errors import AiotrtError, DeviceError
 
 __all__ = ["CudaDevice", "CudaGraph", "CudaStream", "prepare_thread", "query"]
@@ -430,6 +431,7 @@ class CudaDevice(BaseDevice):
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self.current_handle = functools.partial(torch._C._cuda_getCurrentRawStream, index)  # type: ignore[method-assign]
+        self._near = near(_bus_id(index))
         self._streams: dict[int, CudaStream] = {}  # other people's, by handle
         self.idle_streams: list[tuple[torch.cuda.Stream, _Pool | None]] = []  # ours, for the next who needs one
 
@@ -485,7 +487,8 @@ class CudaDevice(BaseDevice):
         return functools.partial(torch.empty, tuple(like.shape), dtype=like.dtype, device=self.torch_device)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        with torch.cuda.device(self.index):  # or it would belong to another GPU, which may break
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         # Torch says no to memory that somebody has registered, and who may unregister it while the device reads it.
@@ -520,6 +523,9 @@ class CudaDevice(BaseDevice):
             CudaDevice.captures += 1
             return CudaGraph(graph, copying, random if random.draws else None, nbytes, bare, direct), outputs
 
+    def workers(self, count: int) -> Workers:
+        return Workers(count, begin=functools.partial(stay_near, self._near))
+
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         return _capture_lock
 
@@ -549,6 +555,12 @@ class CudaDevice(BaseDevice):
 
     def __repr__(self) -> str:
         return f"<CudaDevice {self.name}: {torch.cuda.get_device_name(self.index)}>"
+
+
+def _bus_id(index: int) -> str:
+    """Where the GPU is attached, such as ``0000:3B:00.0``; nothing where the driver does not say."""
+    status, found = runtime.cudaDeviceGetPCIBusId(32, index)
+    return "" if int(status) else bytes(found).partition(b"\0")[0].decode()
 
 
 def query(probe: Callable[[], bool]) -> bool:

@@ -156,8 +156,14 @@ class CopyingGraph:
         for copy in copies:
             buffer, other = copy[mine], copy[1 - mine]
             port = ports.get(id(buffer))
-            # One node copies to one place: an output that is returned twice goes to two.
-            if port is None or other.dtype is not buffer.dtype or not is_plain(other) or id(buffer) in pointed:
+            # One node copies to one place: an output that is returned twice goes to two. And it stays on its GPU.
+            if (
+                port is None
+                or other.dtype is not buffer.dtype
+                or not is_plain(other)
+                or id(buffer) in pointed
+                or other.get_device() not in (-1, buffer.get_device())
+            ):
                 others.append(copy)
             else:
                 port.point(self.handle, other)

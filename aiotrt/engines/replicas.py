@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -14,6 +14,9 @@ from aiotrt.devices.base import Device
 from aiotrt.errors import EngineError
 
 __all__ = ["check_free", "replicas"]
+
+#: How deep containers, objects and functions that call each other are searched for tensors.
+DEPTH: Final = 3
 
 
 def replicas(source: object, devices: Sequence[Device]) -> list[object]:
@@ -68,6 +71,14 @@ def check_free(name: str, function: object, devices: Sequence[Device]) -> None:
 def _module(module: torch.nn.Module, place: torch.device) -> torch.nn.Module:
     name = type(module).__name__
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for part, submodule in module.named_modules():
+        for attribute, value in vars(submodule).items():
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu" and value.device != place:
+                what = f"{part}.{attribute}" if part else attribute
+                raise EngineError(
+                    f"{name} cannot run on {place}: {what} is a tensor on {value.device}, and neither a parameter "
+                    "nor a buffer; register it with register_buffer()"
+                )
     found = {tensor.device for tensor in tensors.values()}
     if found <= {place}:
         return module
@@ -77,21 +88,12 @@ def _module(module: torch.nn.Module, place: torch.device) -> torch.nn.Module:
     try:
         # A copy that takes its weights from here, and so never has them twice on the device that the module is on.
         memo: dict[int, object] = {id(tensor): _moved(tensor, place) for tensor in tensors.values()}
-        copied = copy.deepcopy(module, memo).to(place)
+        return copy.deepcopy(module, memo).to(place)
     except Exception as error:
         raise EngineError(
             f"{name} cannot be copied to {place} ({type(error).__name__}: {error}): load it from a file, or load a "
             "model for each device"
         ) from error
-    for part, submodule in copied.named_modules():
-        for attribute, value in vars(submodule).items():
-            if isinstance(value, torch.Tensor) and value.device.type != "cpu" and value.device != place:
-                what = f"{part}.{attribute}" if part else attribute
-                raise EngineError(
-                    f"{name} cannot be copied to {place}: {what} is a tensor on {value.device}, and neither a parameter "
-                    "nor a buffer; register it with register_buffer()"
-                )
-    return copied
 
 
 def _moved(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -139,7 +141,7 @@ def _used(function: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         return
     names = inspect.getclosurevars(target)
     for name, value in (*names.nonlocals.items(), *names.globals.items()):
-        if inspect.isfunction(value) and depth < 2:
+        if inspect.isfunction(value) and depth < DEPTH:
             yield from _used(value, depth + 1)
         elif not inspect.ismodule(value):
             yield name, value
@@ -154,12 +156,12 @@ def _tensors(value: object, depth: int = 0) -> Iterator[torch.Tensor]:
     elif isinstance(value, torch.nn.Module):
         yield from value.parameters()
         yield from value.buffers()
-    elif depth < 2 and isinstance(value, Mapping):
+    elif depth < DEPTH and isinstance(value, Mapping):
         for one in value.values():
             yield from _tensors(one, depth + 1)
-    elif depth < 2 and isinstance(value, (list, tuple)):
+    elif depth < DEPTH and isinstance(value, (list, tuple)):
         for one in value:
             yield from _tensors(one, depth + 1)
-    elif depth < 2 and type(value).__module__ not in ("builtins", "torch") and hasattr(value, "__dict__"):
+    elif depth < DEPTH and type(value).__module__ not in ("builtins", "torch") and hasattr(value, "__dict__"):
         for one in vars(value).values() if not inspect.isclass(value) else ():
             yield from _tensors(one, depth + 1)

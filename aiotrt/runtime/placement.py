@@ -20,6 +20,8 @@ COPY_LATENCY: Final = 30e-6
 COPY_RATE: Final = 10e9
 #: A busy device must be expected to finish in this share of the time of a free one, or a request does not wait for it.
 WORTH: Final = 0.8
+#: Seconds; the least that a request waits for a busy device of which nothing is known, rather than have a program built.
+SHORTEST_WAIT: Final = 1e-3
 
 
 class Prospect(NamedTuple):
@@ -73,7 +75,7 @@ def choose(prospects: Sequence[Prospect], waiting: int = 1) -> Choice:
     if best < 0:
         return Choice(busy, inf)
     if busy >= 0 and least_busy < WORTH * least:
-        return Choice(busy, least_busy)
+        return Choice(busy, max(least_busy, SHORTEST_WAIT))
     return Choice(best, 0.0)
 
 

@@ -35,12 +35,15 @@ async def livez(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Every model is warmed up and usable, and the program is not about to end: 200, and otherwise 503 and why."""
+    """Every model is warmed up and usable, and the program is not about to end: 200, and otherwise 503 and why.
+
+    A model of which some devices broke is usable, and said to be degraded.
+    """
     models = models_of(request)
     said = {}
     for name in models.names():
         standing, reason = models.standing(name)
-        said[name] = "ready" if standing is Standing.READY else reason
+        said[name] = reason or "ready" if standing is Standing.READY else reason
     body = {"ready": models.is_ready, "draining": models.is_draining, "models": said}
     return JSONResponse(body, 200 if models.is_ready else 503)
 

@@ -55,6 +55,12 @@ class ModelsCollector(Collector):
         for name in self._names():
             ready.add_metric([name], name in models and models[name].is_ready)
         yield ready
+        degraded = GaugeMetricFamily(
+            "aiotrt_model_degraded", "Whether some of its devices broke, and others go on.", labels=["model"]
+        )
+        for name, model in models.items():
+            degraded.add_metric([name], model.is_degraded)
+        yield degraded
         requests = CounterMetricFamily("aiotrt_requests", "Calls and leases, by outcome.", labels=["model", "outcome"])
         slots = GaugeMetricFamily("aiotrt_slots", "Slots, by state.", labels=["model", "state"])
         fallbacks = GaugeMetricFamily(
@@ -83,7 +89,29 @@ class ModelsCollector(Collector):
             for name, statistics in now.items():
                 gauge.add_metric([name], getattr(statistics, field))
             yield gauge
+        yield from _devices(now)
         yield from _hub(now)
+
+
+def _devices(now: Mapping[str, Statistics]) -> Iterable[Metric]:
+    """The devices of each model, of which most have one. With batching, requests are batches there."""
+    ready = GaugeMetricFamily("aiotrt_device_ready", "Whether a call could run there.", labels=["model", "device"])
+    requests = CounterMetricFamily(
+        "aiotrt_device_requests", "Calls, leases or batches, by device and outcome.", labels=["model", "device", "outcome"]
+    )
+    slots = GaugeMetricFamily("aiotrt_device_slots", "Slots, by device and state.", labels=["model", "device", "state"])
+    held = GaugeMetricFamily(
+        "aiotrt_device_graph_bytes", "Bytes of device memory that graphs keep, by device.", labels=["model", "device"]
+    )
+    for name, statistics in now.items():
+        for one in statistics.devices or (statistics,):
+            ready.add_metric([name, one.device], not one.is_broken)
+            held.add_metric([name, one.device], one.graph_bytes)
+            for outcome in _OUTCOMES:
+                requests.add_metric([name, one.device, outcome], getattr(one, outcome))
+            for state in _STATES:
+                slots.add_metric([name, one.device, state], getattr(one, state))
+    yield from (ready, requests, slots, held)
 
 
 def _histogram(counts: Mapping[int, int]) -> tuple[list[tuple[str, float]], float]:

@@ -117,7 +117,7 @@ class Models:
         return entry.model
 
     def standing(self, name: str) -> tuple[Standing, str]:
-        """Where a model stands, and why if it cannot be called.
+        """Where a model stands, and why if it cannot be called, or not on each of its devices.
 
         Raises:
             UsageError: there is none of this name.
@@ -127,6 +127,9 @@ class Models:
         if entry.standing is Standing.READY and model is not None and not model.is_ready:
             # It says so itself; the file it came from, which repr() has, is nobody's business out there.
             return Standing.UNAVAILABLE, "it is broken or closed"
+        if entry.standing is Standing.READY and model is not None and model.is_degraded:
+            broken = [one.device for one in model.statistics().devices if one.is_broken]
+            return Standing.READY, f"degraded: {', '.join(broken)} {'is' if len(broken) == 1 else 'are'} broken"
         return entry.standing, entry.reason
 
     @property

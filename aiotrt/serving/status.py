@@ -74,6 +74,10 @@ def _described(models: Models, name: str) -> dict[str, Any]:
     return described | {
         "device": now.device,
         "slots": slots,
+        "devices": [
+            {"device": one.device, "broken": one.is_broken, "in_flight": one.in_flight, "completed": one.completed}
+            for one in now.devices
+        ],
         "totals": {"completed": now.completed, "replays": now.replays, "fallback_runs": now.fallback_runs},
     }
 

@@ -52,6 +52,10 @@ class Target(Protocol):
         """Whether an operation on these tensors belongs to the device."""
         ...
 
+    def is_a_peers(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it is that of another device of the machine, which intercepts it too."""
+        ...
+
     def new(self, like: torch.Tensor) -> torch.Tensor:
         """Allocate device memory in the current stream's order, with the size, strides and dtype of `like`."""
         ...
@@ -92,7 +96,7 @@ class Interceptor(TorchDispatchMode):
         call = _Call(func, args, kwargs)
         if not target.is_mine(call.tensors):
             spans = call.spans(target.memory)
-            if any(spans):
+            if any(spans) and not target.is_a_peers(call.tensors):
                 target.touched(call.what, *spans)
             return func(*args, **kwargs)
         if call.needs_host():

@@ -422,6 +422,10 @@ class SimulatedDevice(BaseDevice):
         """Whether a torch operation on these tensors belongs to the device."""
         return self._scope.explicit or any(map(self.holds, tensors))
 
+    def is_a_peers(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a torch operation on these is another device's of the machine."""
+        return any(peer.is_mine(tensors) for peer in self.peers if peer is not self)
+
     def new(self, like: torch.Tensor) -> torch.Tensor:
         """Allocate memory for a result, with the size, strides and dtype of `like`."""
         return self._allocate(like.size(), like.stride(), like.dtype)

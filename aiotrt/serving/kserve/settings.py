@@ -24,12 +24,12 @@ __all__ = ["ModelSettings", "ServerSettings", "read_config", "read_text", "token
 _OPTIONS: Final = frozenset(
     (
         "device", "slots", "overlap", "max_queue", "graphs", "graph_cache_entries", "graph_cache_bytes", "hang_timeout",
-        "progress", "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
+        "retry", "progress", "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
     )
 )  # fmt: skip
 #: What those must be that `load` does not check at once, so that "no" is never taken for true.
 _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
-    "device": ("a string", (str,)),
+    "device": ("a string, or a list of strings", (str, list, tuple)),
     "runtime": ("a string", (str, NoneType)),
     "precision": ("a string", (str, NoneType)),
     "sha256": ("a string", (str, NoneType)),
