@@ -15,7 +15,7 @@
     ├── ModelBrokenError            an earlier error, `__cause__`, broke the model; load it again; after a DeviceError on
     │                               CUDA, do so in a new process
     ├── DeviceError                 the device reported a fault; every pending await on that device raises it, and its models
-    │   │                           are broken; `.code` and `.name` are the driver's own
+    │   │                           are broken, except those with other devices; `.code` and `.name` are the driver's own
     │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is never freed,
     │                               because the device may still be using it
     ├── ResourceError               the process has no thread or file descriptor left; at load: no model exists; in a call:

@@ -5,9 +5,9 @@ curl --data-binary @image.npy http://127.0.0.1:8000/
 
 - The replica is async: one has all requests that Ray lets in (`max_ongoing_requests`) under way at once, and whoever waits
   when the device is free goes together. `@serve.batch` would gather by a timer, and hand over what then waits once more.
-- `num_gpus` may be a fraction: replicas on one GPU each have a copy of the engine, and take turns. More than one per GPU
-  is for models that leave it idle.
-- `check_health` is readiness: a replica whose model broke, or whose GPU hangs, is replaced, in a new process.
+- One replica has all GPUs of its host: Ray makes them visible, and `device="cuda:*"` takes what it sees. One queue serves
+  all of them, and a GPU that fails leaves the others. Where there is no GPU, the host stands for two devices.
+- `check_health` is readiness: a replica whose last GPU broke, or hangs, is replaced, in a new process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starlette.requests import Request
 
 import aiotrt
 
-GPUS = 0.5 if torch.cuda.is_available() else 0.0
+GPUS = torch.cuda.device_count()  # of this host; each host that Ray places a replica on should have as many
 
 
 class Classifier:
@@ -34,9 +34,14 @@ class Classifier:
     def __init__(self) -> None:
         torch.manual_seed(0)  # stands for weights that are read from a file: all replicas have the same
         layers = torch.nn.Conv2d(3, 16, 5, 4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16 * 15 * 15, 10)
-        network = torch.nn.Sequential(*layers).eval().to("cuda" if GPUS else "cpu")
-        batching = aiotrt.Batching(max_size=16)
-        self.model = aiotrt.load(network, warmup=[np.zeros((3, 64, 64), np.float32)], batching=batching)
+        network = torch.nn.Sequential(*layers).eval()  # copied to each GPU once
+        self.model = aiotrt.load(
+            network,
+            device="cuda:*" if GPUS else ["host", "host"],
+            warmup=[np.zeros((3, 64, 64), np.float32)],
+            batching=aiotrt.Batching(max_size=16),
+            retry=True,
+        )
 
     async def classify(self, image: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> list[float]:
         # The first call, or health check, opens the model and warms it up; the others wait for that.
@@ -48,7 +53,7 @@ class Classifier:
 
     async def check_health(self) -> None:
         if not (await self.model).is_ready:
-            raise RuntimeError("the model is broken")
+            raise RuntimeError("the model is broken on every device")
 
     async def statistics(self) -> aiotrt.Statistics:
         return (await self.model).statistics()
@@ -58,7 +63,7 @@ class Classifier:
 
 
 app = serve.deployment(
-    max_ongoing_requests=64,  # several full batches, so that one gathers while another runs
+    max_ongoing_requests=64 * max(GPUS, 1),  # several full batches for each, so that one gathers while another runs
     max_queued_requests=256,  # beyond which Ray answers 503
     ray_actor_options={"num_gpus": GPUS, "num_cpus": 1},
     health_check_period_s=2,

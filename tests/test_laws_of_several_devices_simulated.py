@@ -21,7 +21,9 @@ import torch
 import aiotrt
 from aiotrt.batching.batch import Batch
 from aiotrt.batching.dispatcher import Dispatcher
+from aiotrt.batching.placed import PlacedBatch
 from aiotrt.runtime.placement import BUILD
+from aiotrt.runtime.request import Request, Slot
 from aiotrt.runtime.slots import State
 from aiotrt.testing import Fault, FaultInjector, FaultKind, SimulatedDevice, fault_points
 from tests.simulated import Striker, held_streams, run_simulated
@@ -55,8 +57,14 @@ def under_schedules(
             raise
 
 
-def load(devices: Sequence[Any], **options: Any) -> aiotrt.Model:
-    model: aiotrt.Model = aiotrt.load(Affine(), device=list(devices), hang_timeout=1.0, **options)
+#: How calls are queued, by name.
+BATCHING = {"none": None, "stacked": aiotrt.Batching(max_size=3), "single": aiotrt.Batching(stack=False, patience=100)}
+
+
+def load(devices: Sequence[Any], *, batching: str = "none", **options: Any) -> aiotrt.Model:
+    model: aiotrt.Model = aiotrt.load(
+        Affine(), device=list(devices), hang_timeout=1.0, batching=BATCHING[batching], **options
+    )
     return model
 
 
@@ -117,13 +125,13 @@ async def call(model: aiotrt.Model, devices: list[SimulatedDevice], choose: rand
             x.zero_()  # the caller may write to its input again
 
 
-@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=3), aiotrt.Batching(stack=False)])
+@pytest.mark.parametrize("batching", ["none", "stacked", "single"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_concurrent_calls_get_their_own_results_where_their_inputs_were(group: int, batching: Any) -> None:
+def test_concurrent_calls_get_their_own_results_where_their_inputs_were(group: int, batching: str) -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         warmup = frame(0) if choose.random() < 0.5 else ()
-        options: dict[str, Any] = {"overlap": choose.random() < 0.5, "batching": batching, "warmup": warmup}
-        async with load(devices, slots=choose.randint(1, 2), **options) as model:
+        options: dict[str, Any] = {"overlap": choose.random() < 0.5, "warmup": warmup}
+        async with load(devices, slots=choose.randint(1, 2), batching=batching, **options) as model:
             held = streams_of(model, 0) if choose.random() < 0.3 else []
             with held_streams(devices[0], *held):
                 calls = [asyncio.ensure_future(call(model, devices, choose, value)) for value in range(16)]
@@ -172,9 +180,9 @@ def test_inputs_on_two_devices_meet_on_one_and_results_are_where_the_first_was(g
     under_schedules(group, program)
 
 
-@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=3)])
+@pytest.mark.parametrize("batching", ["none", "stacked"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_calls_that_are_cancelled_at_any_time_cost_nobody_else_anything(group: int, batching: Any) -> None:
+def test_calls_that_are_cancelled_at_any_time_cost_nobody_else_anything(group: int, batching: str) -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         async with load(devices, slots=choose.randint(1, 2), batching=batching, warmup=frame(0)) as model:
             calls = [asyncio.ensure_future(call(model, devices, choose, value)) for value in range(20)]
@@ -241,9 +249,9 @@ def test_a_slow_device_holds_up_only_what_it_runs(group: int) -> None:
 # Failures...
 
 
-@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=3)])
+@pytest.mark.parametrize("batching", ["none", "stacked"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_when_one_device_fails_only_what_it_runs_fails_or_runs_again_elsewhere(group: int, batching: Any) -> None:
+def test_when_one_device_fails_only_what_it_runs_fails_or_runs_again_elsewhere(group: int, batching: str) -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         how, retry = choose.choice(["fault", "hang"]), choose.random() < 0.5
         model = await load(devices, slots=2, batching=batching, warmup=frame(0), retry=retry)
@@ -264,7 +272,7 @@ def test_when_one_device_fails_only_what_it_runs_fails_or_runs_again_elsewhere(g
                 failed += 1
             else:
                 assert right(result, value)
-        slots, items = len(streams_of(model, victim)), 3 if batching else 1
+        slots, items = len(streams_of(model, victim)), 3 if batching == "stacked" else 1
         assert failed == 0 if retry else 0 < failed <= slots * items
         assert model.is_ready
         assert model.is_degraded
@@ -339,7 +347,7 @@ async def scenario(devices: list[Any], log: list[type[BaseException]]) -> None:
         except aiotrt.AiotrtError as error:
             log.append(type(error))
 
-    for options in ({"warmup": frame(0)}, {"batching": aiotrt.Batching(max_size=2), "warmup": frame(0)}):
+    for options in ({"warmup": frame(0)}, {"batching": "stacked", "warmup": frame(0)}):
         async with load(devices, slots=1, **options) as model:
             await asyncio.gather(*(told(model(frame(value)), value) for value in range(8)))
             await asyncio.gather(*(told(model(frame(value, (1, 3))), value) for value in range(4)))
@@ -376,17 +384,26 @@ def every_point() -> list[Fault]:
     return [point for point in points if point.verb != "query" or point.use % 7 == 1]
 
 
-@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.proof)])
-def test_whatever_fails_on_one_device_the_other_goes_on(step: int) -> None:
-    points = every_point()
-    assert len(points) > 100
-    for point in points[::step]:
+def goes_on(points: Sequence[Fault]) -> None:
+    """Whatever fails on one device, the other goes on."""
+    for point in points:
         try:
             _, second = run_with(point)
             assert second.happened in ([point], []), "a model that could not be loaded is not used"
         except BaseException as error:
             error.add_note(f"with the fault {point}")
             raise
+
+
+def test_whatever_fails_on_one_device_the_other_goes_on() -> None:
+    points = every_point()
+    assert len(points) > 100
+    goes_on(points[::10])
+
+
+@pytest.mark.proof
+def test_a_failure_at_every_step_of_one_device_leaves_the_other() -> None:
+    goes_on(every_point())
 
 
 # Loading and closing...
@@ -408,9 +425,9 @@ def test_devices_are_warmed_up_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("drain", [True, False])
-@pytest.mark.parametrize("batching", [None, aiotrt.Batching(max_size=3)])
+@pytest.mark.parametrize("batching", ["none", "stacked"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_closing_ends_every_call_and_leaves_nothing(group: int, batching: Any, drain: bool) -> None:
+def test_closing_ends_every_call_and_leaves_nothing(group: int, batching: str, drain: bool) -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         model = await load(devices, slots=1, batching=batching, warmup=frame(0), retry=True)
         calls = [asyncio.ensure_future(model(frame(value))) for value in range(10)]
@@ -452,6 +469,36 @@ def test_if_the_second_device_cannot_be_opened_the_first_is_given_back() -> None
 # Placement...
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("batching", ["none", "single"])
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_calls_that_wait_take_the_short_path_too(kind: str, batching: str) -> None:
+    async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
+        async with load(devices, slots=1, warmup=frame(0), batching=batching) as model:
+            home = choose.choice(devices)
+            inputs = [frame(value) if kind == "host" else home.tensor(frame(value)) for value in range(24)]
+            await asyncio.gather(*map(model, inputs[:12]))
+            begun: list[Request] = []
+            for executor in model._executors:
+                begin = executor.begin
+
+                def beginning(slot: Slot, request: Request, begin: Any = begin) -> None:
+                    if not request.is_done:
+                        begun.append(request)
+                    begin(slot, request)
+
+                executor.begin = beginning  # type: ignore[method-assign]
+            results = await asyncio.gather(*map(model, inputs[12:]))
+            for value, result in enumerate(results, 12):
+                assert right(result if kind == "host" else home.read(result), value)
+            # A call that runs on another device than its input's is copied, which the short path does not do.
+            batches = [request.batch for request in begun if request.batch is not None]  # without one, it did not wait
+            assert all(isinstance(batch, PlacedBatch) and batch.home not in (None, batch.member.index) for batch in batches)
+            await idle(model)
+
+    under_schedules(0, program)
+
+
 def test_a_program_that_one_device_lacks_is_built_there_while_calls_go_to_the_other() -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         async with load(devices, slots=1) as model:
@@ -471,7 +518,7 @@ def test_a_program_that_one_device_lacks_is_built_there_while_calls_go_to_the_ot
 def test_urgent_calls_go_first_and_calls_of_one_class_in_their_order(group: int) -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         order: list[float] = []
-        async with load(devices, slots=1, warmup=frame(0), batching=aiotrt.Batching(stack=False, patience=100)) as model:
+        async with load(devices, slots=1, warmup=frame(0), batching="single") as model:
             gatherer = model._gatherer
             assert isinstance(gatherer, Dispatcher)
             assemble = gatherer._assemble
@@ -498,8 +545,7 @@ def test_urgent_calls_go_first_and_calls_of_one_class_in_their_order(group: int)
 
 def test_deadlines_and_bounds_hold_for_all_devices_together() -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
-        batching = aiotrt.Batching(stack=False)
-        async with load(devices, slots=1, warmup=frame(0), batching=batching, max_queue=2) as model:
+        async with load(devices, slots=1, warmup=frame(0), batching="single", max_queue=2) as model:
             with contextlib.ExitStack() as stack:
                 for i, device in enumerate(devices):
                     stack.enter_context(held_streams(device, *streams_of(model, i)))

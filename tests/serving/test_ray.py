@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 from aiotrt.errors import DeviceError
 from tests.serving.test_processes import ROOT, process
-from tests.tools import executor_of, free_port
+from tests.tools import free_port
 
 pytestmark = [
     pytest.mark.ray,
@@ -86,8 +86,11 @@ def local_ray() -> Iterator[None]:
 class Breakable(Classifier):
     """The example's, with a switch."""
 
-    async def break_down(self) -> None:
-        executor_of(self.model).break_down(DeviceError("the device", code=700, name="illegal address"))
+    async def break_down(self, count: int) -> bool:
+        """Break so many devices; returns whether the model goes on with the others."""
+        for executor in self.model._executors[:count]:
+            executor.break_down(DeviceError("the device", code=700, name="illegal address"))
+        return self.model.is_degraded
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -103,7 +106,14 @@ def test_requests_make_batches_and_a_replica_whose_model_broke_is_replaced() -> 
     assert before.completed == 64
     assert max(before.batches) > 1, "they were under way at once, and gathered"
 
-    handle.break_down.remote().result(timeout_s=60)
+    assert len(before.devices) == 2, "the host twice"
+    assert all(device.completed for device in before.devices)
+
+    assert handle.break_down.remote(1).result(timeout_s=60), "degraded"
+    for i, response in enumerate([handle.classify.remote(image(i)) for i in range(16)]):
+        np.testing.assert_allclose(response.result(timeout_s=60), expected(image(i)), rtol=1e-4, atol=1e-5)
+
+    assert not handle.break_down.remote(2).result(timeout_s=60)
     while True:  # until Ray has looked three times, and started another; the test's timeout is the bound
         try:
             after = handle.statistics.remote().result(timeout_s=60)

@@ -50,6 +50,7 @@ MODULES: Final = (
     "tests.test_laws_of_estimates",
     "tests.test_laws_virtual_host",
     "tests.test_batches_simulated",
+    "tests.test_laws_of_several_devices_simulated",
     "tests.test_handshake",
     "tests.test_found_simulated",
     "tests.test_completion",

@@ -11,6 +11,8 @@ What is counted, each by itself and never summed up:
   schedule if the same things happened in the same order, on the device and as the host saw it; what is counted is different
   ones, by a hash of that. Runs in which the host saw the same are of one class: what else differs between them is the order
   of things on the device that no one looked at in between, which the detector's clocks judge whatever it was.
+- ``several``: likewise, of programs with three calls of one model on two devices with a slot each, from the host and from
+  either device, in any order; one may be cancelled.
 - ``exhaustive``: all runs that there are of smaller programs, loading included, where work takes equal times.
 - ``laws``: the long laws of the portfolio, each under many seeds.
 - ``line``: all orders of events at the slot machine alone, two slots and three or four requests, with states reached by
@@ -54,7 +56,7 @@ from tests.testing.portfolio import Law, laws, outcome
 from tests.testing.reports import REPORTS, write_report
 from tests.tools import Affine, executor_of, frame
 
-__all__ = ["Found", "exhaust", "main", "search", "small_block"]
+__all__ = ["Found", "exhaust", "main", "search", "several_block", "small_block"]
 
 OUT: Final = REPORTS / "schedules.json"
 #: Runs in one model before another is opened.
@@ -71,6 +73,7 @@ SEEDED_LAWS: Final = (
     "test_laws_of_owners_simulated",
     "test_laws_of_memory_simulated",
     "test_batches_simulated",
+    "test_laws_of_several_devices_simulated",
 )
 
 
@@ -126,10 +129,10 @@ def _hash(words: Sequence[str]) -> int:
 class _Device(SimulatedDevice):
     """Tells the schedule what the host sees."""
 
-    def __init__(self, schedule: Watched) -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: Watched, peer: _Device | None = None) -> None:
+        super().__init__(schedule, peer=peer)
         self.watched = schedule
-        self.names: dict[int, str] = {}
+        self.names: dict[int, str] = {} if peer is None else peer.names
 
     def query(self, event: Event) -> bool:
         answer = event.query()
@@ -252,6 +255,72 @@ def small_block(seed: int, goes_on: Callable[[int], bool] = bool, *, tells_where
     return found
 
 
+async def several(model: aiotrt.Model, devices: Sequence[_Device], choose: random.Random) -> None:
+    """Three calls of a model on two devices, from the host and from either device, in any order; one may be cancelled."""
+    schedule = devices[0].watched
+
+    async def call(value: int, home: _Device | None) -> None:
+        if home is None:
+            assert np.all(await model(frame(value)) == 3 * value + 1), f"call {value} got something else"
+        else:
+            result = await model(home.tensor(frame(value)))
+            assert home.holds(result)
+            assert bool((home.read(result) == 3 * value + 1).all()), f"call {value} got something else"
+        schedule.look(f"result {value}")
+
+    tasks: list[asyncio.Task[Any]] = []
+    for value in choose.sample(range(1, 4), 3):
+        schedule.look(f"begin {value}")
+        tasks.append(asyncio.ensure_future(call(value, choose.choice((None, *devices)))))
+        for _ in range(choose.choice((0, 0, 1, 2, 3, 5))):
+            await asyncio.sleep(0)
+    for _ in range(choose.randrange(12)):
+        await asyncio.sleep(0)
+    victim = choose.randrange(4)
+    if victim < 3:
+        schedule.look(f"cancel the {victim}th")
+        tasks[victim].cancel()
+    await asyncio.wait(tasks)
+    for i, task in enumerate(tasks):
+        if task.cancelled():
+            assert i == victim, "somebody else was cancelled"
+        else:
+            task.result()
+    while any(executor.machine.count(State.FREE) < 1 for executor in model._executors):
+        await asyncio.sleep(1e-6)
+    assert not model.statistics().waiting
+
+
+def several_block(seed: int, goes_on: Callable[[int], bool] = bool, *, runs: int = RUNS) -> Found:
+    """At most so many runs in one model on two devices."""
+    schedule = Watched(seed)
+    devices = [_Device(schedule)]
+    devices.append(_Device(schedule, devices[0]))
+    audit = Audit(devices[0])
+    found = Found()
+
+    async def main() -> None:
+        async with aiotrt.load(Affine(), device=devices, slots=1, warmup=frame(0), hang_timeout=1.0) as model:
+            for executor in model._executors:
+                audit.executors.add(executor)
+            for i in range(seed * RUNS, seed * RUNS + runs):
+                devices[0].names.clear()
+                schedule.restart(i)
+                try:
+                    await several(model, devices, random.Random(i))
+                    devices[0].check()
+                    audit.step()
+                except BaseException as error:
+                    error.add_note(f"in run {i} of several devices")
+                    raise
+                found.add(schedule)
+                if i % TOLD == 0 and not goes_on(len(found.schedules) or 1):
+                    break
+
+    run(audit.audited(main()), devices[0])
+    return found
+
+
 # All runs of smaller programs...
 
 
@@ -355,7 +424,11 @@ def _seeded_laws() -> list[Law]:
 
 # All of it, in processes...
 
-BLOCKS: Final[dict[str, Callable[[int, Callable[[int], bool]], Found]]] = {"small": small_block, "laws": law_block}
+BLOCKS: Final[dict[str, Callable[[int, Callable[[int], bool]], Found]]] = {
+    "small": small_block,
+    "several": several_block,
+    "laws": law_block,
+}
 
 
 def _work(part: str, index: int, processes: int, seconds: float, pipe: Connection) -> None:
@@ -439,7 +512,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.testing.schedules", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--seconds", type=float, default=300.0, help="for the small programs; a fifth of it for the laws (300)"
+        "--seconds",
+        type=float,
+        default=300.0,
+        help="for the small programs; a fifth of it for several devices and for the laws (300)",
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limit", type=int, default=1500, help="runs of the exhaustive search (1500)")
@@ -456,6 +532,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures["exhaustive"] = exhaust(options.limit)
         report(f"exhaustive: {figures['exhaustive']}")
         figures["small"] = search("small", options.seconds, options.processes, report=report)
+        figures["several"] = search("several", options.seconds / 5, options.processes, report=report)
         figures["laws"] = search("laws", options.seconds / 5, options.processes, report=report)
     except AssertionError as error:
         print(f"FAILED: {error}", file=sys.stderr)

@@ -37,6 +37,11 @@ def test_equal_seeds_are_equal_schedules(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not set(first.schedules) & set(other.schedules)
 
 
+def test_programs_on_two_devices_are_right_under_many_schedules() -> None:
+    found = schedules.several_block(0, runs=150)
+    assert len(set(found.schedules)) > 100
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("module", "function", "start"),
