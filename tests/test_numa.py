@@ -35,3 +35,12 @@ def test_a_worker_stays_where_it_is_told_and_elsewhere_nothing_changes() -> None
     with Workers(1, begin=lambda: stay_near({1 << 20})) as pool:
         assert pool.submit(os.sched_getaffinity, 0).result(10) == allowed
     assert os.sched_getaffinity(threading.get_native_id()) == allowed
+
+
+def test_a_system_that_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not in this container")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    with Workers(1, begin=lambda: stay_near(set(range(4)))) as pool:
+        assert pool.submit(lambda: 3).result(10) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def near(bus_id: str, root: Path = Path("/sys/bus/pci/devices")) -> set[int]:
 def stay_near(processors: set[int]) -> None:
     """Keep the calling thread, and so the memory that it is the first to use, on those of these that it may use.
 
-    Nothing changes where that is none of them, or the system has no such call.
+    Nothing changes where that is none of them, or where the system has no such call or refuses it.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
-    allowed = os.sched_getaffinity(0) & processors
-    if allowed:
-        os.sched_setaffinity(0, allowed)
+    with contextlib.suppress(OSError):  # a container may forbid it
+        allowed = os.sched_getaffinity(0) & processors
+        if allowed:
+            os.sched_setaffinity(0, allowed)
