@@ -403,9 +403,7 @@ class Executor:
                         batch = request.batch
                         # A batch that was interrupted on its way into the queue has ended, and takes no items.
                         is_filled = batch is not None and not request.is_done and batch.fill(request, slot)
-                        if is_filled and self._replay(slot, request, False):
-                            request.route = None  # the short path's end does not know of items
-                        else:
+                        if not (is_filled and self._replay(slot, request, False)):
                             self.begin(slot, request)
                 except Exception as error:
                     self._begin_failed(slot, request, error)
@@ -854,7 +852,7 @@ class Executor:
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
-        if request.route is not None and error is None and state is IN_FLIGHT:
+        if request.route is not None and request.batch is None and error is None and state is IN_FLIGHT:
             # The short path's end: the slot goes on, and then the caller is told.
             program = slot.program
             assert program is not None
