@@ -34,6 +34,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import itertools
 import statistics
@@ -159,12 +160,15 @@ def rfdetr_video(bench: Bench) -> Iterator[Row]:
             if made is None:
                 continue
             bed, says = made
+            gc.collect()
+            gc.freeze()  # as `aiotrt serve` does: a full collection of all that torch has stops the loop for 0.3 s
             facts = {"network": says, "film": film.says, "prepared_seconds": time.monotonic() - started}
             for way, opened, sources in bench.each("rfdetr_video", list(_ways(bed, bench))):
                 row = bench.run(loop, _measured(bed, way, opened, sources, plan, loop, facts))
                 if row is not None:
                     yield row
             del bed, made
+            gc.unfreeze()
             if is_cuda:
                 torch.cuda.empty_cache()
 
