@@ -450,12 +450,14 @@ cdef class CopyJob:
         self._release()
 
     cdef void _release(self) noexcept:
-        while self._exported > 0:
-            self._exported -= 1
-            PyBuffer_Release(&self._buffers[self._exported])
-        free(self._buffers)
+        cdef Py_buffer* buffers = self._buffers
+        cdef Py_ssize_t i, exported = self._exported
+        self._buffers = NULL  # first: releasing one may run anything, which may ask this job again
+        self._exported = 0
+        for i in range(exported):
+            PyBuffer_Release(&buffers[i])
+        free(buffers)
         free(self._work.copies)
-        self._buffers = NULL
         self._work.copies = NULL
 
     cdef bint _is_submitted(self) noexcept:
