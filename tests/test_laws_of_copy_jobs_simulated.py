@@ -26,7 +26,7 @@ from tests.simulated import held_streams
 from tests.test_laws_of_interrupts_simulated import interrupted
 from tests.test_laws_of_owners_simulated import GROUPS, streams_of
 from tests.test_laws_simulated import load, right, settle, under_schedules
-from tests.tools import executor_of, frame, turns
+from tests.tools import changed, executor_of, frame, turns
 
 
 @contextlib.contextmanager
@@ -231,3 +231,44 @@ def test_a_copy_that_fails_submits_nothing() -> None:
         with pytest.raises(ValueError, match="broadcast"):
             ask()
     submitted.assert_not_called()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_thread_launches_after_the_slots_last_consumers(group: int) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 1) as model:
+            reader, copies = device.stream(), []
+            async with model.lease() as slot:
+                slot.inputs[0][...] = device.tensor(frame(1))
+                output = await slot.replay()
+                reader.run(lambda: copies.append(output.clone()))
+                slot.consumed(reader)
+            assert right(await model(frame(7)), 7)
+            await aiotrt.wait(reader.record())
+            assert right(device.read(copies[0]), 1)
+
+    under_schedules(group, program)
+
+
+def test_calls_by_a_thread_are_counted_and_their_programs_are_in_use() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 1) as model:
+            before, uses = model.statistics(), executor_of(model).cache.uses
+            for i in range(4):
+                assert right(await model(frame(i)), i)
+            after = model.statistics()
+            assert (after.hits - before.hits, after.replays - before.replays, after.misses) == (4, 4, before.misses)
+            assert executor_of(model).cache.uses == uses + 4
+            assert next(iter(executor_of(model).cache)).used == uses + 4
+
+    under_schedules(0, program)
+
+
+def test_a_query_that_raises_is_confirmed_by_the_job() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with loaded(device, 1) as model:
+            (slot,) = executor_of(model).slots
+            with changed(slot, "query", mock.Mock(side_effect=RuntimeError("an error that is nobody's"))):
+                assert right(await model(frame(3)), 3)
+
+    under_schedules(0, program)

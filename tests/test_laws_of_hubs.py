@@ -698,8 +698,10 @@ async def test_all_who_await_what_one_poll_completes_are_resumed_at_its_end() ->
     assert counted == [3]
 
 
-@pytest.mark.parametrize("call", [2, 3, 4, 5])
-async def test_who_awaits_is_resumed_after_an_interrupt_at_any_reading_of_the_clock(call: int) -> None:
+@pytest.mark.parametrize(
+    ("by", "call"), [*[("the timer", call) for call in (1, 2, 3, 4, 5)], *[("the loop", call) for call in (1, 2, 3, 4)]]
+)
+async def test_who_awaits_is_resumed_after_an_interrupt_at_any_reading_of_the_clock(by: str, call: int) -> None:
     """At the poll's beginning, when an event was found complete, and between two lanes."""
     world = World()
     resumed = resumed_by(world, 2)
@@ -714,7 +716,7 @@ async def test_who_awaits_is_resumed_after_an_interrupt_at_any_reading_of_the_cl
 
     world.hub._clock = clock
     with pytest.raises(KeyboardInterrupt):
-        world.fire()
+        (world.fire if by == "the timer" else world.hub._poll)()
     for _ in range(3):
         await asyncio.sleep(0)
     assert resumed == [0, 1]
@@ -725,6 +727,7 @@ async def test_an_interrupt_when_the_timer_fires_leaves_the_poll_to_the_loop(whe
     """The timer does not fire again by itself."""
     world = World()
     resumed = resumed_by(world, 2)
+    later = Work(world, 0.5).watch(Lane())
     left = [1]
 
     def interrupt() -> float:
@@ -745,6 +748,8 @@ async def test_an_interrupt_when_the_timer_fires_leaves_the_poll_to_the_loop(whe
     for _ in range(3):
         await asyncio.sleep(0)
     assert resumed == [0, 1]
+    await world.advance(1.0)
+    assert later.outcomes == [None], "the timer was not set again"
 
 
 @pytest.mark.parametrize("reading", [1, 2])

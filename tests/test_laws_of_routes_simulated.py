@@ -530,3 +530,19 @@ def test_a_nested_input_that_is_resized_while_it_waits_is_refused(form: Any) -> 
             await settle(model, 1)
 
     under_schedules(0, program)
+
+
+@pytest.mark.interpreted
+def test_if_a_result_cannot_be_copied_its_call_fails_and_its_slot_goes_on() -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0), overlap=True) as model:
+            await seen(model, frame(0))
+            with (
+                mock.patch("aiotrt.runtime.executor.own", side_effect=MemoryError),
+                pytest.raises(aiotrt.EngineError, match="while its results were copied"),
+            ):
+                await model(frame(1))
+            assert right(await model(frame(2)), 2)
+            await settle(model, 1)
+
+    under_schedules(0, program)

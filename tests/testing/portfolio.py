@@ -45,6 +45,7 @@ MODULES: Final = (
     "tests.test_laws_of_observing_simulated",
     "tests.test_laws_of_interrupts_simulated",
     "tests.test_laws_of_routes_simulated",
+    "tests.test_laws_of_copy_jobs_simulated",
     "tests.test_laws_of_programs_simulated",
     "tests.test_laws_of_handover",
     "tests.test_laws_of_estimates",
