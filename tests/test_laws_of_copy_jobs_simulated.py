@@ -19,6 +19,7 @@ import pytest
 import aiotrt
 from aiotrt.completion.hub import Hub
 from aiotrt.runtime.copy_job import CopyJob
+from aiotrt.runtime.executor import COPY_ON_LOOP_BYTES
 from aiotrt.runtime.slots import Slots, State
 from aiotrt.testing import SimulatedDevice, SimulatedGraph
 from aiotrt.testing.virtual import Workers
@@ -272,3 +273,30 @@ def test_a_query_that_raises_is_confirmed_by_the_job() -> None:
                 assert right(await model(frame(3)), 3)
 
     under_schedules(0, program)
+
+
+def test_which_calls_with_large_host_inputs_may_be_given_to_threads() -> None:
+    """Those of host inputs alone, with results on the host, where inputs are copied at all."""
+    size = (COPY_ON_LOOP_BYTES >> 2) + 1
+    large = np.ones((1, size), np.float32)
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        for outputs, has_route in ((None, True), ("device", False)):
+            async with aiotrt.load(lambda x: x[:, :4] + 1, device=device, slots=1, warmup=large, outputs=outputs) as model:
+                assert executor_of(model)._thread_bytes == device.thread_copy_bytes == COPY_ON_LOOP_BYTES + 1
+                with counted() as started:
+                    for _ in range(4):
+                        await model(large)
+                assert (executor_of(model)._route is not None) == has_route
+                assert len(started) == 2 * has_route
+
+    under_schedules(0, program)
+
+
+@pytest.mark.asyncio
+async def test_on_the_host_device_large_inputs_have_no_route() -> None:
+    large = np.ones((1, (COPY_ON_LOOP_BYTES >> 2) + 1), np.float32)
+    async with aiotrt.load(lambda x: x[:, :4] + 1, device="host", slots=1, warmup=large) as model:
+        for _ in range(4):
+            assert (await model(large) == 2).all()
+        assert executor_of(model)._route is None

@@ -276,8 +276,7 @@ class Hub:
             now = self._clock()
             told = self._told
             while told:
-                told[0].due = now
-                told.popleft()
+                told.popleft().due = now
             if self._soon is None:
                 self._poll()
         except BaseException:  # an interrupt: no other notification of this work will come

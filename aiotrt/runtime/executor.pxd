@@ -34,7 +34,6 @@ cdef class Executor:
     cpdef _prepare_results(self, program, origin, bint is_current)
     @cython.locals(request=Request)
     cpdef _completed(self, Slot slot, error)
-    @cython.locals(nbytes=cython.longlong)
     cpdef _small_views(self, program)
     @cython.locals(counters=Counters)
     cpdef count(self, program)

@@ -163,8 +163,8 @@ class Executor:
         #: request says, and when, its `times`.
         self.observer: Callable[[Any], None] | None = None
         self._unified = self.device.unified
-        #: From how many bytes of host inputs on a thread may copy and launch; where the device tells, none does.
-        self._thread_bytes: float = inf if self._unified or self.device.tells else self.device.thread_copy_bytes
+        #: From how many bytes of host inputs on a thread may copy and launch; none does where inputs are not copied.
+        self._thread_bytes: float = inf if self._unified else self.device.thread_copy_bytes
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
         self.latest: Slot | None = None  # without overlap: who launched last
         self._idle: asyncio.Future[None] | None = None
@@ -937,13 +937,8 @@ class Executor:
 
     def _small_views(self, program: Program) -> list[Any] | None:
         """Return views of the outputs; None if together they are too large to be copied on the loop."""
-        views = []
-        nbytes = 0
-        for i in range(len(program.outputs)):
-            view = program.output_view(i)
-            views.append(view)
-            nbytes += view.nbytes
-        return views if nbytes <= COPY_ON_LOOP_BYTES else None
+        views = [program.output_view(i) for i in range(len(program.outputs))]
+        return views if sum([view.nbytes for view in views]) <= COPY_ON_LOOP_BYTES else None
 
     def _copied(self, slot: Slot, results: Sequence[Any] | None, error: BaseException | None) -> None:
         request = slot.request
@@ -1348,7 +1343,7 @@ def _owned(request: Request, program: Program, views: Sequence[Any]) -> Sequence
     if request.batch is not None:
         return request.batch.copied(program, views)
     kind = request.kind
-    return [own(view, output.dtype, kind) for view, output in zip(views, program.outputs, strict=True)]
+    return [own(views[i], output.dtype, kind) for i, output in enumerate(program.outputs)]
 
 
 def _device_failed(executor: weakref.ref[Executor], error: DeviceError) -> None:

@@ -19,6 +19,7 @@ SAVES: Final = "saves calls of `_next_poll`, which says the same"
 EITHER: Final = "of two that are equal, either will do"
 ENDS: Final = "an error ends it, whatever is said of completion"
 ANY: Final = "set before it is read"
+JUST: Final = "at just this size both ways are as good"
 HUNG: Final = "saves a call of `_hung`, which decides"
 
 EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
@@ -112,17 +113,39 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     (
         "executor.py",
         "Executor._submit_new",
-        "route.nbytes <= COPY_ON_LOOP_BYTES -> route.nbytes < COPY_ON_LOOP_BYTES, in: if route.nbytes <= COPY_ON_LOOP_BYTES:",
+        "route.nbytes <= COPY_ON_LOOP_BYTES -> route.nbytes < COPY_ON_LOOP_BYTES, in: if route.nbytes <= COPY_ON_LOOP_BYTES or (self._thread_bytes < inf and request.origin is None):",
         0,
-    ): "at just this size both ways are as good",
+    ): JUST,
+    (
+        "executor.py",
+        "Executor._replay",
+        "route.nbytes >= self._thread_bytes -> route.nbytes > self._thread_bytes, in: if route.nbytes >= self._thread_bytes and self._hand_over(slot, request, program):",
+        0,
+    ): JUST,
+    (
+        "executor.py",
+        "Executor._replay",
+        "route.nbytes > COPY_ON_LOOP_BYTES -> route.nbytes >= COPY_ON_LOOP_BYTES, in: if route.nbytes > COPY_ON_LOOP_BYTES:",
+        0,
+    ): JUST,
+    (
+        "executor.py",
+        "Executor._hand_over",
+        "route.nbytes <= COPY_ON_LOOP_BYTES -> route.nbytes < COPY_ON_LOOP_BYTES, in: if route.nbytes <= COPY_ON_LOOP_BYTES and (not self.machine.count(IN_FLIGHT)):",
+        0,
+    ): JUST,
+    ("executor.py", "Executor._hand_over", "return False -> return None", 0): "None is false too",
+    ("executor.py", "Executor._hand_over", "return False -> return None", 1): "None is false too",
+    ("executor.py", "Executor._hand_over", "return False -> return None", 2): "None is false too",
+    ("executor.py", "Executor._hand_over", "return False -> return None", 3): "None is false too",
     (
         "executor.py",
         "Executor._replay",
         "1 -> 2, in: cache.uses = program.used = cache.uses + 1",
         0,
     ): "only the order of uses counts",
-    ("executor.py", "Executor._replay", "return True -> return None", 0): "the long way finds that its slot is broken",
-    ("executor.py", "Executor._replay", "True -> False, in: return True", 0): "the long way finds that its slot is broken",
+    ("executor.py", "Executor._replay", "return True -> return None", 1): "the long way finds that its slot is broken",
+    ("executor.py", "Executor._replay", "True -> False, in: return True", 1): "the long way finds that its slot is broken",
     ("executor.py", "Executor._detour", "return False -> return None", 0): "None is false too",
     ("executor.py", "Executor._stage", "0 -> 1, in: slot.launches = 0", 0): "launches are told apart by equality",
     ("executor.py", "Executor._stage", "0 -> -1, in: slot.launches = 0", 0): "launches are told apart by equality",
@@ -135,16 +158,10 @@ EQUIVALENT: Final[dict[tuple[str, str, str, int], str]] = {
     ): "of one result the first is the last",
     (
         "executor.py",
-        "Executor._copy_out.copy",
-        "True -> False, in: return [own(view, dtype, kind) for view, dtype in zip(views, dtypes, strict=True)]",
+        "Executor._small_views",
+        "sum([view.nbytes for view in views]) <= COPY_ON_LOOP_BYTES -> sum([view.nbytes for view in views]) < COPY_ON_LOOP_BYTES, in: return views if sum([view.nbytes for view in views]) <= COPY_ON_LOOP_BYTES else None",
         0,
-    ): "there are as many of both, by construction",
-    (
-        "executor.py",
-        "Executor._copy_out",
-        "sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES -> sum((view.nbytes for view in views)) >= COPY_ON_LOOP_BYTES, in: if sum((view.nbytes for view in views)) > COPY_ON_LOOP_BYTES:",
-        0,
-    ): "at just this size both ways are as good",
+    ): JUST,
     ("executor.py", "_count_fork", "_forks += 1 -> _forks -= 1", 0): "only whether it is another number counts",
     ("executor.py", "_count_fork", "1 -> 2, in: _forks += 1", 0): "only whether it is another number counts",
     (
