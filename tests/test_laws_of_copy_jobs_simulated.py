@@ -77,9 +77,11 @@ def test_a_small_input_is_copied_by_a_thread_only_while_another_slot_is_busy(gro
             for _ in range(3):
                 await model(frame(1))
             with counted() as started, held_streams(device, *streams_of(model)):
-                calls = [asyncio.ensure_future(model(frame(i))) for i in range(2)]
-                await turns()
-                assert len(started) == 1
+                calls = []
+                for i in range(2):
+                    calls.append(asyncio.ensure_future(model(frame(i))))
+                    await turns()
+                    assert len(started) == i
             assert [right(result, i) for i, result in enumerate(await asyncio.gather(*calls))] == [True, True]
 
     under_schedules(group, program)
@@ -281,8 +283,9 @@ def test_which_calls_with_large_host_inputs_may_be_given_to_threads() -> None:
     large = np.ones((1, size), np.float32)
 
     async def program(device: SimulatedDevice, choose: random.Random) -> None:
-        for outputs, has_route in ((None, True), ("device", False)):
-            async with aiotrt.load(lambda x: x[:, :4] + 1, device=device, slots=1, warmup=large, outputs=outputs) as model:
+        for options, has_route in (({}, True), ({"outputs": "device"}, False)):
+            given: dict[str, Any] = {"device": device, "slots": 1, "warmup": large, **options}
+            async with aiotrt.load(lambda x: x[:, :4] + 1, **given) as model:
                 assert executor_of(model)._thread_bytes == device.thread_copy_bytes == COPY_ON_LOOP_BYTES + 1
                 with counted() as started:
                     for _ in range(4):
@@ -300,3 +303,52 @@ async def test_on_the_host_device_large_inputs_have_no_route() -> None:
         for _ in range(4):
             assert (await model(large) == 2).all()
         assert executor_of(model)._route is None
+
+
+@pytest.mark.parametrize("kind", ["device results", "batches"])
+def test_results_on_the_device_and_batches_are_the_loops(kind: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        options: dict[str, Any] = {"outputs": "device"}
+        if kind == "batches":
+            options = {"batching": aiotrt.Batching(max_size=2)}
+        async with load(device, slots=2, overlap=True, warmup=frame(0), **options) as model:
+            executor_of(model)._thread_bytes = 0
+            with counted() as started:
+                for _ in range(4):
+                    results = await asyncio.gather(*[model(frame(i)) for i in range(6)])
+                    for i, result in enumerate(results):
+                        assert right(device.read(result) if kind == "device results" else result, i)
+            assert not started
+            await settle(model, 2)
+
+    under_schedules(0, program)
+
+
+@pytest.mark.parametrize("missing", ["inputs", "outputs"])
+def test_a_slot_without_staging_memory_gets_it_first(missing: str) -> None:
+    """Its program was made for calls from the device, or for a lease whose results stay there."""
+
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=2, overlap=True) as model:
+            executor = executor_of(model)
+            executor._thread_bytes = 0
+            if missing == "inputs":
+                with held_streams(device, *streams_of(model)):
+                    calls = [asyncio.ensure_future(model(device.tensor(frame(i)))) for i in range(2)]
+                    await turns()
+                await asyncio.gather(*calls)
+            else:
+                await model(device.tensor(frame(0, (1, 3))))  # so that it knows its inputs, of other shapes
+                async with model.lease(((2, 3),)) as first, model.lease(((2, 3),)) as second:
+                    for slot in (first, second):
+                        slot.inputs[0].host[...] = 0
+                        await slot.replay()
+            for _ in range(3):
+                assert right(await model(frame(4)), 4)
+            assert executor._route is not None
+            assert len(executor.cache.holders(executor._route.key)) == 2
+            results = await asyncio.gather(*[model(frame(i)) for i in range(4)])
+            assert all(right(result, i) for i, result in enumerate(results))
+            await settle(model, 2)
+
+    under_schedules(0, program)

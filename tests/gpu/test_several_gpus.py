@@ -83,8 +83,9 @@ async def test_twins_share_one_queue(twins: list[Device], batching: Any) -> None
 async def test_an_input_that_runs_on_the_other_twin_is_waited_for(twins: list[Device], latch: Latch) -> None:
     async with aiotrt.load(Affine(), device=twins, slots=1, warmup=frame(0)) as model:
         await asyncio.gather(model(frame(1)), model(frame(1)))
-        side = torch.cuda.Stream()  # before the device is held: creating torch's first stream waits for it
+        side = torch.cuda.Stream()  # all for the first time, before the device is held: it would wait until that ends
         with torch.cuda.stream(side):
+            torch.cuda._sleep(1)
             assert bool((await model(torch.full((2, 3), 1.0, device="cuda:0")) == 4).all())
         hold(latch, model, 0)
         stuck = model._executors[0].submit((frame(5),), {})
@@ -153,8 +154,9 @@ async def test_results_are_bit_equal_to_those_of_one_gpu_and_weights_are_copied_
 async def test_an_input_of_a_busy_gpu_is_copied_behind_what_makes_it_and_its_result_comes_back(latch: Latch) -> None:
     async with aiotrt.load(Affine(), device=PAIR, slots=1, warmup=frame(0)) as model:
         await asyncio.gather(model(frame(1)), model(frame(1)))
-        side = torch.cuda.Stream()  # before the device is held: creating torch's first stream waits for it
+        side = torch.cuda.Stream()  # all for the first time, before the device is held: it would wait until that ends
         with torch.cuda.stream(side):
+            torch.cuda._sleep(1)
             assert bool((await model(torch.full((2, 3), 1.0, device="cuda:0")) == 4).all())
         hold(latch, model, 0)
         stuck = model._executors[0].submit((frame(5),), {})
