@@ -5,9 +5,8 @@ curl --data-binary @image.npy http://127.0.0.1:8000/
 
 - The replica is async: one has all requests that Ray lets in (`max_ongoing_requests`) under way at once, and whoever waits
   when the device is free goes together. `@serve.batch` would gather by a timer, and hand over what then waits once more.
-- One replica has all GPUs of its host: Ray makes them visible, and `device="cuda:*"` takes what it sees. One queue serves
-  all of them, and a GPU that fails leaves the others. Where there is no GPU, the host stands for two devices.
-- `check_health` is readiness: a replica whose last GPU broke, or hangs, is replaced, in a new process.
+- One replica has all GPUs of its host, which Ray makes visible to it. One queue serves them, and a GPU that fails leaves the
+  others. `check_health` is readiness: a replica whose last GPU broke or hangs is replaced, in a new process.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ class Classifier:
     def __init__(self) -> None:
         torch.manual_seed(0)  # stands for weights that are read from a file: all replicas have the same
         layers = torch.nn.Conv2d(3, 16, 5, 4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16 * 15 * 15, 10)
-        network = torch.nn.Sequential(*layers).eval()  # copied to each GPU once
         self.model = aiotrt.load(
-            network,
+            torch.nn.Sequential(*layers).eval(),  # copied to each GPU once
             device="cuda:*" if GPUS else ["host", "host"],
             warmup=[np.zeros((3, 64, 64), np.float32)],
             batching=aiotrt.Batching(max_size=16),
@@ -45,8 +43,7 @@ class Classifier:
 
     async def classify(self, image: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> list[float]:
         # The first call, or health check, opens the model and warms it up; the others wait for that.
-        result: list[float] = (await (await self.model)(image, deadline=5.0)).tolist()
-        return result
+        return (await (await self.model)(image, deadline=5.0)).tolist()  # type: ignore[no-any-return]
 
     async def __call__(self, request: Request) -> list[float]:
         return await self.classify(np.load(io.BytesIO(await request.body()), allow_pickle=False))

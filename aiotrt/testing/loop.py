@@ -27,7 +27,7 @@ T = TypeVar("T")
 #: Seconds of virtual time that one iteration of the loop takes.
 ITERATION: Final = 2e-6
 #: Real seconds to wait for a real thread or socket when nothing can happen in virtual time.
-PATIENCE: Final = 1.0
+PATIENCE: Final = 5.0
 #: Iterations after which real files are polled even if no thread has woken the loop: a signal sets no flag.
 POLL_INTERVAL: Final = 100
 

@@ -270,7 +270,7 @@ def model(option: str) -> str:
         ("model 'a': load must be true or false, got 'no'", model('load = "no"')),
         ("model 'a': heed_timeout must be true or false, got 30", model("heed_timeout = 30")),
         ("model 'a': slots must be an integer of at least 1, got '3'", model('slots = "3"')),
-        ("model 'a': device must be a string, got 3", model("device = 3")),
+        ("model 'a': device must be a string, or a list of strings, got 3", model("device = 3")),
         ("model 'a': profiles must be a list of tables, got 3", model("profiles = 3")),
         ("model 'a': allow_host_code must be true or false, got 'false'", model('allow_host_code = "false"')),
         ("model 'a': warmup must be a list of shapes", model('warmup = [["3"]]')),
