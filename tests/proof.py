@@ -55,9 +55,10 @@ PYTEST: Final = ("-m", "pytest", "--proof", "-q")
 STAGES: Final = (
     Stage(
         "tests", "all tests: every loop, every seed",
-        (*PYTEST, "-m", "not gpu and not serial", "-n", "auto", "--dist", "worksteal"),
+        (*PYTEST, "-m", "not gpu and not serial and not ray", "-n", "auto", "--dist", "worksteal"),
     ),
     Stage("serial", "tests that measure time", (*PYTEST, "-m", "serial and not gpu")),
+    Stage("ray", "a deployment in Ray Serve, on a local Ray", ("-m", "pytest", "-q", "tests/serving/test_ray.py")),
     Stage("known defects", "defects that tests once missed", ("-m", "tests.testing.known_defects"), r"\d+ of \d+ .*"),
     Stage("seeded defects", "statements taken out", ("-m", "tests.testing.seeded_defects"), r"\w+: \d+ changes, .*"),
     Stage("mutants", "operators and constants changed", ("-m", "tests.testing.mutants"), r"\w+: \d+ changes, .*"),
