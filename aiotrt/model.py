@@ -298,7 +298,7 @@ class Statistics:
 
     @property
     def is_broken(self) -> bool:
-        """Whether a fault has taken every slot: no call can succeed on this model, or on this one of its devices."""
+        """Whether a fault has taken every slot, so that no call can succeed on this model, or on this one of its devices."""
         return self.broken > 0 and not (
             self.free or self.claimed or self.preparing or self.in_flight or self.readable or self.draining
         )

@@ -43,7 +43,7 @@ _elsewhere = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_elsewhere)})(\..*)?"),
     ("py:.*", r"(.*\.)?[RST]"),
-    ("py:class", r"Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
+    ("py:class", r"Devices|Path|PathLike|ProfileArgument|Report|Span|Stack"),  # type variables and aliases have no page
     ("py:class", "WebSocket"),  # imported for type checkers only
     ("py:class", r"aiotrt\.serving\.kserve\.(binary|servable)\..*"),  # internal types have no page
 ]

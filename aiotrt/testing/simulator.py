@@ -97,7 +97,7 @@ class SimulatedDevice(BaseDevice):
         self.detector: Detector = Detector() if peer is None else peer.detector
         self.memory: Memory = Memory() if peer is None else peer.memory
         self.broken: DeviceError | None = None
-        #: By pinned block: writes executed, writes pending.
+        #: The numbers of executed and of pending writes, by pinned block.
         self.pinned_writes: dict[int, tuple[int, int]] = {} if peer is None else peer.pinned_writes
         self._events = 0
         self._streams: dict[int, SimulatedStream] = {} if peer is None else peer._streams  # of all peers
