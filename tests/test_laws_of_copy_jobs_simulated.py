@@ -352,3 +352,33 @@ def test_a_slot_without_staging_memory_gets_it_first(missing: str) -> None:
             await settle(model, 2)
 
     under_schedules(0, program)
+
+
+@pytest.mark.parametrize("has_launched", [False, True], ids=["before the launch", "after the launch"])
+@pytest.mark.interpreted
+def test_a_model_that_is_dropped_keeps_its_memory_until_the_launch_is_complete(has_launched: bool) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        with mock.patch("aiotrt.runtime.executor.COPY_ON_LOOP_BYTES", -1):
+            model = await load(device, slots=1, overlap=True, warmup=frame(0))
+            executor = executor_of(model)
+            executor._thread_bytes = 0
+            for _ in range(3):
+                await model(frame(1))
+            run, order = CopyJob._run, list[str]()
+
+            def running(self: CopyJob) -> None:
+                if not has_launched:
+                    executor.is_discarded = True  # and what `discard` waited for is complete: nothing was submitted
+                run(self)
+
+            with (
+                mock.patch.object(CopyJob, "_run", running),
+                mock.patch("aiotrt.runtime.executor.keep", side_effect=lambda _: order.append("keep")),
+                mock.patch("aiotrt.runtime.executor.release_when_idle", side_effect=lambda *_: order.append("release")),
+            ):
+                assert right(await model(frame(2)), 2)
+            assert order == ([] if has_launched else ["keep", "release"])
+            executor.is_discarded = False
+            await model.aclose()
+
+    under_schedules(0, program)

@@ -105,6 +105,29 @@ def test_an_interrupted_replay_is_drained_before_the_slot_goes_on(group: int, ow
     under_schedules(group, program)
 
 
+@pytest.mark.parametrize("way", ["the short path", "the long way"])
+def test_an_interrupt_while_results_are_copied_fails_the_call_and_its_slot_goes_on(way: str) -> None:
+    async def program(device: SimulatedDevice, choose: random.Random) -> None:
+        async with load(device, slots=1, warmup=frame(0)) as model:
+            executor = executor_of(model)
+            for _ in range(3):
+                assert right(await model(frame(1)), 1)
+            if way == "the long way":
+                executor._route = executor._likely = None
+            request = executor.submit((frame(1),), {})
+            device.run_until_idle()
+            for lane in executor.hub.lanes:
+                lane.due = 0.0
+            with mock.patch("aiotrt.runtime.executor.own", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+                executor.hub._poll()
+            with pytest.raises(aiotrt.EngineError, match="while its results were copied"):
+                await request
+            await settle(model, 1)
+            assert right(await model(frame(2)), 2)
+
+    under_schedules(0, program)
+
+
 BATCH_PLACES = [
     *[(SimulatedGraph, "launch", done) for done in (False, True)],
     *[(Hub, "add", done) for done in (False, True)],

@@ -302,7 +302,7 @@ class Jobs:
         raise OSError(doing)
 
     def finish(self, job: Any) -> None:
-        """Wait until it was submitted."""
+        """Wait until it was submitted, and see that it is complete."""
         ends = time.monotonic() + 20
         while not job.confirm():
             assert time.monotonic() < ends
@@ -459,6 +459,29 @@ def test_what_a_thread_uses_is_kept_until_it_is_done(jobs: Jobs) -> None:
         another = jobs.job((np.zeros(4), np.ones(4)))
         another.start()
         jobs.finish(another)
+
+
+def test_what_the_device_uses_is_kept_until_the_work_is_complete(jobs: Jobs) -> None:
+    class Kept:
+        pass
+
+    kept = Kept()
+    reference = weakref.ref(kept)
+    jobs.driver.answer(Kind.EVENT_QUERY, 600)
+    job = jobs.job((np.zeros(4), np.ones(4)), kept=kept)
+    job.start()
+    del job, kept  # as a request whose model was dropped
+    for status in (600, 900):
+        jobs.driver.answer(Kind.EVENT_QUERY, status)
+        for _ in range(100):
+            jobs.job((np.zeros(4), np.ones(4))).start()
+        gc.collect()
+        assert reference() is not None
+    jobs.driver.answer(Kind.EVENT_QUERY, 0)
+    ends = time.monotonic() + 20
+    while reference() is not None:
+        assert time.monotonic() < ends
+        jobs.job((np.zeros(4), np.ones(4))).start()
 
 
 def test_a_job_that_was_never_started_lets_go(jobs: Jobs) -> None:

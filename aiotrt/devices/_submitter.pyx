@@ -279,7 +279,7 @@ cdef struct Pool:
     bint is_ended
 
 cdef Pool pool
-#: Jobs whose threads may still use their memory.
+#: Jobs whose memory threads or the device may still use.
 _running = set()
 
 
@@ -399,11 +399,11 @@ cdef class CopyJob:
 
     Args:
         copies: contiguous arrays of as many bytes, to where and from where.
-        graph: to launch, by its handle.
-        stream: where, likewise.
-        event: recorded after it, likewise.
-        context: of all of them, likewise.
-        kept: what must not be freed before the work was submitted.
+        graph: the handle of the executable graph.
+        stream: the handle of the stream to launch it on.
+        event: the handle of the event to record after it.
+        context: the handle of the context of all three.
+        kept: what must not be freed before the work is complete.
         threads: how many there may be.
         fail: raises the error of a driver's status, given what was done, and whether the work's end cannot be seen.
         query: what `Device.query` answers for the event.
@@ -465,9 +465,17 @@ cdef class CopyJob:
             return False
         if self._buffers != NULL:  # first seen now
             self._release()
-            self._kept = None
-            _running.discard(self)
         return True
+
+    cdef bint _has_ended(self) noexcept:
+        """Whether the device is known to use its memory no longer. For jobs whose requests were given up."""
+        if not self._is_submitted() or self._work.recorded != SUCCESS:
+            return False
+        return driver.event_query(self._work.event) == SUCCESS
+
+    cdef void _end(self) noexcept:
+        self._kept = None
+        _running.discard(self)
 
     def __call__(self):
         """See `Job`."""
@@ -477,6 +485,7 @@ cdef class CopyJob:
         if self._work.launched == SUCCESS and self._work.recorded == SUCCESS:
             status = driver.event_query(self._work.event)
             if status == SUCCESS:
+                self._end()
                 return True
             if status == NOT_READY:
                 return False
@@ -487,9 +496,11 @@ cdef class CopyJob:
         if not self._is_submitted():
             return False
         if self._work.recorded != SUCCESS:
+            self._end()
             self._fail("recording an event", self._work.recorded, True)
         if not self._query():
             return False
+        self._end()
         if self._work.launched != SUCCESS:
             self._fail("launching a graph", self._work.launched, False)
         return True
@@ -499,8 +510,9 @@ cdef class CopyJob:
         cdef CopyJob job
         if self._work.state != CREATED:
             return
-        for job in list(_running):  # those of requests that were given up
-            job._is_submitted()
-        _running.add(self)  # a thread uses its memory
+        for job in list(_running):
+            if job._has_ended():
+                job._end()
+        _running.add(self)  # a thread, and then the device, use its memory
         self._work.state = STARTED
         _give(&self._work, self._threads)

@@ -161,6 +161,7 @@ class Graph(Protocol):
         outputs: Sequence[torch.Tensor],
         results: Sequence[torch.Tensor],
         event: Event,
+        kept: object,
     ) -> Any | None:
         """Return a job that copies host arrays, and then submits as `submit` does, in a thread without the interpreter lock.
 
@@ -174,6 +175,7 @@ class Graph(Protocol):
             outputs: what the graph writes.
             results: where each of them is copied to.
             event: recorded last.
+            kept: an object that must not be freed before the work is complete.
         """
         ...
 
@@ -399,16 +401,7 @@ class BaseGraph(ABC):
     def prepare(self, results: Sequence[torch.Tensor]) -> None:  # noqa: B027  # nothing is to be done for most
         """Do ahead what `submit` would do for these results."""
 
-    def copy_job(
-        self,
-        stream: Stream,
-        copies: Sequence[tuple[Any, Any]],
-        inputs: Sequence[torch.Tensor],
-        sources: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
-        results: Sequence[torch.Tensor],
-        event: Event,
-    ) -> Any | None:
+    def copy_job(self, *_: Any) -> Any | None:
         """Return None: there are no such threads. See `Graph.copy_job`."""
         return None
 

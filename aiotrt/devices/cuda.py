@@ -382,6 +382,7 @@ class CudaGraph(BaseGraph):
         outputs: Sequence[torch.Tensor],
         results: Sequence[torch.Tensor],
         event: Event,
+        kept: object,
     ) -> Any | None:
         copying = self._copying
         if _submitter is None or copying is None or copying.ordered or type(event) is not CudaEvent or event.address == 0:
@@ -395,7 +396,7 @@ class CudaGraph(BaseGraph):
             self._remember(sources, results)
         try:
             return _submitter.CopyJob(
-                copies, int(copying.handle), stream.handle, event.address, copying.context, (self, stream, event),
+                copies, int(copying.handle), stream.handle, event.address, copying.context, (kept, event),
                 COPYING_THREADS, _fail_job, functools.partial(query, event.query),
             )  # fmt: skip
         except (BufferError, TypeError, ValueError):  # an array that is not contiguous, or whose dtype has no buffer

@@ -549,11 +549,11 @@ class Executor:
                 return False
         graph = program.graph
         assert graph is not None
-        job: Job | None = graph.copy_job(slot.stream, copies, program.inputs, sources, program.outputs, results, slot.event)
+        job: Job | None = graph.copy_job(
+            slot.stream, copies, program.inputs, sources, program.outputs, results, slot.event, self
+        )
         if job is None:
-            submit = partial(
-                graph.submit, slot.stream, None, slot.mark, program.inputs, sources, program.outputs, results, slot.event
-            )
+            submit = partial(self._submit_copied, slot, program, sources, results)
             job = CopyJob(self._workers, self.device, slot.stream, slot.event, copies, submit, slot.query)
         slot.program = program
         cache = self.cache
@@ -571,6 +571,17 @@ class Executor:
         self.hub.add(slot.lane, request)
         job.start()  # last: whatever happens before it, no thread uses the slot's memory yet
         return True
+
+    def _submit_copied(self, slot: Slot, program: Program, sources: Sequence[Any], results: Sequence[Any]) -> None:
+        """On a worker thread: launch what a job has copied. Its reference to the executor keeps the program's memory."""
+        graph = program.graph
+        assert graph is not None
+        try:
+            graph.submit(slot.stream, None, slot.mark, program.inputs, sources, program.outputs, results, slot.event)
+        finally:
+            if self.is_discarded:  # perhaps before the launch, which then nothing waits for
+                keep(self)
+                release_when_idle(self, self.device)
 
     def _prepare_results(self, program: Program, origin: Stream | None, is_current: bool) -> None:
         """Allocate results for the next call, which mostly comes from the same stream, and point the graph's copies at them.
@@ -871,8 +882,10 @@ class Executor:
                     return
                 try:
                     results = _owned(request, program, views)
-                except Exception as failure:  # out of memory
+                except BaseException as failure:  # out of memory, or an interrupt: the slot must not stay in flight
                     self._copied(slot, None, failure)
+                    if not isinstance(failure, Exception):
+                        raise
                     return
             names = program.names
             packed = results[0] if names.is_bare else names.pack(results)
@@ -930,8 +943,10 @@ class Executor:
             return
         try:
             results = _owned(request, program, views)
-        except Exception as error:  # out of memory: without this the slot would be in flight for ever
+        except BaseException as error:  # out of memory, or an interrupt: the slot must not stay in flight
             self._copied(slot, None, error)
+            if not isinstance(error, Exception):
+                raise
         else:
             self._finish(slot, request, results)
 
