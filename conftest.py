@@ -27,6 +27,9 @@ GROUPS: Final = 1
 # This line must run before anything imports aiotrt.
 os.environ.setdefault("AIOTRT_IMPL", "python")
 
+# Tests hold streams, and what is in another stream must not wait for them in the same hardware queue, of which there are 8.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 _deselected = pytest.StashKey[Counter[str]]()
 
 
