@@ -333,6 +333,36 @@ def test_ten_thousand_shapes_leave_nothing_behind() -> None:
     assert (len(q), q.groups, list(q)) == (0, 0, [])
 
 
+@pytest.mark.parametrize("bounded", [True, False])
+def test_who_is_put_back_is_the_first_of_its_class_and_counts_as_before(bounded: bool) -> None:
+    q = queue(max_waiting=4, max_size=2)
+    first, second, other, third = entry("a"), entry("a"), entry("b"), entry("a")
+    for item in (first, second, other, third):
+        q.add(item, bounded=bounded)
+    assert q.take(0.0).items == [first, second]
+    q.put_back(second)
+    q.put_back(first)
+    assert (list(q), q.groups, first.place) == ([first, second, other, third], 2, "queue")
+    if bounded:
+        with pytest.raises(OverflowError):
+            q.add(entry("a"))
+    else:
+        q.add(last := entry("a"))
+        q.remove(last)
+    assert [q.take(0.0).items for _ in range(3)] == [[first, second], [other], [third]]
+    assert (len(q), q.groups, q._bounded) == (0, 0, 0)
+
+
+def test_a_group_of_its_own_can_be_put_back() -> None:
+    q = queue(max_size=2)
+    only = entry("a")
+    q.add(only)
+    assert q.take(0.0).items == [only]
+    assert q.groups == 0
+    q.put_back(only)
+    assert q.take(0.0).items == [only]
+
+
 class QueueMachine(RuleBasedStateMachine):
     """The queue against plain lists."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -31,6 +32,25 @@ def test_a_lease_that_is_granted_when_the_model_is_dropped_is_told_so() -> None:
         with pytest.raises(aiotrt.ModelClosedError, match="closed before this lease could be entered"):
             await waiting
         await closing
+
+    run_simulated(main(), device)
+
+
+def test_a_closed_model_keeps_nothing_that_it_used_and_no_timer() -> None:
+    device = SimulatedDevice(0)
+
+    async def main() -> None:
+        batching = aiotrt.Batching(max_size=2)
+        model = await aiotrt.load(Affine(), device=device, slots=1, warmup=frame(0), batching=batching)
+        gatherer = model._gatherer
+        assert gatherer is not None
+        timer = gatherer._held = asyncio.get_running_loop().call_later(1000, gatherer.pump)
+        used = weakref.ref(executor_of(model))
+        await model.aclose()
+        assert timer.cancelled()
+        del gatherer, timer
+        gc.collect()
+        assert used() is None
 
     run_simulated(main(), device)
 

@@ -164,6 +164,7 @@ def test_after_an_interrupt_no_item_of_a_batch_waits_forever(
                 held = executor.lease(specs, ((1, *frame(0).shape),), Kind.NUMPY)
                 await held
             items = [gatherer.submit((frame(value),), {}) for value in range(3)]
+            gatherer.close()  # of the pump that submitting has scheduled: only the interrupted one may schedule another
             with interrupted(owner, name, is_done), contextlib.suppress(KeyboardInterrupt):
                 gatherer.pump()
                 if held is not None:

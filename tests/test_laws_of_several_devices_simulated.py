@@ -216,6 +216,9 @@ def test_leases_and_maps_use_all_devices(group: int) -> None:
                         result = await lease.replay()
                     assert device.holds(result)
                     assert right(device.read(result), value)
+            made = [model.lease() for _ in devices]  # the device is chosen when it is entered
+            async with contextlib.AsyncExitStack() as stack:
+                assert sorted([(await stack.enter_async_context(lease)).device for lease in made]) == names
             for device in devices:
                 async with model.lease(device=device.name) as lease:
                     assert lease.device == device.name
@@ -227,7 +230,7 @@ def test_leases_and_maps_use_all_devices(group: int) -> None:
                 seen += 1
             assert all(one.completed for one in model.statistics().devices), "each had some of them"
             await idle(model)
-            assert balanced(model, leases=2 * len(devices))
+            assert balanced(model, leases=3 * len(devices))
 
     under_schedules(group, program)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from types import TracebackType
 from typing import TypeVar
 
 __all__ = ["CancelledElsewhereError", "own_cancellation_only", "wait_until_done"]
@@ -19,8 +19,7 @@ class CancelledElsewhereError(RuntimeError):
         super().__init__("an operation that it awaited was cancelled from outside")
 
 
-@contextlib.contextmanager
-def own_cancellation_only() -> Iterator[None]:
+class own_cancellation_only:  # noqa: N801  # named as the context managers of contextlib are
     """Turn a cancellation of something other than the current task into an error; for blocks that await user code.
 
     Otherwise such a cancellation would end the task silently, and consumers of its results would wait permanently.
@@ -28,13 +27,17 @@ def own_cancellation_only() -> Iterator[None]:
     Raises:
         CancelledElsewhereError: the block raised `asyncio.CancelledError`, and the current task is not being cancelled.
     """
-    try:
-        yield
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise CancelledElsewhereError from error
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                raise CancelledElsewhereError from error
 
 
 async def wait_until_done(work: asyncio.Future[T]) -> T:

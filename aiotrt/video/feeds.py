@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from aiotrt._workers import Workers
+from aiotrt._workers import LoopWorkers
 from aiotrt.video.decoding import Decoder, Opening
 from aiotrt.video.frames import Frame, Held, Picture
 from aiotrt.video.reports import Kind
@@ -69,7 +69,7 @@ class _Worker:
     def __init__(self, name: str, timeout: float) -> None:
         self._name = name
         self._timeout = timeout
-        self._pool = Workers(1, f"aiotrt-{name}")
+        self._pool = LoopWorkers(1, f"aiotrt-{name}")
 
     async def call(self, function: Callable[[], T]) -> T:
         """Call `function` in the thread. If this is cancelled, the function continues to run."""

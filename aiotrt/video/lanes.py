@@ -113,14 +113,16 @@ class Lane:
 
     async def _read(self) -> None:
         """Read frames from the source into the mailbox."""
+        frames = self._frames
         try:
             while True:
-                await self._frames.wait_for_room()
+                if not frames.mail.has_room:
+                    await frames.wait_for_room()
                 frame = await self.source.take()
                 if frame is None:
                     return
                 self._meter.add("decode", frame.decode_seconds)
-                self._frames.put(frame, frame.received)
+                frames.put(frame, frame.received)
         except asyncio.CancelledError:
             if not self._is_stopped:
                 raise
@@ -131,18 +133,27 @@ class Lane:
     async def _dispatch(self, inferences: set[asyncio.Task[Outcome | None]]) -> None:
         """Take frames from the mailbox and start their inference."""
         clock, permits = self._pipeline.clock, self._pipeline.permits
-        while await self._waiting("source", self._frames.wait_for_item()):
-            await self.resumed.wait()
-            if (delay := self._frames.mail.delay(clock())) > 0:
+        frames, room = self._frames, self._room
+        # Where nothing has to be waited for, nothing is measured: that would take longer than the rest.
+        while len(frames) or await self._waiting("source", frames.wait_for_item()):
+            if not self.resumed.is_set():
+                await self.resumed.wait()
+            if (delay := frames.mail.delay(clock())) > 0:
                 await asyncio.sleep(delay)
                 continue
-            await self._waiting("sinks" if self._is_held else "models", self._room.acquire())
-            await self._waiting("models", permits.acquire())
+            if room.locked():
+                await self._waiting("sinks" if self._is_held else "models", room.acquire())
+            else:
+                await room.acquire()
+            if permits.locked():
+                await self._waiting("models", permits.acquire())
+            else:
+                await permits.acquire()
             # Take the frame last, because a waiting frame may be replaced or become stale during the waits above.
-            frame = self._frames.take(clock()) if self.resumed.is_set() else None
+            frame = frames.take(clock()) if self.resumed.is_set() else None
             if frame is None:
                 permits.release()
-                self._room.release()
+                room.release()
                 continue
             self._meter.add("queue", clock() - frame.received)
             self._in_flight += 1
@@ -198,9 +209,10 @@ class Lane:
                     self._meter.add("device", outcome.device)
                     result = Result(frame, outcome.result)
                     for outlet in self._outlets:
-                        self._is_held = True
-                        await outlet.box.wait_for_room()
-                        self._is_held = False
+                        if not outlet.box.mail.has_room:
+                            self._is_held = True
+                            await outlet.box.wait_for_room()
+                            self._is_held = False
                         outlet.box.put(result, now)
                 self._room.release()
         finally:
@@ -210,7 +222,7 @@ class Lane:
     async def _deliver(self, outlet: _Outlet) -> None:
         """Write the results in a sink's mailbox to the sink."""
         clock = self._pipeline.clock
-        while await outlet.box.wait_for_item():
+        while len(outlet.box) or await outlet.box.wait_for_item():
             result = outlet.box.take(clock())
             if result is None:
                 continue

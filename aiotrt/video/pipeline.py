@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from aiotrt._workers import Workers
+from aiotrt._workers import LoopWorkers
 from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.video.cancellation import own_cancellation_only, wait_until_done
@@ -97,7 +97,7 @@ class Pipeline:
                     self._sinks.append(sink)
                 mine.append(sink)
             self._lanes[source.name] = Lane(self, source, _policy_of(source, policy), mine, sink_buffer)
-        self._pool: Workers | None = None
+        self._pool: LoopWorkers | None = None
         self._opened: list[Sink] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
@@ -111,7 +111,7 @@ class Pipeline:
             raise UsageError("a pipeline can be entered only once; create another one")
         check_asyncio("a pipeline")
         self._state = "running"
-        self._pool = Workers(self._threads, "aiotrt-video")
+        self._pool = LoopWorkers(self._threads, "aiotrt-video")
         try:
             self.runner: Runner = runner_of(self._models, self._pool, self._clock, self._in_flight)
             self.limit = self._in_flight or self.runner.capacity

@@ -21,7 +21,7 @@ from typing import IO, Any, TypeAlias, TypeVar
 import numpy as np
 
 from aiotrt._install import install_hint
-from aiotrt._workers import Workers
+from aiotrt._workers import LoopWorkers
 from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.detection import Detections
 from aiotrt.video.frames import Array, Frame
@@ -116,11 +116,11 @@ class Threaded(Sink):
     """Base class of sinks that process results in their own thread, one at a time."""
 
     def __init__(self) -> None:
-        self._pool: Workers | None = None
+        self._pool: LoopWorkers | None = None
 
     async def open(self) -> None:
         """Start the thread and call `begin` in it."""
-        self._pool = Workers(1, "aiotrt-sink")
+        self._pool = LoopWorkers(1, "aiotrt-sink")
         await self._in_thread(self.begin)
 
     async def write(self, result: Result) -> None:

@@ -181,9 +181,9 @@ class Source:
         if self.state in (SourceState.ENDED, SourceState.FAILED):
             return None
         while True:
-            await self.start()
-            feed = self._feed
-            assert feed is not None
+            if (feed := self._feed) is None:
+                await self.start()
+                continue
             try:
                 with own_cancellation_only():
                     item = await feed.read()
@@ -200,7 +200,8 @@ class Source:
                 self.state = SourceState.ENDED
                 return None
             if frame is not None:
-                await self._pace(frame)
+                if self._realtime:
+                    await self._pace(frame)
                 self.count += 1  # after pacing: a frame cancelled there was never given
                 return frame
 
@@ -286,7 +287,7 @@ class Source:
 
     async def _pace(self, frame: Frame) -> None:
         """Wait until a frame's time, as a camera would."""
-        if not self._realtime or frame.time is None:
+        if frame.time is None:
             return
         now = self.clock()
         if self._begin is None:
