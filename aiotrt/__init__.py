@@ -1,7 +1,7 @@
-"""aiotrt: ``await model(frame)``. GPU inference that belongs in an asyncio program.
+"""aiotrt: ``await model(frame)``, GPU inference for asyncio programs.
 
-Start reading at `aiotrt.model`, which tells the story. `aiotrt.runtime.slots` decides who owns what,
-`aiotrt.runtime.executor` does it, and `aiotrt.completion.hub` finds out when it is done.
+Start reading at `aiotrt.model`, the public interface. `aiotrt.runtime.slots` decides which request owns which slot,
+`aiotrt.runtime.executor` carries out the decisions, and `aiotrt.completion.hub` detects when work is complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A leased slot's buffers, as its holder reads and writes them."""
+"""The input and output buffers of a leased slot, which the lease's holder reads and writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aiotrt.tensors import DEVICE, number, numpy_view, widened
 
 __all__ = ["Buffer", "Buffers"]
 
-_LEGACY_STREAM: Final = 1  # what the CUDA array interface calls the legacy default stream, whose handle is 0
+_LEGACY_STREAM: Final = 1  # the CUDA array interface's number for the legacy default stream, whose handle is 0
 
 
 class Buffer:
@@ -33,7 +33,7 @@ class Buffer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its extents."""
+        """The sizes of its dimensions."""
         return tuple(self._tensor.shape)
 
     @property
@@ -45,17 +45,19 @@ class Buffer:
     def tensor(self) -> torch.Tensor:
         """The device tensor itself, without a copy.
 
-        An output may be read here in the order of the current stream once it was launched. On the host device plain Python
-        runs on no stream: there it may be read once its produce event is complete, or by a function that `Stream.run`
-        runs, in that stream's order. An input may be written here.
+        After a launch, work on the current stream may read an output's tensor. On the host device plain Python runs on no
+        stream: there the tensor may be read once its produce event is complete, or by a function that `Stream.run` runs,
+        in that stream's order. An input may be written through its tensor.
 
         Raises:
             UsageError: the lease has ended; a replay without a graph is not on the device yet; for an output, nothing was
-                launched yet, or (host) it is not complete; for an input (host), what was assigned to it is not there yet.
+                launched yet, or (host) the launch is not complete; for an input (host), an assigned value was not copied
+                to it yet.
         """
         hold = self._hold
         if hold.executor.device.is_on_stream():
-            # Its turn may come after the lease has ended: what `consumed` promised keeps the slot's contents for it.
+            # Called by a function that runs on a stream, perhaps after the lease has ended. `consumed` made the slot's next
+            # launch wait for that stream, so the contents are still those of this lease.
             return self._tensor
         hold.check()
         hold.check_submitted()
@@ -74,12 +76,12 @@ class Buffer:
     def host(self) -> torch.Tensor:
         """Its page-locked staging memory as a host tensor, without a copy (`numpy()` makes it an array).
 
-        An input written here is copied to the device by the next launch. An output is here once the launch is complete,
+        The next launch copies an input that was written here to the device. An output is here once the launch is complete,
         if the lease was taken with ``outputs="torch"`` or ``"numpy"``.
 
         Raises:
-            UsageError: the lease has ended; the last launch is not complete; an output was not asked for on the host; on the
-                host device, what was assigned to an input is not there yet.
+            UsageError: the lease has ended; the last launch is not complete; the lease has no outputs on the host; on the
+                host device, a value assigned to an input was not copied to it yet.
         """
         hold = self._hold
         hold.check()
@@ -103,7 +105,7 @@ class Buffer:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Return `host` as an array, for ``np.asarray(buffer)``. Raises as `host` does.
 
-        No copy, unless `dtype` or `copy` asks for one, or numpy lacks the dtype: see `Lease.replay`.
+        No copy is made, unless `dtype` or `copy` requires one, or numpy lacks the dtype: see `Lease.replay`.
         """
         host = self.host
         array = widened(numpy_view(host), host.dtype)
@@ -112,18 +114,18 @@ class Buffer:
         return np.array(array, dtype, copy=copy)
 
     def __dlpack__(self, **options: Any) -> Any:
-        """Return `tensor` as a DLPack capsule, for ``torch.from_dlpack(buffer)`` and its like. Raises as `tensor` does."""
+        """Return `tensor` as a DLPack capsule, for functions like ``torch.from_dlpack(buffer)``. Raises as `tensor` does."""
         return self.tensor.__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[enum.IntEnum, int]:
-        """Return the type and the number of its device, as DLPack counts them."""
+        """Return DLPack's type and number of the buffer's device."""
         return self._tensor.__dlpack_device__()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Describe `tensor` for CuPy, Numba and their like; on CUDA only. Raises as `tensor` does.
+        """Describe `tensor` for libraries such as CuPy and Numba; on CUDA only. Raises as `tensor` does.
 
-        Who reads it must order its work after the stream that the description names: the current one.
+        The description names the current stream. A library that reads the tensor must order its work after that stream.
         """
         if not self._tensor.is_cuda:
             raise AttributeError(f"{self!r} is in host memory: use np.asarray")
@@ -136,15 +138,16 @@ class Buffer:
 
         Args:
             index: as for numpy; ``...`` for all of it.
-            value: a number; a host array or tensor, copied to staging memory here and now; a device tensor, copied in the
-                order of the current stream; or another lease's output buffer, copied on the device once it is produced.
+            value: a number; a host array or tensor, which is copied to staging memory before this returns; a device tensor,
+                which is copied in the order of the current stream; or another lease's output buffer, which is copied on
+                the device once it is produced.
 
         Raises:
             InputError: wrong dtype, shape or device, a number that the dtype does not hold, or no such index. Nothing was
                 written.
-            UsageError: the lease has ended; it is an output; a host value while a launch is not complete, or any value while
-                a replay without a graph is not on the device yet; values from the host and from the device mixed in one
-                input.
+            UsageError: the lease has ended; the buffer is an output; a launch is not complete and the value is on the host;
+                a replay without a graph is not on the device yet; or one input gets values both from the host and from
+                the device.
         """
         hold = self._hold
         hold.check()
@@ -159,7 +162,7 @@ class Buffer:
             if value.dtype is not self.dtype:
                 raise InputError(f"input {self.name!r}: expected {self.dtype}, got {value!r}")
             self._write_device(index, value._tensor)
-            # What is copied must not be overwritten before the copy, which the current stream makes.
+            # The current stream makes the copy: without this the other slot's next launch could overwrite its source first.
             value._hold.consumed(None)
             return
         if isinstance(value, (bool, int, float, complex, np.generic)):
@@ -192,9 +195,9 @@ class Buffer:
         if not isinstance(value, np.ndarray):
             value = self._number(value)
         self._check_broadcast(view, index, value.shape)
-        hold.wrote(self._index, host=True)  # only now: what was refused was not written
+        hold.wrote(self._index, host=True)  # after the checks: a refused value was not written
         if hold.unified and not hold.is_current_idle():
-            # Copies made on the device side stand in line there; this one must come after them.
+            # Earlier copies are still queued on the current stream: this one must come after them.
             value = np.array(value)
             hold.on_current(self._index, lambda: view.__setitem__(index, value))
         else:
@@ -203,7 +206,7 @@ class Buffer:
     def _write_device(self, index: Any, source: torch.Tensor) -> None:
         hold = self._hold
         destination = self._tensor
-        hold.order()  # what the last launch reads must not change before it has
+        hold.order()  # the last launch must have read its inputs before they change
         self._check_broadcast(destination, index, source.shape)
         hold.wrote(self._index, host=False)
 
@@ -228,7 +231,7 @@ class Buffer:
         except (IndexError, TypeError, ValueError) as error:
             raise InputError(f"input {self.name!r} of shape {self.shape} has no {index!r}: {error}") from error
         try:
-            fits = np.broadcast_shapes(place, shape) == place  # torch's own imports sympy first: 0.3 s on the loop
+            fits = np.broadcast_shapes(place, shape) == place  # torch.broadcast_shapes imports sympy: 0.3 s on the loop
         except ValueError:
             fits = False
         if not fits:
@@ -236,9 +239,9 @@ class Buffer:
 
 
 class Buffers:
-    """The inputs or outputs of a leased slot: by position, by name, and with the names as attributes.
+    """The inputs or outputs of a leased slot, by position, by name, or as attributes of their names.
 
-    Like a tuple, but it has none of a tuple's methods: an input may be called ``count`` or ``index``.
+    Like a tuple, but without a tuple's methods, because an input may have the name ``count`` or ``index``.
     """
 
     def __init__(self, what: str, buffers: Sequence[Buffer]) -> None:
@@ -257,11 +260,11 @@ class Buffers:
     @overload
     def __getitem__(self, key: slice) -> tuple[Buffer, ...]: ...
     def __getitem__(self, key: int | str | slice) -> Buffer | tuple[Buffer, ...]:
-        """One by its name or position; a slice gives a tuple.
+        """Return the buffer of a name or position; for a slice, a tuple of buffers.
 
         Raises:
-            KeyError: there is none of this name.
-            IndexError: there is none at this position.
+            KeyError: no buffer has this name.
+            IndexError: there is no buffer at this position.
         """
         try:
             return self._by_name[key] if isinstance(key, str) else self._buffers[key]

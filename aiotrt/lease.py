@@ -1,7 +1,7 @@
-"""A slot of one's own for a while: write into the graph's input buffers, replay, read its output buffers. No copies.
+"""`Lease`: hold a slot, write into the graph's input buffers, replay, and read its output buffers. No copies.
 
-The order of things is the device's: a launch waits for what the caller's current stream did before, that stream waits
-for the launch, and leaving records consumer-done events that gate the slot's next launch, whoever makes it.
+Work is ordered on the device. A launch waits for the work that is on the caller's current stream, and that stream waits
+for the launch. Leaving records consumer-done events, for which the slot's next launch waits, whichever caller makes it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["Lease"]
 class Lease:
     """One slot, held from entering to leaving the block.
 
-    Made by `Model.lease`. Entering waits for a free slot and, for new shapes, for its graph; cancelling that gives up the
-    place in line, and the lease can be entered later. Leaving is immediate: whatever is still on the device goes on, and the
-    slot is free after it.
+    Made by `Model.lease`. Entering waits for a free slot and, for new shapes, for its graph. Cancelling the entry gives up
+    the place in the queue, and the lease can be entered later. Leaving is immediate: work that is still on the device goes
+    on, and the slot becomes free after it.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Lease:
         choose: Callable[[], Executor] | None = None,
     ) -> None:
         self._executor = executor
-        self._choose = choose  # of several devices, the one whose slot this is to be, once it is entered
-        self._model = model  # a model that is garbage lets go of its slots, and so of this one
+        self._choose = choose  # with several devices: called on entry to choose the device
+        self._model = model  # keeps the model alive: a garbage-collected model releases its slots, this one included
         self._specs = specs
         self._shapes = shapes
         self._kind = kind
-        self._is_entered = False  # or about to be: whoever came meanwhile would be granted a slot too
+        self._is_entered = False  # set before the wait: a second entry meanwhile would be granted a slot too
         self._hold: Hold | None = None
         self._inputs: Buffers | None = None
         self._outputs: Buffers | None = None
@@ -63,12 +63,12 @@ class Lease:
             await request
         except BaseException:
             self._is_entered = False
-            # Also where the slot was granted in the same turn of the loop as the cancellation: without this it would
-            # belong to nobody for ever.
+            # The slot may have been granted in the same loop iteration as the cancellation: without this it would stay
+            # claimed permanently, without an owner.
             self._executor.abandon(request)
             raise
         slot = request.slot
-        if slot is None or request.is_revoked:  # granted, and in the same turn of the loop the model was closed under it
+        if slot is None or request.is_revoked:  # the model was closed in the same loop iteration as the grant
             raise ModelClosedError(f"{self._executor.recipe.engine.name} was closed before this lease could be entered")
         program = slot.program
         assert program is not None
@@ -80,7 +80,7 @@ class Lease:
         try:
             hold.open()
         except Exception as error:
-            # Nobody calls __aexit__ when __aenter__ raises: without this the slot would stay claimed for ever.
+            # Python does not call __aexit__ when __aenter__ raises: without this the slot would stay claimed permanently.
             self._is_entered = False
             self._hold = request.record_readers = None
             self._executor.abandon(request)
@@ -95,7 +95,7 @@ class Lease:
 
     @property
     def device(self) -> str:
-        """The name of the device that the slot is on. Of a model on several it is chosen when the lease is entered."""
+        """The name of the slot's device. If the model is on several devices, it is chosen when the lease is entered."""
         return self._executor.device.name
 
     @property
@@ -109,16 +109,17 @@ class Lease:
         return self._entered(self._outputs)
 
     def launch(self) -> Event:
-        """Replay the graph on what the inputs hold now.
+        """Replay the graph on the current contents of the inputs.
 
-        Returns at once, with the produce event (a `torch.cuda.Event` on CUDA): new for each launch and never recorded
-        again. From now on the caller's current stream waits for it, on the device, so work submitted there later reads
+        Returns at once, with the produce event (a `torch.cuda.Event` on CUDA). Each launch has a new event, which is never
+        recorded again. The caller's current stream waits for it on the device, so work that is submitted there later reads
         the outputs in order. An input that was not written since the last launch keeps its value. A model that runs
-        without a graph is launched op by op, on this thread: prefer `replay` then, which uses a worker.
+        without a graph is launched op by op on this thread: prefer `replay` then, which uses a worker thread.
 
         Raises:
-            UsageError: the lease has ended, an input was never written, or a replay without a graph is under way.
-            ModelBrokenError, ModelClosedError: the model is; the lease has ended with it.
+            UsageError: the lease has ended, an input was never written, or a worker thread still submits a replay without
+                a graph.
+            ModelBrokenError, ModelClosedError: the model is broken or closed, and the lease has ended with it.
             EngineError: without a graph, the model raised.
             DeviceError: the device broke.
         """
@@ -130,31 +131,32 @@ class Lease:
         """Launch, and wait for the results.
 
         Returns:
-            The outputs as views of the slot's buffers, valid until the next launch or the end of the lease, in the structure
-            that a call returns. They are device tensors, or host tensors or arrays if the lease asked for them. bfloat16,
-            float8 and complex32, which numpy lacks, are copied here and now, to arrays of float32 or complex64.
+            The outputs as views of the slot's buffers, in the structure that a call returns. They are valid until the next
+            launch or the end of the lease. They are device tensors, or host tensors or arrays if the lease was taken with
+            ``outputs="torch"`` or ``"numpy"``. numpy lacks bfloat16, float8 and complex32: such results are copied on the
+            loop's thread, to arrays of float32 or complex64.
 
-        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does, and without
-        a graph also a UsageError while the last launch is not complete; after an EngineError the lease is usable.
+        Cancellation stops the waiting; the launch goes on, and the lease is still held. Raises as `launch` does. Without a
+        graph it also raises UsageError while the last launch is not complete. After an EngineError the lease is usable.
         """
         hold = self._hold or self._held()
         replay = hold.replay()
         try:
             await replay
         except asyncio.CancelledError:
-            with contextlib.suppress(AiotrtError):  # of which whoever uses the lease next is told
+            with contextlib.suppress(AiotrtError):  # the next use of the lease raises it
                 hold.order()  # the launch goes on
             raise
         return hold.awaited(replay)
 
     def consumed(self, stream: object = None) -> None:
-        """Name a stream that reads this slot's buffers, so that the slot's next launch waits for it too.
+        """Register a stream that reads this slot's buffers, so that the slot's next launch waits for it too.
 
         Args:
             stream: a stream of `Model.stream`, a `torch.cuda.Stream`, anything with ``__cuda_stream__``, or a handle;
-                None for the current stream, which is always among them.
+                None for the current stream, which is always registered.
 
-        What was submitted there up to the end of the lease (or the next launch) is waited for.
+        The launch waits for the work that is submitted to the stream up to the next launch or the end of the lease.
 
         Raises:
             UsageError: the lease has ended, or this is not a stream of the model's device.

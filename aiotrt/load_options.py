@@ -1,4 +1,4 @@
-"""The options of `load`, for its overloads."""
+"""The types of the options of `load`, for its overloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EngineLoadOptions", "LoadOptions"]
 
 
 class LoadOptions(TypedDict, total=False):
-    """What `load` takes that says nothing of the type of its results; see there."""
+    """The options of `load` on which the type of results does not depend; see `load`."""
 
     device: Devices
     slots: int
@@ -38,7 +38,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 class EngineLoadOptions(LoadOptions, total=False):
-    """All that `load` takes beside its source."""
+    """All options of `load`."""
 
     outputs: Literal["numpy", "torch", "device"] | None
     postprocess: Callable[..., object] | None

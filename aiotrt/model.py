@@ -1,4 +1,4 @@
-"""`load` and `Model`: the story that the README tells. How it is done stands in `executor`, `graphs` and `completion`."""
+"""`load` and `Model`, the public interface. The implementation is in `aiotrt.runtime`, `batching` and `completion`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ S = TypeVar("S")
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Engine: TypeAlias = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram
 
-LOOP_END: Final = 5.0  # seconds that the end of a loop waits for the device of a model that is being closed
+LOOP_END: Final = 5.0  # seconds that closing a model waits for its device when the loop ends meanwhile
 
 
 @overload
@@ -110,66 +110,69 @@ def load(
 ) -> Model[Any]:
     """Load an engine: ``async with aiotrt.load(...) as model``, or ``model = await aiotrt.load(...)``.
 
-    Nothing happens before the model is awaited or entered. Then reading, deserialising, warming up and capturing happen in
-    worker threads, and the loop goes on. It returns when everything in `warmup` is captured on every slot. Cancellation
-    stops the waiting at once; a step that cannot be interrupted ends in its thread, which frees what it made.
+    Nothing happens before the model is awaited or entered. Then worker threads read and deserialise the engine, warm it up
+    and capture it, and the loop goes on. The await returns when everything in `warmup` is captured on every slot.
+    Cancellation stops the waiting at once; a step that cannot be interrupted ends in its thread, which frees its results.
 
     Args:
-        source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file, which TensorRT builds once
-            into a cache on CUDA, and ONNX Runtime runs on the host, with the files of its weights in its folder, which may
-            be symbolic links out of it; a `torch.nn.Module` on the model's device; a `torch.export.ExportedProgram`; or a
-            function over device tensors. A module is used in the mode that it is in; `load` warns of dropout or batch norm
-            in training mode. Weights that are updated in place are seen by the next call; weights that are replaced are
-            not, since graphs use the memory that they were captured with.
-        device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one, and
-            the host otherwise, or for an ``.onnx`` file where no TensorRT is installed. A list of devices, or ``"cuda:*"``
-            for every GPU that the process sees: one model and one queue for all of them. Each call goes to the device where
-            it is expected to finish first. A module is copied to each device but its own.
+        source: a path to a TensorRT ``.engine`` or ``.plan`` file; a path to an ``.onnx`` file; a `torch.nn.Module` on the
+            model's device; a `torch.export.ExportedProgram`; or a function over device tensors. On CUDA, TensorRT builds an
+            ``.onnx`` file once into a cache; on the host, ONNX Runtime runs it. The files of its weights must be in its
+            folder, as files or as symbolic links to other folders. A module is used in its present mode; `load` warns of
+            dropout or batch norm in training mode. The next call uses weights that were updated in place. Weights that were
+            replaced by other tensors have no effect, because graphs use the memory that they were captured with.
+        device: ``"auto"``, ``"host"``, ``"cuda"`` or ``"cuda:1"``. "auto" is the current CUDA device if there is one. It is
+            the host otherwise, and for an ``.onnx`` file where no TensorRT is installed. A list of devices, or ``"cuda:*"``
+            for every GPU that the process sees, gives one model with one queue for all of them. Each call goes to the device
+            where it is expected to finish first. A module is copied to each device but its own.
         slots: how many requests may be on each device at once; each slot has its own stream, buffers and graphs.
-        overlap: whether launches of several slots may run at the same time. False makes each wait, on the device, for the
-            one before it, but for its copies: for a model that fills the device by itself, which gets no more done by two
-            at a time, but each of the two later. A call without a graph waits for nobody; its end is seen in its turn, and
-            the calls after it wait for it.
+        overlap: whether launches of several slots may run at the same time. With False, each launch waits on the device for
+            the previous one to end; copies still run at the same time. Set False when one launch saturates the device:
+            throughput stays the same and latency is lower. A call without a graph does not wait for the previous launch;
+            its completion is reported in the order of the launches, and later calls wait for it.
         max_queue: how many calls may wait for a slot before `QueueFullError`; 0 for none, None for no bound.
         batching: make batches of single items. Calls, `map`, `warmup` and `inputs` are then about items, **which have no
             batch axis**: they are stacked on a new axis 0, and results are split on axis 0. See `Batching`.
-        graphs: whether to capture at all.
-        warmup: example inputs, to capture ahead of the first call: a list with one entry per shape or signature, each an
-            input, or a tuple or dict of inputs.
+        graphs: whether to capture graphs.
+        warmup: example inputs, to capture ahead of the first call: a list with one entry per shape or signature. Each entry
+            is an input, or a tuple or dict of inputs.
         signatures: which inputs calls may have, where the engine does not declare them. "any": each signature (names,
-            dtypes, ranks, structure and constants) has its own graphs in the cache, as each shape has. "fixed": those of
-            `warmup` only, or else that of the first call; any other is an `InputError`. Shapes may always differ.
-        preprocess: from the model's inputs to the engine's: a function over device tensors that returns a tensor, or a
-            tuple or dict of them. Captured into the graph.
-        postprocess: from the engine's outputs to the model's; likewise. It gets what the engine returned: a tensor, each
-            tensor of a flat tuple, list or dict by position, or any other structure as it is. Callers get what it returns.
-        outputs: the kind of results, instead of the kind that went in: "numpy" arrays, host "torch" tensors, or "device"
-            tensors.
+            dtypes, ranks, structure and constants) has its own graphs in the cache, as each shape has. "fixed": only the
+            signatures of `warmup`, or without `warmup` that of the first call; any other is an `InputError`. Shapes may
+            always differ.
+        preprocess: a function over device tensors from the model's inputs to the engine's. It returns a tensor, or a tuple
+            or dict of tensors, and is captured into the graph.
+        postprocess: a function over device tensors from the engine's outputs to the model's. It is captured into the graph
+            too. Its arguments are the engine's result: a tensor, each tensor of a flat tuple, list or dict by position, or
+            any other structure unchanged. Calls return its result.
+        outputs: the kind of results: "numpy" arrays, host "torch" tensors, or "device" tensors; None for the kind of the
+            inputs.
         graph_cache_entries: how many graphs are kept, over all slots and shapes; at least one per slot.
-        graph_cache_bytes: how many bytes of device memory they may keep; a graph in use is never evicted.
-        hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit. It holds
-            too for the engine's first run for new shapes with its capture, while the model is warmed up or called: raise it
-            for a module that compiles itself for longer.
+        graph_cache_bytes: how many bytes of device memory the graphs may keep; a graph in use is never evicted.
+        hang_timeout: seconds that one request may take on the device before `DeviceHangError`; None for no limit. It also
+            limits the engine's first run for new shapes together with its capture, in a warm-up or a call. Raise it for a
+            module whose own compilation takes longer.
         retry: with several devices, whether a call whose inputs are on the host runs again on another device, once, when the
             device that ran it broke or hung. For models whose result does not depend on how often they run.
-        progress: how completion is found: "predict" sleeps until just before it is expected; "spin" looks at every loop
-            iteration, for the lowest latency and a whole core; "interval" looks at growing intervals.
+        progress: how completion is detected: "predict" sleeps until just before the expected completion; "spin" polls in
+            every loop iteration, for the lowest latency, and occupies a whole core; "interval" polls at growing intervals.
         threads: how many threads one run of a host engine may use.
-        runtime: the TensorRT to build and run a file with; None for what is installed and reads it. The host has no use
-            for this, nor for the next two.
-        precision: to build an ``.onnx`` file with on CUDA; see `build`.
-        profiles: to build an ``.onnx`` file with on CUDA; see `build`. None derives one from `warmup` where shapes are open,
-            unless there is a `preprocess`: the engine takes the examples' shapes and those between them.
-        sha256: the file's checksum in hexadecimal, checked before anything looks into the file. Engines are code: pin those
-            that come from elsewhere.
-        allow_host_code: whether code for the host inside an engine may run.
+        runtime: the TensorRT to build and run a file with; None for an installed one that reads the file. The host ignores
+            this option and the next two.
+        precision: the precision to build an ``.onnx`` file with on CUDA; see `build`.
+        profiles: the profiles to build an ``.onnx`` file with on CUDA; see `build`. None derives one from `warmup` where
+            shapes are open, unless there is a `preprocess`: the engine then takes the examples' shapes and those between
+            them.
+        sha256: the file's checksum in hexadecimal, checked before anything else reads the file. Engines are code: pin those
+            that come from other sources.
+        allow_host_code: whether host code inside an engine may run.
 
     Raises:
-        InputError: an option is out of range, or is for files and the engine is none; at once. The following when awaited or
-            entered; no model exists then.
+        InputError: an option is out of range, or is for files only and the engine is not a file. Raised at once. The
+            following are raised when the model is awaited or entered; no model exists then.
         EngineError: the engine is missing, damaged or unusable, or it raised while it was warmed up.
-        MissingDependencyError: a package is missing that this engine or device needs.
-        UsageError: there is no such device, or it is a simulated one and `aiotrt.testing.run` does not run this loop.
+        MissingDependencyError: this engine or device needs a package that is missing.
+        UsageError: there is no such device, or it is a simulated device and `aiotrt.testing.run` does not run this loop.
         DeviceHangError: a run for `warmup`, or its capture, took longer than `hang_timeout`.
         ResourceError: the process has no thread or file descriptor left.
     """
@@ -191,7 +194,7 @@ def load(
         raise InputError(f"hang_timeout must be a positive number of seconds or None, got {hang_timeout!r}")
     if is_several(device):
         if not isinstance(device, str):
-            device = tuple(device)  # type: ignore[arg-type]  # a value, whatever becomes of the caller's list
+            device = tuple(device)  # type: ignore[arg-type]  # copied: the caller may change its list
             if not device:
                 raise InputError("device=[] names no device: expected a list of devices, such as ['cuda:0', 'cuda:1']")
     elif retry:
@@ -225,42 +228,45 @@ def load(
 
 @dataclass(frozen=True)
 class Statistics:
-    """A model at one moment. Counts are since it was opened. With batching, calls are items; launches are of batches.
+    """The state of a model at one moment. Counts are since it was opened.
+
+    With batching, calls are items, and launches are of batches.
 
     Attributes:
-        engine: its name.
-        device: its device's name; of several devices, their names with commas between them.
-        implementation: "native" or "python": whether aiotrt runs compiled.
-        free: slots nobody uses.
+        engine: the engine's name.
+        device: the device's name; for several devices, their names separated by commas.
+        implementation: "native" if aiotrt runs compiled, else "python".
+        free: slots that are free.
         claimed: slots whose caller writes inputs.
-        preparing: slots that a worker thread captures for, or copies into.
+        preparing: slots for which a worker thread captures a graph or copies inputs.
         in_flight: slots on the device.
         readable: slots whose lease holder reads outputs.
-        draining: slots on the device that nobody waits for.
+        draining: slots that are still on the device, but whose caller no longer waits.
         broken: slots lost to a fault.
-        waiting: callers in line for a slot.
+        waiting: callers that are queued for a slot.
         submitted: calls and leases accepted.
         completed: calls that returned results.
         failed: calls that raised.
         cancelled: calls whose caller stopped waiting.
-        rejected: calls refused because the queue was full, and calls that made way for newer ones.
+        rejected: calls refused because the queue was full, and queued calls that newer ones replaced.
         expired: calls whose deadline passed.
         replays: launches of captured graphs.
         fallback_runs: launches that were not one graph.
-        captures: graphs (or what stands in for one) built.
-        hits: requests (with batching, batches) whose graph was there.
-        misses: requests for which one had to be built first. Warm-up counts for neither.
-        graphs: how many are kept now.
-        graph_bytes: bytes of device memory that they keep.
-        signatures: of how many different signatures of inputs they are.
-        evictions: how many were given up for others.
-        fallbacks: why something runs without a graph, each reason once.
+        captures: programs built, with or without a graph.
+        hits: requests (with batching, batches) whose graph was in the cache.
+        misses: requests for which a graph had to be built first. Warm-ups count neither as hits nor as misses.
+        graphs: graphs in the cache now.
+        graph_bytes: bytes of device memory that these graphs keep.
+        signatures: the number of different input signatures among these graphs.
+        evictions: graphs removed from the cache to make room for others.
+        fallbacks: why parts of the model run without a graph, each reason once.
         polls: event queries made by this loop's hub, for all its models.
-        wakes: times that hub's timer fired.
-        batches: how many batches there were of each number of items, with batching.
-        padding: how many rows of those batches held no item of their own.
-        devices: of a model on several devices, the numbers of each. There, with batching, calls are batches, and
-            `submitted` to `rejected` count what came to the device; what waits for a device is in the model's queue.
+        wakes: how often that hub's timer fired.
+        batches: with batching, the number of batches by their number of items.
+        padding: rows of these batches that only repeated an item.
+        devices: if the model is on several devices, the numbers of each. With batching, a device's calls are batches. Its
+            `submitted` to `rejected` count only the calls that were sent to that device; calls that wait for a device are
+            in the model's queue.
     """
 
     engine: str
@@ -298,7 +304,7 @@ class Statistics:
 
     @property
     def is_broken(self) -> bool:
-        """Whether a fault has taken every slot, so that no call can succeed on this model, or on this one of its devices."""
+        """Whether a fault broke every slot of the model or device that these numbers describe. No call can succeed then."""
         return self.broken > 0 and not (
             self.free or self.claimed or self.preparing or self.in_flight or self.readable or self.draining
         )
@@ -307,13 +313,13 @@ class Statistics:
 class Model(Generic[R]):
     """An engine with slots, on one device or several, for one event loop. Made by `load`.
 
-    Await it, or enter it with ``async with``, before use. It belongs to the loop that opened it: load once per loop. All
-    methods are for that loop's thread.
+    Await it, or enter it with ``async with``, before use. It belongs to the loop that opened it: load once per loop. Call
+    all methods on that loop's thread.
     """
 
     def __init__(self, options: _Options) -> None:
         self._options = options
-        self._executor: Executor | None = None  # of several, the first
+        self._executor: Executor | None = None  # the first, if there are several
         self._executors: tuple[Executor, ...] = ()
         self._gatherer: Gatherer | None = None  # with batching, or several devices
         self._opening: asyncio.Task[None] | None = None
@@ -337,38 +343,39 @@ class Model(Generic[R]):
     async def __call__(
         self, *inputs: object, deadline: float | None = None, priority: int | None = None, **named: object
     ) -> R:
-        """Run once.
+        """Run the model once.
 
         Args:
-            *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or anything
-                with ``__array__`` (a video frame), DLPack or ``__cuda_array_interface__``. Any strides. Where the engine
-                declares its inputs, dtypes, ranks and extents as `inputs` says; modules and functions also take nested
-                structures of them, and numbers, text and None as constants. A host input must not change before the call
-                returns: from 128 KiB on CUDA reads it where it is, if it was allocated as page-locked and is in plain order;
-                any other one is copied first.
-            deadline: with batching, seconds from now after which the result is of no use. An item that still waits then is
-                dropped before it reaches the device.
-            priority: with batching, the class: 0 is the most urgent, and 1 what calls have that do not say.
-            **named: inputs by name; without batching ``deadline`` and ``priority`` are names like any other.
+            *inputs: in the engine's order: numpy arrays, torch tensors on the host or on the model's device, or objects
+                with ``__array__`` (such as a video frame), DLPack or ``__cuda_array_interface__``, with any strides. Where
+                the engine declares its inputs, they must have the dtypes, ranks and dimensions of `inputs`. Modules and
+                functions also take nested structures of tensors, and numbers, text and None as constants. A host input must
+                not change before the call returns, because CUDA reads an input of 128 KiB or more in place if it was
+                allocated as page-locked and is contiguous. Other host inputs are copied first.
+            deadline: with batching, seconds from now after which the result is of no use. An item that is still queued then
+                is dropped before it reaches the device.
+            priority: with batching, the class of the call. 0 is the most urgent; the default is 1.
+            **named: inputs by name. Without batching, ``deadline`` and ``priority`` are ordinary input names.
 
         Returns:
-            The results, when they are complete. Of a module or function, the structure that it returns; of any other engine,
-            one output bare, and several as a named tuple. They belong to the caller, permanently. They are of the kind that
-            went in (numpy, host tensor, device tensor; the latter if any input is on the device), unless `load` was told
-            otherwise. bfloat16 and float8 results come to numpy as float32, complex32 as complex64.
+            The results, when they are complete. A module or function gives the structure that it returns; any other engine
+            gives its single output itself, or several outputs as a named tuple. The results belong to the caller
+            permanently. Unless `load` was called with ``outputs=``, they are of the inputs' kind: numpy, host tensor or
+            device tensor; device tensors if any input is on the device. As numpy arrays, bfloat16 and float8 results are
+            float32, and complex32 results complex64.
 
         Raises:
-            InputError: an input does not fit. Nothing was submitted, unless only the engine could say: it raised for inputs
-                of a new signature, while it accepted another before.
+            InputError: an input does not fit. Nothing was submitted, except where only the engine itself could detect it:
+                it raised for inputs of a new signature after it had accepted another signature.
             QueueFullError: all slots are busy and `max_queue` calls wait. Nothing was submitted.
             DeadlineError: the deadline passed; the model is usable.
-            OverloadedError: the result would come after it. Nothing was submitted.
+            OverloadedError: the result would come after the deadline. Nothing was submitted.
             EngineError: the engine raised. This call failed, with the others of its batch; the model is usable.
-            DeviceError: the device broke; so did the model, unless it has other devices.
-            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+            DeviceError: the device broke, and with it the model, unless the model has other devices.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from this loop or thread.
 
-        Cancellation returns at once. A call in line leaves it; work on the device goes on, and its slot, inputs and
-        outputs are kept until it has ended. Whether the work was done is unknown then.
+        Cancellation returns at once. A queued call leaves the queue. Work on the device goes on, and its slot, inputs and
+        outputs are kept until it has ended; the caller cannot know whether the work was done.
         """
         executor = self._executor
         if executor is None:
@@ -401,20 +408,21 @@ class Model(Generic[R]):
         outputs: Literal["numpy", "torch", "device"] | None = None,
         device: str | torch.device | None = None,
     ) -> Lease:
-        """Hold a slot: ``async with model.lease() as slot``. Zero copy, both ways.
+        """Hold a slot: ``async with model.lease() as slot``. Inputs and outputs need no copies.
 
         Args:
-            shapes: of the inputs: a sequence of shapes, a mapping from input names, or for a single input its shape. None
-                for the declared shapes if they are all fixed, else those of the first warm-up or call.
-            outputs: where results should be after a launch: "device" (the default), or also on the host.
-            device: one of the model's devices. None for the one where a launch is expected to end first when the lease is
-                entered; then it waits in that device's line.
+            shapes: the inputs' shapes: a sequence of shapes, a mapping from input names to shapes, or for a single input its
+                shape. None for the declared shapes if they are all fixed, else those of the first warm-up or call.
+            outputs: where results should be after a launch: "device" (the default), or with "torch" or "numpy" also on the
+                host.
+            device: one of the model's devices. None chooses, when the lease is entered, the device where a launch is
+                expected to end first; the lease then waits in that device's queue.
 
         Raises:
             InputError: the shapes are missing or do not fit.
             UsageError: the model has no such device.
-            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here; or it makes batches,
-                whose slots nobody holds.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from this loop or thread; or it
+                makes batches, whose slots cannot be held.
         """
         executor, gatherer = self._usable(), self._gatherer
         if self._options.batching is not None:
@@ -437,15 +445,18 @@ class Model(Generic[R]):
     async def map(
         self, frames: Iterable[object] | AsyncIterable[object], *, in_flight: int | None = None
     ) -> AsyncGenerator[R, None]:
-        """Run for each of `frames`, several at a time, results in order: ``async for result in model.map(frames)``.
+        """Run the model for each of `frames`, several at a time, and yield the results in order.
+
+        Use it as ``async for result in model.map(frames)``.
 
         Args:
-            frames: any iterable, or asynchronous iterable, of inputs; a tuple is several inputs, a dict named ones.
-            in_flight: how many calls may be under way or waiting to be fetched; None for two per slot, and with batching
-                for a full batch per slot and one more. They do not count against `max_queue`, since this bounds them.
+            frames: any iterable, or asynchronous iterable, of inputs; a tuple is several inputs, a dict is named inputs.
+            in_flight: how many calls may be running or have results that were not fetched yet. None for two per slot, or
+                with batching for a full batch per slot and one more batch. They do not count against `max_queue`, because
+                this argument bounds them.
 
-        Raises what a call raises, and what `frames` raises, in its place in the order: earlier results come first. Leaving
-        the loop, or cancelling, abandons what is under way, as for a call.
+        Raises what a call raises, and what `frames` raises, after the results of all earlier frames. Leaving the loop, or
+        cancelling, abandons the running calls, as cancelling a call does.
 
         With a progress bar of tqdm: ``async for result in tqdm(model.map(frames), total=len(frames))``.
         """
@@ -460,18 +471,18 @@ class Model(Generic[R]):
             await results.aclose()
 
     async def warmup(self, entries: object) -> None:
-        """Capture ahead of the first call, on every slot, and with batching every size of batch.
+        """Capture graphs ahead of the first call, on every slot, and with batching for every size of batch.
 
         Args:
-            entries: as for `load`; where the inputs are known, shapes will do: for a single input one shape or a list of
-                shapes (tuples of integers), else a dict from names to shapes.
+            entries: as for `load`. Where the inputs are known, an entry may be shapes instead: for a single input one shape
+                or a list of shapes (tuples of integers), else a dict from names to shapes.
 
-        Waits until each slot was free once. Cancellation leaves what was captured so far.
+        Waits until each slot was free once. Graphs that were captured before a cancellation are kept.
 
         Raises:
             InputError: an entry does not fit.
             EngineError: the engine raised.
-            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from this loop or thread.
         """
         executor, gatherer = self._usable(), self._gatherer
         specs = executor.specs if gatherer is None else gatherer.specs
@@ -493,7 +504,7 @@ class Model(Generic[R]):
                 await self._warm(stacked, batch_shapes, kind, examples_of_size, size)
 
     def statistics(self) -> Statistics:
-        """How things are now; see `Statistics`."""
+        """Return the model's present numbers; see `Statistics`."""
         executor = self._executor
         if executor is None:
             raise self._not_open()
@@ -507,10 +518,10 @@ class Model(Generic[R]):
         return replace(found[0], **vars(gatherer.counters) | {"batches": batches, "waiting": gatherer.waiting})
 
     def stream(self, device: str | torch.device | None = None) -> Stream:
-        """A new stream on the model's device, for consumers: ``wait`` for an event, ``run`` a function, ``close``.
+        """Make a stream on the model's device, for consumers: ``wait`` for an event, ``run`` a function, ``close``.
 
         Args:
-            device: of several devices, which; None for the first that works.
+            device: if the model is on several devices, one of them; None for the first that is not broken.
 
         Raises:
             UsageError: the model has no such device.
@@ -522,10 +533,10 @@ class Model(Generic[R]):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...] | None:
-        """What a call takes, with batching a single item.
+        """The inputs of a call, or with batching of a single item.
 
-        Where the engine does not declare it, these are the inputs of the first example or call that the engine accepted;
-        None until then. Calls may have others, unless ``signatures="fixed"``.
+        Where the engine does not declare inputs, these are those of the first example or call that the engine accepted;
+        None until then. Calls may have other inputs, unless ``signatures="fixed"``.
         """
         executor = self._executor
         if executor is None:
@@ -537,7 +548,7 @@ class Model(Generic[R]):
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...] | None:
-        """What a call gives, with batching a batch of them; None where the engine does not declare it, as a module's."""
+        """The results of a call, or with batching of a batch; None for engines that do not declare them, such as modules."""
         executor = self._executor
         if executor is None:
             raise self._not_open()
@@ -551,17 +562,17 @@ class Model(Generic[R]):
         return sum(len(executor.slots) for executor in self._executors)
 
     def observe(self, observer: Callable[[Any], None] | None) -> None:
-        """Call `observer` for each call and lease that comes in, with batching for each item and each batch.
+        """Call `observer` for each new call and lease, or with batching for each item and each batch.
 
         Args:
             observer: called on the loop's thread in the caller's context, with the request. The request has the methods of
-                an `asyncio.Future`, which say how it ended, and `times`, which say when. What the observer raises goes to
-                the loop's exception handler, and the request goes on. None to observe nothing any more.
+                an `asyncio.Future`, which give its outcome, and `times`, the times of its steps. An exception of the
+                observer goes to the loop's exception handler, and the request goes on. None removes the observer.
 
         A model has one observer. Warm-ups are not observed.
 
         Raises:
-            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from here.
+            ModelBrokenError, ModelClosedError, UsageError: the model is not usable, or not from this loop or thread.
         """
         self._usable()
         for executor in self._executors:
@@ -569,7 +580,7 @@ class Model(Generic[R]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether a call now could succeed, since it is open, warmed up, not broken and not closing."""
+        """Whether the model is open, warmed up, not broken and not closing, so that a call can succeed now."""
         return (
             self._opening is not None
             and self._opening.done()
@@ -578,18 +589,20 @@ class Model(Generic[R]):
 
     @property
     def is_degraded(self) -> bool:
-        """Whether some of the model's devices broke, and others go on."""
+        """Whether some of the model's devices broke, while others still work."""
         return self.is_ready and any(executor.broken is not None for executor in self._executors)
 
     async def aclose(self, *, drain: bool = True) -> None:
-        """Close. Idempotent. New calls raise `ModelClosedError` from now on.
+        """Close the model. Idempotent. New calls raise `ModelClosedError` from now on.
 
         Args:
-            drain: let calls that wait or run finish, and leases be left. Without it they raise `ModelClosedError` now; what
-                is on the device still ends there first, since memory that it uses cannot be freed.
+            drain: wait until queued and running calls have finished and leases were left. With False they raise
+                `ModelClosedError` now. Work on the device still has to end first, because the memory that it uses cannot
+                be freed before.
 
         Returns when the device is done with the model and everything is freed. Cancellation stops the waiting, not the
-        closing: call it again to wait on. A broken model's memory is kept, because the device may still use it.
+        closing: call `aclose` again to wait for its end. A broken model's memory is kept, because the device may still use
+        it.
         """
         opening = self._opening
         if opening is not None and not opening.done():
@@ -602,7 +615,7 @@ class Model(Generic[R]):
             return
         check_loop(executor.loop, executor.recipe.engine.name)
         self._refuse(drain)
-        if self._closing is None or self._closing.done():  # the first, or the last one failed
+        if self._closing is None or self._closing.done():  # the first attempt, or the last one failed
             self._closing = _in_background(self._close())
         await asyncio.shield(self._closing)
 
@@ -620,13 +633,13 @@ class Model(Generic[R]):
         return f"<aiotrt.Model {name} on {places}: {counts}; {waiting} waiting>"
 
     def __reduce__(self) -> NoReturn:
-        # Of two models with one executor, the first that is garbage would take it from the other.
+        # A copy would share the executor: the first of the two to be garbage-collected would discard it under the other.
         raise TypeError(f"{self!r} cannot be copied or pickled: share it, or load the engine again")
 
     def __del__(self) -> None:
         executor = getattr(self, "_executor", None)
         if executor is not None and not self._is_closed and not executor.is_forked and not sys.is_finalizing():
-            was_closing = executor.closing  # and the loop was closed under that
+            was_closing = executor.closing  # then the loop was closed before `aclose` had ended
             for one in self._executors:
                 one.discard()
             if not was_closing:
@@ -654,10 +667,10 @@ class Model(Generic[R]):
         self._awaiting += 1
         try:
             if not opening.done():
-                await asyncio.wait([opening])  # of several tasks that await one model, each can be cancelled by itself
+                await asyncio.wait([opening])  # `wait`: cancelling one of several waiting tasks must not cancel it
         except asyncio.CancelledError:
             if self._awaiting == 1:
-                opening.cancel()  # it goes on to free what it has
+                opening.cancel()  # its handlers still free what was loaded
             raise
         finally:
             self._awaiting -= 1
@@ -710,10 +723,10 @@ class Model(Generic[R]):
             raise
 
     def _make_executors(self, loaded: Sequence[tuple[Device, Engine]]) -> Executor:
-        """Make an executor for each device, and return the first. All of them check inputs alike."""
+        """Make an executor for each device, and return the first. All of them share one check of inputs."""
         device, engine = loaded[0]
         declared, parameters = engine.inputs, engine.parameters
-        if self._options.preprocess is not None:  # then the model's inputs are that function's
+        if self._options.preprocess is not None:  # the model's inputs are then those of `preprocess`
             declared, parameters = None, Parameters.of(self._options.preprocess)
         devices = [device for device, _ in loaded]
         specs = InputSpecs(
@@ -781,12 +794,12 @@ class Model(Generic[R]):
         arguments: Sequence[Argument],
         batch: int | None = None,
     ) -> None:
-        # One at a time: two that each held some of the slots would wait for each other for ever.
+        # One at a time: two warm-ups that each held some of the slots would wait for each other permanently.
         await self._warmup_lock.acquire()
         requests: list[tuple[Executor, Request]] = []
         working = [executor for executor in self._executors if executor.broken is None] or self._executors
         try:
-            for executor in working:  # the devices side by side
+            for executor in working:  # all devices at the same time
                 ready = [
                     other.device.current_stream().record()
                     for other in working
@@ -804,14 +817,14 @@ class Model(Generic[R]):
                     assert request.slot.program is not None
                     check_extents(request.slot.program, batch)
         finally:
-            if not working[0].loop.is_closed():  # else a garbage collection ends this, and no task can be woken
+            if not working[0].loop.is_closed():  # else garbage collection closes this coroutine, and no task can be woken
                 self._warmup_lock.release()
-                # All are held until all were granted, so that each slot had its turn.
+                # All requests are held until all were granted, so that each slot was warmed up once.
                 for executor, request in requests:
                     request.cancel()
                     executor.abandon(request)
                     if request.done() and not request.cancelled():
-                        request.exception()  # seen: the first one's is raised
+                        request.exception()  # asyncio logs an exception that was never retrieved
 
     # Closing...
 
@@ -820,7 +833,7 @@ class Model(Generic[R]):
             for executor in self._executors:
                 executor.refuse()
             if self._gatherer is not None:
-                self._gatherer.pump()  # nothing is held back any more
+                self._gatherer.pump()  # closing: batches that `max_delay` held back go now
             if not drain:
                 for executor in self._executors:
                     executor.drop()
@@ -832,7 +845,7 @@ class Model(Generic[R]):
                 for executor in executors:
                     await _outlast(executor.idle(), executors)
                     await _outlast(executor.consumed(), executors)
-                # What a device that broke meanwhile left undone may have gone to one that was idle already.
+                # A device that broke meanwhile may have passed its calls to one that was idle already: check all again.
                 if all(executor.idle().done() for executor in executors) and not (self._gatherer and self._gatherer.waiting):
                     break
             self._is_closed = True
@@ -889,7 +902,7 @@ class Model(Generic[R]):
 if TYPE_CHECKING:
 
     class TensorModel(Model[torch.Tensor | Array]):
-        """For checkers: a model of a function that returns a tensor. A result is of the kind that went in."""
+        """For type checkers: a model of a function that returns a tensor. A result is of the inputs' kind."""
 
         @overload
         async def __call__(
@@ -936,7 +949,7 @@ class _Options:
 
 
 class _Loading:
-    """The part of opening that runs in a worker thread, and that nobody may be left to receive."""
+    """The part of opening a model that runs in a worker thread. The caller may be cancelled before it ends."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -972,7 +985,7 @@ class _Loading:
         return self._loaded
 
     def abandon(self) -> None:
-        """Nobody will take the engines: whoever of the two threads comes second closes each."""
+        """Close the engines, because the caller was cancelled. `run` closes those that it opens after this call."""
         with self._lock:
             self._is_abandoned = True
             for _, engine in self._loaded:
@@ -980,11 +993,11 @@ class _Loading:
 
 
 async def _outlast(future: asyncio.Future[None], executors: Sequence[Executor]) -> None:
-    """Wait for a step of closing though that is cancelled: before the device is done nothing can be freed.
+    """Wait for a step of closing, even while cancelled: nothing can be freed before the device is done.
 
     Raises:
-        CancelledError: it was, and a few seconds later the step is not done: the loop must end all the same, and what may
-            still be in use is kept.
+        CancelledError: the wait was cancelled, and `LOOP_END` seconds later the step is not done. The loop must end
+            nevertheless; memory that may still be in use is kept.
     """
     ends = inf
     while not future.done():
@@ -995,7 +1008,7 @@ async def _outlast(future: asyncio.Future[None], executors: Sequence[Executor]) 
             await asyncio.wait([future], timeout=None if left == inf else left)
         except asyncio.CancelledError:
             for executor in executors:
-                executor.drop()  # the loop ends: it must not wait for a lease that nobody will leave
+                executor.drop()  # the loop ends: it must not wait for a lease whose holder will never leave it
             ends = min(ends, executors[0].loop.time() + LOOP_END)
     future.result()
 
@@ -1006,19 +1019,19 @@ def _free(executors: Sequence[Executor]) -> None:
 
 
 def _holds(devices: Sequence[Device]) -> Callable[[torch.Tensor], bool]:
-    """What says whether a tensor is in the memory of any of these."""
+    """Return a function that says whether a tensor is in the memory of any of these devices."""
     if len(devices) == 1:
         return devices[0].holds
     return lambda tensor: any(device.holds(tensor) for device in devices)
 
 
 def _names(devices: Sequence[Device]) -> str:
-    """The devices, for messages about several."""
+    """Return the devices' names for error messages; empty if there is only one device."""
     return ", ".join(device.name for device in devices) if len(devices) > 1 else ""
 
 
 def _statistics(executor: Executor) -> Statistics:
-    """The numbers of one device."""
+    """Return the numbers of one device."""
     counts: dict[str, Any] = {state.value: executor.machine.count(state) for state in State}
     calls: dict[str, Any] = executor.counters.as_dict()
     return Statistics(
@@ -1041,16 +1054,16 @@ def _statistics(executor: Executor) -> Statistics:
 
 
 def _of_several(found: Sequence[Statistics], gatherer: Dispatcher) -> Statistics:
-    """The numbers of a model on several devices, from those of each."""
+    """Return the numbers of a model on several devices, made from those of each device."""
     devices = []
-    for one, member in zip(found, gatherer.members, strict=True):  # without batches that held nothing
+    for one, member in zip(found, gatherer.members, strict=True):  # without the empty batches in their queues
         queued = one.waiting - (member.open is not None)
         submitted = one.submitted - member.empty - (member.open is not None)
         devices.append(replace(one, waiting=queued, submitted=submitted, cancelled=one.cancelled - member.empty))
     items = vars(gatherer.counters)
     totals: dict[str, Any] = {name: sum(getattr(one, name) for one in found) for name in _SUMS}
     for name in ("submitted", "completed", "failed", "cancelled", "rejected"):
-        # Calls that went through the queue, and others: leases, and calls that found a slot free.
+        # `items` counts calls that went through the queue; `others` are leases, and calls that found a slot free.
         others = totals[name] - sum(getattr(member, name, 0) for member in gatherer.members)
         totals[name] = items[name] + others
     return replace(
@@ -1099,28 +1112,28 @@ def _kind(outputs: object) -> Kind | None:
 
 def _in_background(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     task = asyncio.ensure_future(coroutine)
-    task._log_destroy_pending = False  # type: ignore[attr-defined]  # nobody can do anything about a loop that was closed
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # a user cannot act on that log
     return task
 
 
 async def _in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking function in a thread of its own; cancelled, it runs on alone, if it has begun."""
+    """Run a blocking function in its own thread. After a cancellation, a function that has begun runs to its end."""
     return await _start_thread(function)
 
 
 def _start_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """The same, whoever waits for it: a thread of its own, not one of somebody else's pool."""
+    """Start a blocking function in its own thread, not in one of a shared pool, and return a future of its result."""
     pool = Workers(1, "aiotrt-load")
     try:
         return asyncio.get_running_loop().run_in_executor(pool, function)
     finally:
-        pool.shutdown(wait=False)  # what it was given still runs
+        pool.shutdown(wait=False)  # the submitted function still runs
 
 
 def _start_freeing(function: Callable[[], None]) -> asyncio.Future[None]:
     try:
         return _start_thread(function)
-    except ResourceError:  # here, then: the device is done with all of it, and the process needs its threads back
+    except ResourceError:  # free on this thread: the device is done, and freeing ends threads
         function()
         done = asyncio.get_running_loop().create_future()
         done.set_result(None)
@@ -1136,7 +1149,7 @@ def _is_shape(value: object) -> bool:
 
 
 def _as_shapes(specs: InputSpecs, values: Sequence[object], named: Mapping[str, object]) -> Shapes | None:
-    """Shapes that were given as such, checked; None if these are not shapes."""
+    """Check and return inputs that are given as shapes; None if they are not shapes."""
     if len(values) > 1 and _is_shape(values):
         values = (tuple(values),)
     if not all(_is_shape(value) for value in (*values, *named.values())):
@@ -1145,7 +1158,7 @@ def _as_shapes(specs: InputSpecs, values: Sequence[object], named: Mapping[str, 
 
 
 def _example_shapes(warmup: object, batching: Batching | None) -> Examples:
-    """What the engine is built for, where the caller gives examples and no profiles."""
+    """Return the shapes of the examples in `warmup`, for which an engine is built without `profiles`."""
     shapes = []
     if not _is_empty(warmup):
         for values, named in examples(warmup):
@@ -1156,7 +1169,7 @@ def _example_shapes(warmup: object, batching: Batching | None) -> Examples:
 
 
 def _shape_of(value: object) -> tuple[int, ...]:
-    """Return the shape of an example, or a shape as it is. Any other value has none here: `Model.warmup` refuses it."""
+    """Return the shape of an example, or a shape unchanged; () for any other value, which `Model.warmup` rejects."""
     return tuple(value) if _is_shape(value) else tuple(getattr(value, "shape", ()))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Devices: where work runs. `open_device` finds one by name; `event_query` understands anybody's events."""
+"""The devices on which work runs. `open_device` finds one by name; `event_query` also takes events of other libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "open_devices",
 ]  # fmt: skip
 
-#: What `load` takes: one device, several of a kind, or ``"cuda:*"``.
+#: The values of the `device` option of `load`: one device, several of the same kind, or ``"cuda:*"``.
 Devices: TypeAlias = str | torch.device | Device | Sequence[str | torch.device | Device]
 
 _EXPECTED: Final = "'auto', 'host', 'cuda', 'cuda:<index>', a torch.device or a Device"
@@ -28,19 +28,19 @@ _ALL: Final = "cuda:*"
 
 _devices: Final[dict[str, Device]] = {}
 _devices_lock = threading.Lock()
-_inherited: Final[list[Device]] = []  # of the parent process; never freed, since on a GPU that cannot be done from here
+_inherited: Final[list[Device]] = []  # the parent process's; never freed: a child process cannot free GPU memory
 
 
 def open_device(name: str | torch.device | Device = "auto") -> Device:
-    """The device of this name; one object per device in the process, so that all models on it share its faults.
+    """Return the device of this name. The process has one object for each device, so that its models share its faults.
 
     Args:
         name: ``"auto"`` (the current CUDA device where there is one, else the host), ``"cuda"``, ``"cuda:1"``, ``"host"``,
-            or a `torch.device`; a `Device` is itself.
+            or a `torch.device`. A `Device` is returned unchanged.
 
     Raises:
         UsageError: there is no such device.
-        MissingDependencyError: it needs a package that is not installed.
+        MissingDependencyError: the device needs a package that is not installed.
     """
     if not isinstance(name, (str, torch.device)):
         if not hasattr(name, "torch_device"):
@@ -61,21 +61,21 @@ def open_device(name: str | torch.device | Device = "auto") -> Device:
 
 
 def is_several(devices: object) -> bool:
-    """Whether this stands for several devices, of which there may turn out to be only one."""
+    """Whether `devices` is a list or ``"cuda:*"``, even if it names only one device."""
     return devices == _ALL if isinstance(devices, str) else isinstance(devices, Sequence)
 
 
 def open_devices(devices: Devices) -> list[Device]:
-    """Return the devices of a list, or for ``"cuda:*"`` every GPU that the process sees, MIG instances among them.
+    """Return the devices of a list, or for ``"cuda:*"`` every GPU that the process sees, including MIG instances.
 
-    The host may stand in a list several times. It is then as many devices, which share its processors.
+    A list may contain the host several times. Each entry is then a device of its own; they share the host's processors.
 
     Raises:
         InputError: the list is empty, names a device twice, or mixes GPUs and the host.
         UsageError, MissingDependencyError: as `open_device`.
     """
     if isinstance(devices, str) and devices == _ALL:
-        _cuda_name("cuda")  # raises where there is none
+        _cuda_name("cuda")  # raises where there is no CUDA device
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     assert isinstance(devices, Sequence)
     if not devices:
@@ -100,7 +100,7 @@ def open_devices(devices: Devices) -> list[Device]:
 
 
 def _connect(devices: Sequence[Device]) -> None:
-    """Let GPUs copy to each other without the host, where they can: torch sees to that with the first copy of each pair."""
+    """Enable copies between GPUs without the host, where possible: torch does that with the first copy of each pair."""
     places = [device.torch_device for device in devices if device.torch_device.type == "cuda"]
     for place in places:
         with devices[0].exclusive(), torch.cuda.device(place):
@@ -112,7 +112,7 @@ def _connect(devices: Sequence[Device]) -> None:
 
 
 def _host(number: int) -> Device:
-    """The host as its `number`-th device."""
+    """Return the host's device of this number."""
     if number == 0:
         return open_device("host")
     name = f"host:{number}"
@@ -124,17 +124,17 @@ def _host(number: int) -> Device:
 
 
 def event_query(event: object) -> Callable[[], bool]:
-    """A function that asks `event` whether it is complete, and answers as `Device.query` does.
+    """Return a function that queries whether `event` is complete, as `Device.query` does.
 
     Raises:
-        UsageError: nothing here knows how to ask it.
+        UsageError: aiotrt cannot query an object of this type.
     """
     event = getattr(event, "_trt_produce_event", event)
     if isinstance(event, HostEvent):
         return event.query
     if (probe := getattr(event, "query", None)) is not None and callable(probe):
-        return _translated(probe)  # torch.cuda.Event, and whatever follows its example
-    for name in ("is_done", "done"):  # of cuda.core, and of CuPy
+        return _translated(probe)  # torch.cuda.Event, and events with the same method
+    for name in ("is_done", "done"):  # the attributes of cuda.core and of CuPy
         if hasattr(type(event), name) and not callable(getattr(type(event), name)):  # a future's is a method, always true
             return _translated(partial(getattr, event, name))
     raise UsageError(
@@ -177,7 +177,7 @@ def _make(name: str) -> Device:
 
 
 def _begin_anew() -> None:
-    """In a child process: the parent's devices have threads that are not here, and whoever held the lock is not either."""
+    """Forget the parent's devices in a child process, where their threads, and a thread that held the lock, do not exist."""
     global _devices_lock  # noqa: PLW0603  # a process has one
     _inherited.extend(_devices.values())
     _devices.clear()

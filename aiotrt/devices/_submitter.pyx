@@ -1,8 +1,8 @@
 """The compiled form of `CudaGraph.submit` and of an event's query, and threads that copy host inputs and launch.
 
-The driver's functions are a table of pointers that `fill` fills at run time, so that building takes no CUDA, and a test can
-fill the table with functions of its own. Nothing here gives up the interpreter lock: no call blocks, and another thread that
-takes the lock meanwhile may keep it for milliseconds. The threads that copy never take it.
+The driver's functions are in a table of pointers that `fill` fills at run time. So building needs no CUDA, and a test can
+fill the table with its own functions. No function here releases the interpreter lock: no call blocks, and another thread
+that takes the lock meanwhile may keep it for milliseconds. The threads that copy never take the lock.
 """
 
 import os
@@ -56,7 +56,7 @@ cdef struct Port:
     void* node
     Memcpy3D copy
     bint is_input
-    unsigned long long address  # of the caller's memory that the node names; 0 where nobody knows
+    unsigned long long address  # of the caller's memory that the node is set to; 0 where that is unknown
 
 cdef enum:
     SUCCESS = 0
@@ -85,7 +85,7 @@ def fill(addresses):
     """Fill the table.
 
     Args:
-        addresses: of the functions, by the names in `NAMES`.
+        addresses: the addresses of the functions, by the names in `NAMES`.
     """
     driver.graph_launch = <int (*)(void*, void*) noexcept nogil><uintptr_t>addresses["cuGraphLaunch"]
     driver.event_record = <int (*)(void*, void*) noexcept nogil><uintptr_t>addresses["cuEventRecord"]
@@ -99,19 +99,19 @@ def fill(addresses):
 
 
 cdef class Probe:
-    """Asks one event whether it is complete.
+    """A function that queries whether one event is complete.
 
     Args:
-        event: it; its `address` is the driver's handle, and 0 before its first record.
+        event: the event; its `address` is the driver's handle, and 0 before its first record.
 
     Raises:
-        RuntimeError: the driver answered neither yes nor no. `Device.query` says what that means.
+        RuntimeError: the driver returned an error. `Device.query` finds out what it means.
     """
     cdef void* _handle
     cdef object _event
 
     def __init__(self, event):
-        self._event = event  # which owns the handle
+        self._event = event  # it owns the handle
         self._handle = NULL
 
     def __call__(self):
@@ -119,7 +119,7 @@ cdef class Probe:
         if self._handle == NULL:
             self._handle = <void*><uintptr_t>self._event.address
             if self._handle == NULL:
-                return True  # as CUDA says of an event that was never recorded
+                return True  # in CUDA an event that was never recorded is complete
         status = driver.event_query(self._handle)
         if status == SUCCESS:
             return True
@@ -129,16 +129,19 @@ cdef class Probe:
 
 
 cdef class Submitter:
-    """What `CudaGraph.submit` does, for calls with all inputs and results in device memory, without copies, or as before.
+    """The compiled `CudaGraph.submit`, for three kinds of calls; it passes others to `fallback`.
+
+    These are calls with all inputs and results in device memory, calls without copies, and calls with the sources and
+    results of the last `remember`.
 
     Args:
-        bare: the executable graph without copies.
-        direct: the one with a copy for each input and output; 0 if there is none.
-        context: whose memory the copies are in.
-        ports: of `direct`, inputs first: the node, the buffer's address and its size in bytes.
+        bare: the handle of the executable graph without copies.
+        direct: the handle of the executable graph with a copy for each input and output; 0 if there is none.
+        context: the handle of the context of the memory that the copies are in.
+        ports: the copies of `direct`, inputs first: the node, the buffer's address and its size in bytes.
         inputs: how many of the ports are inputs.
-        fallback: submits what this does not, with the same arguments.
-        fail: raises the error of a driver's status, given what was done.
+        fallback: submits other calls; it has the same arguments as `submit`.
+        fail: raises the error of a driver call, given a description of the call and the driver's status.
     """
     cdef void* _bare
     cdef void* _direct
@@ -204,7 +207,7 @@ cdef class Submitter:
         queue = <void*><uintptr_t>stream.handle
         if origin is not None:
             caller = <void*><uintptr_t>origin.handle
-            if driver.stream_query(caller) != SUCCESS:  # any other answer is dealt with by what is done instead
+            if driver.stream_query(caller) != SUCCESS:  # after an error too, which the next calls report
                 origin.record(mark)
                 stream.wait(mark)
         status = driver.graph_launch(graph, queue)
@@ -215,7 +218,7 @@ cdef class Submitter:
             self._fail("recording an event", status)
 
     def remember(self, copying, uintptr_t graph, sources, results):
-        """Launch this graph for these sources and results, as long as the version of `copying` stays what it is."""
+        """Launch this graph for these sources and results, as long as the version of `copying` does not change."""
         self._copying, self._remembered = copying, <void*>graph
         self._sources, self._results, self._version = sources, results, copying.version
 
@@ -227,7 +230,7 @@ cdef class Submitter:
                 self._point(&self._ports[i], results[i - self._inputs])
 
     cdef bint _point(self, Port* port, tensor) except -1:
-        """Copy from or to this memory; False if a copy of this kind cannot."""
+        """Set a copy to this memory; False if the memory is not on the device."""
         cdef unsigned long long address = tensor.data_ptr()
         cdef int status
         if address == port.address:
@@ -261,7 +264,7 @@ cdef struct Work:
     void* stream
     void* event
     void* context
-    int launched, recorded  # what the driver answered
+    int launched, recorded  # the driver's status
     int state
     Work* next
 
@@ -271,11 +274,11 @@ cdef struct Thread:
     Thread* next
 
 cdef struct Pool:
-    PyThread_type_lock lock  # of all below
+    PyThread_type_lock lock  # protects the fields below
     Work* first
     Work* last
     Thread* idle
-    int count  # threads
+    int count  # of threads
     bint is_ended
 
 cdef Pool pool
@@ -291,7 +294,7 @@ cdef void _carry_out(Work* work) noexcept nogil:
     if work.launched == SUCCESS:
         work.launched = driver.graph_launch(work.graph, work.stream)
         work.recorded = driver.event_record(work.event, work.stream)  # after a failure too: part of it may be there
-    store(&work.state, SUBMITTED)  # last: from here on it is the loop's again
+    store(&work.state, SUBMITTED)  # last: from here on the loop's thread owns it again
 
 
 cdef void _serve(void* argument) noexcept nogil:
@@ -318,7 +321,7 @@ cdef void _serve(void* argument) noexcept nogil:
 
 
 cdef void _give(Work* work, int most) noexcept:
-    """Give work to an idle thread, to a new one if there are fewer than `most`, or to the first that is done."""
+    """Give work to an idle thread, to a new one if there are fewer than `most`, or to the next that becomes idle."""
     cdef Thread* thread
     PyThread_acquire_lock(pool.lock, 1)
     thread = pool.idle
@@ -365,7 +368,7 @@ cdef Thread* _thread() noexcept:
 
 
 def begin():
-    """Make the pool of threads empty: when this is imported, and in a child process, which has none of its parent's."""
+    """Make the pool of threads empty: at import, and in a child process, where the parent's threads do not exist."""
     memset(&pool, 0, sizeof(pool))
     pool.lock = PyThread_allocate_lock()
     if pool.lock == NULL:
@@ -374,7 +377,7 @@ def begin():
 
 
 def end():
-    """Make the threads end after the work that they have. Returns how many have not ended yet; may be called again."""
+    """Make the threads end after their present work. Returns how many have not ended yet; may be called again."""
     cdef Thread* thread
     cdef int count
     PyThread_acquire_lock(pool.lock, 1)
@@ -395,18 +398,19 @@ if hasattr(os, "register_at_fork"):
 
 
 cdef class CopyJob:
-    """The job of `aiotrt.runtime.copy_job` for a thread that needs no interpreter lock.
+    """A job of `aiotrt.runtime.copy_job` for a thread that needs no interpreter lock.
 
     Args:
-        copies: contiguous arrays of as many bytes, to where and from where.
+        copies: pairs of contiguous arrays of equal size in bytes: the destination and the source.
         graph: the handle of the executable graph.
         stream: the handle of the stream to launch it on.
         event: the handle of the event to record after it.
         context: the handle of the context of all three.
-        kept: what must not be freed before the work is complete.
-        threads: how many there may be.
-        fail: raises the error of a driver's status, given what was done, and whether the work's end cannot be seen.
-        query: what `Device.query` answers for the event.
+        kept: an object that must not be freed before the work is complete.
+        threads: how many threads there may be.
+        fail: raises the error of a driver call, given a description of the call, the driver's status, and whether the end of
+            the work cannot be detected.
+        query: returns what `Device.query` returns for the event.
 
     Raises:
         ValueError, BufferError, TypeError: an array is not contiguous, or numpy cannot export it.
@@ -452,7 +456,7 @@ cdef class CopyJob:
     cdef void _release(self) noexcept:
         cdef Py_buffer* buffers = self._buffers
         cdef Py_ssize_t i, exported = self._exported
-        self._buffers = NULL  # first: releasing one may run anything, which may ask this job again
+        self._buffers = NULL  # first: releasing a buffer may run any code, which may call this job again
         self._exported = 0
         for i in range(exported):
             PyBuffer_Release(&buffers[i])
@@ -463,12 +467,12 @@ cdef class CopyJob:
     cdef bint _is_submitted(self) noexcept:
         if load(&self._work.state) != SUBMITTED:
             return False
-        if self._buffers != NULL:  # first seen now
+        if self._buffers != NULL:  # the first call since it was submitted
             self._release()
         return True
 
     cdef bint _has_ended(self) noexcept:
-        """Whether the device is known to use its memory no longer. For jobs whose requests were given up."""
+        """Whether the device no longer uses the job's memory. For jobs whose requests were abandoned."""
         if not self._is_submitted() or self._work.recorded != SUCCESS:
             return False
         return driver.event_query(self._work.event) == SUCCESS

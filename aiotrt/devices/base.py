@@ -1,7 +1,7 @@
-"""What a device is: streams, events, graphs and memory, in CUDA's own terms and with CUDA's semantics.
+"""The protocols of a device: streams, events, graphs and memory, in CUDA's own terms and with CUDA's semantics.
 
-`cuda` implements these on a GPU and `host` on worker threads; everything above speaks only of what stands here. The
-semantics that an implementation must keep, and that the conformance tests check on each:
+`cuda` implements them on a GPU and `host` on worker threads; the rest of aiotrt uses only these protocols. The conformance
+tests check on each implementation that it keeps these semantics:
 
 - A stream runs its work in order. Different streams are unordered, except through events.
 - `record` marks a point in a stream. `wait` makes everything submitted to a stream *later* wait for the event's *last
@@ -31,10 +31,10 @@ __all__ = ["BaseDevice", "BaseGraph", "CaptureError", "Copies", "Device", "Event
 
 T = TypeVar("T")
 
-#: Bytes of host memory that the interpreter's threads copy: waking one costs about as much as copying a mebibyte.
+#: From how many bytes of host memory on a Python thread copies: waking it costs about as much as copying a mebibyte.
 LARGE_COPY: Final = (1 << 20) + 1
 
-#: What to copy, each to where and from where.
+#: Copies to make, each as a destination and a source.
 Copies: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -46,7 +46,7 @@ class Event(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Block until it has: for worker threads, never for the event loop's."""
+        """Block until everything before the last record has completed: for worker threads, never for the loop's thread."""
         ...
 
 
@@ -55,7 +55,7 @@ class Stream(Protocol):
 
     @property
     def handle(self) -> int:
-        """The driver's handle (``CUstream``), or an identity where there is no driver."""
+        """The driver's handle (``CUstream``), or where there is no driver a number that is unique to the stream."""
         ...
 
     def record(self, event: Event | None = None) -> Event:
@@ -67,7 +67,7 @@ class Stream(Protocol):
         ...
 
     def query(self) -> bool:
-        """Whether everything submitted so far has completed; False too where that is not worth finding out."""
+        """Whether everything submitted so far has completed; a device that does not check it returns False."""
         ...
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -75,9 +75,9 @@ class Stream(Protocol):
         ...
 
     def run(self, function: Callable[[], object]) -> None:
-        """Submit what `function` does: called at once with this stream current (cuda), or later in order (host).
+        """Submit the work of `function`: call it now with this stream current (cuda), or later in the stream's order (host).
 
-        What it raises is raised here (cuda) or by `Device.query` of the next event recorded (host).
+        An exception of `function` is raised here (cuda), or by `Device.query` of the next recorded event (host).
         """
         ...
 
@@ -86,7 +86,7 @@ class Stream(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the stream go; work submitted earlier still completes."""
+        """Release the stream; work submitted earlier still completes."""
         ...
 
 
@@ -95,7 +95,7 @@ class Graph(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that it keeps beside its inputs, for outputs and intermediates."""
+        """Bytes of device memory that the graph keeps for outputs and intermediates, without its inputs."""
         ...
 
     def launch(
@@ -108,15 +108,15 @@ class Graph(Protocol):
     ) -> None:
         """Submit to `stream` the copies `before`, one replay, and the copies `after`, in this order.
 
-        As `Stream.copy` does. On CUDA whole copies into the `inputs` that the capture was told of, and out of what it
-        returned, are part of the graph, and cost next to nothing.
+        The copies are submitted as by `Stream.copy`. On CUDA, copies into the whole of the `inputs` that were given to
+        `Device.capture`, and out of the whole of the tensors that it returned, are nodes of the graph and cost very little.
 
         Args:
-            stream: where.
+            stream: the stream to submit to.
             before: copied first.
             after: copied last.
-            wait: what the replay waits for on the device, as `Stream.wait` does; the copies before it need not.
-            record: recorded when the replay has ended; the copies after it need not have.
+            wait: an event that the replay waits for on the device, as with `Stream.wait`; the copies `before` do not wait.
+            record: recorded when the replay has ended; the copies `after` may still run then.
         """
         ...
 
@@ -131,24 +131,24 @@ class Graph(Protocol):
         results: Sequence[torch.Tensor],
         event: Event,
     ) -> None:
-        """Submit all of one request: wait for the caller, copy in, replay, copy out, and record.
+        """Submit all of one request: wait for the caller's stream, copy in, replay, copy out, and record.
 
         Args:
-            stream: where.
-            origin: the caller's stream, which is waited for; None where nothing depends on it.
-            mark: recorded there if that takes an event.
+            stream: the stream to submit to.
+            origin: the caller's stream, for which `stream` waits; None if the request does not depend on it.
+            mark: recorded on `origin` where the wait needs an event.
             inputs: the buffers that the graph reads.
-            sources: what is copied into each of them.
-            outputs: what the graph writes.
-            results: where each of them is copied to; empty for nowhere.
+            sources: the tensors to copy into them.
+            outputs: the buffers that the graph writes.
+            results: the tensors to copy them to; empty for no copies.
             event: recorded last.
         """
         ...
 
     def prepare(self, results: Sequence[torch.Tensor]) -> None:
-        """Do ahead what `submit` would do for these results, which are probably the next ones.
+        """Prepare the graph's copies for these results, probably those of the next `submit`, which then costs less.
 
-        May be called while launches are in flight, which it does not change.
+        May be called while launches are in flight; it does not change them.
         """
         ...
 
@@ -165,22 +165,23 @@ class Graph(Protocol):
     ) -> Any | None:
         """Return a job that copies host arrays, and then submits as `submit` does, in a thread without the interpreter lock.
 
-        None where there is no such thread, or where the copies need the interpreter. See `aiotrt.runtime.copy_job.Job`.
+        Return None where there is no such thread, or where the copies need the interpreter. See
+        `aiotrt.runtime.copy_job.Job`.
 
         Args:
-            stream: where.
-            copies: to which array, and from which.
+            stream: the stream to submit to.
+            copies: the copies of host arrays, each as a destination and a source.
             inputs: the buffers that the graph reads.
-            sources: what is copied into each of them.
-            outputs: what the graph writes.
-            results: where each of them is copied to.
+            sources: the tensors to copy into them.
+            outputs: the buffers that the graph writes.
+            results: the tensors to copy them to.
             event: recorded last.
             kept: an object that must not be freed before the work is complete.
         """
         ...
 
     def close(self) -> None:
-        """Free it. The last launch must have completed."""
+        """Free the graph. The last launch must have completed."""
         ...
 
 
@@ -188,14 +189,15 @@ class Device(Protocol):
     """One device, shared by all models on it.
 
     Attributes:
-        name: what a person would call it, with its index.
-        torch_device: where torch puts tensors that live on it.
-        unified: whether host memory *is* device memory, so that staging and device buffers are one.
-        submits_from_threads: whether running Python on a stream occupies the calling thread (cuda) rather than the
-            stream's own (host), so that work without a graph must be submitted from a worker thread.
-        tells: whether it says by itself when an event is complete (host), or must be asked (cuda); see `when_complete`.
+        name: a readable name, with the device's index.
+        torch_device: torch's device of the tensors in its memory.
+        unified: whether host memory *is* device memory, so that staging and device buffers are the same.
+        submits_from_threads: whether running Python on a stream occupies the calling thread (cuda) and not the stream's
+            own thread (host). If so, work without a graph must be submitted from a worker thread.
+        tells: whether the device calls back when an event is complete (host), or must be polled (cuda); see
+            `when_complete`.
         thread_copy_bytes: from how many bytes of host inputs on a thread copies and launches, while other slots are busy.
-        fault: the fault that broke the device, if one did.
+        fault: the fault that broke the device, or None.
     """
 
     name: str
@@ -208,72 +210,73 @@ class Device(Protocol):
 
     @property
     def captures(self) -> int:
-        """How many captures have ended in the process, where each waits for the one before; else always 0."""
+        """How many captures have ended in the process, if captures run one after the other; else always 0."""
         ...
 
     def stream(self) -> Stream:
-        """A new stream that never synchronises implicitly with the default stream."""
+        """Make a stream that never synchronises implicitly with the default stream."""
         ...
 
     def event(self) -> Event:
-        """A new event, without timing."""
+        """Make an event, without timing."""
         ...
 
     def current_stream(self) -> Stream:
-        """The calling thread's current stream."""
+        """Return the calling thread's current stream."""
         ...
 
     def current_handle(self) -> int:
-        """The handle of that stream, which costs less."""
+        """Return the handle of the current stream; costs less than `current_stream`."""
         ...
 
     def adopt_stream(self, stream: object) -> Stream:
-        """Somebody else's stream object (or handle) as a `Stream`.
+        """Return a foreign stream object, or a handle, as a `Stream`.
 
         Raises:
-            TypeError: it is not a stream of this kind of device.
+            TypeError: `stream` is not a stream of this kind of device.
         """
         ...
 
     def query(self, event: Event) -> bool:
-        """Whether `event` is complete; False also where the driver says "ask later".
+        """Whether `event` is complete; False also if the driver cannot answer now, because a thread captures.
 
         Raises:
             DeviceError: the device is broken.
-            Exception: whatever the work recorded by `event` raised (host).
+            Exception: an exception of the work before the event's last record (host).
         """
         ...
 
     def probe(self, event: Event) -> Callable[[], bool]:
-        """What `query` does with this event, as a function to be called often.
+        """Return a function that queries this event, for frequent calls.
 
-        Where that raises, `query` must be asked: the error is the driver's own, and may mean "ask later".
+        If it raises, call `query`: the error is the driver's own, and may only mean that it cannot answer now.
         """
         ...
 
     def when_complete(self, event: Event, callback: Callable[[], None]) -> None:
-        """Call `callback`, on whichever thread, once the last record of `event` made before this call is complete.
+        """Call `callback`, on any thread, once the last record of `event` made before this call is complete.
 
-        At once if it is. What became of the work, `query` says. Only where the device `tells`; `callback` must not raise.
+        If it is complete already, `callback` is called at once. `query` then returns or raises the work's outcome. Only for
+        devices with `tells`; `callback` must not raise.
         """
         ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised device memory, allocated in the current stream's order."""
+        """Allocate uninitialised device memory, in the current stream's order."""
         ...
 
     def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Return `empty` for the shape and dtype of this tensor, as a function to be called often."""
+        """Return a function that calls `empty` with the shape and dtype of this tensor, for frequent calls."""
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised page-locked host memory. Blocks."""
+        """Allocate uninitialised page-locked host memory. Blocks."""
         ...
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether this host tensor is page-locked memory, for as long as anybody refers to it.
+        """Whether this host tensor's memory is page-locked, and stays so as long as the tensor is referenced.
 
-        Then `Stream.copy` may read it where it is.
+        Then `Stream.copy` may read it in place.
         """
         ...
 
@@ -287,29 +290,32 @@ class Device(Protocol):
     ) -> tuple[Graph, list[torch.Tensor]]:
         """Warm up `body` on `stream`, then capture it there.
 
-        Blocks. One capture at a time in the process, thread-local mode, garbage collection held off.
+        Blocks. There is one capture at a time in the process, in thread-local mode, without garbage collection meanwhile.
 
         Args:
-            stream: where; the graph may be launched anywhere.
-            body: submits the work, and returns what it writes.
-            inputs: buffers that copies given to `Graph.launch` will go to.
-            ordered: whether its launches will be given events to wait for and to record.
+            stream: the stream to capture on; the graph may be launched on any stream.
+            body: submits the work, and returns the tensors that the work writes.
+            inputs: the buffers into which launches may copy.
+            ordered: whether launches will be given events to wait for and to record.
 
         Returns:
             The graph, and the tensors that every launch of it writes.
 
         Raises:
-            CaptureError: it ran, but cannot be captured; the reason is the message, the stream is usable.
-            Exception: whatever `body` raised when it ran without capture.
+            CaptureError: `body` ran, but cannot be captured; the message is the reason, and the stream is usable.
+            Exception: an exception that `body` raised when it ran without capture.
         """
         ...
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Inside, aiotrt captures nothing in this process: for what no capture survives. Blocks: for worker threads."""
+        """Return a context in which aiotrt captures nothing in this process, for calls that would break any capture.
+
+        Entering blocks: for worker threads.
+        """
         ...
 
     def call(self, stream: Stream, function: Callable[[], T]) -> T:
-        """Call `function` with `stream` current, and return what it returned. Blocks; its device work may go on."""
+        """Call `function` with `stream` current, and return its result. Blocks; the device work of `function` may go on."""
         ...
 
     def synchronize(self) -> None:
@@ -321,31 +327,37 @@ class Device(Protocol):
         ...
 
     def workers(self, count: int) -> Executor:
-        """A pool of `count` daemon threads for what blocks. `submit` raises ResourceError where it has no thread at all."""
+        """Make a pool of `count` daemon threads for blocking calls.
+
+        Its `submit` raises ResourceError if the pool has no thread and none can be started.
+        """
         ...
 
     def is_on_stream(self) -> bool:
-        """Whether the calling code is itself work on a stream (host: a function given to `Stream.run`)."""
+        """Whether the calling code itself runs on a stream (host: in a function given to `Stream.run`)."""
         ...
 
     def check_loop(self) -> None:
         """Raise unless models on this device can be used on the running loop.
 
         Raises:
-            UsageError: its time is not this loop's.
+            UsageError: the device is simulated, and its virtual time is not that of this loop.
         """
         ...
 
     def prepare_thread(self) -> None:
-        """Make the calling thread fit to launch and to poll. Idempotent and cheap after the first call."""
+        """Prepare the calling thread to launch and to poll. Idempotent, and cheap after the first call."""
         ...
 
     def on_fault(self, callback: Callable[[DeviceError], None]) -> Callable[[], None]:
-        """Call `callback`, on the thread that finds the fault, when the device breaks; returns how to stop that."""
+        """Call `callback` when the device breaks, on the thread that finds the fault.
+
+        Returns a function that removes the callback.
+        """
         ...
 
     def fail(self, error: DeviceError) -> None:
-        """The device is broken: remember `error` and tell everybody, once."""
+        """Mark the device as broken by `error`, and call the callbacks of `on_fault`. Only the first call has an effect."""
         ...
 
 
@@ -354,11 +366,11 @@ class CaptureError(Exception):
 
 
 class BaseGraph(ABC):
-    """The order of a launch, for graphs beside which everything else is submitted by itself."""
+    """The steps of a launch in order, for graphs whose copies and events are submitted separately."""
 
     @abstractmethod
     def replay(self, stream: Stream) -> None:
-        """Submit one replay: for `launch`, which has said what else belongs to it."""
+        """Submit one replay only; `launch` adds its copies and events."""
 
     def launch(
         self,
@@ -398,8 +410,8 @@ class BaseGraph(ABC):
         self.launch(stream, list(zip(inputs, sources, strict=True)), after)
         stream.record(event)
 
-    def prepare(self, results: Sequence[torch.Tensor]) -> None:  # noqa: B027  # nothing is to be done for most
-        """Do ahead what `submit` would do for these results."""
+    def prepare(self, results: Sequence[torch.Tensor]) -> None:  # noqa: B027  # most graphs have nothing to prepare
+        """Do nothing: there are no copies to prepare. See `Graph.prepare`."""
 
     def copy_job(self, *_: Any) -> Any | None:
         """Return None: there are no such threads. See `Graph.copy_job`."""
@@ -407,7 +419,7 @@ class BaseGraph(ABC):
 
 
 class BaseDevice(ABC):
-    """The parts of a `Device` that are the same for all: its fault, its worker threads, and that it must be asked."""
+    """Defaults of a `Device` that must be polled, with the handling of its fault and its worker threads."""
 
     fault: DeviceError | None = None
     tells = False
@@ -416,7 +428,7 @@ class BaseDevice(ABC):
 
     def __init__(self) -> None:
         self._callbacks: dict[object, Callable[[DeviceError], None]] = {}
-        self._faults_lock = threading.RLock()  # a finalizer that runs inside it stops listening
+        self._faults_lock = threading.RLock()  # reentrant: a finalizer that runs under it may remove a callback
 
     def on_fault(self, callback: Callable[[DeviceError], None]) -> Callable[[], None]:
         key = object()
@@ -473,7 +485,7 @@ class BaseDevice(ABC):
 
 
 def write_back(outputs: list[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
-    """Put new results where readers look for them: into the fixed tensors, or in their place if their shape changed."""
+    """Copy new results into the fixed output tensors; replace a tensor in `outputs` where the shape or dtype changed."""
     for i, tensor in enumerate(new):
         if tensor.shape == outputs[i].shape and tensor.dtype == outputs[i].dtype:
             outputs[i].copy_(tensor)

@@ -1,14 +1,14 @@
 """The CUDA device: torch for tensors, events and capture; `cuda.bindings` for streams, launches and copies.
 
-Only this file and `cuda_graphs` import CUDA bindings. torch's own way to launch on a stream is to make it current first,
-which costs more (16 us, measured on an H200) than the launch itself (2.8 us), so the hot path goes to the driver with the
-stream's handle.
+Only this file and `cuda_graphs` import CUDA bindings. To launch on a stream, torch needs the stream to be current, and
+making it current costs more (16 us, measured on an H200) than the launch itself (2.8 us). So the hot path calls the driver
+with the stream's handle.
 
-Two rules keep captures safe, here and elsewhere in the process. Captures are in thread-local mode, one at a time, on
-streams that nobody else can have (torch's own streams come from a pool that is handed round, so an innocent bystander
-could submit to a stream that is being captured). And every thread that polls first exchanges its capture mode: measured
-on an H200, an event query on a thread that has not is refused with 900 while any thread captures in global mode, torch's
-default, and invalidates that capture.
+Two rules keep captures safe, those of aiotrt and those of other code in the process. First, captures are in thread-local
+mode, one at a time, on streams that no other code can get. torch's own streams come from a pool and are given out again
+and again, so other code could submit to one that is being captured. Second, every thread that polls first exchanges its
+capture mode. Without that, measured on an H200, an event query fails with 900 while any thread captures in global mode,
+torch's default, and invalidates that capture.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ T = TypeVar("T")
 
 _log: Final = logging.getLogger("aiotrt")
 
-ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: somebody captures; says nothing about the event
-#: Codes that say no to one call and leave the context sound; any other one is a fault of the device.
+ASK_LATER: Final = 900  # cudaErrorStreamCaptureUnsupported: a thread captures; the event's state is unknown
+#: Codes of a refused call, after which the context still works; any other code is a fault of the device.
 PASSING: Final = frozenset({1, 2, 400, 600, 701, 720, 801, *range(900, 911)})
 
-#: Handles that stand for a default stream: of the legacy kind, likewise by its own name, and of each thread.
+#: Handles of default streams: the legacy one as 0 and as CU_STREAM_LEGACY, and each thread's as CU_STREAM_PER_THREAD.
 DEFAULT_STREAMS: Final = frozenset({0, 1, 2})
 
 #: Threads of the compiled build that copy host inputs and launch: copying in two uses most of the memory's bandwidth.
 COPYING_THREADS: Final = 2
-#: From how many bytes of host inputs on one of them does so, while other slots are busy.
+#: From how many bytes of host inputs on such a thread copies and launches, while other slots are busy.
 COPYING_BYTES: Final = 384 << 10
-EXIT_TIMEOUT: Final = 1.0  # seconds that process exit waits for them
+EXIT_TIMEOUT: Final = 1.0  # seconds that process exit waits for these threads
 
-#: What driver calls answer when all is well: always this object, so the calls of each launch compare it as one.
+#: The status of a successful driver call. It is always this object, so the hot path compares by identity.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
 
-_submitter: Any = None  # the compiled module that submits, in a native build, once there is a device
+_submitter: Any = None  # the module `_submitter`, in a native build, once there is a device
 _capture_lock: Final = threading.RLock()
-#: torch's allocator may keep asking a graph whose capture failed whether it is still capturing, so it must outlive that.
+#: Never freed: torch's allocator may go on querying a graph whose capture failed for whether it still captures.
 _failed_captures: Final[list[torch.cuda.CUDAGraph]] = []
 _thread: Final = threading.local()
 
@@ -70,8 +70,8 @@ class CudaEvent(torch.cuda.Event):
     """An event that is recorded and waited for through the driver, in a quarter of the time that torch takes (0.5 us).
 
     Attributes:
-        driver: its handle; None until the first record, at which torch creates it.
-        address: the same as a number, 0 until then.
+        driver: the event's handle; None until the first record, at which torch creates the event.
+        address: the handle as a number; 0 until the first record.
     """
 
     driver: Any = None
@@ -82,13 +82,13 @@ class CudaEvent(torch.cuda.Event):
 
 
 class CudaStream:
-    """A CUDA stream: one of our own, or somebody else's.
+    """A CUDA stream, made by aiotrt or by other code.
 
     Args:
-        device: the device it is on.
-        stream: torch's view of it.
-        pool: what the graphs captured on it allocate from; None until there is one.
-        owned: whether it is the device's to give away again, once closed.
+        device: the stream's device.
+        stream: torch's object of the stream.
+        pool: the memory pool of the graphs that are captured on the stream; None until there is one.
+        owned: whether aiotrt made the stream, so that the device can reuse it once it is closed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CudaStream:
     ) -> None:
         self.torch = stream
         self.handle: int = stream.cuda_stream
-        self.driver = driver.CUstream(self.handle)  # made once: the driver calls would make it from the handle each time
+        self.driver = driver.CUstream(self.handle)  # made once: each driver call would convert a number anew
         self.pool = pool
         self._device = device
         self._owned = owned
@@ -125,11 +125,11 @@ class CudaStream:
             event.wait(self.torch)
 
     def query(self) -> bool:
-        # Any other answer than yes is dealt with, and any fault reported, by what is done to the stream instead.
+        # No error is raised here: after any status but success the caller submits to the stream, which reports a fault.
         return driver.cuStreamQuery(self.driver)[0] is _DONE
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        if destination.nbytes == 0:  # whose address may be null
+        if destination.nbytes == 0:  # its address may be null
             return
         if is_plain(source) and destination.is_contiguous() and destination.dtype is source.dtype:
             _check(
@@ -145,8 +145,9 @@ class CudaStream:
             function()
 
     def current(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, this is the thread's current stream."""
-        # `torch.cuda.stream` makes two Python objects of streams: 15 us for both ways on an H200's host, and 3 for this.
+        """Return a context in which this is the thread's current stream."""
+        # `torch.cuda.stream` makes two Python objects of streams: entering and leaving it takes 15 us on an H200's CPU,
+        # and `_Current` 3 us.
         if torch._C._cuda_getDevice() != self.torch.device_index:
             return torch.cuda.stream(self.torch)
         return _Current(self.torch)
@@ -158,7 +159,8 @@ class CudaStream:
     def close(self) -> None:
         if self._owned:
             self._owned = False
-            # Not destroyed: torch keeps what it allocated for a stream and in a pool, and gives it to nobody else.
+            # Reused, not destroyed: torch keeps the memory that it allocated for a stream and in a pool, and gives it to no
+            # other stream or pool.
             self._device.idle_streams.append((self.torch, self.pool))
 
     def __repr__(self) -> str:
@@ -166,7 +168,7 @@ class CudaStream:
 
 
 class _Current:
-    """Inside, a stream of the thread's current GPU is its current one."""
+    """A context in which a stream of the thread's current GPU is its current stream."""
 
     __slots__ = ("_before", "_stream")
 
@@ -185,8 +187,8 @@ class _Current:
 class _DefaultStream(CudaStream):
     """The default stream of a GPU that may not be the current one.
 
-    Its handle names no stream, but the default one of whichever GPU is current: asked without this, the driver would answer
-    for the wrong one, and order nothing.
+    Its handle means the default stream of the current GPU. So each call makes its own GPU current: without that the driver
+    would use the wrong GPU's stream, and order nothing.
     """
 
     def record(self, event: Event | None = None) -> Event:
@@ -207,14 +209,14 @@ class _DefaultStream(CudaStream):
 
 
 class _Pool:
-    """The memory that the graphs captured on one stream share: they never overlap, so they may.
+    """The memory that the graphs captured on one stream share. They can share it because they never run at the same time.
 
-    torch refuses a pool to which no graph belongs any more, and frees its memory only when it is short of any. So an idle
-    graph belongs to each, and what one model captured into, the next one does.
+    torch refuses a pool whose graphs are all gone, and frees its memory only when memory runs short. So each pool keeps one
+    graph that is never launched. Thus the next model on the stream captures into the same memory.
 
     Args:
-        index: of the device; the current stream is the one that is captured.
-        graph: captured for the pool's sake.
+        index: the device's index; the current stream is the one to capture on.
+        graph: the graph to capture for the pool.
     """
 
     def __init__(self, index: int, graph: torch.cuda.CUDAGraph) -> None:
@@ -230,7 +232,7 @@ class _Pool:
             graph.capture_end()
 
     def abandon(self) -> None:
-        """After a failed capture torch still counts the pool as recording, and would refuse the next capture into it."""
+        """End recording into the pool after a failed capture: without this torch would refuse the next capture into it."""
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self._index, self.handle)
 
@@ -240,11 +242,12 @@ class CudaGraph(BaseGraph):
 
     Args:
         graph: torch's graph, which owns the memory.
-        copying: made of it, where that is possible; else torch replays.
-        bare: made of it too, without copies; None if `copying` is, or is ordered.
-        direct: likewise, with copies from and to device memory; None too if the graph has buffers that no node can copy.
-        random: what it draws random numbers with, if it does.
-        nbytes: what the capture added to the memory that torch reserves.
+        copying: made from `graph`, where that is possible; with None, torch replays `graph`.
+        bare: made from `graph`, without copies; None if `copying` is None or ordered.
+        direct: made from `graph`, with copies from and to device memory; None where `bare` is, and if the graph has buffers
+            that no node can copy.
+        random: the generator state with which the graph draws random numbers; None if it draws none.
+        nbytes: the bytes that the capture added to the memory that torch reserves.
     """
 
     def __init__(
@@ -261,8 +264,8 @@ class CudaGraph(BaseGraph):
         self._copying = copying
         self._bare = bare
         self._direct = direct
-        #: The lists of a program's host memory, if `copying` is set to copy from and to it, and its version then: a request
-        #: with the same lists needs to set nothing.
+        #: The lists of a program's host memory that `copying` last copied from and to, and the version of `copying` then.
+        #: A request with the same lists does not set its copies again.
         self._sources: Any = None
         self._results: Any = None
         self._version = -1
@@ -298,7 +301,7 @@ class CudaGraph(BaseGraph):
             stream.run(self._graph.replay)
         else:
             with self._random.drawn():
-                stream.run(self._graph.replay)  # by torch, which hands the kernels their seed
+                stream.run(self._graph.replay)  # torch's own replay passes the kernels their seed
 
     def submit(
         self,
@@ -311,7 +314,7 @@ class CudaGraph(BaseGraph):
         results: Sequence[torch.Tensor],
         event: Event,
     ) -> None:
-        # All in one function, since it runs for each call: the same steps as `BaseGraph.submit`, in the same order.
+        # Inlined, because it runs for each call: the same steps as in `BaseGraph.submit`, in the same order.
         graph: Any = self._direct if results else None if sources else self._bare
         is_set = sources is self._sources and self._is_set(results)
         if is_set:
@@ -328,7 +331,7 @@ class CudaGraph(BaseGraph):
             for port, tensor in zip(graph.inputs + graph.outputs, [*sources, *results]):  # noqa: B905
                 address = tensor.data_ptr()
                 if address != port.now:
-                    if not tensor.is_cuda:  # pinned memory takes another kind of node
+                    if not tensor.is_cuda:  # only `copying` has nodes for pinned memory
                         self._submit_and_remember(stream, origin, mark, inputs, sources, outputs, results, event)
                         return
                     port.point(handle, address)
@@ -353,19 +356,19 @@ class CudaGraph(BaseGraph):
         self._remember(sources, results)
 
     def _remember(self, sources: Any, results: Any) -> None:
-        """Note that the graph's copies are from and to these lists, if they are a program's: of host memory only."""
+        """Remember that the graph copies from and to these lists, if they are a program's lists of host memory."""
         copying = self._copying
         if copying is None or copying.ordered or not copying.is_complete or type(sources) is not list:
             return
         for tensor in (*sources, *results):
-            if tensor.is_cuda:  # a caller's, which nothing here may keep alive
+            if tensor.is_cuda:  # it belongs to a caller: the graph must not keep it alive
                 return
         self._sources, self._results, self._version = sources, results, copying.version
         if self._native is not None:
             self._native.remember(copying, int(copying.handle), sources, results)
 
     def prepare(self, results: Sequence[torch.Tensor]) -> None:
-        # An update of an executable graph holds from its next launch on.
+        # An update of an executable graph takes effect from its next launch on.
         graph = self._direct
         if graph is not None:
             for port, tensor in zip(graph.outputs, results, strict=True):
@@ -392,7 +395,7 @@ class CudaGraph(BaseGraph):
         if sources is not self._sources or not self._is_set(results):
             copying.set(list(zip(inputs, sources, strict=True)), list(zip(results, outputs, strict=True)))
             if not copying.is_complete:
-                return None  # some copies are no nodes of the graph
+                return None  # some copies are not nodes of the graph
             self._remember(sources, results)
         try:
             return _submitter.CopyJob(
@@ -404,7 +407,7 @@ class CudaGraph(BaseGraph):
 
     def close(self) -> None:
         for name in ("submit", "prepare"):
-            self.__dict__.pop(name, None)  # a cycle
+            self.__dict__.pop(name, None)  # a reference cycle
         for made in (self._copying, self._bare, self._direct):
             if made is not None:
                 made.close()
@@ -416,7 +419,7 @@ class CudaDevice(BaseDevice):
     """One CUDA GPU.
 
     Args:
-        index: torch's index of it.
+        index: torch's index of the GPU.
     """
 
     unified = False
@@ -433,8 +436,8 @@ class CudaDevice(BaseDevice):
         self.torch_device = torch.device("cuda", index)
         self.current_handle = functools.partial(torch._C._cuda_getCurrentRawStream, index)  # type: ignore[method-assign]
         self._near = near(_bus_id(index))
-        self._streams: dict[int, CudaStream] = {}  # other people's, by handle
-        self.idle_streams: list[tuple[torch.cuda.Stream, _Pool | None]] = []  # ours, for the next who needs one
+        self._streams: dict[int, CudaStream] = {}  # streams that other code made, by handle
+        self.idle_streams: list[tuple[torch.cuda.Stream, _Pool | None]] = []  # our closed streams, to be reused
 
     def stream(self) -> CudaStream:
         self.prepare_thread()
@@ -484,16 +487,17 @@ class CudaDevice(BaseDevice):
 
     def maker(self, like: torch.Tensor) -> Callable[[], torch.Tensor]:
         if type(like) is torch.Tensor and is_plain(like):
-            return functools.partial(torch.empty_like, like)  # parses one argument: half the time of `torch.empty`
+            return functools.partial(torch.empty_like, like)  # one argument to parse: half the time of `torch.empty`
         return functools.partial(torch.empty, tuple(like.shape), dtype=like.dtype, device=self.torch_device)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        with torch.cuda.device(self.index):  # or it would belong to another GPU, which may break
+        with torch.cuda.device(self.index):  # else the memory would belong to another GPU, which may break
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        # Torch says no to memory that somebody has registered, and who may unregister it while the device reads it.
-        with contextlib.suppress(RuntimeError):  # a fault, of which whoever submits something is told
+        # torch returns False for memory that was registered after its allocation. That is right: its owner may unregister
+        # it while the device reads it.
+        with contextlib.suppress(RuntimeError):  # a fault: the next submission raises it
             return tensor.is_pinned()
         return False
 
@@ -510,7 +514,7 @@ class CudaDevice(BaseDevice):
             self.prepare_thread()
             generator = torch.cuda.default_generators[self.index]
             offset = generator.get_offset()
-            # A first matrix product inside a capture fails, because cuBLAS allocates: hence the warm-up, on this stream.
+            # Warm up on this stream: the first matrix product fails inside a capture, because cuBLAS allocates memory.
             with _faults("warming up before a capture"):
                 body()
                 stream.torch.synchronize()
@@ -544,7 +548,7 @@ class CudaDevice(BaseDevice):
         return tensor.device == self.torch_device
 
     def is_on_stream(self) -> bool:
-        return False  # plain Python never is; what it submits is ordered by the current stream
+        return False  # Python code never runs on a CUDA stream; the current stream orders what it submits
 
     def prepare_thread(self) -> None:
         prepare_thread(self.index)
@@ -559,16 +563,16 @@ class CudaDevice(BaseDevice):
 
 
 def _bus_id(index: int) -> str:
-    """Where the GPU is attached, such as ``0000:3B:00.0``; nothing where the driver does not say."""
+    """Return the GPU's PCI bus id, such as ``0000:3B:00.0``; empty if the driver does not know it."""
     status, found = runtime.cudaDeviceGetPCIBusId(32, index)
     return "" if int(status) else bytes(found).partition(b"\0")[0].decode()
 
 
 def query(probe: Callable[[], bool]) -> bool:
-    """Ask an event through `probe`; False also where the driver says "ask later".
+    """Query an event through `probe`; False also if the driver cannot answer now, because a thread captures.
 
     Raises:
-        DeviceError: any other answer than done or not ready.
+        DeviceError: the driver reported another error.
     """
     try:
         return probe()
@@ -594,30 +598,30 @@ def prepare_thread(index: int | None = None) -> None:
         if not done:
             mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
             runtime.cudaThreadExchangeStreamCaptureMode(mode)
-        # Any runtime call binds the context, which driver calls need. After a fault all fail, and what is called next says
-        # so, if it is anything but freeing.
+        # Driver calls need the context, and any runtime call binds it. After a fault this call fails, and so does every
+        # later call but those that free: the error is raised there.
         with contextlib.suppress(RuntimeError):
             torch.cuda.current_stream().query()
     done.add(index)
 
 
 class _Random:
-    """The random numbers of one graph: the process's own sequence, through a generator state that is the graph's.
+    """The random numbers of one graph. They continue the process's sequence, through the graph's own generator state.
 
-    torch (2.11) marks the generator state that a capture uses, until the capture has ended well. Meanwhile, and for ever
-    after one that failed, it refuses every random number that anybody else draws from that state, replays of other graphs
-    included. So each capture gets a state of its own; before a replay that state is set to where the process's sequence
-    is, and after it that sequence is moved on, so that `torch.manual_seed` means what it does without a graph.
+    torch (2.11) marks the generator state that a capture uses, until the capture has ended successfully. Until then, and
+    permanently after a failed capture, torch refuses every random number that other code draws from that state, also in
+    replays of other graphs. So each capture gets its own state. Before a replay that state is set to the position of the
+    process's sequence, and after it the sequence is moved on. So `torch.manual_seed` has the same effect as without a graph.
 
-    Only while a body that draws is being captured must the process's generator have the graph's state: nobody else on
-    this GPU can draw then.
+    The process's generator must have the graph's state only while a body that draws is captured. No other code on this GPU
+    can draw then.
 
     Args:
-        index: of the device.
-        draws: whether the body draws any.
+        index: the device's index.
+        draws: whether the body draws random numbers.
     """
 
-    _elsewhere: Final[dict[int, torch.Generator]] = {}  # the process's states, while a capture has a generator
+    _elsewhere: Final[dict[int, torch.Generator]] = {}  # the process's states, while a capture uses its generators
     _drawing: Final = threading.Lock()
 
     def __init__(self, index: int, *, draws: bool) -> None:
@@ -629,8 +633,8 @@ class _Random:
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
-        """Inside, a capture is begun, with `begun` called right after."""
-        with self._drawing:  # a replay between the two would draw from this graph's state
+        """Return a context for one capture. The caller calls `begun` directly after the capture has begun."""
+        with self._drawing:  # a replay between these two statements would draw from this graph's state
             self._elsewhere[self._index] = self._sequence
             self._generator.graphsafe_set_state(self._state)
         try:
@@ -639,14 +643,14 @@ class _Random:
             self._give_back()
 
     def begun(self) -> None:
-        """The capture has begun."""
+        """Give the process's state back after a capture has begun, if its body draws no random numbers."""
         if not self.draws:
             self._give_back()
 
     @contextlib.contextmanager
     def drawn(self) -> Iterator[None]:
-        """Inside, the graph is replayed, once."""
-        with self._drawing:  # two threads must not take the same part of the sequence
+        """Return a context for one replay of the graph."""
+        with self._drawing:  # two threads must not draw the same part of the sequence
             sequence = self._elsewhere.get(self._index, self._generator)
             if self._state.initial_seed() != sequence.initial_seed():
                 self._state.manual_seed(sequence.initial_seed())
@@ -661,7 +665,7 @@ class _Random:
 
 
 def _graph(random: _Random) -> torch.cuda.CUDAGraph:
-    """A graph to capture into; one that draws is torch's to replay, any other is kept as it is captured."""
+    """Make a graph to capture into. torch replays a graph that draws random numbers; others keep the captured graph."""
     if not random.draws:
         with contextlib.suppress(TypeError):  # an older torch
             return torch.cuda.CUDAGraph(keep_graph=True)
@@ -669,10 +673,10 @@ def _graph(random: _Random) -> torch.cuda.CUDAGraph:
 
 
 def _load_submitter() -> None:
-    """In a native build, import the compiled module that submits, and give it the driver's functions.
+    """In a native build, import the compiled module that submits, and pass it the addresses of the driver's functions.
 
     Raises:
-        ImportError: the driver lacks one of them.
+        ImportError: the driver lacks one of these functions.
     """
     global _submitter  # noqa: PLW0603  # a process has one driver
     if IMPLEMENTATION != "native" or _submitter is not None:
@@ -710,7 +714,10 @@ def _native(bare: DirectGraph, direct: DirectGraph | None, fallback: Callable[..
 
 
 def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:
-    """What a node of a graph calls it by; given a stream, an event that was never recorded is, since torch makes it then."""
+    """Return the driver's handle of an event, for a graph's node.
+
+    With `stream`, an event that was never recorded is recorded there, because torch creates it at its first record.
+    """
     if event is None:
         return None
     assert isinstance(event, CudaEvent), event
@@ -722,10 +729,13 @@ def _handle(event: Event | None, stream: CudaStream | None = None) -> Any:
 def _executables(
     graph: torch.cuda.CUDAGraph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, ordered: bool
 ) -> tuple[CopyingGraph | None, DirectGraph | None, DirectGraph | None]:
-    """What is launched: a graph that makes any copies, one without, and one with those of most calls."""
+    """Make the executable graphs: for any copies, without copies, and with copies in device memory only.
+
+    All are None if torch has to replay the captured graph. See `CudaGraph` for when the other two are None.
+    """
     try:
         raw = int(graph.raw_cuda_graph())
-    except (AttributeError, RuntimeError):  # an older torch; or it was not kept
+    except (AttributeError, RuntimeError):  # an older torch, or the captured graph was not kept
         return None, None, None
     made: list[CopyingGraph | DirectGraph] = []
     try:
@@ -736,7 +746,7 @@ def _executables(
         if not copying.is_whole:
             return copying, bare, None
         return copying, bare, DirectGraph(raw, inputs, outputs, _check)
-    except RuntimeError as error:  # a node that no child graph may have
+    except RuntimeError as error:  # the graph has a node that a child graph must not have
         _log.debug("a graph is replayed by torch: %s", error)
         for each in made:
             each.close()
@@ -760,10 +770,10 @@ def _record(
         try:
             outputs = list(body())
             if not any(output.numel() for output in outputs):
-                torch.zeros(1, device="cuda")  # torch warns of a graph with nothing in it, as this one may be
+                torch.zeros(1, device="cuda")  # the graph may be empty, and torch warns of empty graphs
         except BaseException:
-            # Ending it takes the stream out of capture mode. It fails too when the capture was invalidated; and torch
-            # warns of a graph with nothing in it, as this one may be.
+            # Ending the capture takes the stream out of capture mode; it raises if the capture was invalidated. The zeros
+            # are there because the graph may be empty, and torch warns of empty graphs.
             with contextlib.suppress(Exception):
                 torch.zeros(1, device="cuda")
             with contextlib.suppress(Exception):
@@ -771,7 +781,7 @@ def _record(
             raise
         graph.capture_end()
     except Exception as error:
-        # The driver keeps reporting a failed capture from later, innocent calls, until it is asked twice.
+        # Unrelated later calls would return the error of the failed capture, until it is read twice.
         runtime.cudaGetLastError()
         runtime.cudaGetLastError()
         if pool is not None:
@@ -786,15 +796,15 @@ def _record(
 
 
 def _reason(error: Exception) -> str:
-    """What is worth telling: all of our own words, of torch's the first line, since advice for other cases follows."""
+    """Return the message of aiotrt's own errors, and the first line of others: torch adds advice for other cases."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines) if isinstance(error, AiotrtError) else lines[0]
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    # A collection on this thread could free a graph or an event of somebody's in the middle of the capture, which the
-    # driver does not allow. Captures are serialised, so nobody else turns it back on meanwhile.
+    # A garbage collection on this thread could free another graph or event in the middle of the capture, which the driver
+    # does not allow. Captures run one after the other, so no other capture enables collection meanwhile.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -806,7 +816,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _faults(doing: str) -> Iterator[None]:
-    """Turn torch's report of a device fault into a `DeviceError`; anything else passes."""
+    """Return a context that turns torch's report of a device fault into a `DeviceError`, and lets other errors pass."""
     try:
         yield
     except DeviceError:
@@ -819,7 +829,7 @@ def _faults(doing: str) -> Iterator[None]:
 
 
 def _check(doing: str, answer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values of a driver call, or its error."""
+    """Return the values of a driver call, or raise its error."""
     status, *values = answer
     code = int(status)
     if code == 0:
@@ -835,7 +845,7 @@ def _fail(doing: str, status: int) -> None:
 
 
 def _fail_job(doing: str, status: int, is_lost: bool) -> None:
-    """Raise the error of a job's status; `is_lost` if nothing says when what was submitted ends."""
+    """Raise the error of a job's status; `is_lost` if the end of the submitted work cannot be detected."""
     try:
         _fail(doing, status)
     except RuntimeError as error:
@@ -845,7 +855,7 @@ def _fail_job(doing: str, status: int, is_lost: bool) -> None:
 
 
 def _code(error: BaseException) -> tuple[int, str]:
-    """The CUDA status in an exception of torch, CuPy or cuda.core; -1 where there is none."""
+    """Return the CUDA status and its name from an exception of torch, CuPy or cuda.core; -1 if there is no status."""
     code = getattr(error, "error_code", getattr(error, "status", None))
     if isinstance(code, int):
         return code, _name(code)

@@ -1,16 +1,16 @@
-"""A captured graph with the copies of its callers in it, as nodes whose addresses are set for each launch.
+"""A captured graph with its callers' copies in it, as nodes whose addresses are set for each launch.
 
-A copy that is submitted by itself costs 4 to 12 us of the calling thread, and the device a gap before the graph. As a node
-it costs 1.1 us when its address is another one than last time (with the Python around it 2, and 4 while the graph runs), and
-nothing when it is the same (measured on an H200). So each buffer of the graph gets two nodes, for a caller's device memory
-and for pinned memory, of which at most one is enabled. A change reaches later launches only: those in flight keep what they
-were launched with (CUDA driver API, "Graph Management").
+A copy that is submitted separately costs 4 to 12 us of the calling thread, and leaves the device idle before the graph. A
+copy node costs 1.1 us when its address changed since the last launch (2 us with the Python code around it, and 4 while the
+graph runs), and nothing when it did not (measured on an H200). So each buffer of the graph gets two nodes, one for device
+memory and one for pinned memory, of which at most one is enabled. A change takes effect for later launches only: launches
+in flight keep their parameters (CUDA driver API, "Graph Management").
 
-Launches that go one after the other are ordered by nodes too, a wait right before the captured graph and a record right
-after it, so that only that is in order: the copies of one launch run beside the work of another. On an H200, two streams,
-work of 200 us: 100 % of what back-to-back launches do with a mebibyte in from pinned memory, and 84 % if the copies are in
-order too; of 50 us with 4 KiB in and out on the device, 100 and 96 %. Like any wait, the node is for the last record made
-before its own launch.
+Launches that must run one after the other are ordered by nodes too: a wait directly before the captured graph, and a record
+directly after it. So only the captured work is ordered, and the copies of one launch run beside the work of another.
+Throughput on an H200, relative to back-to-back launches, with two streams: for work of 200 us with a mebibyte in from
+pinned memory, 100 %, and 84 % if the copies are ordered too; for work of 50 us with 4 KiB in and out on the device, 100 %
+and 96 %. Like any wait, the node waits for the last record made before its own launch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["CopyingGraph", "DirectGraph", "is_plain"]
 
 Check = Callable[[str, tuple[Any, ...]], tuple[Any, ...]]
 
-#: What driver calls answer when all is well: always this object.
+#: The status of a successful driver call: always this object.
 _DONE: Final = driver.CUresult.CUDA_SUCCESS
-#: Where a node for pinned memory points before its first use, by device: nodes are instantiated with valid addresses.
+#: Pinned memory for nodes that were not used yet, by device: a node can only be instantiated with a valid address.
 _placeholders: Final[dict[int, torch.Tensor]] = {}
 
 
@@ -37,22 +37,22 @@ class CopyingGraph:
     """An executable graph: copies in, the captured graph, copies out.
 
     Args:
-        raw: the captured graph, which stays the caller's and must live as long as this.
-        inputs: buffers that it reads.
-        outputs: buffers that it writes.
+        raw: the captured graph. It remains the caller's, and must live as long as this object.
+        inputs: buffers that the captured graph reads.
+        outputs: buffers that the captured graph writes.
         check: returns the values of a driver call, or raises its error.
-        ordered: whether it gets the nodes that `order` sets.
+        ordered: whether the graph gets the nodes that `order` sets.
 
-    Raises: what `check` raises. Nothing is left behind.
+    Raises what `check` raises. Everything that was made is freed then.
 
     Attributes:
-        handle: to launch it.
-        context: in which it was made, by its handle.
-        ordered: as given.
-        is_set: whether any node may be enabled.
+        handle: the driver's handle of the executable graph.
+        context: the handle of the context in which the graph was made.
+        ordered: the argument `ordered`.
+        is_set: whether any copy node may be enabled.
         version: how often `set` was called.
-        is_complete: whether the nodes made all copies that `set` was last given.
-        is_whole: whether each input and each output has nodes of its own.
+        is_complete: whether nodes make all copies of the last call of `set`.
+        is_whole: whether each input and each output has its own nodes.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class CopyingGraph:
         self.is_whole = False
         self._check = check
         self.context = 0
-        self._nobody: Any = None  # an event of its own: nodes cannot be switched off, but name one that means nothing
-        self._wait: Any = None  # the nodes, and the events that they name
+        self._nobody: Any = None  # a placeholder event: event nodes cannot be disabled, so they need one that orders nothing
+        self._wait: Any = None  # the event nodes, and the events that they are set to
         self._record: Any = None
         self._waits_for: Any = None
         self._records: Any = None
-        self._before: dict[int, _Port] = {}  # by the identity of the buffer's tensor, which this keeps
+        self._before: dict[int, _Port] = {}  # by the `id` of the buffer's tensor, which the port keeps alive
         self._after: dict[int, _Port] = {}
         self.is_set = False
         self.version = 0
@@ -109,7 +109,7 @@ class CopyingGraph:
             raise
 
     def set(self, before: Copies, after: Copies) -> tuple[Copies, Copies]:
-        """Make later launches do these copies, and no others; returns those that cannot be nodes."""
+        """Make later launches do these copies and no others. Returns the copies that cannot be nodes."""
         self.version += 1
         if not (before or after or self.is_set):
             self.is_complete = True
@@ -124,12 +124,12 @@ class CopyingGraph:
         """Make the captured part of later launches wait for one event, and record another when it has ended.
 
         Args:
-            wait: the driver's handle of the event, or None.
-            record: likewise.
+            wait: the driver's handle of the event to wait for, or None.
+            record: the driver's handle of the event to record, or None.
         """
         wait, record = wait or self._nobody, record or self._nobody
         if wait is not self._waits_for:
-            self._waits_for = None  # if this fails, who knows
+            self._waits_for = None  # unknown if the call fails
             self._check(
                 "setting the event that a graph waits for",
                 driver.cuGraphExecEventWaitNodeSetEvent(self.handle, self._wait, wait),
@@ -144,19 +144,20 @@ class CopyingGraph:
             self._records = record
 
     def close(self) -> None:
-        """Free it; the last launch must have completed."""
+        """Free the graph; the last launch must have completed."""
         if self.handle is not None:
             driver.cuGraphExecDestroy(self.handle)
         if self._nobody is not None:
             driver.cuEventDestroy(self._nobody)
-        driver.cuGraphDestroy(self._graph)  # not before: a node of the executable is named by the graph's
+        driver.cuGraphDestroy(self._graph)  # kept until now: its nodes identify those of the executable graph
 
     def _set(self, ports: dict[int, _Port], copies: Copies, mine: int) -> Copies:
         others, pointed = [], set()
         for copy in copies:
             buffer, other = copy[mine], copy[1 - mine]
             port = ports.get(id(buffer))
-            # One node copies to one place: an output that is returned twice goes to two. And it stays on its GPU.
+            # A node has one destination: the second copy of an output that is returned twice is no node. Neither is a copy
+            # to or from another GPU.
             if (
                 port is None
                 or other.dtype is not buffer.dtype
@@ -186,22 +187,22 @@ class CopyingGraph:
 
 
 class DirectGraph:
-    """An executable graph for the launches that most calls repeat: no copies, or one in device memory for each buffer.
+    """An executable graph for the most frequent launches: no copies, or one copy in device memory for each buffer.
 
-    A node costs the launching thread about 0.3 us and the device as much, though it be switched off: so such launches do not
-    use the graph that can do everything.
+    A node costs the launching thread about 0.3 us and the device as much, even a disabled one. So such launches do not use
+    `CopyingGraph`.
 
     Args:
-        raw: the captured graph, which stays the caller's and must live as long as this.
-        inputs: buffers that it reads, to copy to; none with `outputs` empty too makes a graph without copies.
-        outputs: buffers that it writes, to copy from.
+        raw: the captured graph. It remains the caller's, and must live as long as this object.
+        inputs: buffers that the captured graph reads, to copy to. If `outputs` is empty too, there are no copies.
+        outputs: buffers that the captured graph writes, to copy from.
         check: returns the values of a driver call, or raises its error.
 
-    Raises: what `check` raises. Nothing is left behind.
+    Raises what `check` raises. Everything that was made is freed then.
 
     Attributes:
-        handle: to launch it.
-        context: whose memory the copies are in.
+        handle: the driver's handle of the executable graph.
+        context: the context of the memory that the copies are in.
         inputs: the node of each input.
         outputs: the node of each output.
     """
@@ -231,7 +232,7 @@ class DirectGraph:
             raise
 
     def close(self) -> None:
-        """Free it; the last launch must have completed."""
+        """Free the graph; the last launch must have completed."""
         if self.handle is not None:
             driver.cuGraphExecDestroy(self.handle)
         if self._graph is not None:
@@ -242,9 +243,9 @@ class DirectPort:
     """The node that copies to one input, or from one output.
 
     Attributes:
-        node: the driver's name of it.
+        node: the driver's handle of the node.
         buffer: the input or output.
-        now: the address of the caller's memory that it names; 0 where that is unknown.
+        now: the address of the caller's memory that the node is set to; 0 where that is unknown.
     """
 
     __slots__ = ("_check", "_context", "_is_input", "_parameters", "buffer", "node", "now")
@@ -266,8 +267,8 @@ class DirectPort:
         )
 
     def point(self, graph: Any, address: int) -> None:
-        """Copy from or to this address, which is device memory."""
-        self.now = 0  # if this fails, who knows
+        """Set the node to copy from or to this address of device memory."""
+        self.now = 0  # unknown if the call fails
         if self._is_input:
             self._parameters.srcDevice = address
         else:
@@ -299,7 +300,7 @@ class _Port:
         self._enabled = [True, True]
 
     def add(self, graph: Any, after: list[Any]) -> list[Any]:
-        """Make the nodes."""
+        """Add the two nodes to a graph, after the nodes `after`, and return them."""
         for parameters in self._parameters:
             (node,) = self._check(
                 "adding a copy to a graph",
@@ -309,7 +310,7 @@ class _Port:
         return self._nodes
 
     def point(self, graph: Any, other: torch.Tensor) -> None:
-        """Copy from or to this memory."""
+        """Set the nodes to copy from or to the memory of `other`."""
         address = other.data_ptr()
         if address == self.now:  # addresses of pinned and of device memory are never equal
             return
@@ -338,7 +339,7 @@ class _Port:
         self.now = address
 
     def disable(self, graph: Any) -> None:
-        """Copy nothing."""
+        """Disable both nodes."""
         self.now = 0
         self._enable(graph, False, enabled=False)
         self._enable(graph, True, enabled=False)
@@ -351,7 +352,7 @@ class _Port:
             self._enabled[on_device] = enabled
 
     def _describe(self, *, on_device: bool) -> Any:
-        """A copy between the buffer and itself, or the placeholder."""
+        """Return the parameters of a first copy: between the buffer and itself, or with the pinned placeholder."""
         memory = driver.CUmemorytype
         parameters = driver.CUDA_MEMCPY3D()
         parameters.srcMemoryType = parameters.dstMemoryType = memory.CU_MEMORYTYPE_DEVICE
@@ -367,8 +368,8 @@ class _Port:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its bytes, in order, are its values: copying them copies it."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()  # lazy flags: not in the bytes
+    """Whether copying the tensor's memory byte by byte copies its values."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()  # the memory lacks these lazy flags
 
 
 def _placeholder(device: int) -> torch.Tensor:

@@ -14,18 +14,18 @@ __all__ = ["IpcMemory"]
 
 
 class IpcMemory:
-    """Memory that another process allocated on a GPU of this machine; that process must not free it before.
+    """Memory that another process allocated on a GPU of this machine. That process must not free it while it is open here.
 
-    ``torch.as_tensor(memory, device=memory.device)`` is a view of it, a tensor of UINT8. When neither it nor a view is left
-    it is closed, in a thread of its own, since that may block. Making it blocks too.
+    ``torch.as_tensor(memory, device=memory.device)`` is a view of the memory, a tensor of UINT8. The memory is closed when
+    neither this object nor a view of it is left. Its own thread closes it, because that may block. Opening blocks too.
 
     Args:
-        handle: what ``cudaIpcGetMemHandle`` gave that process.
-        index: of the GPU, for this process.
-        size: bytes to use of it.
+        handle: the handle that ``cudaIpcGetMemHandle`` returned in that process.
+        index: the index of the GPU in this process.
+        size: how many bytes of the memory to use.
 
     Attributes:
-        device: where it is.
+        device: the memory's device.
 
     Raises:
         InputError: there is no such GPU or memory, or it is smaller than `size`.
@@ -39,13 +39,13 @@ class IpcMemory:
         raw = runtime.cudaIpcMemHandle_t()
         raw.reserved = handle
         with torch.cuda.device(index):
-            torch.cuda.current_stream().query()  # so that there is a context
+            torch.cuda.current_stream().query()  # creates the context
             status, address = runtime.cudaIpcOpenMemHandle(raw, runtime.cudaIpcMemLazyEnablePeerAccess)
             if status != runtime.cudaError_t.cudaSuccess:
-                runtime.cudaGetLastError()  # or torch's next call would find it
+                runtime.cudaGetLastError()  # clear the error, which torch's next call would raise
                 raise InputError(f"this is no handle of device memory that can be opened here: {status.name}")
             self._address = int(address)
-            # The size that a client names is not believed: reading past the end would break the device for all models.
+            # The client's size is checked: reading past the end of the memory would break the device for all models.
             found, base, whole = driver.cuMemGetAddressRange(self._address)
         left = int(base) + int(whole) - self._address if found == driver.CUresult.CUDA_SUCCESS else 0
         if size > left:
@@ -54,7 +54,7 @@ class IpcMemory:
 
     def __del__(self) -> None:
         if self._address:
-            with contextlib.suppress(RuntimeError):  # at the end of the process, which closes it
+            with contextlib.suppress(RuntimeError):  # no thread can be started at process exit, which closes the memory
                 threading.Thread(target=_close, args=(self._address, self.device.index), daemon=True).start()
 
 

@@ -1,12 +1,13 @@
-"""The host device: the same program, with no GPU.
+"""The host device: runs the same programs without a GPU.
 
-Rule 1: the semantics are CUDA's, as `devices.base` states them, so what is correct here is correct there.
-Rule 2: nothing here is faster or slower on purpose; a stream is a thread, and what it runs should release the
-interpreter lock, as torch's and ONNX Runtime's kernels do.
+Rule 1: the semantics are CUDA's, as `devices.base` states them, so that a program that is correct here is correct on CUDA.
+Rule 2: no step is made faster or slower artificially. A stream is a thread, and the functions that it runs should release
+the interpreter lock, as torch's and ONNX Runtime's kernels do.
 
-A stream is a worker thread that takes closures from a queue, in order. Recording an event enqueues "mark this record",
-waiting for it enqueues "block until it is marked". A graph is the closure that was captured, together with the tensors it
-writes. Host memory is device memory here, so `unified` is true and staging buffers are the inputs themselves.
+A stream is a worker thread that takes closures from a queue, in order. Recording an event enqueues "mark this record";
+waiting for the event enqueues "block until the record is marked". A graph is the captured closure, together with the
+tensors that it writes. Host memory is device memory here, so `unified` is true and staging buffers are the inputs
+themselves.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ _names: Final = itertools.count()
 _thread: Final = threading.local()
 
 
-#: Results of this size are copied by numpy, which keeps the interpreter lock. torch hands it back for every copy, and two
-#: switches of threads take longer than to copy as much.
+#: Results of up to this size are copied by numpy, which keeps the interpreter lock. torch releases it for every copy, and
+#: the two switches between threads take longer than such a copy.
 SMALL_BYTES: Final = 4 << 10
 
 
 class HostEvent:
-    """An event that completes when its stream reaches it.
+    """An event that completes when its stream reaches its last record.
 
-    Each record is an object of its own. So a wait keeps the record that it was made for, and recording again, on whatever
-    stream, moves the event on without touching who waits for the record before.
+    Each record is a separate object. So a wait keeps the record that it was made for, and recording the event again, on any
+    stream, does not affect waits for earlier records.
     """
 
     __slots__ = ("last",)
 
     def __init__(self) -> None:
-        self.last: _Record | None = None  # the last recording
+        self.last: _Record | None = None  # None before the first record
 
     def query(self) -> bool:
         record = self.last
@@ -69,7 +70,7 @@ class HostEvent:
 
 
 class _Record:
-    """One recording of an event. A call makes one, so it has no `threading.Event` of its own, which takes longer to make."""
+    """One record of an event. Each call makes one, so it has no `threading.Event`, which takes longer to create."""
 
     __slots__ = ("_callbacks", "_lock", "error", "is_reached")
 
@@ -80,25 +81,26 @@ class _Record:
         self._lock = threading.Lock()
 
     def reach(self, error: BaseException | None) -> None:
-        """The stream is there; tell everybody."""
+        """Mark the record as reached, and call the callbacks."""
         self.error = error
         with self._lock:
             self.is_reached = True
-        # Let go of: who waited refers to the event, and so to this, and its memory would wait for a garbage collection.
+        # Drop the callbacks: they refer to the event, and so to this record, and the cycle would keep their memory until the
+        # next garbage collection.
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
 
     def when_reached(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the stream's thread when it is there, or at once if it is."""
-        with self._lock:  # or the stream could come by between the question and the entry
+        """Call `callback` on the stream's thread when the stream reaches the record, or at once if it has."""
+        with self._lock:  # else the stream could reach the record between the check and the append
             if not self.is_reached:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def wait(self) -> None:
-        """Block until the stream is there."""
+        """Block until the stream reaches the record."""
         if not self.is_reached:
             reached = threading.Event()
             self.when_reached(reached.set)
@@ -108,15 +110,15 @@ class _Record:
 class HostStream:
     """A worker thread that runs closures in order.
 
-    When a closure raises, the error is kept and attached to the next event recorded: that is how a failure reaches the
-    one who waits for it. The stream goes on.
+    When a closure raises, the stream keeps the error and attaches it to the next recorded event, from which the waiting
+    caller gets it. The stream goes on.
     """
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name or f"aiotrt-stream-{next(_names)}"
         self._work: queue.SimpleQueue[Callable[[_Failure], None] | None] = queue.SimpleQueue()
-        # Daemonic, and holding only the queue: a stream that nobody closed must not keep the interpreter alive, and must
-        # end when it is garbage.
+        # A daemon thread that holds only the queue: a stream that was not closed must not keep the interpreter alive, and
+        # must end when it is garbage-collected.
         self._thread = threading.Thread(target=_serve, args=(self._work,), name=self.name, daemon=True)
         try:
             self._thread.start()
@@ -143,12 +145,12 @@ class HostStream:
     def wait(self, event: Event) -> None:
         assert isinstance(event, HostEvent), event
         self._check_open()
-        record = event.last  # the last one made before this call, whatever is recorded later
+        record = event.last  # the last record made before this call; later records do not matter
         if record is not None:
             self._work.put(lambda failure: _block(record))
 
     def query(self) -> bool:
-        return False  # ordering costs nothing here
+        return False  # not checked: a wait costs next to nothing here
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self.run(lambda: destination.copy_(source))
@@ -159,13 +161,13 @@ class HostStream:
         def call(failure: _Failure) -> None:
             try:
                 function()
-            except BaseException as error:  # it belongs to whoever waits for the next event, not to this thread
+            except BaseException as error:  # it is raised where the next event is awaited, not on this thread
                 failure.put(error)
 
         self._work.put(call)
 
     def run_and_record(self, function: Callable[[], object], event: Event) -> None:
-        """Submit what `run` and `record` do, as one piece of work."""
+        """Submit the work of `run` and `record` as one closure."""
         assert isinstance(event, HostEvent), event
         self._check_open()
         record = event.last = _Record()
@@ -180,7 +182,7 @@ class HostStream:
         self._work.put(call)
 
     def synchronize(self) -> None:
-        if not self._stop.alive:  # what is queued behind the end is never reached
+        if not self._stop.alive:  # closed: a closure that is queued now would never run
             self._thread.join()
             return
         reached = threading.Event()
@@ -191,7 +193,7 @@ class HostStream:
         self._stop()
 
     def _check_open(self) -> None:
-        if not self._stop.alive:  # without this, whoever waits for what is submitted now would wait for ever
+        if not self._stop.alive:  # without this, a caller would wait permanently for work submitted now
             raise UsageError(f"stream {self.name} is closed")
 
     def __repr__(self) -> str:
@@ -210,7 +212,7 @@ class _Failure:
         if isinstance(error, Exception):
             self._error = error
         else:
-            # A SystemExit, say. Raised by a query, it would end whichever loop asks, and not be the work's failure.
+            # For example SystemExit: raised by a query, it would end the event loop instead of failing the work.
             self._error = RuntimeError(f"the work raised {type(error).__name__}: {error}")
             self._error.__cause__ = error
 
@@ -235,14 +237,14 @@ def _serve(work: queue.SimpleQueue[Callable[[_Failure], None] | None]) -> None:
 class HostGraph(BaseGraph):
     """A recorded closure, and the tensors it writes.
 
-    An output whose shape differs from the captured one replaces its tensor in `outputs`: where there is no driver,
-    shapes that depend on the data cost nothing more.
+    An output whose shape differs from the captured one replaces its tensor in `outputs`. Without a driver, shapes that
+    depend on the data have no extra cost.
     """
 
     def __init__(self, body: Callable[[], Sequence[torch.Tensor]], outputs: list[torch.Tensor]) -> None:
         self._body = body
         self._outputs = outputs
-        self._stream: HostStream | None = None  # of the last launch
+        self._stream: HostStream | None = None  # the stream of the last launch
         self.nbytes = sum(t.numel() * t.element_size() for t in outputs)
 
     def replay(self, stream: Stream) -> None:
@@ -264,16 +266,16 @@ class HostGraph(BaseGraph):
             super().submit(stream, origin, mark, inputs, sources, outputs, results, event)
             return
         self._follow(stream)
-        stream.run_and_record(self._run, event)  # one piece of work: each that the stream's thread takes costs a switch
+        stream.run_and_record(self._run, event)  # one closure: each one costs a switch of threads
 
     def _follow(self, stream: Stream) -> None:
-        """A graph never overlaps itself: make this stream wait for the last launch, if that was on another one."""
+        """Make this stream wait for the last launch if that was on another stream, because a graph never overlaps itself."""
         assert isinstance(stream, HostStream), stream
         last, self._stream = self._stream, stream
         if last is not None and last is not stream:
             try:
                 stream.wait(last.record())
-            except UsageError:  # it is closed, and ends when its work has
+            except UsageError:  # `last` is closed: its thread ends when its work has
                 stream.run(last.synchronize)
 
     def _run(self) -> None:
@@ -298,7 +300,7 @@ class HostDevice(BaseDevice):
     """This machine's processors and memory, as a device.
 
     Args:
-        name: what messages call it; a model may use the host as several devices.
+        name: its name in messages; a model may use the host as several devices.
     """
 
     torch_device = torch.device("cpu")
@@ -311,7 +313,7 @@ class HostDevice(BaseDevice):
         self.name = name
         self._local = threading.local()
         self._streams: weakref.WeakSet[HostStream] = weakref.WeakSet()
-        self._streams_lock = threading.Lock()  # each thread that asks for its current stream may add one
+        self._streams_lock = threading.Lock()  # `current_stream` may add a stream on any thread
 
     def stream(self) -> HostStream:
         return self._open(None)
@@ -320,8 +322,8 @@ class HostDevice(BaseDevice):
         return HostEvent()
 
     def current_stream(self) -> HostStream:
-        # The calling thread itself is not a stream: what stands in for "the caller's current stream" is a stream of its
-        # own, made on first use, on which device-side waits and copies are ordered.
+        # The calling thread itself is not a stream. Its "current stream" is a separate stream, made on first use, on which
+        # device-side waits and copies are ordered.
         stream: HostStream | None = getattr(self._local, "stream", None)
         if stream is None:
             stream = self._local.stream = self._open(f"aiotrt-current-{threading.current_thread().name}")
@@ -383,7 +385,7 @@ class HostDevice(BaseDevice):
             stream.synchronize()
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return False  # whatever is in host memory came from the host
+        return False  # all tensors in host memory count as the host's
 
     def is_on_stream(self) -> bool:
         return getattr(_thread, "is_stream", False)

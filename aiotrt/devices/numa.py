@@ -1,4 +1,4 @@
-"""Where a GPU is attached: the processors that are near it, on a machine with several NUMA nodes."""
+"""The processors near a GPU, on a machine with several NUMA nodes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["near", "stay_near"]
 
 
 def near(bus_id: str, root: Path = Path("/sys/bus/pci/devices")) -> set[int]:
-    """Return the processors on the NUMA node of a PCI device; none where the system does not say.
+    """Return the processors on the NUMA node of a PCI device; none if the system does not know them.
 
     Args:
-        bus_id: such as ``0000:3b:00.0``.
-        root: where the system describes its devices.
+        bus_id: the device's PCI bus id, such as ``0000:3b:00.0``.
+        root: the folder in which the system describes its PCI devices.
     """
     try:
         ranges = (root / bus_id.lower() / "local_cpulist").read_text().strip()
@@ -28,9 +28,10 @@ def near(bus_id: str, root: Path = Path("/sys/bus/pci/devices")) -> set[int]:
 
 
 def stay_near(processors: set[int]) -> None:
-    """Keep the calling thread, and so the memory that it is the first to use, on those of these that it may use.
+    """Bind the calling thread to those of these processors that it may use.
 
-    Nothing changes where that is none of them, or where the system has no such call or refuses it.
+    Memory is then allocated near them too, because it is on the node of the thread that uses it first. Nothing changes if
+    the thread may use none of them, or if the system lacks the call or refuses it.
     """
     if not hasattr(os, "sched_setaffinity"):
         return

@@ -21,18 +21,18 @@ __all__ = ["ModuleEngine"]
 
 log = logging.getLogger("aiotrt")
 
-MOST_EXPORTS: Final = 64  # for as many signatures and shapes
+MOST_EXPORTS: Final = 64  # exports kept for one module, each for one signature and set of shapes
 
 
 class ModuleEngine:
     """A callable over device tensors.
 
-    A module is used as it stands, on the device and in the mode (`eval` or `train`) that its owner put it: moving somebody
-    else's module would surprise them. A module whose parameters live elsewhere than the model's device is refused.
+    A module is used on its present device and in its present mode (`eval` or `train`): moving it would surprise its owner.
+    A module whose parameters are not on the model's device is refused.
 
     Args:
         source: a module, an exported program or a function.
-        device: where it will run.
+        device: the device that will run it.
 
     Raises:
         EngineError: its parameters are on another device, or it cannot be called.
@@ -45,7 +45,7 @@ class ModuleEngine:
     def __init__(self, source: object, device: Device) -> None:
         nested: _Exported | None = None
         if isinstance(source, torch.export.ExportedProgram):
-            # The module keeps the program's guards on constant extents, so a shape outside them is a clear error.
+            # The module keeps the program's guards on fixed dimensions, so a call with other sizes is a clear error.
             self.name = "ExportedProgram"
             function: Any = source.module()
             self.inputs = _exported_inputs(source)
@@ -65,18 +65,18 @@ class ModuleEngine:
         self._described: Callable[..., object] = function.forward if is_module else function
         self._called: Callable[..., object] = function if nested is None else nested
         self.parameters = Parameters.of(self._described) if nested is None else nested.parameters
-        self._exports: dict[Hashable, Callable[..., object] | None] = {}  # in the module's place; None where it has none
+        self._exports: dict[Hashable, Callable[..., object] | None] = {}  # None: run the module itself
         self._exporting = threading.Lock()
         self._is_exported = isinstance(source, torch.export.ExportedProgram)
         self._keywords: tuple[str, ...] = ()
         if isinstance(source, torch.export.ExportedProgram) and source.example_inputs is not None:
             self._keywords = tuple(source.example_inputs[1])
-        self._weights: dict[str, torch.Tensor] = {}  # as they were when a program was built last
+        self._weights: dict[str, torch.Tensor] = {}  # as of the last capture
         if isinstance(function, torch.nn.Module):
             _check_placement(self.name, function, device)
 
     def execution(self, device: Device, stream: Stream, names: Sequence[str], shapes: Shapes) -> ModuleExecution:
-        if self.inputs is not None:  # an exported program takes its inputs just as it was given them then
+        if self.inputs is not None:  # an exported program takes its inputs as in the example of its export
             count = len(names) - len(self._keywords)
             return ModuleExecution(self, list(range(count)), {k: count + i for i, k in enumerate(self._keywords)})
         return ModuleExecution(self, *arrange(self._described, names))
@@ -88,7 +88,7 @@ class ModuleEngine:
         """
         if not isinstance(self._function, torch.nn.Module):
             return ()
-        # Detached: a parameter whose data is replaced would give the memory back.
+        # Detached: if its data is replaced, a parameter itself would release the memory that the graph reads.
         now = {
             name: tensor.detach() for name, tensor in [*self._function.named_parameters(), *self._function.named_buffers()]
         }
@@ -106,16 +106,19 @@ class ModuleEngine:
         return tuple(now.values())
 
     def function(self, key: Hashable) -> Callable[..., object]:
-        """What to call with inputs of this key: the source, or the export that takes its place."""
+        """Return the function to call with inputs of this key: the source, or the export that replaces it."""
         return self._exports.get(key) or self._called
 
     def exported(
         self, key: Hashable, args: Sequence[object], named: Mapping[str, object], reason: str
     ) -> Callable[..., object] | None:
-        """The module's `torch.export` for inputs of this key; None if it has none. Blocks for seconds, the first time."""
+        """Return the module's `torch.export` for inputs of this key; None if it cannot be exported.
+
+        Blocks for seconds at the first call for a key.
+        """
         if self._is_exported or not isinstance(self._function, torch.nn.Module):
-            return None  # an export already, or a function, which might do something else the next time
-        with self._exporting:  # the other slots take what the first one made
+            return None  # already an export, or a function, which may behave differently in the next call
+        with self._exporting:  # the first slot exports, and the other slots reuse its export
             if key not in self._exports:
                 self._exports[key] = self._export(tuple(args), dict(named), reason)
                 if len(self._exports) > MOST_EXPORTS:
@@ -123,7 +126,7 @@ class ModuleEngine:
             return self._exports[key]
 
     def forget_export(self, function: Callable[..., object] | None) -> None:
-        """Use this export for nothing more."""
+        """Stop using this export, for all inputs."""
         with self._exporting:
             for key, export in self._exports.items():
                 if export is function:
@@ -133,14 +136,14 @@ class ModuleEngine:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                # Of a copy, with the same parameters: exporting puts stand-ins into a module for a while, and another slot,
-                # or the module's owner, may be calling it.
+                # Export a copy with the same parameters: exporting temporarily replaces the module's parameters, while
+                # another slot or the module's owner may be calling it.
                 module = self._function
                 assert isinstance(module, torch.nn.Module)
                 shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
                 program = torch.export.export(copy.deepcopy(module, shared), args, named, strict=False)
                 function: Callable[..., object] = program.module()
-        except Exception as error:  # whatever exporting finds unusual; the module itself still runs
+        except Exception as error:  # of any class: torch.export raises many; the module itself still runs
             said = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("%s could not be captured (%s), nor exported (%s)", self.name, reason, said[0])
             return None
@@ -156,7 +159,7 @@ class ModuleEngine:
 
 
 class ModuleExecution:
-    """Calls the function; torch's allocator and the graph's pool own the memory."""
+    """An execution that calls the function; torch's allocator and the graph's pool own the memory."""
 
     nbytes = 0
 
@@ -168,15 +171,15 @@ class ModuleExecution:
         self._is_call = False
         self._function: Callable[..., object] | None = None
         self._has_raised = False
-        self._weights = engine.weights()  # alive for as long as a graph may read them, whatever becomes of the module
+        self._weights = engine.weights()  # kept alive while a graph may read them, even if the module is deleted
 
     def arrange(self, structure: Structure, *, is_call: bool) -> None:
-        """Put the inputs into this structure, instead of one for each parameter.
+        """Pass the inputs in this structure from now on, instead of one for each parameter.
 
         Args:
-            structure: of the arguments.
-            is_call: whether that is the pair of positional and named ones; else a tuple or list of positional ones, a
-                mapping of named ones, or one argument.
+            structure: the structure of the arguments.
+            is_call: whether it is the pair of positional and named arguments. Else it is a tuple or list of positional
+                arguments, a mapping of named arguments, or one argument.
         """
         self._structure, self._is_call = structure, is_call
 
@@ -191,13 +194,14 @@ class ModuleExecution:
             raise
 
     def export(self, inputs: Sequence[torch.Tensor], reason: str) -> bool:
-        """After a capture that failed: run the module's `torch.export` from now on.
-
-        Blocks, for seconds. False if it was not the module that raised, or there is no export of it: nothing changes then.
+        """Replace the module by its `torch.export` after a failed capture. Blocks for seconds.
 
         Args:
             inputs: as for a call.
             reason: why the capture failed, for the log.
+
+        Returns:
+            False, with no change, if the module did not raise or cannot be exported; else True.
         """
         if not self._has_raised:
             return False
@@ -208,7 +212,7 @@ class ModuleExecution:
         return True
 
     def restore(self) -> None:
-        """Run the module itself again: its export could not be captured either, and no other slot need try."""
+        """Run the module itself again, and stop other slots from using its export, which could not be captured either."""
         self._engine.forget_export(self._function)
         self._function = None
 
@@ -232,7 +236,7 @@ class ModuleExecution:
 
 
 def training_parts(source: object) -> str | None:
-    """What of a module in training mode gives other results than in evaluation, for a warning; None if there is nothing."""
+    """Return the first part of a module that is in training mode and gives other results there, for a warning; else None."""
     for name, part in source.named_modules() if isinstance(source, torch.nn.Module) else ():
         if part.training and _differs_in_training(part):
             kind = getattr(part, "original_name", type(part).__name__)
@@ -249,18 +253,18 @@ def _differs_in_training(part: torch.nn.Module) -> bool:
         return part.track_running_stats
     if isinstance(part, torch.nn.modules.batchnorm._NormBase):
         return True
-    name = getattr(part, "original_name", "")  # of a scripted module
+    name = getattr(part, "original_name", "")  # the class's name, in a scripted module
     return "BatchNorm" in name or (name.endswith("Dropout") and getattr(part, "p", 1) > 0)
 
 
 class _Exported:
     """An exported program with nested inputs or constants, as a function.
 
-    Any argument can be given by position or by name. One that is a constant can be left out.
+    Any argument can be passed by position or by name. A constant argument can be omitted.
 
     Args:
         program: the program.
-        module: made of it.
+        module: the module that was made from it.
     """
 
     def __init__(self, program: torch.export.ExportedProgram, module: Any) -> None:
@@ -286,7 +290,7 @@ class _Exported:
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> list[Any]:
-    """The tensors and constants that the program was exported with, in the order of its arguments."""
+    """Return the tensors and constants with which the program was exported, in the order of its arguments."""
     kind = torch.export.graph_signature.InputKind.USER_INPUT
     return [spec.arg for spec in program.graph_signature.input_specs if spec.kind is kind]
 
@@ -296,7 +300,7 @@ def _is_leaf(spec: Any) -> bool:
 
 
 def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...] | None:
-    """The program's inputs; None where they are nested, or not all of them are tensors."""
+    """Return the program's inputs; None if they are nested, or if not all of them are tensors."""
     if not all(_is_leaf(argument) for group in children(program.call_spec.in_spec) for argument in children(group)):
         return None
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -306,7 +310,7 @@ def _exported_inputs(program: torch.export.ExportedProgram) -> tuple[TensorSpec,
         value = values.get(name)
         if not isinstance(value, torch.Tensor):
             return None
-        sizes: list[object] = list(value.shape)  # symbolic ones among them
+        sizes: list[object] = list(value.shape)  # some may be symbolic
         extents = tuple(size if isinstance(size, int) else None for size in sizes)
         ranges = [_range(program, size) for size in sizes]
         bounded = any(extent is None and high < _UNBOUNDED for extent, (_, high) in zip(extents, ranges, strict=True))
@@ -319,7 +323,7 @@ _UNBOUNDED: Final = 1 << 62
 
 
 def _range(program: torch.export.ExportedProgram, size: object) -> tuple[int, int]:
-    """Of an extent. The lower bound 2 is an artefact of exporting: what was exported runs with 1 as well."""
+    """Return the range of a dimension's size. torch.export sets a lower bound of 2, but its programs also run with 1."""
     if isinstance(size, int):
         return size, size
     limits = program.range_constraints.get(size.node.expr)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""One source on several devices: modules are copied, once for each device; functions must belong to none."""
+"""One source on several devices: a module is copied once for each device; a function must not use tensors of one device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from aiotrt.errors import EngineError
 
 __all__ = ["check_free", "replicas"]
 
-#: How deep containers, objects and functions that call each other are searched for tensors.
+#: How deep nested containers and objects, and functions that call each other, are searched for tensors.
 DEPTH: Final = 3
 
 
 def replicas(source: object, devices: Sequence[Device]) -> list[object]:
     """Return the source for each device.
 
-    A module that lives on one of them is used there as it is. Each other device gets a copy, with weights that are equal bit
-    for bit. The original stays where it is, and changes of its weights do not reach the copies.
+    A module that is on one of the devices is used there itself. Each other device gets a copy with bit-identical weights.
+    The original is not moved, and later changes of its weights do not affect the copies.
 
     Args:
         source: a file, a module, an exported program or a function.
-        devices: at least one.
+        devices: the devices, at least one.
 
     Raises:
         EngineError: a module cannot be copied, or a function uses tensors of one device.
@@ -45,22 +45,22 @@ def replicas(source: object, devices: Sequence[Device]) -> list[object]:
 
 
 def check_free(name: str, function: object, devices: Sequence[Device]) -> None:
-    """Check that a function can run on each device: it uses no tensor or module of only one of them.
+    """Check that a function can run on each device, because it uses no tensor or module of only one of them.
 
     Args:
-        name: what the message calls it.
-        function: what runs.
-        devices: where it will.
+        name: the function's name in the message.
+        function: the function.
+        devices: the devices that will run it.
 
     Raises:
-        EngineError: it does.
+        EngineError: the function uses such a tensor or module.
     """
     places = {device.torch_device for device in devices}
     for what, value in _used(function):
         for tensor in _tensors(value):
             if places != {tensor.device} and (
                 tensor.dim() or tensor.device.type != "cpu"
-            ):  # a number on the host serves all
+            ):  # torch passes a host scalar to any device
                 raise EngineError(
                     f"{name} uses {what}, which is on {tensor.device}, and the model runs on "
                     f"{', '.join(sorted(map(str, places)))}: make a torch module of it, with {what} as a parameter or "
@@ -86,7 +86,7 @@ def _module(module: torch.nn.Module, place: torch.device) -> torch.nn.Module:
         listing = ", ".join(sorted(map(str, found)))
         raise EngineError(f"{name} has parameters and buffers on {listing}, and is not copied: move it to one device first")
     try:
-        # A copy that takes its weights from here, and so never has them twice on the device that the module is on.
+        # deepcopy takes the moved weights from `memo`, so the module's own device never holds a second copy of them.
         memo: dict[int, object] = {id(tensor): _moved(tensor, place) for tensor in tensors.values()}
         return copy.deepcopy(module, memo).to(place)
     except Exception as error:
@@ -123,7 +123,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _used(function: object, depth: int = 0) -> Iterator[tuple[str, object]]:
-    """What a function uses besides its arguments, by name."""
+    """Yield the name and value of each object that a function uses besides its arguments."""
     if isinstance(function, functools.partial):
         for i, value in enumerate(function.args):
             yield f"argument {i}", value

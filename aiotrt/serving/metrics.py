@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, read from `Model.statistics` when they are asked for: nothing is counted twice."""
+"""Metrics for Prometheus. They are read from `Model.statistics` at each scrape, so there are no counters of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ModelsCollector"]
 
 _OUTCOMES: Final = ("completed", "failed", "cancelled", "rejected", "expired")
 _STATES: Final = ("free", "claimed", "preparing", "in_flight", "readable", "draining", "broken")
-#: Field of `Statistics`, name, and what it is.
+#: Field of `Statistics`, name of the metric, and its description.
 _COUNTERS: Final = (
     ("replays", "aiotrt_graph_replays", "Launches of captured graphs."),
     ("fallback_runs", "aiotrt_graph_fallback_runs", "Launches that were not one graph."),
@@ -32,11 +32,11 @@ _GAUGES: Final = (
 
 
 class ModelsCollector(Collector):
-    """What `Model.statistics` says of each model.
+    """A collector of the statistics of each model.
 
     Args:
-        models: those that are open now, by name.
-        names: of all, open or not.
+        models: returns the models that are open now, by name.
+        names: returns the names of all models, open or not.
     """
 
     def __init__(self, models: Callable[[], Mapping[str, Model]], names: Callable[[], Iterable[str]]) -> None:
@@ -44,11 +44,11 @@ class ModelsCollector(Collector):
         self._names = names
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing is announced: without this the registry would collect at once, before any model is open."""
+        """Return no metrics: without this method the registry would call `collect` at once, before any model is open."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """All of them, now."""
+        """Yield all metrics with their present values."""
         models = dict(self._models())
         now = {name: model.statistics() for name, model in models.items()}
         ready = GaugeMetricFamily("aiotrt_model_ready", "Whether a call now could succeed.", labels=["model"])
@@ -94,7 +94,7 @@ class ModelsCollector(Collector):
 
 
 def _devices(now: Mapping[str, Statistics]) -> Iterable[Metric]:
-    """The devices of each model, of which most have one. With batching, requests are batches there."""
+    """Yield the metrics of each model's devices; most models have one. With batching, a device's requests are batches."""
     ready = GaugeMetricFamily("aiotrt_device_ready", "Whether a call could run there.", labels=["model", "device"])
     requests = CounterMetricFamily(
         "aiotrt_device_requests", "Calls, leases or batches, by device and outcome.", labels=["model", "device", "outcome"]
@@ -115,7 +115,7 @@ def _devices(now: Mapping[str, Statistics]) -> Iterable[Metric]:
 
 
 def _histogram(counts: Mapping[int, int]) -> tuple[list[tuple[str, float]], float]:
-    """What Prometheus wants of these: how many there are up to each bound, and their sum."""
+    """Return a Prometheus histogram of the numbers of batches by size: the cumulative buckets, and the sum of the sizes."""
     buckets: list[tuple[str, float]] = []
     bound = 1
     while not buckets or bound < 2 * max(counts):
@@ -126,7 +126,7 @@ def _histogram(counts: Mapping[int, int]) -> tuple[list[tuple[str, float]], floa
 
 
 def _hub(now: Mapping[str, Statistics]) -> Iterable[Metric]:
-    """Models on one loop share its hub, and so each of them has the same numbers of it."""
+    """Yield the metrics of the hub. All models on a loop share its hub, so each model's statistics have the same numbers."""
     polls = max((statistics.polls for statistics in now.values()), default=0)
     wakes = max((statistics.wakes for statistics in now.values()), default=0)
     yield CounterMetricFamily("aiotrt_completion_polls", "Event queries that the loop's hub made.", value=polls)

@@ -53,7 +53,7 @@ class Target(Protocol):
         ...
 
     def is_a_peers(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether it is that of another device of the machine, which intercepts it too."""
+        """Whether an operation on these tensors belongs to another device of the machine, which intercepts it too."""
         ...
 
     def new(self, like: torch.Tensor) -> torch.Tensor:

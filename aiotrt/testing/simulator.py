@@ -39,7 +39,7 @@ __all__ = ["SimulatedDevice"]
 
 T = TypeVar("T")
 
-#: cudaErrorStreamCaptureUnsupported: a query that fails with it must be repeated later.
+#: cudaErrorStreamCaptureUnsupported: a query that fails with this code must be repeated later.
 ASK_LATER: Final = 900
 #: Excluding these keys sends a torch operation straight to its kernel: interception costs 15 us even if it passes it on.
 _INTERCEPTED: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -423,7 +423,7 @@ class SimulatedDevice(BaseDevice):
         return self._scope.explicit or any(map(self.holds, tensors))
 
     def is_a_peers(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether a torch operation on these is another device's of the machine."""
+        """Whether a torch operation on these tensors belongs to another device of the machine."""
         return any(peer.is_mine(tensors) for peer in self.peers if peer is not self)
 
     def new(self, like: torch.Tensor) -> torch.Tensor:

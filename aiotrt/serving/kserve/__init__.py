@@ -1,6 +1,6 @@
-"""A server for models, as other clients know it: the Open Inference Protocol (KServe v2) over HTTP and gRPC.
+"""A model server that existing clients can use: the Open Inference Protocol (KServe v2) over HTTP and gRPC.
 
-`serve` runs it, as ``aiotrt serve`` does; `create_app` is the application, for other servers than uvicorn and for tests.
+`serve` runs it, as ``aiotrt serve`` does; `create_app` makes the application, for servers other than uvicorn and for tests.
 `aiotrt.serving.kserve.grpc_server.GrpcServer` serves a `Service` over gRPC, and needs ``aiotrt[grpc]``.
 """
 

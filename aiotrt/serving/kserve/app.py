@@ -36,7 +36,7 @@ from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["create_app"]
 
-#: What Triton has and this server does not, by path.
+#: Features of Triton that this server does not have, by path.
 _ABSENT: Final = {
     "/v2/trace/setting": "trace settings",
     "/v2/models/{name}/trace/setting": "trace settings",
@@ -44,7 +44,7 @@ _ABSENT: Final = {
     "/v2/models/{name}/generate": "the generate extension",
     "/v2/models/{name}/generate_stream": "the generate extension",
 }
-#: Of an answer, written at once: enough to keep a socket busy, and little enough for the loop to turn in between.
+#: Bytes of an answer written at once: enough to keep a socket busy, and few enough for other work of the loop in between.
 _CHUNK: Final = 256 << 10
 
 
@@ -54,14 +54,14 @@ def create_app(
     on_failure: Callable[[BaseException], None] | None = None,
     on_loaded: Callable[[], object] | None = None,
 ) -> FastAPI:
-    """The application. ``app.state.models`` are its models.
+    """Make the application. Its models are ``app.state.models``.
 
-    With `grpc_port` in the settings, its lifespan serves gRPC too; ``app.state.grpc.address`` says where.
+    With `grpc_port` in the settings, its lifespan serves gRPC too, at ``app.state.grpc.address``.
 
     Args:
-        settings: what it serves, and how.
-        on_failure: called when a model that was to be loaded at the start cannot be.
-        on_loaded: called when all of those are.
+        settings: the models to serve, and the options of the server.
+        on_failure: called when a model that should be loaded at the start cannot be loaded.
+        on_loaded: called when all models that should be loaded at the start are loaded.
 
     Raises:
         MissingDependencyError: a package for gRPC is missing.
@@ -79,7 +79,7 @@ def create_app(
         version=aiotrt.__version__,
         description="The Open Inference Protocol, version 2.",
         lifespan=lifespan,
-        # Off by default: the page loads its scripts from a server of a third party.
+        # Off by default: the page loads its scripts from a third party's server.
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
     )
@@ -114,7 +114,7 @@ def create_app(
 
 
 class _Server:
-    """The routes, and what they share."""
+    """The routes, and the objects that they share."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -156,11 +156,11 @@ class _Server:
     # The server...
 
     async def server_metadata(self) -> dict[str, Any]:
-        """The server's name, version and extensions."""
+        """Return the server's name, version and extensions."""
         return self._service.metadata()
 
     async def server_live(self) -> dict[str, bool]:
-        """Whether the event loop turns."""
+        """Answer 200 while the event loop runs."""
         return {"live": True}
 
     async def server_ready(self, request: Request) -> Response:
@@ -168,28 +168,28 @@ class _Server:
         return JSONResponse({"ready": self._models.is_ready}, 200 if self._models.is_ready else 503)
 
     async def readyz(self, request: Request) -> Response:
-        """Likewise for probes, which have no token: they are not told which models there are, and how each stands."""
+        """Whether all models can be called, without the models' names and states, because probes have no token."""
         said = {"ready": self._models.is_ready, "draining": self._models.is_draining}
         return JSONResponse(said, 200 if self._models.is_ready else 503)
 
     # A model...
 
     async def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """A model's inputs and outputs. Dimensions whose size may differ from call to call are -1."""
+        """Return a model's inputs and outputs. A dimension whose size may differ between calls is -1."""
         model, servable = self._service.model(name, version)
         return servable.metadata(model)
 
     async def model_config(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """A model's configuration, as far as Triton's clients read it."""
+        """Return a model's configuration: the fields that Triton's clients read."""
         model, servable = self._service.model(name, version)
         return servable.config(model)
 
     async def model_statistics(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """How many requests a model had, and where their time went."""
+        """Return the number of a model's requests, and the time that each stage took."""
         return self._service.statistics(name, version)
 
     async def all_statistics(self) -> dict[str, Any]:
-        """The statistics of all models."""
+        """Return the statistics of all models."""
         return self._service.statistics()
 
     async def model_ready(self, name: str, version: str | None = None) -> Response:
@@ -202,7 +202,7 @@ class _Server:
         """Run a model."""
         model, servable = self._service.model(name, version)
         with servable.counted() as passed:
-            body = await self._budget.read(request)  # kept until the end: tensors of JSON take about as much
+            body = await self._budget.read(request)  # counted until the end: tensors from JSON take about as much memory
             called = await self._parse(request, body, model, servable)
             head, outputs, placed = await self._service.run(model, servable, called, passed)
             coding = wanted_coding(request.headers.get("accept-encoding"))
@@ -210,7 +210,7 @@ class _Server:
             def encoded() -> tuple[bytes, list[memoryview]]:
                 return encode(head, outputs, placed)
 
-            # Bytes are sent from where they are; numbers are written as text, which takes a while.
+            # Binary outputs are sent without a copy; writing many numbers as text is slow, so a thread does it.
             is_short = all(is_binary or math.prod(output.shape) < 1024 for _, is_binary, output in outputs)
             json, chunks = await off_loop(encoded, 0 if is_short else None)
             response = _InferResponse(self._budget, json, chunks)
@@ -222,7 +222,7 @@ class _Server:
     # Shared memory...
 
     async def region_status(self, kind: Kind, name: str | None = None) -> list[dict[str, Any]]:
-        """The regions that are registered, or the one of this name."""
+        """Return the status of all registered regions, or of the region of this name."""
         return self._service.region_status(kind, name)
 
     async def register_region(self, kind: Kind, name: str, request: Request) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class _Server:
         return {}
 
     async def unregister_region(self, kind: Kind, request: Request, name: str | None = None) -> dict[str, Any]:
-        """Forget a region, or all. Requests that use it are not disturbed."""
+        """Unregister a region, or all regions. Requests that use them are not affected."""
         await self._small_json(request)
         self._service.unregister_region(kind, name)
         return {}
@@ -239,7 +239,7 @@ class _Server:
     # The repository...
 
     async def index(self, request: Request) -> list[dict[str, str]]:
-        """All models, loaded or not; ``{"ready": true}`` for those that can be called."""
+        """List all models, loaded or not; with ``{"ready": true}`` only those that can be called."""
         is_ready = (await self._small_json(request)).get("ready")
         is_ready = False if is_ready is None else is_ready
         if not isinstance(is_ready, bool):
@@ -247,12 +247,12 @@ class _Server:
         return self._service.index(is_ready)
 
     async def load(self, request: Request, name: str) -> dict[str, Any]:
-        """Load a model that the server was started with, with the settings of the start."""
+        """Load a model that the server was configured with at its start, with those settings."""
         await self._service.load(name, (await self._small_json(request)).get("parameters"))
         return {}
 
     async def unload(self, request: Request, name: str) -> dict[str, Any]:
-        """Unload a model; calls that are under way end first."""
+        """Unload a model after its running calls have ended."""
         self._service.check(name, None)
         await self._small_json(request)
         await self._service.unload(name)
@@ -263,9 +263,9 @@ class _Server:
     async def answer_error(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        # What is none of ours Starlette raises once more, so that it is logged.
+        # Starlette raises an unexpected error again after this, so that it is logged.
         found = self._service.problem(error)
-        # What is wrong with a request is always 400 here, as in other servers of this protocol.
+        # A wrong request is always answered 400, as by other servers of this protocol.
         status = 400 if found.status == 422 else found.status
         return JSONResponse({"error": found.message}, status, found.headers)
 
@@ -280,7 +280,7 @@ class _Server:
                 f"the request has {length:,} bytes of JSON, at most {self._settings.max_json:,} are taken: "
                 "send tensors with the binary extension"
             )
-        # Tensors that come as bytes are copied where they are strings, or stand where no number of their size can.
+        # Binary tensors are copied if they are strings or not aligned.
         size = length if len(body) < COPIED else len(body)
         return await off_loop(lambda: parse(body, length, servable.images), size, json=length)
 
@@ -293,12 +293,12 @@ class _Server:
 
 
 async def _absent(feature: str) -> Response:
-    """Name what is asked for and not there; a bare 404 would leave a client to guess whether its URL is wrong."""
+    """Answer 501 with the name of a missing feature: with a 404, a client could not know whether its URL is wrong."""
     return JSONResponse({"error": f"this server does not have {feature}"}, 501)
 
 
 class _InferResponse(Response):
-    """JSON, and bytes after it, sent from where they are and piece by piece, as the client takes them."""
+    """A response of JSON and the bytes after it, which are sent in pieces at the rate at which the client reads them."""
 
     media_type = "application/json"
 
@@ -311,7 +311,7 @@ class _InferResponse(Response):
             self.headers["inference-header-content-length"] = str(len(json))
 
     def compress(self, coding: str, body: bytes) -> None:
-        """Send this instead, which is the same compressed."""
+        """Send `body` instead, which is the compressed response."""
         self._parts = [body]
         self.headers["content-length"] = str(len(body))
         self.headers["content-encoding"] = coding

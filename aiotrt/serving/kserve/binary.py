@@ -1,9 +1,11 @@
 """Requests and answers of the Open Inference Protocol, from bytes and to bytes: JSON tensors, and the binary extension.
 
-A body of the binary extension is JSON, as long as the header ``Inference-Header-Content-Length`` says, and then the bytes of
-those tensors whose JSON has ``binary_data_size`` instead of ``data``, one after the other, without padding, little-endian.
-Pure functions. Nothing is believed: names, types, extents, products, lengths and numbers are checked before memory is
-allocated for them, with Python's integers, which do not overflow, and every answer to nonsense is an `BodyError`.
+A body of the binary extension begins with JSON, whose length is in the header ``Inference-Header-Content-Length``. After it
+come the bytes of the tensors whose JSON has ``binary_data_size`` instead of ``data``, one tensor after the other, without
+padding, little-endian.
+
+These are pure functions. Names, types, dimensions and their products, lengths and numbers of a request are checked before
+memory is allocated for them, with Python's integers, which do not overflow. Everything that is wrong raises a `BodyError`.
 """
 
 from __future__ import annotations
@@ -44,15 +46,16 @@ __all__ = [
     "result_tensor",
 ]
 
-#: A model's result, or an array of strings: the classes in it.
+#: A model's result, or an array of strings: its classes.
 Result: TypeAlias = torch.Tensor | npt.NDArray[Any]
 
 _NOTHING: Final = torch.empty(0, dtype=torch.uint8)
-#: Inputs, or outputs, of one request.
+#: The maximum number of inputs, and of outputs, of one request.
 MOST_TENSORS: Final = 256
 _MOST_DIMENSIONS: Final = 32
 _LONGEST_NAME: Final = 1024
-#: Parameters that ask for what is not done here. To ignore them would be to give another answer than was asked for.
+#: Parameters of features that this server lacks, with the features. Without their effect the answer would be wrong, so a
+#: request that has one is refused.
 _REFUSED: Final = {
     "sequence_id": "sequences of requests",
     "sequence_start": "sequences of requests",
@@ -62,13 +65,13 @@ _REFUSED: Final = {
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in shared memory.
+    """The place of a tensor in shared memory.
 
     Attributes:
-        region: the name under which it was registered.
-        offset: in the region, in bytes.
-        size: in bytes; of an output, the most.
-        shape: of an input.
+        region: the name under which the region was registered.
+        offset: the tensor's offset in the region, in bytes.
+        size: the tensor's size in bytes; for an output, the maximum size.
+        shape: the shape of an input.
         are_strings: whether an input is BYTES.
     """
 
@@ -85,11 +88,11 @@ class Input:
 
     Attributes:
         name: the model's name for it.
-        datatype: what the client says it is; UINT8 for strings.
-        tensor: it, on the host. Where it came as bytes it is a view of the request's body, if that is aligned. Without
-            elements where there are `files`, or where it is `placed`.
+        datatype: the datatype in the request; UINT8 for strings.
+        tensor: the input's tensor, on the host. If it was sent as bytes, it is a view of the request's body where its bytes
+            are aligned. It has no elements if there are `files`, or if the input is `placed`.
         files: the strings of an input that takes image files.
-        placed: where it lies, if that is not in the request.
+        placed: its place in shared memory; None if it is in the request.
     """
 
     name: str
@@ -101,13 +104,13 @@ class Input:
 
 @dataclass(frozen=True)
 class Requested:
-    """One output that was asked for.
+    """One requested output.
 
     Attributes:
         name: the model's name for it.
-        is_binary: whether as bytes.
-        classes: how many of its largest elements instead of all; 0 for all.
-        placed: where to write it, if it is not to be in the answer.
+        is_binary: whether it is sent as bytes.
+        classes: how many of its largest elements are sent as classes; 0 for the whole tensor.
+        placed: the place in shared memory to write it to; None if it is sent in the answer.
     """
 
     name: str
@@ -121,14 +124,14 @@ class InferRequest:
     """One request.
 
     Attributes:
-        id: the client's own name for the request, which the answer repeats; None for none.
+        id: the client's id of the request, which the answer repeats; None for none.
         inputs: at least one, with different names.
-        outputs: those that were asked for; empty for all.
-        is_binary: whether outputs that nobody asked for by name come as bytes.
-        deadline: seconds that the client is ready to wait, if it says in ``deadline_ms``.
-        timeout: seconds that it is ready to wait, if it says in ``timeout``, Triton's parameter.
-        priority: the class, 0 for the most urgent; None for the model's usual one. In requests, as in Triton's, these are 1
-            and 0.
+        outputs: the requested outputs; empty for all.
+        is_binary: whether outputs are sent as bytes if the request does not list them by name.
+        deadline: seconds that the client is ready to wait, from the parameter ``deadline_ms``; None without it.
+        timeout: seconds that the client is ready to wait, from Triton's parameter ``timeout``; None without it.
+        priority: the class, 0 for the most urgent; None for the model's usual one. In a request, as in Triton's, 1 means the
+            most urgent, and 0 the usual one.
     """
 
     id: str | None
@@ -141,14 +144,14 @@ class InferRequest:
 
 
 def header_length(header: str | None, length: int) -> int:
-    """How many bytes of a body of `length` are JSON.
+    """Return how many bytes of a body are JSON.
 
     Args:
-        header: what ``Inference-Header-Content-Length`` says, if it is there; without it, all are.
-        length: of the body.
+        header: the value of ``Inference-Header-Content-Length``; None without it, when all bytes are JSON.
+        length: the length of the body.
 
     Raises:
-        BodyError: it is not a number, or more than the body has.
+        BodyError: the header is not a number, or is more than `length`.
     """
     if header is None:
         return length
@@ -160,16 +163,16 @@ def header_length(header: str | None, length: int) -> int:
 
 
 def parse(body: bytes | bytearray, json_length: int | None = None, images: Collection[str] = ()) -> InferRequest:
-    """A request's body.
+    """Parse a request's body.
 
     Args:
-        body: all of it. Tensors are views of it where they can be, so it must not change as long as they are in use.
-        json_length: how many bytes at its front are JSON; None for all.
+        body: the whole body. Tensors are views of it where possible, so it must not change while they are in use.
+        json_length: how many bytes at its beginning are JSON; None for all.
         images: names of inputs whose strings are image files.
 
     Raises:
-        BodyTooLargeError: its JSON contains more than is taken.
-        BodyError: anything else about it is wrong; the message says what.
+        BodyTooLargeError: the JSON contains more than the server accepts.
+        BodyError: the body is wrong in another way; the message says how.
     """
     json_length = len(body) if json_length is None else json_length
     fields = _mapping("the request", loads("the request", body, json_length))
@@ -180,15 +183,15 @@ def parse(body: bytes | bytearray, json_length: int | None = None, images: Colle
 
 
 def read_fields(fields: Mapping[str, Any], rest: Rest, images: Collection[str] = ()) -> InferRequest:
-    """A request's fields.
+    """Check the fields of a request, and return the request.
 
     Args:
-        fields: as JSON has them. The data of a tensor may also be a flat array.
-        rest: has the bytes of inputs that have no data.
+        fields: the fields as in JSON; the data of a tensor may also be a flat array.
+        rest: gives the bytes of inputs without data.
         images: names of inputs whose strings are image files.
 
     Raises:
-        BodyError: something about them is wrong; the message says what.
+        BodyError: a field is wrong; the message says how.
     """
     parameters = _parameters("the request", fields)
     name = fields.get("id")
@@ -215,16 +218,17 @@ def read_fields(fields: Mapping[str, Any], rest: Rest, images: Collection[str] =
 def encode(
     head: Mapping[str, object], outputs: Sequence[tuple[str, bool, Result]], placed: Collection[str] = ()
 ) -> tuple[bytes, list[memoryview]]:
-    """An answer's body: its JSON, and the bytes that follow it. Without such, it is no binary answer.
+    """Return an answer's body: its JSON, and the bytes that follow. If no bytes follow, it is not a binary answer.
 
     Args:
-        head: the answer but for its outputs.
-        outputs: name, whether as bytes, and a tensor on the host, or an array of strings. Not copied where it is contiguous.
-        placed: names of those that lie in shared memory, of which there is no more to say; Triton's client in C++ takes
-            parameters for a sign that bytes follow.
+        head: the fields of the answer without its outputs.
+        outputs: for each output its name, whether it is sent as bytes, and a tensor on the host or an array of strings. A
+            contiguous tensor is not copied.
+        placed: names of the outputs in shared memory. They are described without parameters, because Triton's C++ client
+            takes parameters as a sign that bytes follow.
 
     Raises:
-        BodyError: a tensor cannot be sent in this way.
+        BodyError: the protocol has no datatype for a tensor.
     """
     entries: list[bytes] = []
     chunks: list[memoryview] = []
@@ -243,7 +247,7 @@ def encode(
 
 
 def described(name: str, tensor: Result) -> dict[str, Any]:
-    """Name, datatype and shape of an output.
+    """Return the name, datatype and shape of an output.
 
     Raises:
         BodyError: the protocol has no such datatype.
@@ -257,12 +261,12 @@ def described(name: str, tensor: Result) -> dict[str, Any]:
 
 
 def result_tensor(result: object) -> torch.Tensor:
-    """A model's result as a tensor, whatever kind it is, where it is."""
+    """Return a model's result of any kind as a tensor, without moving it to another device."""
     return result if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))
 
 
 def bytes_of(tensor: Result) -> memoryview:
-    """The bytes of a tensor on the host, little-endian, not copied where it is contiguous; or of an array of strings."""
+    """Return the bytes of a host tensor or an array of strings, little-endian; a contiguous tensor is not copied."""
     if isinstance(tensor, np.ndarray):
         return memoryview(strings.to_bytes(tensor))
     flat = tensor.contiguous().reshape(-1)
@@ -271,14 +275,14 @@ def bytes_of(tensor: Result) -> memoryview:
 
 
 class Rest(Protocol):
-    """Has the bytes of inputs, in their order."""
+    """Gives the bytes of inputs, in the order of the inputs."""
 
     def take(self, name: str, size: int) -> tuple[memoryview, int]:
-        """The next input's bytes: what they are in, and where."""
+        """Return the buffer that contains the next input's bytes, and their offset in it."""
 
 
 class _Rest(Rest):
-    """The bytes after the JSON, taken from the front."""
+    """Gives the bytes after the JSON of a body."""
 
     def __init__(self, body: memoryview, start: int) -> None:
         self._body = body
@@ -337,23 +341,23 @@ def _input(entry: object, rest: Rest, images: Collection[str]) -> Input:
 
 
 def from_bytes(given: Input, placed: Placed, data: torch.Tensor, images: Collection[str] = ()) -> Input:
-    """An input with what was read of it.
+    """Return an input with the data that was read from shared memory.
 
     Args:
         given: the input.
-        placed: where it lies.
-        data: UINT8, as many as it has bytes, on any device.
+        placed: its place in shared memory.
+        data: its bytes as UINT8, on any device.
         images: names of inputs whose strings are image files.
 
     Raises:
-        BodyError: strings are not as many as the shape says, or a BOOL is neither 0 nor 1.
+        BodyError: the number of strings does not match the shape, or a BOOL is neither 0 nor 1.
     """
     what, datatype = f"input {given.name!r}", given.datatype
     if data.is_cuda and not placed.are_strings:
         if datatype.torch is torch.bool:
             return replace(given, tensor=data.ne(0).reshape(placed.shape), placed=None)
         if data.data_ptr() % datatype.stored.itemsize:
-            data = data.clone()  # torch views no elements that stand between two of their places
+            data = data.clone()  # torch can only view aligned elements
         return replace(given, tensor=data.view(datatype.torch).reshape(placed.shape), placed=None)
     array: Any = data.cpu().numpy()
     view = memoryview(array)
@@ -366,16 +370,16 @@ def from_bytes(given: Input, placed: Placed, data: torch.Tensor, images: Collect
 
 
 def raw(body: bytearray, spec: TensorSpec, *, has_axis: bool, is_image: bool) -> InferRequest:
-    """A request that is nothing but the bytes of a model's only input.
+    """Return a request whose body consists only of the bytes of a model's single input.
 
     Args:
-        body: all of it.
-        spec: the input. One of its dimensions may be of any size, which the length of the body decides.
-        has_axis: whether a batch axis, of 1, goes before its dimensions.
-        is_image: whether it is an image file.
+        body: the whole body.
+        spec: the input. One of its dimensions may be dynamic; the length of the body determines its size.
+        has_axis: whether a batch axis of size 1 is added before its dimensions.
+        is_image: whether the body is an image file.
 
     Raises:
-        BodyError: the body has not so many bytes as the input, or cannot say its shape.
+        BodyError: the body's length does not match the input, or cannot determine its shape.
     """
     what, datatype = f"input {spec.name!r}", of_torch(spec.dtype)
     view = memoryview(body)
@@ -400,12 +404,12 @@ def _of_files(name: str, files: Sequence[bytes | bytearray | memoryview]) -> Inp
 
 
 def _tensor(what: str, datatype: Datatype, shape: tuple[int, ...], body: memoryview, start: int) -> torch.Tensor:
-    """The tensor whose bytes begin at `start`: a view of them where it can be."""
+    """Return the tensor whose bytes begin at `start`, as a view where possible."""
     array = np.frombuffer(body, datatype.stored, math.prod(shape), start).reshape(shape)
     if not array.flags.aligned or not array.flags.writeable or not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))  # what torch cannot view
+        array = array.astype(array.dtype.newbyteorder("="))  # torch cannot view it
     if datatype.torch is torch.bool and array.size and array.view(np.uint8).max() > 1:
-        raise BodyError(f"{what}: a BOOL is a byte that is 0 or 1")  # others make comparisons disagree with themselves
+        raise BodyError(f"{what}: a BOOL is a byte that is 0 or 1")  # other bytes give inconsistent comparisons
     tensor = torch.from_numpy(array)
     return tensor.view(datatype.torch) if tensor.dtype is not datatype.torch else tensor
 
@@ -472,7 +476,7 @@ def _priority(parameters: Mapping[str, object]) -> int | None:
 
 
 def _given(fields: Mapping[str, object], name: str, default: object) -> object:
-    """A field that may be left out. Clients that are made of data classes send null for that."""
+    """Return an optional field. Clients that use data classes send null for a field that is not set."""
     value = fields.get(name)
     return default if value is None else value
 
@@ -506,7 +510,7 @@ def _datatype(what: str, name: object) -> Datatype:
 def _shape(what: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS or not all(map(_is_count, value)):
         raise BodyError(f"{what}: shape must be a list of at most {_MOST_DIMENSIONS} extents, got {_said(value)}")
-    if 0 in value and not is_possible(value):  # without a 0 there is never so much data
+    if 0 in value and not is_possible(value):  # a shape without 0 cannot be too large: its data must match it
         raise BodyError(f"{what}: no tensor has the shape {value}")
     return tuple(value)
 
@@ -531,7 +535,7 @@ def _is_count(value: object) -> bool:
 
 
 def _said(value: object) -> str:
-    """A value in a message: of containers only the length."""
+    """Return a value as text for a message; for a container, only its length."""
     if isinstance(value, (list, dict)):
         return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
     return said(value)

@@ -15,17 +15,18 @@ __all__ = ["classified"]
 
 
 def classified(what: str, tensor: torch.Tensor, count: int, labels: Sequence[str], *, has_axis: bool) -> npt.NDArray[Any]:
-    """The `count` largest elements of each item, or all if there are fewer, the largest first.
+    """Return the `count` largest elements of each item, or all if there are fewer, the largest first.
 
     Args:
         what: the output, for messages.
-        tensor: its elements; NaN counts as the largest.
-        count: how many.
-        labels: of the elements of an item, counted in the order of its memory; may be fewer.
-        has_axis: whether the first dimension is that of a batch; otherwise all of it is one item.
+        tensor: the output's elements; NaN counts as the largest.
+        count: how many elements to return.
+        labels: the labels of an item's elements, in row-major order; may be fewer than the elements.
+        has_axis: whether the first dimension is the batch axis; otherwise the whole tensor is one item.
 
     Returns:
-        Of shape (items, count), or (count) without a batch axis: strings ``value:index``, or ``value:index:label``.
+        Strings ``value:index`` or ``value:index:label``, in an array of shape (items, count), or (count) without a batch
+        axis.
 
     Raises:
         BodyError: the elements are booleans.
@@ -35,7 +36,7 @@ def classified(what: str, tensor: torch.Tensor, count: int, labels: Sequence[str
     tensor = tensor.cpu()
     rows: npt.NDArray[Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
     rows = rows.reshape(rows.shape[0], -1) if has_axis else rows.reshape(1, -1)
-    # Of equal ones the first: a stable sort, from the end of an item to its begin.
+    # Among equal elements the first one comes first: a stable sort of the reversed item, read from its end.
     order = rows.shape[1] - 1 - np.argsort(rows[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :count]
     form = "%f:%d" if tensor.is_floating_point() else "%d:%d"
     strings: npt.NDArray[Any] = np.array(

@@ -1,8 +1,9 @@
-"""Compressed bodies: gzip and deflate, which Triton's clients have, in pieces.
+"""Compressed bodies: gzip and deflate, which Triton's clients support, in pieces.
 
-A kilobyte can decompress to a megabyte, so requests are decompressed in pieces of bounded size, and each piece is counted
+A kilobyte can decompress to a megabyte. So requests are decompressed in pieces of bounded size, and each piece is counted
 before the next one is made. Answers are compressed only if `Accept-Encoding` names exactly one coding, as Triton's clients
-do on demand: most HTTP libraries name all their codings in every request, and compressing tensors costs more than it saves.
+do if their user requests compression. Most HTTP libraries name all their codings in every request, and compressing tensors
+costs more than it saves.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ __all__ = ["coding_of", "compress", "decompressed", "wanted_coding"]
 
 #: zlib's name for each format.
 _FORMATS: Final = {"gzip": 31, "deflate": 15}
-#: Bytes that are given to zlib at once, and most of what it may give.
+#: Bytes that are passed to zlib at once, and the most that it may return at once.
 _INPUT: Final = 64 << 10
 _OUTPUT: Final = 1 << 20
 
 
 def coding_of(header: str | None) -> str | None:
-    """The coding that ``Content-Encoding`` names; None for none.
+    """Return the coding that ``Content-Encoding`` names; None for none.
 
     Raises:
-        UnsupportedMediaTypeError: it is not known here.
+        UnsupportedMediaTypeError: the coding is not supported.
     """
     coding = (header or "").strip().lower()
     if coding in ("", "identity"):
@@ -37,16 +38,16 @@ def coding_of(header: str | None) -> str | None:
 
 
 def wanted_coding(header: str | None) -> str | None:
-    """The coding that ``Accept-Encoding`` asks for by naming it alone; None for none."""
+    """Return the coding if ``Accept-Encoding`` names exactly one supported coding; else None."""
     coding = (header or "").strip().lower()
     return coding if coding in _FORMATS else None
 
 
 def decompressed(data: bytes | bytearray, coding: str) -> Iterator[bytes]:
-    """What `data` stands for, in pieces of at most 1 MiB.
+    """Decompress `data`, in pieces of at most 1 MiB.
 
     Raises:
-        BodyError: it is damaged, cut off, or longer than it says.
+        BodyError: the data is damaged, truncated, or goes on after the end of the compressed stream.
     """
     decompressor = zlib.decompressobj(_FORMATS[coding])
     try:
@@ -67,6 +68,6 @@ def decompressed(data: bytes | bytearray, coding: str) -> Iterator[bytes]:
 
 
 def compress(parts: Iterable[bytes | memoryview], coding: str) -> bytes:
-    """These parts as one body. Takes a while; for a thread."""
+    """Compress these parts to one body. Slow: call it in a thread."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, _FORMATS[coding])
     return b"".join([*map(compressor.compress, parts), compressor.flush()])

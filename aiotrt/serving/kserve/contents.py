@@ -1,8 +1,9 @@
 """Requests and answers of the Open Inference Protocol over gRPC: tensors in messages, from bytes and to bytes.
 
-A message's tensors are in `raw_input_contents`, as bytes, or in typed lists inside the inputs. The bytes are taken from the
-message before the rest is parsed, so that each is copied once. What is parsed holds the interpreter lock and takes more
-memory than it has bytes, so it is bounded as JSON is. Everything that both protocols check is checked in `binary`.
+A message's tensors are in `raw_input_contents`, as bytes, or in typed lists inside the inputs. The bytes are separated from
+the message before the rest is parsed, so that each byte is copied once. Parsing holds the interpreter lock, and the result
+takes more memory than the message, so the parsed part is bounded like JSON. `binary` contains the checks that both protocols
+share.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _RAW: Final = 7  # field of ModelInferRequest
 _RAW_OUTPUT: Final = 6  # field of ModelInferResponse
 _RESPONSE: Final = 2  # field of ModelStreamInferResponse
 _BYTES: Final = 2  # wire type
-#: Of a message with as many tensors as are taken; more would only cost memory.
+#: The maximum number of fields of a message, enough for `MOST_TENSORS` tensors; more fields would only cost memory.
 _MOST_FIELDS: Final = 4 * MOST_TENSORS
 _MOST_STRINGS: Final = 1 << 18
-#: Of each tensor: numpy makes no view of numbers that stand where their size does not divide the address.
+#: The alignment of each tensor in the body, in bytes, because torch cannot view numbers that are not aligned.
 _ALIGNMENT: Final = 16
-#: Numbers that are converted by one call, which takes less than a millisecond.
+#: How many numbers one call converts, which takes less than a millisecond.
 _PIECE: Final = 1 << 15
-#: Which field has the values of a datatype. Others come as bytes only.
+#: The field for the values of each datatype. Other datatypes are sent only as bytes.
 _FIELDS: Final = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -46,19 +47,19 @@ _FIELDS: Final = {
     "FP64": "fp64_contents",
     strings.NAME: "bytes_contents",
 }
-#: What a field's values are, where they may be other than its datatype's.
+#: The dtype of a field's values, for fields that are wider than some of their datatypes.
 _WIDE: Final = {"int_contents": np.int32, "uint_contents": np.uint32}
 
 
 @dataclass
 class Parts:
-    """A request's message, taken apart.
+    """A request's message, split into its parsed fields and the bytes of its tensors.
 
     Attributes:
         data: the message; empty once it was decoded.
-        head: the message but for `raw_input_contents`, parsed.
-        head_size: how many bytes that has.
-        raw: where each of those begins and ends in the message.
+        head: the parsed message without `raw_input_contents`.
+        head_size: the size of `head` in bytes, before parsing.
+        raw: the begin and end of each of `raw_input_contents` in the message.
     """
 
     data: bytes
@@ -68,15 +69,15 @@ class Parts:
 
 
 def split(data: bytes, max_head: int) -> Parts:
-    """Take a ModelInferRequest apart.
+    """Split a ModelInferRequest.
 
     Args:
         data: the message.
-        max_head: how many bytes it may have beside those of `raw_input_contents`.
+        max_head: how many bytes it may have without those of `raw_input_contents`.
 
     Raises:
-        BodyTooLargeError: it has more, or too many fields.
-        BodyError: it is no such message.
+        BodyTooLargeError: it has more bytes, or too many fields.
+        BodyError: the bytes are not a ModelInferRequest.
     """
     raw: list[tuple[int, int]] = []
     rest: list[bytes] = []
@@ -114,10 +115,10 @@ def split(data: bytes, max_head: int) -> Parts:
 
 
 def parsed(name: str, data: bytes) -> Any:
-    """A message.
+    """Parse the message of this name.
 
     Raises:
-        BodyError: the bytes are no such message.
+        BodyError: the bytes are not such a message.
     """
     try:
         return messages[name].FromString(data)
@@ -126,16 +127,17 @@ def parsed(name: str, data: bytes) -> Any:
 
 
 def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferRequest:
-    """The request in a message.
+    """Return the request in a message.
 
     Args:
-        parts: what `split` made of it; the message is dropped.
-        body: empty; the tensors that came as bytes are copied into it, and are views of it. The message is counted.
+        parts: the result of `split`. The message in it is dropped.
+        body: an empty body, in which the message's size is counted. Tensors that were sent as bytes are copied into it, and
+            are views of it.
         images: names of inputs whose strings are image files.
 
     Raises:
-        BodyTooLargeError: there are more strings than are taken.
-        BodyError: something else about it is wrong; the message says what.
+        BodyTooLargeError: there are more strings than the server accepts.
+        BodyError: the request is wrong in another way; the message says how.
     """
     head = parts.head
     for what, entries in (("inputs", head.inputs), ("outputs", head.outputs)):
@@ -175,12 +177,14 @@ def decode(parts: Parts, body: Body, images: Collection[str] = ()) -> InferReque
 def encode(
     head: dict[str, Any], outputs: Sequence[tuple[str, bool, Result]], placed: Collection[str] = ()
 ) -> list[bytes | memoryview]:
-    """A ModelInferResponse, in pieces that follow each other. Tensors are not copied.
+    """Return a ModelInferResponse, as pieces to be concatenated. Contiguous tensors are not copied.
 
     Args:
-        head: the answer but for its outputs.
-        outputs: name, whether as bytes, which all are here, and a tensor on the host, or an array of strings.
-        placed: names of those that lie in shared memory. Clients count raw contents: theirs are empty.
+        head: the fields of the answer without its outputs.
+        outputs: for each output its name, whether it is sent as bytes (ignored: all are), and a tensor on the host or an
+            array of strings.
+        placed: names of the outputs in shared memory. They get empty raw contents, because clients expect one for each
+            output.
 
     Raises:
         BodyError: the protocol has no datatype for a tensor.
@@ -194,12 +198,12 @@ def encode(
 
 
 def streamed(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
-    """A ModelStreamInferResponse around a ModelInferResponse, in pieces."""
+    """Return a ModelStreamInferResponse that contains a ModelInferResponse, both in pieces."""
     return [_head(_RESPONSE, sum(map(len, pieces))), *pieces]
 
 
 class _Raw(Rest):
-    """The bytes of the inputs, one after the other."""
+    """Gives the bytes of the inputs that were copied into a body."""
 
     def __init__(self, body: memoryview, starts: Sequence[int]) -> None:
         self._body = body
@@ -221,7 +225,7 @@ def _parameters(message: Any) -> dict[str, object]:
         choice = parameter.WhichOneof("choice")
         found[name] = None if choice is None else getattr(parameter, choice)
     for name in ("binary_data_size", "binary_data", "binary_data_output"):
-        found.pop(name, None)  # of the binary extension over HTTP: all is binary here
+        found.pop(name, None)  # of the binary extension over HTTP; over gRPC all is binary
     return found
 
 
@@ -234,7 +238,7 @@ def _typed(tensor: Any) -> npt.NDArray[Any] | list[bytes]:
     if any(name != field for name in given):
         raise BodyError(f"{what}: the contents of {tensor.datatype[:40]!r} belong in {field}, got {', '.join(given)}")
     if field is None:
-        return []  # refused for its datatype
+        return []  # `read_fields` refuses the datatype
     values = getattr(tensor.contents, field)
     if field == "bytes_contents":
         if len(values) > _MOST_STRINGS:
@@ -252,7 +256,7 @@ def _typed(tensor: Any) -> npt.NDArray[Any] | list[bytes]:
 
 
 def _head(number: int, size: int) -> bytes:
-    """What stands before the value of a field that has `size` bytes."""
+    """Return the tag and the length that precede a field's value of `size` bytes."""
     head = bytearray([number << 3 | _BYTES])
     while size > 127:
         head.append(size & 127 | 128)

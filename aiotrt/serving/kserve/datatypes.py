@@ -13,13 +13,13 @@ __all__ = ["DATATYPES", "Datatype", "of_torch"]
 
 @dataclass(frozen=True)
 class Datatype:
-    """One of them.
+    """One datatype of the protocol.
 
     Attributes:
-        name: the protocol's.
-        stored: as what numpy holds its bytes. That of BF16, which numpy lacks, is an integer of its size.
-        numbers: as what numpy computes with it, on the way from JSON and to it.
-        torch: torch's.
+        name: the protocol's name for it.
+        stored: the numpy dtype that holds its bytes. numpy lacks BF16, for which this is an integer of the same size.
+        numbers: the numpy dtype for conversions from and to JSON.
+        torch: the torch dtype.
     """
 
     name: str
@@ -32,7 +32,7 @@ def _make(name: str, numpy: str, in_torch: torch.dtype, stored: str | None = Non
     return Datatype(name, np.dtype(stored or numpy).newbyteorder("<"), np.dtype(numpy), in_torch)
 
 
-#: By name. BYTES is not among them: no tensor holds strings of any length; see `strings`.
+#: The datatypes by name, without BYTES, because a tensor cannot hold strings of different lengths; see `strings`.
 DATATYPES: Final = {
     datatype.name: datatype
     for datatype in (
@@ -55,5 +55,5 @@ _OF_TORCH: Final = {datatype.torch: datatype for datatype in DATATYPES.values()}
 
 
 def of_torch(dtype: torch.dtype) -> Datatype | None:
-    """The datatype of this torch dtype; None for one that the protocol cannot say, such as a complex one."""
+    """Return the datatype of this torch dtype; None if the protocol has none, as for complex numbers."""
     return _OF_TORCH.get(dtype)

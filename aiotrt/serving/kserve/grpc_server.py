@@ -1,7 +1,8 @@
 """The Open Inference Protocol over gRPC, on the event loop of the models.
 
-Methods take and give bytes: messages are parsed after the token was checked, within the limits, and in a thread where they
-are large. A method with one request reads it like a stream of one, because only then its arrival has an end.
+gRPC passes messages to and from the methods as bytes. Messages are parsed after the check of the token, within the limits,
+and large ones in a thread. A method with a single request reads it as a stream of one message, because only then a timeout
+can limit its arrival.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ _log: Final = logging.getLogger("aiotrt")
 _access: Final = logging.getLogger("uvicorn.access")
 _SERVICE: Final = "inference.GRPCInferenceService"
 _HEALTH: Final = "grpc.health.v1.Health"
-#: Probes have no token, as over HTTP.
+#: Methods that need no token, because probes have none, as over HTTP.
 _OPEN: Final = frozenset(("ServerLive", "ServerReady", "Check", "Watch"))
-#: Methods of the protocol that are refused, by what they are for.
+#: Methods of the protocol that are refused, by feature.
 _REFUSED: Final = {
     "trace settings": ["TraceSetting"],
     "log settings": ["LogSettings"],
 }
-#: gRPC's codes, by HTTP's; 5xx that are not here are `INTERNAL`.
+#: gRPC's status codes by those of HTTP; any other is `INTERNAL`.
 _CODES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -58,15 +59,15 @@ _CODES: Final = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-#: Characters of an error's message: gRPC sends it in a header, and clients refuse long ones.
+#: The maximum length of an error's message: gRPC sends it in a header, and clients refuse long headers.
 _LONGEST_MESSAGE: Final = 1000
-#: Requests of one stream that are run at once; no more is read until one has ended.
+#: How many requests of one stream run at once; the next one is read when one has ended.
 _MOST_IN_STREAM: Final = 64
-#: Bytes that a message may have beside its body: names, shapes, parameters.
+#: Bytes that a message may have in addition to its body: names, shapes, parameters.
 _OVERHEAD: Final = 64 << 10
 #: Seconds until a message that is still arriving counts as slow.
 _SLOW: Final = 1.0
-#: Seconds between two checks whether the server is ready, for clients that watch its health.
+#: Seconds between two checks of readiness, for clients that watch the server's health.
 _WATCHED: Final = 0.5
 
 #: `grpc.aio` has no types.
@@ -74,7 +75,7 @@ _Context = Any
 
 
 class _NotTakenError(Exception):
-    """A client does not take its answers."""
+    """Raised when a client does not read its answers."""
 
 
 class GrpcServer:
@@ -89,12 +90,12 @@ class GrpcServer:
     The service may be served over HTTP too, by the application that `create_app` made: ``app.state.service``.
 
     Args:
-        service: the models, and the settings: the token, limits, and times.
+        service: the models, with the settings: the token, limits and timeouts.
         host: the address to bind to; by default that of the settings.
-        port: 0 for any that is free; by default that of the settings.
+        port: the port, 0 for any free one; by default that of the settings.
 
     Raises:
-        UsageError: neither `port` nor the settings say where.
+        UsageError: neither `port` nor the settings name a port.
     """
 
     def __init__(self, service: Service, host: str | None = None, port: int | None = None) -> None:
@@ -115,14 +116,14 @@ class GrpcServer:
 
     @property
     def address(self) -> str:
-        """Host and port, as clients of gRPC take them."""
+        """The host and the port, in the form for gRPC clients."""
         return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     def bind(self) -> None:
-        """Bind to the address; then `address` has the port. Called on the event loop.
+        """Bind to the address; afterwards `address` contains the actual port. Call it on the event loop.
 
         Raises:
-            OSError: it cannot be bound to.
+            OSError: binding failed.
         """
         if self._server is not None:
             return
@@ -137,10 +138,10 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", most),
                 ("grpc.max_send_message_length", -1),
-                # Compressed messages are refused, as over HTTP: gRPC does not bound what they unpack to.
+                # Compressed messages are refused, because gRPC does not bound their decompressed size.
                 ("grpc.compression_enabled_algorithms_bitset", 1),
                 ("grpc.server_handshake_timeout_ms", seconds),
-                # Ends connections that are not read, or whose other end is gone.
+                # Close connections that the client does not read, and those whose client is gone.
                 ("grpc.keepalive_time_ms", seconds),
                 ("grpc.keepalive_timeout_ms", seconds),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -163,16 +164,16 @@ class GrpcServer:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Accept no more calls, and wait until those that are under way have ended.
+        """Accept no more calls, and wait until the running calls have ended.
 
-        Calls that have not ended after the settings' `drain_timeout` get `UNAVAILABLE`. Cancellation stops the waiting only.
+        Calls that have not ended after the settings' `drain_timeout` get `UNAVAILABLE`. Cancellation stops only the waiting.
         """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(), name="aiotrt stopping gRPC")
         await asyncio.shield(self._stopping)
 
     def end(self) -> None:
-        """End the calls that are under way at once: they get `UNAVAILABLE`."""
+        """End the running calls at once: they get `UNAVAILABLE`."""
         self._is_ending = True
         for task in self._tasks:
             task.cancel()
@@ -237,7 +238,7 @@ class GrpcServer:
         ]
 
     def _method(self, name: str, answer: Callable[[Any], Any], kinds: tuple[str, str] | None = None) -> Any:
-        """A method with one request and one answer, which `answer` gives as a mapping, at once or later."""
+        """Make a method with one request and one answer, which `answer` returns as a mapping or as an awaitable of one."""
         asked, answered = kinds or (f"{name}Request", f"{name}Response")
 
         async def run(context: _Context) -> bytes:
@@ -252,7 +253,7 @@ class GrpcServer:
         return grpc.stream_unary_rpc_method_handler(self._called(name, run))
 
     def _called(self, name: str, run: Callable[[_Context], Awaitable[bytes | None]]) -> Any:
-        """What `grpc.aio` calls for a method: checks the token, answers errors, and can be ended."""
+        """Wrap a method for `grpc.aio`: check the token, answer errors, and let `end` end the call."""
 
         async def call(_: object, context: _Context) -> Any:
             task = asyncio.current_task()
@@ -268,7 +269,7 @@ class GrpcServer:
                     raise
                 task.uncancel()
                 code, message = grpc.StatusCode.UNAVAILABLE, "the server ended before this request did"
-            except (grpc.aio.BaseError, _NotTakenError) as error:  # a status would not be taken either
+            except (grpc.aio.BaseError, _NotTakenError) as error:  # the client would not read a status either
                 code = grpc.StatusCode.CANCELLED
                 raise asyncio.CancelledError from error
             except Exception as error:
@@ -303,7 +304,7 @@ class GrpcServer:
     def _model_ready(self, said: Any) -> Mapping[str, Any]:
         try:
             return {"ready": self._service.standing(said.name, said.version)[0]}
-        except HTTPException:  # as Triton answers for a model that it does not have
+        except HTTPException:  # Triton gives this answer for an unknown model
             return {"ready": False}
 
     def _model_metadata(self, said: Any) -> Mapping[str, Any]:
@@ -377,7 +378,7 @@ class GrpcServer:
         return answer
 
     async def _stream(self, context: _Context) -> None:
-        """Each request is a task; answers are written as they are there, one at a time."""
+        """Run each request of a stream in a task, and write each answer when it is available, one at a time."""
         writing, room = asyncio.Lock(), asyncio.Semaphore(_MOST_IN_STREAM)
 
         async def answer(data: bytes) -> None:
@@ -435,7 +436,7 @@ class GrpcServer:
             called = await off_loop(lambda: decode(parts, body, servable.images), size, json=parts.head_size)
             remaining = context.time_remaining()
             if remaining is not None:
-                remaining = max(remaining, 1e-3)  # it has passed: gRPC is about to cancel this
+                remaining = max(remaining, 1e-3)  # a passed deadline: gRPC will cancel this call
                 called = replace(called, deadline=min(remaining, called.deadline or remaining))
             head, outputs, placed = await self._service.run(model, servable, called, passed)
             pieces = encode(head, outputs, placed)
@@ -447,13 +448,14 @@ class GrpcServer:
     # Limits...
 
     async def _read(self, context: _Context) -> bytes:
-        """The one request of a call.
+        """Read the single request of a call.
 
-        gRPC keeps a message that is arriving by itself, so what has arrived cannot be counted. The number of those that
-        arrive slowly is limited instead, by what they may have together; one too many ends the slowest.
+        gRPC itself holds a message while it arrives, so the bytes that have arrived cannot be counted. Instead the number of
+        slowly arriving messages is limited, so that together they stay within `max_bodies`. One more of them times out the
+        one that has been slow for longest.
 
         Raises:
-            BodyTimeoutError: it did not arrive in time.
+            BodyTimeoutError: the request did not arrive in time.
         """
         try:
             async with asyncio.timeout(self._settings.body_timeout) as timeout:
@@ -477,7 +479,10 @@ class GrpcServer:
         self._slow[timeout] = None
 
     def _sends(self, context: _Context, size: int) -> None:
-        """Count an answer until it was taken, or `body_timeout` is over: gRPC cannot end a call that has its answer."""
+        """Count an answer until the client has read it or `body_timeout` has passed.
+
+        The timeout is needed because gRPC cannot end a call that has its answer.
+        """
         sent = contextlib.ExitStack()
         sent.enter_context(self._service.budget.sending(size))
         timer = asyncio.get_running_loop().call_later(self._settings.body_timeout, sent.close)

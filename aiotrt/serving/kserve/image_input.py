@@ -1,4 +1,4 @@
-"""Inputs that take image files: which they are, and the pixels as they take them."""
+"""Find the inputs that take image files, and decode the files to the form of an input."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from aiotrt.tensors import TensorSpec
 
 __all__ = ["ImageInput", "image_inputs"]
 
-#: Pixels of all images of one input.
+#: The maximum number of pixels of all images of one input together.
 _MAX_PIXELS: Final = 50_000_000
-#: Pillow's modes, by channels.
+#: Pillow's modes by number of channels.
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -26,10 +26,10 @@ class ImageInput:
     """An input of pixels.
 
     Attributes:
-        name: of the input.
-        mode: Pillow's name for its pixels: "L", "RGB" or "RGBA".
+        name: the input's name.
+        mode: Pillow's mode of its pixels: "L", "RGB" or "RGBA".
         is_planar: whether its dimensions are (channels, height, width), and not (height, width, channels).
-        is_many: whether there is one more dimension before these, of images.
+        is_many: whether a dimension for several images precedes these.
     """
 
     name: str
@@ -38,15 +38,15 @@ class ImageInput:
     is_many: bool
 
     async def decoded(self, files: Sequence[bytes | bytearray | memoryview], *, has_axis: bool) -> torch.Tensor:
-        """The pixels of image files, which must agree in size where there are several.
+        """Return the pixels of image files. Several images must have the same size.
 
         Args:
-            files: at least one.
-            has_axis: whether they are items of a batch.
+            files: at least one image file.
+            has_axis: whether the images are items of a batch.
 
         Raises:
-            BodyError: a file is no image, they differ in size, or are more than the input takes.
-            BodyTooLargeError: they have more than 50 million pixels together.
+            BodyError: a file is not an image, the images differ in size, or there are more than the input takes.
+            BodyTooLargeError: the images have more than 50 million pixels together.
         """
         has_axis = has_axis or self.is_many
         if len(files) > 1 and not has_axis:
@@ -66,10 +66,10 @@ class ImageInput:
 
 
 def image_inputs(model: str, specs: Sequence[TensorSpec]) -> Mapping[str, ImageInput]:
-    """The inputs of UINT8 that have 1, 3 or 4 channels, by name.
+    """Return the inputs of UINT8 with 1, 3 or 4 channels, by name.
 
     Raises:
-        InputError: there are none.
+        InputError: the model has no such input.
     """
     found = {}
     for spec in specs:

@@ -1,12 +1,12 @@
 """The messages of the Open Inference Protocol over gRPC, and of gRPC's health service, as classes of `google.protobuf`.
 
-They are made from the table below when the program starts, so there is no code to generate, neither here nor at build time.
-The table names what this server reads and writes; other fields are skipped, as in every protocol buffer, and
-``tests/serving/test_messages.py`` compares it with the definition that tritonclient ships. The classes are in a pool of
-their own: the pool of the process may hold the same names already, from tritonclient or KServe.
+The classes are made from the table below at import, so no code has to be generated. The table lists the fields that this
+server reads and writes; protocol buffers skip other fields. ``tests/serving/test_messages.py`` compares the table with the
+definition that tritonclient ships. The classes have their own descriptor pool, because the process's pool may already
+contain the same names, from tritonclient or KServe.
 
-A line is a message, then its fields: name, number and type. After a type, ``*`` says that the field is repeated, ``{}`` that
-it is a map from strings, and ``?`` that the message has at most one of these fields.
+Each line is a message with its fields: name, number and type. After a type, ``*`` marks a repeated field, ``{}`` a map from
+strings, and ``?`` fields of which the message has at most one. A line that begins with a space continues the line above.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ CudaSharedMemoryUnregisterResponse
 HealthCheckRequest service:1:string
 HealthCheckResponse status:1:ServingStatus
 """
-#: Values by name, in the order of their numbers.
+#: The enumerations by name, each with its values in the order of their numbers.
 _ENUMS: Final = {
     "DataType": (
         "TYPE_INVALID", "TYPE_BOOL", "TYPE_UINT8", "TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_INT8", "TYPE_INT16",
@@ -149,5 +149,5 @@ def _classes() -> dict[str, Any]:
     return {name.removeprefix("aiotrt."): kind for name, kind in found.items()}
 
 
-#: The classes by name.
+#: The message classes by name.
 messages: Final = _classes()

@@ -1,6 +1,6 @@
-"""What the server's description in OpenAPI says of requests and answers, where the functions' types do not.
+"""The parts of the server's OpenAPI schema that do not follow from the types of its functions.
 
-A test asks the server whatever this allows, and more, and holds every answer against it.
+A test sends requests that this schema allows, and others, and checks every answer against the schema.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
 
 
 def _or_null(schema: Schema) -> Schema:
-    """Of a field that may be left out: null says the same."""
+    """Return the schema of an optional field, for which null means the same as its absence."""
     return {**schema, "type": [schema["type"], "null"]}
 
 
@@ -52,13 +52,13 @@ _ANSWER: Final = _object(
     outputs={"type": "array", "items": _TENSOR},
 )
 _ERROR: Final = {_JSON: {"schema": _object(("error",), error=_STRING)}}
-#: How many bytes of a body are JSON: of a request, where tensors follow it, and of an answer.
+#: The header with the number of bytes of JSON, in requests and answers in which tensors follow the JSON.
 _LENGTH: Final = "Inference-Header-Content-Length"
 _COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 
 
 def described(*extra: str) -> dict[int | str, Schema]:
-    """What any operation on a model may answer when it does not do what was asked; and these, by status."""
+    """Return the error responses of every operation on a model, and those of the additional statuses `extra`."""
     return {
         "4XX": {"description": "The request is wrong; `error` says how.", "content": _ERROR},
         "503": {"description": "Not now: too much to do, or the model is not loaded, or broken.", "content": _ERROR},
@@ -67,7 +67,7 @@ def described(*extra: str) -> dict[int | str, Schema]:
 
 
 def whether_ready(*fields: str) -> dict[int | str, Schema]:
-    """Of an operation that answers 503 for no."""
+    """Return the responses of an operation that answers 200 for yes and 503 for no."""
     types: dict[str, Schema] = {"name": _STRING, "ready": {"type": "boolean"}, "error": _STRING}
     answer = {_JSON: {"schema": _object(fields, **types)}}
     return {
@@ -87,7 +87,7 @@ _SERVER: Final = {
     "504": "The deadline passed before there was a result.",
 }
 
-#: For `infer`'s route.
+#: For the route of `infer`.
 INFER: Final[dict[str, Any]] = {
     "responses": {
         200: {
@@ -105,14 +105,14 @@ INFER: Final[dict[str, Any]] = {
         },
     },
 }
-#: For `index`'s.
+#: For the route of `index`.
 INDEX: Final[dict[str, Any]] = {
     "responses": described(),
     "openapi_extra": {
         "requestBody": {"required": False, "content": {_JSON: {"schema": _object((), ready=_or_null({"type": "boolean"}))}}}
     },
 }
-#: For `load`'s: there are none that it takes.
+#: For the route of `load`, which accepts no parameters.
 LOAD: Final = _repository(_or_null({"type": "object", "maxProperties": 0}))
-#: For `unload`'s.
+#: For the route of `unload`.
 UNLOAD: Final = _repository(_PARAMETERS)

@@ -1,7 +1,7 @@
-"""Which names the server has, and which pages may make a browser call it.
+"""Check the host name of requests, and the page that made a browser send them.
 
-Without a token, what keeps strangers out is that the server listens on this machine alone. A browser on this machine
-undermines that: any page may make it send a POST, and a page whose host name is rebound to 127.0.0.1 may read the answers.
+Without a token, the server's only protection is that it listens only on this machine. A browser on this machine undermines
+that: any web page can make it send a POST, and a page whose host name is rebound to 127.0.0.1 can read the answers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _SAFE: Final = frozenset(("GET", "HEAD"))
 
 
 class Origins:
-    """ASGI middleware: 421 for host names that are not the server's, and 403 for requests that another site's page makes.
+    """ASGI middleware: answers 421 to foreign host names, and 403 to requests that a page of another site makes.
 
-    Browsers say in ``Origin``, ``Referer`` or ``Sec-Fetch-Site`` which page makes a request; other clients send none of
-    these. ``Content-Type`` is not checked: curl and Python's urllib send that of a form unless they are told otherwise.
+    Browsers name the page in ``Origin``, ``Referer`` or ``Sec-Fetch-Site``; other clients send none of these.
+    ``Content-Type`` is not checked, because curl and Python's urllib send that of a form by default.
 
     Args:
-        app: what to wrap.
-        hosts: the server's names beside those of the loopback interface; None for any name.
-        origins: the sites whose pages may call it, such as ``https://example.com``; ``*`` for all.
+        app: the application to wrap.
+        hosts: the server's names in addition to those of the loopback interface; None for any name.
+        origins: the sites whose pages may call the server, such as ``https://example.com``; ``*`` for all.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None, origins: Collection[str]) -> None:
@@ -39,7 +39,7 @@ class Origins:
         self._origins = frozenset(origin.lower() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))) is not None:
             await refusal(scope, receive, send)
             return
@@ -59,7 +59,7 @@ class Origins:
         return None
 
     def _may_call(self, page: str, host: str) -> bool:
-        """Whether the page of this address, or its origin, may call the server that it knows as `host`."""
+        """Whether a page, given by its address or its origin, may call the server, whose name in the request is `host`."""
         try:
             parts = urlsplit(page.lower())
         except ValueError:
@@ -68,7 +68,7 @@ class Origins:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that binds to `host`."""
+    """Whether a server that binds to `host` can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """A ``Host`` header's name, without the port."""
+    """Return the name in a ``Host`` header, without the port."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:

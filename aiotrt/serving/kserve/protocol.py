@@ -1,9 +1,10 @@
-"""uvicorn's HTTP/1.1, with an end to clients that begin and do not go on, and time for those that are about to begin.
+"""uvicorn's HTTP/1.1, with timeouts for clients that stop in the middle, and a grace period for idle connections at the end.
 
-uvicorn waits for ever for a request's line and headers, for a body that was refused, and for a client to take its answer.
-Each such connection is one of those that `max_connections` allows, so that some hundreds of them, which cost their owner
-nothing, would be all that the server has room for. And uvicorn closes idle connections as soon as it is to end, into which a
-client may just be sending: the server answers what comes within `LINGER` seconds, and says that it closes the connection.
+uvicorn waits without a timeout for a request's line and headers, for a body that was refused, and for a client to read its
+answer. Each such connection counts against `max_connections`, so some hundreds of them, which cost their owner nothing,
+would block the server for all other clients. Also, uvicorn closes idle connections as soon as it shuts down, while a client
+may be sending a request. Here, requests that arrive within `LINGER` seconds are answered, and the answer says that the
+connection is closed.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 __all__ = ["LINGER", "protocol"]
 
-#: Seconds for which a server that ends keeps idle connections.
+#: Seconds for which the server keeps idle connections when it shuts down.
 LINGER: Final = 0.5
 
-#: Of a request's line and headers; more is 431.
+#: The maximum size of a request's line and headers, in bytes; a larger head is answered 431.
 _MAX_HEAD: Final = 32 << 10
-#: Bytes of a head that h11 gets at once: it looks at the length only of what is not complete yet.
+#: Bytes of a head that are passed to h11 at once, because h11 checks the length only of an incomplete head.
 _PIECE: Final = 4 << 10
 
 
 def protocol(patience: float, max_connections: int = 1000) -> type[H11Protocol]:
-    """The protocol for uvicorn's ``http=``.
+    """Make the protocol class for uvicorn's ``http=``.
 
     Args:
-        patience: seconds from a connection, or the next request's first byte, to the end of its headers; and seconds for
-            which a client may take nothing of its answer. Bodies are the application's own business.
-        max_connections: requests over more connections than these are answered 503.
+        patience: the timeout in seconds from a connection, or from the first byte of its next request, to the end of the
+            headers; also the seconds for which a client may read nothing of its answer. The application itself limits
+            bodies.
+        max_connections: the maximum number of connections; requests over further ones are answered 503.
     """
 
     class Bounded(_Bounded):
@@ -44,7 +46,7 @@ def protocol(patience: float, max_connections: int = 1000) -> type[H11Protocol]:
 
 
 class _Bounded(H11Protocol):
-    """One connection. One timer for each of the two waits: a client can do both at once."""
+    """One connection. It has two timers, for headers and for reading answers, because both waits can be pending at once."""
 
     seconds: ClassVar[float]
     most: ClassVar[int]
@@ -63,7 +65,7 @@ class _Bounded(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._listening is None and self._is_idle:
-            self._listen()  # a connection may be idle for long, but not in the middle of a head
+            self._listen()  # the keep-alive timeout applies between requests, and this timer within a head
         while len(data) > _PIECE and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             super().data_received(data[:_PIECE])
             data = data[_PIECE:]
@@ -78,19 +80,19 @@ class _Bounded(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         if self._listening is not None and not self._is_idle:
-            self._listening.cancel()  # a request has come: how long it takes is not the client's doing
+            self._listening.cancel()  # the head is complete: the time to answer does not depend on the client
             self._listening = None
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # It may not take the rest, or go on with a body that was refused, or with half a head.
+        # The client may never read the rest of the answer, or never finish a refused body or an incomplete head.
         rest = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
         if self._is_idle and (rest or self.transport.is_closing()):
             self._listen()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._listen()  # it may not take the rest
+        self._listen()  # the client may never read the rest of the answer
 
     def shutdown(self) -> None:
         if self._is_idle:
@@ -112,7 +114,7 @@ class _Bounded(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._listening, self._talking):
             if timer is not None:
-                timer.cancel()  # it would keep the connection, and what it holds
+                timer.cancel()  # a pending timer would keep this object and its buffers alive
         self._listening = self._talking = None
         super().connection_lost(exc)
 
@@ -126,7 +128,7 @@ class _Bounded(H11Protocol):
             super().shutdown()
 
     def _answer(self, status: int, message: str) -> None:
-        """Answer what never became a request, unless an answer to the request before it has begun."""
+        """Answer an incomplete or invalid request, unless the answer to the previous request has begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = b'{"error":"%s"}' % message.encode()
             self.transport.write(
@@ -140,7 +142,7 @@ class _Bounded(H11Protocol):
         self._listening = self.loop.call_later(self.seconds, self._tire)
 
     def _tire(self) -> None:
-        if self.transport.is_closing():  # and the rest of an answer is not taken
+        if self.transport.is_closing():  # the client does not read the rest of an answer
             self.transport.abort()
             return
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
@@ -150,6 +152,6 @@ class _Bounded(H11Protocol):
 
 
 async def _crowded(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request over one connection too many."""
+    """Answer 503 to a request over a connection above the maximum."""
     headers = {"Retry-After": "1", "Connection": "close"}
     await JSONResponse({"error": "too many connections: call again later"}, 503, headers)(scope, receive, send)

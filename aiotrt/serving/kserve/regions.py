@@ -1,8 +1,8 @@
-"""Shared memory: regions that clients register by name, and in which tensors of requests and answers lie.
+"""Shared memory: regions that clients register by name, for the tensors of requests and answers.
 
-A region of system memory is read and written by `pread` and `pwrite`, and never mapped: a client may cut its memory short at
-any time, at which a mapping would end the server, and may write to it while it is read, which would change a tensor after it
-was checked. One copy takes its place, as fast as the copy out of a socket and without the socket.
+A region of system memory is read with `pread` and written with `pwrite`, and never mapped. A client can truncate its memory
+at any time, which with a mapping would crash the server. It can also write to the memory while it is read, which with a
+mapping would change a tensor after its check. The price is one copy, which is as fast as the copy out of a socket.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["CudaRegion", "Kind", "Regions", "SystemRegion"]
 
 Kind: TypeAlias = Literal["system", "cuda"]
 
-#: Where POSIX shared memory lies.
+#: The folder of POSIX shared memory.
 _FOLDER: Final = Path("/dev/shm")
-#: Of shared memory: one plain name, as `shm_open` takes it.
+#: The pattern of a key of shared memory: a single name, as for `shm_open`.
 _KEY: Final = re.compile(r"/?[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 #: Bytes of a handle of CUDA memory.
 _HANDLE: Final = 64
@@ -40,13 +40,13 @@ _LONGEST_NAME: Final = 1024
 
 
 class Region(Protocol):
-    """Registered memory. It is open as long as a request uses it, registered or not."""
+    """Registered memory. It stays open while a request uses it, even after it was unregistered."""
 
     kind: Kind
     size: int
 
     def read(self, offset: int, size: int) -> torch.Tensor:
-        """Its bytes, as UINT8. May block."""
+        """Return a part of the region as UINT8. May block."""
         ...
 
     def write(self, offset: int, result: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ class Region(Protocol):
         ...
 
     def described(self) -> dict[str, Any]:
-        """What its status says."""
+        """Return the fields of the region's status."""
         ...
 
 
@@ -62,12 +62,12 @@ class SystemRegion:
     """Part of a POSIX shared memory object.
 
     Args:
-        key: its name, as ``shm_open`` takes it.
-        offset: where the region begins in it.
-        size: of the region, in bytes.
+        key: the object's name, as for ``shm_open``.
+        offset: the offset of the region in the object, in bytes.
+        size: the size of the region, in bytes.
 
     Raises:
-        BodyError: there is none, or it is smaller.
+        BodyError: the object does not exist, or is too small.
     """
 
     kind: Kind = "system"
@@ -88,10 +88,10 @@ class SystemRegion:
             )
 
     def read(self, offset: int, size: int) -> torch.Tensor:
-        """A copy of its bytes.
+        """Return a copy of a part of the region.
 
         Raises:
-            BodyError: the memory was cut short.
+            BodyError: the memory was truncated.
         """
         data: Any = np.empty(size, np.uint8)
         at = 0
@@ -110,7 +110,7 @@ class SystemRegion:
             at += os.pwrite(self._file, data[at:], self._offset + offset + at)
 
     def described(self) -> dict[str, Any]:
-        """What its status says."""
+        """Return the fields of the region's status."""
         return {"key": self._key, "offset": self._offset, "byte_size": self.size}
 
     def __del__(self) -> None:
@@ -122,12 +122,12 @@ class CudaRegion:
     """Memory on a GPU that another process allocated.
 
     Args:
-        handle: of ``cudaIpcGetMemHandle``.
-        index: of the GPU.
-        size: of the region, in bytes.
+        handle: the handle from ``cudaIpcGetMemHandle``.
+        index: the index of the GPU.
+        size: the size of the region, in bytes.
 
     Raises:
-        BodyError: it cannot be opened here.
+        BodyError: the memory cannot be opened here.
     """
 
     kind: Kind = "cuda"
@@ -144,14 +144,14 @@ class CudaRegion:
         self._index, self.size = index, size
 
     def read(self, offset: int, size: int) -> torch.Tensor:
-        """Its bytes, as a view."""
+        """Return a view of a part of the region."""
         return self._view[offset : offset + size]
 
     def write(self, offset: int, result: torch.Tensor) -> None:
-        """Write a result's bytes, and wait until they are there."""
+        """Write a result's bytes, and wait until the copy is complete."""
         data = result.contiguous().reshape(-1).view(torch.uint8)
         self._view[offset : offset + len(data)].copy_(data)
-        if data.is_cuda:  # other copies are waited for already
+        if data.is_cuda:  # a copy from the host is complete when copy_ returns
             torch.cuda.current_stream(data.device).synchronize()
 
     @property
@@ -160,26 +160,26 @@ class CudaRegion:
         return view
 
     def described(self) -> dict[str, Any]:
-        """What its status says."""
+        """Return the fields of the region's status."""
         return {"device_id": self._index, "byte_size": self.size}
 
 
 class Regions:
-    """The regions of a server, by name. Methods that are not coroutines are for the loop's thread."""
+    """The regions of a server, by name. Call its methods on the loop's thread."""
 
     def __init__(self) -> None:
         self._regions: dict[str, Region] = {}
 
     async def register(self, kind: Kind, name: str, fields: Mapping[str, Any]) -> None:
-        """Register a region, as a client describes it.
+        """Register a region from a client's description.
 
         Args:
-            kind: which memory it is.
-            name: for requests.
-            fields: those of the protocol; `raw_handle` as JSON has it, or the bytes themselves.
+            kind: the kind of memory.
+            name: the region's name in requests.
+            fields: the fields of the protocol; `raw_handle` as in JSON, or as bytes.
 
         Raises:
-            BodyError: the description is wrong, the name is taken, or the memory is not there.
+            BodyError: the description is wrong, the name is in use, or the memory cannot be opened.
         """
         size = _count(fields, "byte_size")
         if kind == "system":
@@ -197,16 +197,16 @@ class Regions:
         self._regions[name] = region
 
     def unregister(self, kind: Kind, name: str | None) -> None:
-        """Forget a region of this name, if there is one, or all of a kind. Requests that use it are not disturbed."""
+        """Unregister the region of this name, if there is one, or all of a kind. Requests that use it are not affected."""
         for found in [name] if name is not None else list(self._regions):
             if (region := self._regions.get(found)) is not None and region.kind == kind:
                 del self._regions[found]
 
     def status(self, kind: Kind, name: str | None) -> list[dict[str, Any]]:
-        """What there is of a kind, or the region of this name.
+        """Return the status of all regions of a kind, or of the region of this name.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: no region of this kind has this name.
         """
         found = {name: self._regions[name]} if name is not None else self._regions
         entries = [{"name": name, **region.described()} for name, region in found.items() if region.kind == kind]
@@ -215,10 +215,10 @@ class Regions:
         return entries
 
     def find(self, placed: Placed) -> Region:
-        """The region in which a tensor is to lie.
+        """Return the region of a tensor.
 
         Raises:
-            BodyError: there is none of this name, or the tensor would pass its end.
+            BodyError: no region has this name, or the tensor would exceed the region.
         """
         region = self._regions.get(placed.region)
         if region is None:
@@ -231,7 +231,7 @@ class Regions:
         return region
 
     async def filled(self, called: InferRequest, images: Mapping[str, object], *, on_gpu: bool) -> InferRequest:
-        """The request with the inputs that lie in regions.
+        """Return the request with the inputs that it has in regions.
 
         Args:
             called: the request.
@@ -239,7 +239,7 @@ class Regions:
             on_gpu: whether inputs on a GPU may stay there.
 
         Raises:
-            BodyError: a region is not there, too small or was cut short.
+            BodyError: a region does not exist, is too small or was truncated.
         """
 
         def one(given: Input, placed: Placed, region: Region) -> Input:
@@ -251,25 +251,25 @@ class Regions:
             placed = given.placed
             if placed is not None:
                 region = self.find(placed)
-                size = None if region.kind == "cuda" else placed.size  # what is on a GPU may be waited for
+                size = None if region.kind == "cuda" else placed.size  # reading a GPU's memory may block
                 inputs.append(await off_loop(partial(one, given, placed, region), size, COPIED))
             else:
                 inputs.append(given)
         return replace(called, inputs=tuple(inputs))
 
     async def put(self, called: InferRequest, results: Mapping[str, Any], found: Mapping[str, Region]) -> set[str]:
-        """Write the outputs that are to lie in regions.
+        """Write the outputs that the request places in regions.
 
         Args:
             called: the request.
-            results: of the model, by name.
-            found: the regions that `find` found before the model ran, by output.
+            results: the model's results, by name.
+            found: the regions that `find` returned before the model ran, by output.
 
         Returns:
             The names of these outputs.
 
         Raises:
-            BodyError: an output has more bytes than its client has room for; others may be written by then.
+            BodyError: an output is larger than the place that its client reserved; other outputs may be written by then.
         """
         written = set()
         for one in called.outputs:

@@ -1,4 +1,4 @@
-"""uvicorn around the application: signals, draining, and an end that comes."""
+"""Run the application on uvicorn, with signals, draining, and a bounded shutdown."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def serve(
     grpc_started: Callable[[str], None] | None = None,
     loaded: Callable[[], object] | None = None,
 ) -> int:
-    """Serve until a signal comes: SIGTERM, or Ctrl-C.
+    """Serve until a signal: SIGTERM, or Ctrl-C.
 
-    Then ``/readyz`` says no; after `drain_delay` no connection is accepted any more; requests may finish for
-    `drain_timeout`; what is left is answered 503, and the models are closed. A second signal does not wait. From the first
-    signal on, answers say that their connection is closed; idle connections stay open for half a second more.
+    From the signal on, ``/readyz`` answers 503. After `drain_delay` no more connections are accepted, and requests may
+    finish within `drain_timeout`. The remaining ones are answered 503, and the models are closed. A second signal ends these
+    waits. From the first signal on, each answer says that its connection is closed; idle connections stay open for another
+    half second.
 
     Args:
-        settings: what to serve, and how.
-        started: called with the address when connections are accepted; models are being loaded then.
-        grpc_started: called then with the host and port of gRPC, if the settings have it.
-        loaded: called when all models are that are loaded at the start.
+        settings: the models to serve, and the options of the server.
+        started: called with the address when connections are accepted, while models are still being loaded.
+        grpc_started: called at the same time with the host and port of gRPC, if the settings have a port for it.
+        loaded: called when all models that are loaded at the start are loaded.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C.
@@ -61,8 +62,8 @@ def serve(
         server.should_exit = True
 
     def settle() -> None:
-        # What is there now stays: torch and the rest are 200,000 objects, and every two thousand requests Python would look
-        # through all of them, which takes a tenth of a second in which nothing else runs, and find nothing.
+        # The present objects stay: torch and other modules have 200,000. Without this, every two thousand requests Python
+        # would scan all of them without freeing any, which blocks everything else for a tenth of a second.
         gc.collect()
         gc.freeze()
         if loaded is not None:
@@ -73,7 +74,7 @@ def serve(
         app,
         host=settings.host,
         port=settings.port,
-        # On h11, which bounds what it keeps of headers; the faster one does not.
+        # Based on h11, which bounds the headers that it buffers; uvicorn's faster parser does not.
         http=protocol(settings.body_timeout, settings.max_connections),
         ws="none",
         lifespan="on",
@@ -105,7 +106,7 @@ def serve(
         raise failures[0]
     models: Models = app.state.models
     if not models.is_closed:
-        # Threads that wait for a device which does not finish would keep the interpreter from ending, for ever.
+        # Threads that wait for a hanging device would keep the interpreter alive permanently.
         _log.error("the device does not finish: ending without it")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -118,7 +119,7 @@ def _url(host: str, port: int) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which says first that it is about to end, and does not end the process by the signal that ended it."""
+    """uvicorn's server, which drains the models first, and does not raise the signal again that stopped it."""
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class _Server(uvicorn.Server):
         self._started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Beside HTTP: the end of the lifespan, which is the last thing here, waits for it.
+        # gRPC stops at the same time as HTTP. The end of the lifespan, the last step of the shutdown, waits for it.
         stopping = None if self._grpc is None else asyncio.create_task(self._grpc.stop())
         await super().shutdown(sockets)
         if stopping is not None:
@@ -174,7 +175,7 @@ class _Server(uvicorn.Server):
         self.signal = sig
         self._models.drain()
         if self._delay:
-            # A thread, since this runs between any two instructions, and the loop's own timers are not for that.
+            # In a thread: a signal handler runs between any two instructions, where the loop's timers cannot be used safely.
             timer = threading.Timer(self._delay, lambda: setattr(self, "should_exit", True))
             timer.daemon = True
             timer.start()
@@ -182,7 +183,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
     def _cancel(self) -> None:
-        """End the requests that are under way: each is answered 503, see `guards.Draining`."""
+        """End the running requests: each is answered 503, see `guards.Draining`."""
         for task in self.server_state.tasks:
             task.cancel()
         if self._grpc is not None:

@@ -1,4 +1,4 @@
-"""What ``aiotrt serve`` is told: on the command line, and in a file in TOML."""
+"""The settings of ``aiotrt serve``, from the command line and from a TOML file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from aiotrt.model import Model, load
 
 __all__ = ["ModelSettings", "ServerSettings", "read_config", "read_text", "token_from"]
 
-#: Of `load`, those that make sense in a file: no functions, and nothing that is the server's own.
+#: The options of `load` that a file may set: no functions, and none that the server sets itself.
 _OPTIONS: Final = frozenset(
     (
         "device", "slots", "overlap", "max_queue", "graphs", "graph_cache_entries", "graph_cache_bytes", "hang_timeout",
         "retry", "progress", "threads", "runtime", "precision", "profiles", "sha256", "allow_host_code", "batching",
     )
 )  # fmt: skip
-#: What those must be that `load` does not check at once, so that "no" is never taken for true.
+#: The types of the options that `load` does not check at once, so that a string such as "no" is never taken for true.
 _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "device": ("a string, or a list of strings", (str, list, tuple)),
     "runtime": ("a string", (str, NoneType)),
@@ -38,14 +38,14 @@ _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "profiles": ("a list of tables", (list, tuple, Mapping, NoneType)),
     "batching": ("true, false or a table", (bool, Mapping)),
 }
-#: Of a model in a file, with their defaults.
+#: The flags of a model in a file, with their defaults.
 _FLAGS: Final = {"load": True, "heed_timeout": False, "images": False}
 Count: TypeAlias = Annotated[int, Field(gt=0)]
 Duration: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pause: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-#: As browsers send them: without a path.
+#: The pattern of an origin in the form that browsers send: without a path.
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#\s]+)$"
-#: Of a model: letters that need no quoting in a URL.
+#: The pattern of a model's name: characters that need no quoting in a URL.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -54,14 +54,14 @@ class ModelSettings:
     """One model.
 
     Attributes:
-        name: under which it is served.
+        name: the name under which it is served.
         path: its file.
         warmup: shapes to capture ahead: for a single input a list of shapes, else a list of objects from name to shape.
-        options: for `aiotrt.load`; ``batching`` is an object with what `Batching` takes, or true for its defaults; without
-            it, nothing is stacked.
-        is_loaded: whether it is loaded as the server starts, or only when a client asks for it.
-        heeds_timeout: whether Triton's parameter ``timeout``, in microseconds, is a deadline. Clients send it to Triton with
-            values that it does not heed by default either, such as 30.
+        options: the options of `aiotrt.load`. ``batching`` is an object with the options of `Batching`, or true for their
+            defaults; without it, requests are not stacked.
+        is_loaded: whether it is loaded when the server starts; else a client has to load it.
+        heeds_timeout: whether Triton's parameter ``timeout``, in microseconds, is a deadline. False by default, as in
+            Triton, because clients send values such as 30 that are no real deadlines.
         labels: a text file with the name of a class in each line, for the classification extension.
         takes_images: whether strings sent for inputs of UINT8 with 1, 3 or 4 channels are image files, which are decoded.
     """
@@ -92,11 +92,11 @@ class ModelSettings:
             said, types = _TYPES.get(option, ("", (object,)))
             if not isinstance(value, types):
                 raise InputError(f"model {self.name!r}: {option} must be {said}, got {value!r}")
-        self.maker()  # what is wrong with the options is said now, not when a client loads the model
+        self.maker()  # raises for wrong options now, and not only when a client loads the model
 
     @property
     def batching(self) -> Batching:
-        """How its requests are queued; each is an item of a batch only if ``batching`` says so."""
+        """How its requests are queued. They are stacked to batches only if the option ``batching`` is set."""
         options = self.options.get("batching", False)
         if not isinstance(options, Mapping):
             return Batching(stack=options)
@@ -110,10 +110,10 @@ class ModelSettings:
             raise InputError(f"batching: {error}") from error
 
     def maker(self) -> Callable[[], Model]:
-        """A function that loads it."""
+        """Return a function that makes the model, after checking its options."""
         try:
             entries = [
-                # Not the shape by itself: one of a single extent would be taken for an input.
+                # A tuple around the shape, because `load` takes a tuple for the model's inputs: the shape is the only one.
                 {name: _shape(shape) for name, shape in entry.items()} if isinstance(entry, Mapping) else (_shape(entry),)
                 for entry in self.warmup
             ]
@@ -124,7 +124,7 @@ class ModelSettings:
             return load(self.path, warmup=entries, **{**self.options, "batching": self.batching})
 
         try:
-            _ = make()  # a `Model` that nobody opens holds nothing
+            _ = make()  # checks the options; a `Model` that was not opened holds no resources
         except InputError as error:
             raise InputError(f"model {self.name!r}: {error}") from error
         return make
@@ -132,31 +132,33 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The server.
+    """The settings of the server.
 
     Attributes:
-        models: what it serves.
+        models: the models that it serves.
         host: the address that it binds to.
-        port: 0 for any that is free.
-        grpc_port: the port of the protocol over gRPC, 0 for any free one; None for HTTP only.
-        token: what clients must send as ``Authorization: Bearer``; None for no such thing.
-        max_body: bytes of one request.
-        max_json: bytes of one request's JSON, which is read under the interpreter lock, 4 MiB in some 10 ms.
-        max_bodies: bytes of all requests and answers that are in memory at once; what has not arrived does not count.
+        port: the port for HTTP, 0 for any free one.
+        grpc_port: the port for gRPC, 0 for any free one; None for HTTP only.
+        token: the token that clients must send as ``Authorization: Bearer``; None if they need no token.
+        max_body: the maximum size of one request, in bytes.
+        max_json: the maximum size of one request's JSON, in bytes. Parsing it holds the interpreter lock, for some 10 ms
+            for 4 MiB.
+        max_bodies: the maximum size of all requests and answers in memory together, in bytes. Bytes that have not arrived
+            do not count.
         body_timeout: seconds that a client may take to send a body.
-        keep_alive_timeout: seconds for which a connection may be idle between requests. Make it longer than a proxy
-            keeps its own, often 60, or it sends requests into connections that are being closed.
-        max_deadline: seconds after which a request is answered 504, whatever its client said.
-        max_connections: how many clients at once; more are answered 503.
-        drain_delay: seconds between SIGTERM and the end of accepting, for load balancers to see `/readyz`.
-        drain_timeout: seconds that requests may take to finish then.
-        allowed_hosts: names by which clients may call it, beside those of this machine. Empty for any name where it has a
-            token, or binds to another address than this machine's own.
-        cors_origins: sites whose pages may call it, such as ``https://example.com``; ``*`` for all.
-        repository: whether clients may load and unload the models that are named here; never others.
-        shared_memory: whether clients may register shared memory, of this machine or its GPUs, for tensors. They may then
-            read and write all shared memory that this process may.
-        strict_readiness: whether the server is unready when a client has unloaded a model that was loaded at the start.
+        keep_alive_timeout: seconds for which a connection may be idle between requests. It must be longer than a proxy's own
+            timeout, often 60, because the proxy would otherwise send requests into connections that are being closed.
+        max_deadline: seconds after which a request is answered 504, even if its client allows more.
+        max_connections: the maximum number of connections; requests over further ones are answered 503.
+        drain_delay: seconds between SIGTERM and the end of accepting, in which load balancers can poll `/readyz`.
+        drain_timeout: seconds that running requests may take to finish after that.
+        allowed_hosts: the host names by which clients may call the server, in addition to those of this machine. Empty for
+            any name, if the server has a token or binds to another address than the loopback address.
+        cors_origins: the sites whose pages may call the server, such as ``https://example.com``; ``*`` for all.
+        repository: whether clients may load and unload the models in `models`; they can never load others.
+        shared_memory: whether clients may register shared memory, of this machine or its GPUs, for tensors. They can then
+            read and write all shared memory to which this process has access.
+        strict_readiness: whether the server is not ready after a client has unloaded a model that was loaded at the start.
         access_log: whether each request is logged on standard output.
         docs: whether ``/docs`` shows the API. The page's scripts come from a public content delivery network.
     """
@@ -194,12 +196,12 @@ class ServerSettings:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
-    """A configuration file: the options of ``[server]``, and the models of ``[models.NAME]``.
+    """Read a configuration file: the options of ``[server]``, and the models of ``[models.NAME]``.
 
-    Paths in it are relative to it.
+    Paths in the file are relative to its folder.
 
     Raises:
-        InputError: it is missing, not TOML, or has something that is not known.
+        InputError: the file is missing, is not TOML, or contains an unknown table or option.
     """
     try:
         found = tomllib.loads(read_text(path))
@@ -238,10 +240,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
 
 
 def token_from(file: Path | None) -> str | None:
-    """The token in a file, or in the variable ``AIOTRT_TOKEN``: on the command line everybody could read it.
+    """Return the token in a file, or without a file the one in the environment variable ``AIOTRT_TOKEN``, or None.
+
+    There is no option for the token itself, because all users of the machine can read command lines.
 
     Raises:
-        InputError: the file cannot be read, or the token is too short to be one.
+        InputError: the file cannot be read, or the token is too short or not printable ASCII.
     """
     try:
         token = os.environ.get("AIOTRT_TOKEN") if file is None else read_text(file)
@@ -249,17 +253,17 @@ def token_from(file: Path | None) -> str | None:
         raise InputError(f"token file {error}") from error
     if token is None:
         return None
-    token = token.strip()  # as those that clients send are
+    token = token.strip()  # a client's token is stripped too
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise InputError("the token must have at least 16 printable ASCII characters")
     return token
 
 
 def _check(settings: ServerSettings) -> None:
-    """Check that each setting is of its type, and within the bounds that this names.
+    """Check that each setting has its type, and is within the type's bounds.
 
     Raises:
-        InputError: one is not.
+        InputError: a setting has another type or is out of bounds.
     """
     for name, kind in get_type_hints(ServerSettings, include_extras=True).items():
         value = getattr(settings, name)
@@ -271,10 +275,10 @@ def _check(settings: ServerSettings) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
+    """Read a text file in UTF-8.
 
     Raises:
-        InputError: it cannot be read; the message names it.
+        InputError: the file cannot be read; the message names it.
     """
     try:
         return path.read_text(encoding="utf-8")

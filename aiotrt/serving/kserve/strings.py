@@ -1,8 +1,9 @@
 """BYTES, the protocol's strings, as tensors of their bytes, or as files.
 
-No tensor holds strings, but one of UINT8 holds their bytes: strings of shape (2, 3), of which the longest has 5 bytes, are
-(2, 3, 5). Shorter ones end in zeros, as numpy's do. So a model that takes a file, or text, has an input of UINT8, and its
-clients may send either. In the binary extension four bytes before each string say its length.
+A tensor cannot hold strings, but a tensor of UINT8 can hold their bytes. Strings of shape (2, 3), of which the longest has 5
+bytes, become a tensor of shape (2, 3, 5); shorter strings are padded with zeros, as in numpy. So a model that takes files or
+text has an input of UINT8, and its clients may send either BYTES or UINT8. In the binary extension, four bytes before each
+string contain its length.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from aiotrt.serving.json_body import from_base64
 
 __all__ = ["NAME", "files_of_bytes", "files_of_json", "of_bytes", "of_json", "to_bytes"]
 
-#: The datatype's.
+#: The datatype's name.
 NAME: Final = "BYTES"
 _PREFIX: Final = 4  # bytes
-#: Strings that are looked at one by one, in a request.
+#: The maximum number of strings in an input that are processed one by one.
 _MOST: Final = 1 << 17
-#: Bytes that strings of different lengths may take as a tensor, however short they are; and how many times what was sent.
+#: Strings of different lengths may take this many bytes as a tensor, or this many times the bytes sent if that is more.
 _PADDED: Final = 1 << 20
 _MOST_PADDING: Final = 8
 
 
 def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The strings in `size` bytes of `body`.
+    """Return the strings in `size` bytes of `body`, as a tensor's bytes.
 
     Raises:
-        BodyError: they are not as many as the shape says, or differ too much in length.
+        BodyError: their number does not match the shape, or they differ too much in length.
     """
     count = math.prod(shape)
     length = int.from_bytes(body[start : start + _PREFIX], "little") if count else 0
@@ -46,10 +47,10 @@ def of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[in
 
 
 def files_of_bytes(what: str, body: memoryview, start: int, size: int, shape: tuple[int, ...]) -> list[memoryview]:
-    """The strings in `size` bytes of `body`, one by one, as views of it.
+    """Return a list of the strings in `size` bytes of `body`, as views of it.
 
     Raises:
-        BodyError: they are not as many as the shape says.
+        BodyError: their number does not match the shape, or there are too many.
     """
     count, at, end = math.prod(shape), start, start + size
     if count > _MOST:
@@ -68,20 +69,20 @@ def files_of_bytes(what: str, body: memoryview, start: int, size: int, shape: tu
 
 
 def of_json(what: str, data: object, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The strings in lists, nested or flat: JSON's, which become UTF-8, or bytes.
+    """Return the strings in nested or flat lists, as a tensor's bytes. JSON strings are encoded as UTF-8.
 
     Raises:
-        BodyError: they are not strings, not as many as the shape says, or differ too much in length.
+        BodyError: they are not strings, their number does not match the shape, or they differ too much in length.
     """
     found = _strings(what, data, shape)
     return _padded(what, [string.encode() if isinstance(string, str) else string for string in found], shape)
 
 
 def files_of_json(what: str, data: object, shape: tuple[int, ...]) -> list[bytes | bytearray]:
-    """The files in lists, nested or flat: JSON's, in base64, or bytes.
+    """Return the files in nested or flat lists: JSON strings in base64, or bytes.
 
     Raises:
-        BodyError: they are not strings in base64, or not as many as the shape says.
+        BodyError: they are not strings in base64, or their number does not match the shape.
     """
     try:
         return [from_base64(one) if isinstance(one, str) else one for one in _strings(what, data, shape)]
@@ -90,7 +91,7 @@ def files_of_json(what: str, data: object, shape: tuple[int, ...]) -> list[bytes
 
 
 def to_bytes(strings: npt.NDArray[Any]) -> bytes:
-    """Strings as the binary extension has them, in UTF-8."""
+    """Return strings in the format of the binary extension, encoded as UTF-8."""
     encoded = [string.encode() for string in strings.flat]
     return b"".join(chain.from_iterable((len(one).to_bytes(_PREFIX, "little"), one) for one in encoded))
 
