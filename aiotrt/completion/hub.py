@@ -308,7 +308,7 @@ class Hub:
             raise
 
     def _poll(self) -> None:
-        """Query the head of each lane that is due, call `on_done` of those that are complete, and wake the tasks."""
+        """Query the head of each lane that is due, call `on_done` of completed heads, and wake the tasks that await them."""
         self._soon = None
         if self._closed:
             return

@@ -2,7 +2,7 @@
 
 Rule 1: everything here runs on the event loop's thread, synchronously, except the few functions whose docstrings name a
 worker thread. So no state is shared between threads, and there is no `await` between two halves of a change.
-Rule 2: a slot's memory is touched only by its owner, which is what its state says (`slots.TABLE`).
+Rule 2: only the owner of a slot touches its memory, and the slot's state determines the owner (`slots.TABLE`).
 
 The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built in
 a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker

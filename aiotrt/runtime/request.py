@@ -175,7 +175,7 @@ class Slot:
         event: the produce event of requests: for one request at a time, and never recorded before its last wait ended.
             Leases hand their events out, so each of their launches has a new one.
         query: whether the last record of `event` is complete, at the least cost; see `Device.probe`.
-        confirm: whether it is complete, called when `query` raises; it tells what that error means.
+        confirm: whether it is complete, called when `query` raises; it raises what that error means.
         when_complete: takes a callback, and calls it on any thread when `event` is complete; None if the device must be
             polled.
         mark: recorded on a caller's stream and waited for at once.
