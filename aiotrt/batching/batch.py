@@ -2,7 +2,7 @@
 
 To the executor a batch is a request like any other that has `Items`. Host items are copied straight into the rows of the
 slot's staging memory, device items into the rows of the graph's own input buffer, on the slot's stream, which has waited for
-each caller's. Each result is a copy of one row, in memory of its own.
+each caller's stream. Each result is a copy of one row, in memory of its own.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Batch:
     """The items of one request. It is empty until `assemble` fills it, which may be when its slot is granted.
 
     Args:
-        assemble: chooses the items of this request, which may be none; then it cancels the request.
+        assemble: chooses the items of this request; if there are none, it cancels the request.
         settle: called with this batch when it has ended, and with the items' results or an error.
-        stack: whether items are stacked; else there is one.
+        stack: whether items are stacked; if not, the batch has one item.
 
     Attributes:
         items: the items.
-        left: how many of them still want their result.
+        left: how many items still wait for their results.
         size: what the batch is padded to.
-        number: what `Pace` knows it by.
+        number: its number at `Pace`.
     """
 
     __slots__ = ("_assemble", "_is_whole", "_settle", "_stack", "group", "items", "left", "number", "size")
@@ -58,12 +58,12 @@ class Batch:
         self._assemble = assemble
         self._settle = settle
         self._stack = stack
-        self._is_whole = False  # the device results have the batch axis
+        self._is_whole = False  # whether the device results still have the batch axis
         self.items: Sequence[Item] = ()
         self.left = self.size = self.number = 0
 
     def fill(self, request: Request, slot: Slot) -> bool:
-        """Copy the inputs into the slot's memory, and say whether `_replay` can launch them; see `Items.fill`."""
+        """Copy the inputs into the slot's memory, and return whether `_replay` can launch them; see `Items.fill`."""
         if not self.items:
             self._assemble(request, self)
             if not self.items:
@@ -128,7 +128,7 @@ class Batch:
         self._settle(self, results, error)
 
     def _take_long_way(self, request: Request) -> None:
-        """Make what the long way needs: arguments, and what they depend on."""
+        """Give the request what the long way needs: arguments, and the streams and events that they depend on."""
         items = self.items
         on_host = self.group.on_host
         arguments = [
@@ -147,10 +147,10 @@ class Batch:
             request.marked = [one for item in items if wants_consumed(item.arguments) for one in item.arguments]
 
     def _split(self, program: Program, outputs: Sequence[Any]) -> Sequence[Sequence[Any]]:
-        """Each item's part of these outputs, or views of them.
+        """Return each item's part of these outputs, or of views of them.
 
         Raises:
-            EngineError: they have no row for each.
+            EngineError: the outputs have no row for each item.
         """
         if not self._stack:
             return [outputs]
@@ -159,10 +159,10 @@ class Batch:
 
 
 def check_extents(program: Program, size: int) -> None:
-    """A batch's outputs can be split.
+    """Raise unless the outputs of a batch can be split.
 
     Raises:
-        EngineError: one cannot; the message names it.
+        EngineError: an output cannot; the message names it.
     """
     for name, output in zip(program.names.names, program.outputs, strict=True):
         if output.ndim == 0 or output.shape[0] != size:
@@ -173,7 +173,7 @@ def check_extents(program: Program, size: int) -> None:
 
 
 def argument_of(value: Any, is_on_host: bool) -> Argument:
-    """The argument of an input that a route has matched."""
+    """Return the argument for an input that a route has matched."""
     if is_on_host:
         return Argument(tuple(value.shape), value, host=value if type(value) is np.ndarray else value.numpy())
     return Argument(tuple(value.shape), (value, value), tensor=value)

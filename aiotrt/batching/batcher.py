@@ -1,9 +1,9 @@
-"""Dynamic batching, carried out: items in, batches to the executor, results out.
+"""Carries out dynamic batching on the event loop: takes items, submits batches to the executor, hands out results.
 
-`queue` decides, `batch` copies. Here is what needs the loop. An item waits for the end of the loop iteration in which it
-comes, so that a burst becomes one batch. Then, if a slot is free, the items that wait go. If none is, the request of one
-empty batch waits in the executor's queue, and is filled with the items that wait when it gets its slot. So a batch is
-decided at the last moment, by the event that freed its slot, and no timer has a part in it, unless `max_delay` wants one.
+`queue` decides, `batch` copies, and this file does what needs the loop. An item waits for the end of the loop iteration in
+which it comes, so that a burst becomes one batch. Then, if a slot is free, the waiting items are submitted. If none is, the
+request of one empty batch waits in the executor's queue, and is filled with the items that wait when it gets its slot. So a
+batch is decided at the last moment, by the event that freed its slot; a timer is used only for `max_delay`.
 
 Rules as in `executor`: the loop's thread only, and no `await` between two halves of a change.
 """
@@ -35,13 +35,13 @@ from aiotrt.tensors.input_specs import remember
 __all__ = ["Gatherer", "ItemCounters"]
 
 
-#: Of an empty batch.
+#: The signature of an empty batch.
 NO_SPECS: Final = Signature(())
 
 
 @dataclass
 class ItemCounters:
-    """What happened so far to items, in numbers."""
+    """Counts of what happened to items so far."""
 
     submitted: int = 0
     completed: int = 0
@@ -58,7 +58,7 @@ class Gatherer:
 
     Args:
         executor: runs the batches.
-        specs: checks items; from `item_specs`.
+        specs: makes the object that checks items, from the specs of items if they are known.
         batching: the options.
         max_queue: how many items may wait while all slots are busy; None for no bound.
 
@@ -83,13 +83,13 @@ class Gatherer:
         else:
             self.specs, self.sizes = executor.specs, (1,)
         self.counters = ItemCounters()
-        self._usual = 0 if batching.priorities == 1 else 1  # so that a call can be more urgent than those that do not say
+        self._usual = 0 if batching.priorities == 1 else 1  # so that a call can be more urgent than calls without a priority
         self._item: type[Item] = Item
         self._queue: Queue[Item] = Queue(batching, self.sizes, max_queue)
         self._pace = Pace(len(executor.slots), self._queue.limit, batching.priorities)
         self._loop = executor.loop
         self._groups: dict[Hashable, Group] = {}
-        self._group: Group | None = None  # of the item before, if its route may recognise the next one
+        self._group: Group | None = None  # of the previous item, if its route may recognise the next one
         self._open: Batch | None = None  # its request is in the executor's queue
         self._soon: asyncio.Handle | None = None
         self._held: asyncio.TimerHandle | None = None
@@ -102,7 +102,7 @@ class Gatherer:
 
     @property
     def in_flight(self) -> int:
-        """How many items keep all slots busy with full batches, and another batch gathering."""
+        """How many items fill a batch in every slot and one batch that waits."""
         return (len(self._executor.slots) + 1) * self._queue.limit
 
     # Coming in...
@@ -116,14 +116,14 @@ class Gatherer:
         priority: int | None = None,
         bounded: bool = True,
     ) -> Item:
-        """Check an item and let it wait.
+        """Check an item and queue it.
 
         Raises:
-            InputError: the item does not fit, or has too many extents to be stacked. Nothing was submitted; so too for all
-                below.
+            InputError: the item does not fit, or has too many dimensions to be stacked. Nothing was submitted, as with all
+                errors below.
             DeadlineError: `deadline` has passed already.
-            OverloadedError: at the pace that was measured, it will have passed before the result is there.
-            QueueFullError: `bounded`, and the queue is full.
+            OverloadedError: at the measured pace, `deadline` will have passed before the result is there.
+            QueueFullError: `bounded` is true, and the queue is full.
             ModelClosedError, ModelBrokenError, UsageError: as for `Executor.submit`.
         """
         executor = self._executor
@@ -158,7 +158,7 @@ class Gatherer:
         return item
 
     def _recognise(self, values: Sequence[object], named: Mapping[str, object]) -> tuple[Group, list[Argument]]:
-        """The long way in: check every input, and remember the signature if the next item may have it too."""
+        """Check every input of an item, and remember the signature if the next item may have it too."""
         executor = self._executor
         self.learn()
         specs, leaves = self.specs.recognise(values, named)
@@ -177,7 +177,7 @@ class Gatherer:
         return group, arguments
 
     def _places(self, arguments: Sequence[Argument]) -> Hashable:
-        """Where each input is, if any is on a device: items can be stacked if these are equal."""
+        """Return where each input is, if any is on a device: items can be stacked if these are equal."""
         return tuple([argument.tensor is None for argument in arguments])
 
     def _new_group(self, arguments: Sequence[Argument], specs: Specs, shapes: Shapes, kind: Kind) -> Group:
@@ -187,27 +187,27 @@ class Gatherer:
         self._executor.on_failure.append(self._fail)
 
     def abandon(self, item: Item) -> None:
-        """The caller no longer waits; nothing happens if the call has ended, or its loop was closed."""
+        """Abandon an item whose caller no longer waits; nothing happens if it has ended, or its loop was closed."""
         if self._executor.loop.is_closed():
             return
         if self._withdraw(item):
             self._given_up(item)
 
     def learn(self) -> None:
-        """Take over what the engine has accepted first, in batches."""
+        """Derive the specs of items from the first batch that the engine has accepted."""
         accepted = self._executor.specs.specs
         if self.specs.specs is None and accepted is not None:
             self.specs.settle(_of_items(self._executor.recipe.engine.name, accepted))
 
     def seal(self) -> None:
-        """If signatures are fixed: allow items of those that the engine has accepted in batches, and no others."""
+        """If signatures are fixed, allow only items of the signatures that the engine has accepted in batches."""
         if self._batching.stack:
             for signature in self._executor.specs.accepted:
                 self.specs.settle(_of_items(self._executor.recipe.engine.name, signature))
         self.specs.seal()
 
     def stacked(self, specs: Specs, shapes: Shapes) -> list[tuple[Specs, Shapes, int | None]]:
-        """For items of these specs and shapes: those of each size of batch, and the size; None where nothing is stacked."""
+        """Return the specs and shapes of batches of these items, with each size of a batch; None if nothing is stacked."""
         if not self._batching.stack:
             return [(specs, shapes, None)]
         return [(specs.batched(), tuple((size, *shape) for shape in shapes), size) for size in self.sizes]
@@ -243,7 +243,7 @@ class Gatherer:
         try:
             dropped = self._queue.add(item, bounded=bounded, spare=self._free())
         except OverflowError:
-            if self._free():  # those who came earlier in this turn take it, and make room
+            if self._free():  # items that came earlier in this loop iteration take the slot, and make room
                 self.pump()
             try:
                 dropped = self._queue.add(item, bounded=bounded, spare=self._free())
@@ -275,7 +275,7 @@ class Gatherer:
             self.pump()
 
     def pump(self) -> None:
-        """Submit batches of the items that wait, or an empty one if no slot is free."""
+        """Submit batches of the waiting items, or an empty batch if no slot is free."""
         executor = self._executor
         while self._open is None and len(self._queue):
             request = Request(self._loop, (), NO_SPECS, (), NUMPY)
@@ -290,32 +290,32 @@ class Gatherer:
                     prefer = batch.group.route_of(batch.size).holders
                 executor.admit(request, prefer)
             except BaseException as error:
-                if not request.is_queued and request.slot is None:  # its items are in no queue any more
+                if not request.is_queued and request.slot is None:  # its items have left the queue: they must end here
                     executor.reject(request, executor.explain(error, "before it was launched"))
                 if not isinstance(error, Exception):  # an interrupt, after which the loop may go on
                     self._pump_soon()
                     raise
 
     def _granted(self, request: Request, batch: Batch) -> None:
-        """An empty batch got its slot."""
+        """Fill an empty batch that got its slot."""
         self._open = None
         try:
             is_launched = self._assemble(request, batch)
-        except BaseException:  # an interrupt: the executor fails this batch, and other items wait
+        except BaseException:  # an interrupt: the executor fails this batch, but other items still wait
             self._pump_soon()
             raise
         if is_launched:
             self.pump()
         else:  # all items have left
             request.cancel()
-            self._loop.call_soon(self._abandon, request)  # not now: the executor is just granting it its slot
+            self._loop.call_soon(self._abandon, request)  # not now: the executor is just granting the slot
 
     def _assemble(self, request: Request, batch: Batch) -> bool:
-        """Choose the items that go now; false if there are none."""
+        """Choose the items of this batch; False if there are none."""
         now = self._loop.time()
         plan = self._queue.take(now, is_gone=self._is_gone, hold=not self._executor.closing)
         if plan.items:
-            # First: the items are in no queue any more, so after an interrupt they must end with their batch.
+            # First, since the items have left the queue: after an interrupt they must end with their batch.
             for item in plan.items:
                 item.request = request
             batch.number = self._pace.begin(now)
@@ -345,7 +345,7 @@ class Gatherer:
         self.pump()
 
     def _is_gone(self, item: Item) -> bool:
-        """Whether it was cancelled, and its task has not run yet; or was changed while it waited, and fits no longer."""
+        """Whether an item was cancelled before its task could run, or was changed while it waited and no longer fits."""
         if item.is_done:
             self._given_up(item)
             return True
@@ -361,10 +361,10 @@ class Gatherer:
     # Ending...
 
     def _settle(self, batch: Batch, results: Sequence[object], error: BaseException | None) -> None:
-        """A batch has ended, and so have the items that did not leave it."""
-        if batch.items:  # one that failed may have been much quicker than others
+        """End a batch, and the items that have not left it."""
+        if batch.items:  # a failed batch teaches nothing: it may have been much quicker than others
             self._pace.end(batch.number, self._loop.time() if error is None else None)
-        elif self._open is batch:  # interrupted before it had its slot: the items still wait, for another one
+        elif self._open is batch:  # interrupted before it had its slot: the items still wait, for another batch
             self._open = None
             self._pump_soon()
         for i, item in enumerate(batch.items):
@@ -397,7 +397,7 @@ class Gatherer:
             self._pace.waited(item.priority, longer=True)
 
     def _withdraw(self, item: Item) -> bool:
-        """Take the item from the queue or its batch; false if it has ended."""
+        """Remove the item from the queue or its batch; False if it has ended."""
         request = item.request
         if item.place is not None:
             self._queue.remove(item)
@@ -414,7 +414,7 @@ class Gatherer:
         return True
 
     def _abandon(self, request: Request) -> None:
-        """No caller waits for this batch."""
+        """Abandon the request of a batch for which no caller waits."""
         self._executor.abandon(request)
 
     def _expire(self, item: Item) -> None:
@@ -427,9 +427,9 @@ class Gatherer:
             self._executor.hub.finish(item)
 
     def _ring(self, item: Item) -> None:
-        """The deadline of an item has passed."""
+        """Expire an item whose deadline has passed."""
         assert item.deadline is not None
-        if self._loop.time() < item.deadline:  # a loop's timers may ring early by as much as its clock is coarse
+        if self._loop.time() < item.deadline:  # a loop's timers may fire early, by the resolution of its clock
             item.timer = self._loop.call_at(item.deadline, self._ring, item)
         elif self._withdraw(item):
             if item.is_done:  # cancelled, and its task has not run yet
@@ -438,7 +438,7 @@ class Gatherer:
                 self._expire(item)
 
     def _fail(self, error: BaseException) -> None:
-        """The executor broke, or was closed without waiting: so is everybody here."""
+        """Fail all waiting items, because the executor broke or was closed without waiting."""
         self._open = None
         for item in self._queue.clear():
             if item.is_done:
@@ -449,7 +449,7 @@ class Gatherer:
         self.close()
 
     def close(self) -> None:
-        """Let the loop go."""
+        """Cancel what is scheduled on the loop."""
         for handle in (self._soon, self._held):
             if handle is not None:
                 handle.cancel()
@@ -471,13 +471,13 @@ class Gatherer:
 
 
 def _stop(item: Item) -> None:
-    """Stop the timer of an item that has ended: it would keep the item until the deadline."""
+    """Stop the timer of an item that has ended, since it would keep the item alive until the deadline."""
     if item.timer is not None:
         item.timer.cancel()
 
 
 def _of_items(name: str, specs: Specs) -> Specs:
-    """What items must be, so that batches are this."""
+    """Return the specs of the items whose batches have these specs."""
     for spec in specs:
         if spec.shape == ():
             raise EngineError(f"{name}: input {spec.name!r} has no extents, so it cannot be batched; load without batching=")
@@ -485,7 +485,7 @@ def _of_items(name: str, specs: Specs) -> Specs:
 
 
 def _extents(specs: Sequence[TensorSpec]) -> tuple[int, int | None]:
-    """The smallest and the largest batch that all inputs allow."""
+    """Return the smallest and the largest batch that all inputs allow."""
     fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
     least = max([1, *fixed, *(spec.minimum[0] for spec in specs if spec.minimum)])
     most = min([*fixed, *(spec.maximum[0] for spec in specs if spec.maximum)], default=None)

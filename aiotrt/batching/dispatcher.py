@@ -1,11 +1,11 @@
 """One queue for a model on several devices.
 
-The queue is that of `batcher`, and each device has an executor of its own, which knows nothing of the others. An item goes
-to a device only when a slot there is free; so no item is stuck behind a slow device. While no slot is free, the request of
-one empty batch waits in each executor's queue, and the first that gets a slot takes the first item.
+The queue is that of `batcher`, and each device has its own executor, which knows nothing of the others. An item goes to a
+device only when a slot there is free; so no item is stuck behind a slow device. While no slot is free, the request of one
+empty batch waits in each executor's queue, and the first that gets a slot takes the first item.
 
-`placement` decides which of several free devices that is, and whether to wait for a busy one. A call that finds the queue
-empty and a slot free is its executor's alone, as on one device.
+`placement` chooses among several free devices, and decides whether to wait for a busy one. A call that finds the queue empty
+and a slot free is submitted directly to that device's executor, as on one device.
 
 Rules as in `executor`: the loop's thread only, and no `await` between two halves of a change.
 """
@@ -32,9 +32,9 @@ from aiotrt.tensors import NUMPY, Argument, InputSpecs, Key, Kind, Shapes, Specs
 
 __all__ = ["Dispatcher"]
 
-#: Of a model without batching, in terms of the queue.
+#: The queue's options for a model without batching.
 PLAIN: Final = Batching(stack=False, priorities=1, shed=False)
-#: Batches for each device that wait: where there are more, every device is needed, and a free slot takes the first.
+#: How many batches may wait for each device: if there are more, every device is needed, and a free slot takes the first.
 LONG: Final = 4
 
 
@@ -44,7 +44,7 @@ class Dispatcher(Gatherer):
     Args:
         executors: one for each device.
         specs: checks items.
-        batching: the options; None for calls as they are.
+        batching: the options; None for no batching.
         max_queue: how many calls or items may wait while all slots are busy; None for no bound.
         retry: whether a call from the host runs again, once, when the device that ran it broke.
 
@@ -69,19 +69,20 @@ class Dispatcher(Gatherer):
         super().__init__(executors[0], specs, batching or PLAIN, max_queue)
         self._item = PlacedItem
         if not self._batching.stack:
-            # Never submitted: `submit` pumps at once, and not after this loop iteration, since no item waits for others.
+            # This batch is never submitted. It keeps `Gatherer.submit` from scheduling `pump` for the end of the iteration:
+            # `_queued` pumps at once, since no item waits for others.
             self._open = Batch(self._granted, self._settle, stack=False)
         self._pace = Pace(sum(len(e.slots) for e in executors), self._queue.limit, self._batching.priorities)
         self._patience: asyncio.TimerHandle | None = None
 
     @property
     def lead(self) -> Executor:
-        """The executor that speaks for all: the first one that works, or the first if none does."""
+        """The executor that represents the model: the first one that works, or the first if none does."""
         return self._executor
 
     @property
     def in_flight(self) -> int:
-        """How many items keep all slots busy, and others waiting."""
+        """How many items keep all slots busy, while others wait: a batch for each device, or as many calls as slots."""
         slots = sum(len(member.executor.slots) for member in self._usable)
         return (slots + len(self._usable)) * self._queue.limit if self._batching.stack else 2 * slots
 
@@ -96,10 +97,10 @@ class Dispatcher(Gatherer):
         priority: int | None = None,
         bounded: bool = True,
     ) -> Any:
-        """Start a call, or let it wait. Returns what is awaited for its result. Raises as `Gatherer.submit` does."""
+        """Start a call or queue it. Returns the awaitable of its result. Raises as `Gatherer.submit` does."""
         if not self._is_plain:
             return self._queued(values, named, deadline=deadline, priority=priority, bounded=bounded)
-        if deadline is not None or priority is not None:  # without batching, names like any other
+        if deadline is not None or priority is not None:  # without batching, these are names of inputs like any other
             options = {"deadline": deadline, "priority": priority}
             named = {**named, **{name: value for name, value in options.items() if value is not None}}
         request = None if self._retry or len(self._queue) else self._direct(values, named)
@@ -112,7 +113,7 @@ class Dispatcher(Gatherer):
         return item
 
     def abandon(self, call: Any) -> None:
-        """As `Gatherer.abandon`, also for a request that an executor got without the queue."""
+        """Like `Gatherer.abandon`, also for a request that went to an executor directly and not through the queue."""
         if isinstance(call, Item):
             super().abandon(call)
             return
@@ -123,7 +124,7 @@ class Dispatcher(Gatherer):
                 return
 
     def executor(self, name: str | None, key: Key) -> Executor:
-        """The executor of the device of this name; None for the one where a request is expected to finish first.
+        """Return the executor of the device `name`; for None that of the device where a request should finish first.
 
         Raises:
             UsageError: the model has no such device.
@@ -137,7 +138,11 @@ class Dispatcher(Gatherer):
         raise UsageError(f"device must be one of the model's ({names}), got {name!r}")
 
     def _direct(self, values: Sequence[object], named: Mapping[str, object]) -> Request | None:
-        """Start a call where its inputs are, if a slot is free there and no better one soon; None if it must wait."""
+        """Start a call on the device where it should finish first; None if it must be queued.
+
+        It must be queued if waiting for a busy device is better, if its inputs are on several devices, or if they are on
+        another device than the chosen one.
+        """
         self._executor.check_usable()
         key: Key | None = None
         home: int | None = None
@@ -158,7 +163,7 @@ class Dispatcher(Gatherer):
         return chosen.executor.submit(values, named, bounded=False)
 
     def _homes(self, arguments: Iterable[Argument]) -> list[int]:
-        """The devices that hold inputs, in the order of the inputs."""
+        """Return the indices of the devices that hold inputs, in the order of the inputs."""
         homes: dict[int, None] = {}
         for argument in arguments:
             if argument.tensor is not None:
@@ -169,7 +174,7 @@ class Dispatcher(Gatherer):
         return list(homes)
 
     def _places(self, arguments: Sequence[Argument]) -> Hashable:
-        """As `Gatherer._places`, with the device of each input on one."""
+        """Like `Gatherer._places`, with the devices that hold inputs."""
         return super()._places(arguments), tuple(self._homes(arguments))
 
     def _new_group(self, arguments: Sequence[Argument], specs: Specs, shapes: Shapes, kind: Kind) -> PlacedGroup:
@@ -189,20 +194,20 @@ class Dispatcher(Gatherer):
         return sum([member.free for member in self._usable])
 
     def _granted(self, request: Request, batch: Batch) -> None:
-        """An empty batch got its slot."""
+        """Fill an empty batch that got its slot, and submit others."""
         assert isinstance(batch, PlacedBatch)
         batch.member.open = None
         self.pump(request, batch.member)
 
     def pump(self, granted: Request | None = None, at: Member | None = None) -> None:
-        """Submit batches of the items that wait to devices that are free, and an empty one to each that is not.
+        """Submit batches of the waiting items to devices that are free, and an empty batch to each device that is not.
 
         Args:
-            granted: the request of an empty batch that has a slot.
+            granted: the request of an empty batch that just got a slot.
             at: its device.
         """
         if granted is None and all(member.open is not None for member in self._usable):
-            return  # no slot is free: one that is takes the empty batch that stands in its queue
+            return  # no slot is free: a slot that becomes free takes the empty batch in its executor's queue
         while len(self._queue):
             member = self._next(at)
             if member is None:
@@ -218,7 +223,7 @@ class Dispatcher(Gatherer):
                 break
             try:
                 prefer = batch.group.route_of(batch.size).holders
-            except Exception as error:  # its items are in no queue any more
+            except Exception as error:  # its items have left the queue: they must end here
                 member.executor.reject(request, member.executor.explain(error, "before it was launched"))
                 continue
             self._admit(request, member, prefer)
@@ -230,20 +235,20 @@ class Dispatcher(Gatherer):
         if granted is not None:
             granted.cancel()
             _batch(granted).member.empty += 1
-            self._loop.call_soon(self._abandon, granted)  # not now: the executor is just granting it its slot
+            self._loop.call_soon(self._abandon, granted)  # not now: the executor is just granting the slot
 
     def _next(self, granted: Member | None) -> Member | None:
-        """The device for whoever is first; None to let it wait.
+        """Return the device for the first item; None to let it wait.
 
         Args:
-            granted: the device of which one slot is taken, and the first's for the asking.
+            granted: the device where an empty batch holds a slot that the item can have.
         """
         free = [member for member in self._usable if member is granted or (member.open is None and member.free)]
         if not free:
             return None
         now = self._loop.time()
         found = self._queue.head(now, hold=not self._executor.closing)
-        if found is None:  # held for `max_delay`, which `_assemble` sees to
+        if found is None:  # held for `max_delay`: `_assemble` sets the timer
             return free[0]
         item, count = found
         waiting = math.ceil(len(self._queue) / self._queue.limit)
@@ -277,7 +282,7 @@ class Dispatcher(Gatherer):
         granted: Member | None = None,
         members: Sequence[Member] = (),
     ) -> tuple[Member, float]:
-        """The device where a request is expected to finish first, and how long to wait for it if it is busy."""
+        """Return the device where a request is expected to finish first, and how long to wait for it if it is busy."""
         members = members or self._usable or self.members
         now = self._executor.hub.now()
         away = 0.0 if home is None else 2 * copy_seconds(_nbytes(key))
@@ -294,7 +299,7 @@ class Dispatcher(Gatherer):
         return members[index], seconds
 
     def _request(self, member: Member) -> PlacedRequest:
-        """The request of an empty batch for this device."""
+        """Return the request of an empty batch for this device."""
         request = PlacedRequest(self._loop, (), NO_SPECS, (), NUMPY)
         request.batch = PlacedBatch(member, self._granted, self._settle, stack=self._batching.stack)
         return request
@@ -317,7 +322,7 @@ class Dispatcher(Gatherer):
         member.executor.abandon(request)
 
     def _build_ahead(self, member: Member, key: Key) -> None:
-        """Build the program for which a request does not go to this device, so that the next one can."""
+        """Build the program whose absence keeps a request from this device, so that the next request can go there."""
         executor = member.executor
         if executor.closing or executor.cache.holders(key) or not member.try_ahead(key):
             return
@@ -328,7 +333,7 @@ class Dispatcher(Gatherer):
         def built(request: Request) -> None:
             member.is_building = False
             if not request.cancelled():
-                request.exception()  # a call that goes there is told
+                request.exception()  # retrieved and ignored: a call that goes there gets the error
             executor.abandon(request)
             self.pump()
 
@@ -345,7 +350,7 @@ class Dispatcher(Gatherer):
                 item.request = item.patience = None
                 item.is_retried = True
                 self._queue.put_back(item)
-            self._loop.call_soon(self.pump)  # not now: the executor is just breaking
+            self._loop.call_soon(self.pump)  # not now: the executor is in the middle of breaking
         super()._settle(batch, results, error)
 
     def _others_work(self) -> bool:
@@ -356,7 +361,7 @@ class Dispatcher(Gatherer):
             member.executor.on_failure.append(partial(self._failed, member))
 
     def _failed(self, member: Member, error: AiotrtError) -> None:
-        """A device broke, or the model is closed without waiting."""
+        """Go on with the other devices after one broke; fail all items if none is left or the model is closed."""
         member.open = None
         if not isinstance(error, DeviceError) or not self._others_work():
             self._usable = []
@@ -367,7 +372,7 @@ class Dispatcher(Gatherer):
         self._loop.call_soon(self.pump)
 
     def close(self) -> None:
-        """As `Gatherer.close`."""
+        """Like `Gatherer.close`, and also cancel the timer of the first item's patience."""
         super().close()
         if self._patience is not None:
             self._patience.cancel()

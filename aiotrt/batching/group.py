@@ -1,4 +1,4 @@
-"""What items have in common that can go into one batch, and what is prepared for their batches."""
+"""Groups: what the items of one batch have in common, and what is prepared for their batches."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["Group"]
 
 
 class Group:
-    """Items of one signature, with equal shapes, in the same places. Compared by identity.
+    """Items of one signature and equal shapes, with each input in the same place. Groups are compared by identity.
 
     Args:
         executor: runs the batches.
-        arguments: of the first item.
+        arguments: the arguments of the first item.
         specs: what they were checked against.
-        shapes: of the inputs.
+        shapes: the shapes of the inputs.
         kind: what the results should be.
         stack: whether items get a batch axis.
 
     Attributes:
         batched: the signature of batches.
-        device: the device of which inputs may be.
+        device: the executor's device, where inputs may be.
         on_host: the indices of the inputs on the host.
-        nbytes: how many bytes those have.
+        nbytes: how many bytes the inputs on the host have.
         on_device: whether inputs or results are on the device.
-        route: recognises an item without making arguments; None until one was seen that can be.
+        route: recognises an item without making arguments; None until an item came that can have one.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Group:
         self._routes: dict[int, Route] = {}
 
     def route_of(self, size: int) -> Route:
-        """The route of batches of this size. Its inputs are in place when it is replayed, unless the size is 1."""
+        """Return the route of batches of this size. Unless the size is 1, inputs are in staging memory before its replay."""
         route = self._routes.get(size)
-        if route is None or not route.holders:  # a mapping that is empty is kept up to date no longer
+        if route is None or not route.holders:  # the cache no longer updates a mapping that became empty
             shapes = tuple([(size, *shape) for shape in self.shapes]) if self._stack else self.shapes
             holders = self._executor.cache.holders((shapes, (), self.batched))
             route = self._routes[size] = Route((), (), self.batched, shapes, self.kind, holders, self._executor.device)

@@ -18,17 +18,17 @@ __all__ = ["Item"]
 class Item(Waiter):
     """One caller's item. Awaiting it gives the item's results.
 
-    It is an `Entry` of the queue, which says what the attributes mean that are not below.
+    It is an `Entry` of the queue; see there for the attributes that are not listed here.
 
     Attributes:
         values: what is copied into the batch: one array or device tensor for each input.
         arguments: the checked inputs of an item that its group's route does not match.
         origin: the caller's current stream, when inputs or results are on the device.
-        ready: events that the inputs carry.
-        request: what its batch is run by, until that or the item has ended.
+        ready: events that the slot's stream waits for before it reads device inputs.
+        request: the request of its batch, until the batch or the item has ended.
         timer: expires it at its deadline.
-        expected: when its result was expected as it came in; None where nothing was.
-        times: what happened when; None where nobody observes.
+        expected: when its result was expected, at its submission; None if that was unknown.
+        times: when what happened to it; None without an observer.
         span: what an observer keeps with it.
     """
 
@@ -47,7 +47,7 @@ class Item(Waiter):
         arrival: float,
         deadline: float | None,
     ) -> None:
-        # As `Waiter` does, which has arguments for what is polled: a batch is, and its items are not.
+        # As in `Waiter`, without the attributes for polling: a batch is polled, but its items are not.
         self._loop = loop
         self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
         self._value = self._error = self._message = self._callback = self._context = self._others = None

@@ -1,4 +1,4 @@
-"""One device of a model on several: its executor, and what it offers a request."""
+"""One device of a model on several devices: its executor, and when it could run a request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aiotrt.tensors import Key
 
 __all__ = ["Member"]
 
-#: Programs that were built ahead, which are remembered so that one that cannot be built is not tried for each call.
+#: How many keys of programs built ahead are remembered, so that a program that cannot be built is not tried for each call.
 MOST_TRIED: Final = 256
 
 
@@ -24,19 +24,20 @@ class Member:
     """One device of a model.
 
     Args:
-        index: its number among the model's devices.
-        executor: its slots.
-        devices: all of the model's.
+        index: its index among the model's devices.
+        executor: the executor on this device.
+        devices: all devices of the model.
 
     Attributes:
         open: the request of an empty batch in its executor's queue, which takes the first item when it gets a slot.
-        submitted: batches that its executor got; it counts them too, and so these four tell them from other requests.
-        completed: those that had results.
-        failed: those that had an error.
-        cancelled: those that nobody waited for any more.
-        empty: those among the cancelled that held no call.
+        submitted: batches submitted to its executor. The executor counts them among its requests; with this counter and the
+            next three the other requests can be told apart.
+        completed: batches that had results.
+        failed: batches that had an error.
+        cancelled: batches that no caller waited for any more.
+        empty: cancelled batches that held no call.
         is_building: whether a program is being built ahead of calls.
-        tried: the keys of those that were.
+        tried: the keys of the programs for which that was tried.
     """
 
     def __init__(self, index: int, executor: Executor, devices: Sequence[Device]) -> None:
@@ -55,7 +56,7 @@ class Member:
         return self.executor.machine.count(FREE)
 
     def try_ahead(self, key: Key) -> bool:
-        """Whether a program for this key may be built ahead of calls: once."""
+        """Return whether to build a program for this key ahead of calls, and remember the key: True once for each."""
         if self.is_building or key in self.tried or not self.free:
             return False
         self.tried[key] = None
@@ -64,13 +65,13 @@ class Member:
         return True
 
     def prospect(self, holders: Mapping[int, Program], extra: float, now: float, *, granted: bool = False) -> Prospect:
-        """What it offers a request.
+        """Return when this device could run a request.
 
         Args:
             holders: the programs that the request could run, by slot.
             extra: seconds that copies between devices take.
-            now: the hub's time.
-            granted: whether one of the slots that are taken is the request's for the asking.
+            now: the time on the hub's clock.
+            granted: whether an empty batch holds a slot that the request can have.
         """
         states = self.executor.machine.states
         free = granted + states.count(FREE)
@@ -78,14 +79,14 @@ class Member:
         if not holders or (free and not granted and not any(states[index] is FREE for index in holders)):
             extra += BUILD
         if free == len(states):
-            # An estimate grows old: work that was slow because of a neighbour is tried again from time to time.
+            # Estimates age: work that was slow because of other work on the device is tried again from time to time.
             idle = now - max([lane.last_done for lane in self._lanes])
             return Prospect(free, 0.0, run / (1.0 + max(idle, 0.0)), extra)
         backlog = 0.0
         for lane in self._lanes:
             if lane.pending:
                 began = max(lane.pending[0].submitted, lane.last_done)
-                # Work that is overdue is taken to need as much longer as it is late by: a hung device is avoided.
+                # Overdue work counts as needing as much more time as it is late: so a hung device is avoided.
                 backlog += abs(lane.pending[0].estimate.seconds - (now - began))
                 backlog += sum([pending.estimate.seconds for pending in lane.pending]) - lane.pending[0].estimate.seconds
         ends = bool(free)

@@ -1,4 +1,4 @@
-"""Items and batches of a model on several devices: where the inputs are, and how those come to the device that runs them.
+"""Items and batches of a model on several devices: where their inputs are, and how these get to the device that runs them.
 
 Inputs on another device are copied by the stream of the slot that runs the batch, which first waits for an event of the
 stream that wrote them. Results go the same way back.
@@ -25,18 +25,18 @@ class PlacedGroup(Group):
     """A group whose batches may run on each of several devices.
 
     Args:
-        members: the devices.
-        homes: those that hold inputs, by number, in the order of the inputs.
-        arguments: of the first item.
+        members: the model's devices.
+        homes: the indices of the devices that hold inputs, in the order of the inputs.
+        arguments: the arguments of the first item.
         specs: what they were checked against.
-        shapes: of the inputs.
+        shapes: the shapes of the inputs.
         kind: what the results should be.
         stack: whether items get a batch axis.
 
     Attributes:
         homes: as given.
-        home: the first of them, where results go; None for items from the host.
-        members: what is prepared for batches on each device.
+        home: the first of `homes`, where results go; None if all inputs are on the host.
+        members: the group of batches on each device.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class PlacedItem(Item):
     """One caller's item, and the streams that it depends on.
 
     Attributes:
-        origins: the caller's current stream of each device that holds an input; where results are on whichever device runs
-            the item, of every device.
-        patience: the time on the loop's clock from which it waits for no busy device any more; None until it waits for one.
-        is_retried: whether a device broke under it, and it runs again.
+        origins: the caller's current stream of each device that holds an input, by the device's index. If none holds one and
+            results are on the device, the streams of all devices, because any of them may run the item.
+        patience: the time on the loop's clock from which on it no longer waits for a busy device; None if it did not wait.
+        is_retried: whether the device that ran it broke, so that it runs a second time.
     """
 
     __slots__ = ("is_retried", "origins", "patience")
@@ -81,7 +81,7 @@ class PlacedRequest(Request):
     """The request of a batch whose callers have streams on several devices.
 
     Attributes:
-        elsewhere: the callers' streams on other devices than the slot's; `origins` has those on the slot's own.
+        elsewhere: the callers' streams on other devices than the slot's; `origins` has those on the slot's device.
     """
 
     __slots__ = ("elsewhere",)
@@ -91,11 +91,11 @@ class PlacedRequest(Request):
         self.elsewhere: Sequence[Stream] = ()
 
     def order(self, slot: Slot) -> None:
-        """As `Request.order`, for streams on any device."""
+        """Make the slot's stream wait as `Request.order` does, for streams on any device."""
         for origin in self.origins:
             slot.follow(origin)
         for origin in self.elsewhere:
-            slot.stream.wait(origin.record())  # the slot's own event belongs to its device
+            slot.stream.wait(origin.record())  # not `slot.mark`, which belongs to the slot's device
         for event in self.ready:
             slot.stream.wait(event)
 
@@ -119,7 +119,7 @@ class PlacedBatch(Batch):
         self.home: int | None = None
 
     def place(self, group: PlacedGroup) -> None:
-        """Turn to this batch's device, now that the items are known, which are of this group."""
+        """Prepare this batch for its device, after its items were chosen from this group."""
         here = self.member.index
         self.home = home = group.home
         self.group = group.members[here]
@@ -127,15 +127,15 @@ class PlacedBatch(Batch):
             item.origin = item.origins.get(here if home is None else home)
         first = self.items[0]
         if home is not None and group.homes != (here,) and not first.arguments:
-            # The short path reads device inputs where they are, on the slot's device: with arguments, they are copied.
+            # The short path reads device inputs in place, and these are on another device: arguments make it copy them.
             first.arguments = [argument_of(value, i in group.on_host) for i, value in enumerate(first.values)]
 
     def allocate(self, device: Device, program: Program) -> Copies:
-        """As `Batch.allocate`, on the device of the items' inputs, which all of them have in common."""
+        """Allocate results as `Batch.allocate` does, on the device of the items' inputs, which is the same for all items."""
         return super().allocate(device if self.home is None else self.member.devices[self.home], program)
 
     def settle(self, results: Sequence[object], error: BaseException | None) -> None:
-        """As `Batch.settle`."""
+        """Count the batch for its device, and settle it as `Batch.settle` does."""
         if error is None:
             self.member.completed += 1
         else:
@@ -143,7 +143,7 @@ class PlacedBatch(Batch):
         super().settle(results, error)
 
     def _take_long_way(self, request: Request) -> None:
-        """As `Batch._take_long_way`; inputs on another device are copied, whatever they ask for."""
+        """Prepare the long way as `Batch._take_long_way` does; inputs on another device are copied, even bound ones."""
         super()._take_long_way(request)
         if not self.group.on_device:
             return

@@ -1,12 +1,12 @@
-"""Dynamic batching, decided: who goes into the next batch, who is dropped, what size it is padded to, who may wait.
+"""The decisions of dynamic batching: which items go into the next batch, are dropped, or may wait; and a batch's size.
 
 Rule 1: every such decision is made in this file.
-Rule 2: this file touches no device, no tensor, no event loop and no clock: times come in, and what follows goes out, so that
-all of it can be tested by enumeration.
+Rule 2: this file touches no device, no tensor, no event loop and no clock: times are arguments and decisions are results, so
+that all of it can be tested by enumeration.
 
-Theory of operation. Whoever waits is an `Entry`. Entries of one *group* can be stacked (equal shapes); each has a priority
-class, 0 being the most urgent. `Queue.take` is asked for a batch when a slot is free, and never otherwise: while the device
-is busy entries gather, and that is all the waiting there is, unless `max_delay` allows more.
+Theory of operation. Each item that waits is an `Entry`. Entries of one *group* can be stacked (equal shapes); each has a
+priority class, 0 being the most urgent. `Queue.take` is called for a batch only when a slot is free: entries gather while
+the device is busy, and wait no longer than that unless `max_delay` allows it.
 
 The next batch is that of the oldest entry of the most urgent class, filled up with others of its group, urgent ones first,
 then older ones. A class whose oldest entry was passed over by `patience` batches goes before more urgent ones once. So no
@@ -36,8 +36,8 @@ class Batching:
 
     Callers pass single items and get single results. **An item has no batch axis**: items are stacked on a new axis 0, and
     results are split on axis 0, so the engine must take its inputs, and give all of its outputs, with the batch as their
-    first extent. A batch is launched as soon as a slot is free, with whoever waits then; while all slots are busy, items
-    gather. It is padded to one of `sizes`, by repeating its last item, so that the number of graphs is bounded.
+    first dimension. A batch is launched as soon as a slot is free, with the items that wait then; while all slots are busy,
+    items gather. It is padded to one of `sizes`, by repeating its last item, so that the number of graphs is bounded.
 
     Attributes:
         max_size: how many items a batch may have.
@@ -45,15 +45,15 @@ class Batching:
         sizes: what batches are padded to, instead of the powers of two up to `max_size` and `max_size` itself. No batch has
             more items than the largest.
         overload: what happens to an item that comes when `max_queue` items wait. "reject": it gets `QueueFullError`. "wait":
-            it waits at the door until the queue, which is never shorter than a full batch, has a place. "drop_oldest": the
-            oldest item of the least urgent class gets `QueueFullError` in its place. "latest": like that, but never more
-            than one full batch waits.
+            it waits outside the queue until there is a place in it; the queue always has places for a full batch.
+            "drop_oldest": the oldest item of the least urgent class gets `QueueFullError`, and the new item its place.
+            "latest": like "drop_oldest", but never more than one full batch waits.
         priorities: how many classes there are. A call's ``priority=`` is 0, the most urgent, to ``priorities - 1``.
         patience: how many batches may pass over the oldest item of a class in favour of more urgent ones.
-        shed: whether a call with a deadline is refused at once when, at the pace that was measured, its result would come
-            too late. A call that finds a free slot never is.
-        stack: False to stack nothing: a call is what it is without batching, each runs by itself, `lease` is refused, and
-            what there is of all this are deadlines, priorities, `overload` and `shed`. `max_size` is 1 then.
+        shed: whether a call with a deadline is refused at once when, at the measured pace, its result would come too late. A
+            call that finds a free slot is never refused.
+        stack: False to stack nothing: inputs and results are those of a call without batching, each call runs by itself, and
+            `lease` is refused. Only deadlines, priorities, `overload` and `shed` apply. `max_size` is 1 then.
 
     Raises:
         InputError: a value is out of range.
@@ -81,7 +81,7 @@ class Batching:
             sizes = tuple(self.sizes)
             if not sizes or not all(map(_is_count, sizes)):
                 raise InputError(f"batching: sizes must be integers of at least 1, got {self.sizes!r}")
-            object.__setattr__(self, "sizes", tuple(sorted(set(sizes))))  # a value, whatever becomes of the caller's list
+            object.__setattr__(self, "sizes", tuple(sorted(set(sizes))))  # a copy: the caller may change its list
         for name in ("shed", "stack"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"batching: {name} must be True or False, got {getattr(self, name)!r}")
@@ -92,12 +92,12 @@ class Batching:
 
 
 def choose_sizes(batching: Batching, least: int = 1, most: int | None = None) -> tuple[int, ...]:
-    """The sizes that batches are padded to, ascending.
+    """Return the sizes that batches are padded to, ascending.
 
     Args:
-        batching: what is wanted.
+        batching: the options.
         least: the smallest batch that the engine takes.
-        most: the largest.
+        most: the largest; None for no limit.
 
     Raises:
         InputError: the engine takes none of these.
@@ -106,7 +106,7 @@ def choose_sizes(batching: Batching, least: int = 1, most: int | None = None) ->
     if batching.sizes is not None:
         sizes = [size for size in batching.sizes if least <= size and (most is None or size <= most)]
     else:
-        limit = max(limit, least)  # an engine that takes no fewer is padded up to what it takes
+        limit = max(limit, least)  # smaller batches are padded up to the smallest that the engine takes
         sizes = [1 << i for i in range(limit.bit_length()) if least <= 1 << i <= limit]
         if limit not in sizes and (most is None or limit <= most):
             sizes.append(limit)
@@ -120,21 +120,21 @@ def choose_sizes(batching: Batching, least: int = 1, most: int | None = None) ->
 
 
 def padded(count: int, sizes: Sequence[int]) -> int:
-    """The smallest of `sizes` that holds `count` items."""
+    """Return the smallest of `sizes` that holds `count` items."""
     return sizes[bisect.bisect_left(sizes, count)]
 
 
 class Entry(Protocol):
-    """What the queue asks of an item that waits. Items are compared by identity.
+    """What the queue needs to know of an item that waits. Items are compared by identity.
 
     Attributes:
-        group: what it can be stacked with: entries whose group is equal.
+        group: entries whose groups are equal can be stacked.
         priority: its class.
         arrival: when it came.
-        deadline: when it is of no use any more; None for never.
-        due: when it should be held back no longer; `Queue.add` sets it.
+        deadline: from when on its result is useless; None for never.
+        due: until when it may be held back; `Queue.add` sets it.
         is_bounded: whether it counts against `max_waiting`, and may be dropped for a newer one; `Queue.add` sets it.
-        place: where it waits: "queue" or "door", None when it does not.
+        place: where it waits: "queue"; "door" for outside the queue, until there is a place in it; None when it does not.
     """
 
     @property
@@ -156,10 +156,10 @@ class Plan(NamedTuple, Generic[E]):
     """What `Queue.take` decided.
 
     Attributes:
-        items: who is in the batch, the one that it was made for first; empty for no batch.
-        size: what it is padded to; 0 for no batch.
-        expired: who was dropped, because the deadline has passed.
-        until: where there is no batch, when to ask again; None when somebody new must come first.
+        items: the items of the batch, the one that it was made for first; empty for no batch.
+        size: what the batch is padded to; 0 for no batch.
+        expired: the items that were dropped because their deadline has passed.
+        until: if there is no batch, when to call `take` again; None if a new item must come first.
     """
 
     items: list[E]
@@ -169,7 +169,7 @@ class Plan(NamedTuple, Generic[E]):
 
 
 class Queue(Generic[E]):
-    """Who waits, in order.
+    """The entries that wait, in order.
 
     Args:
         batching: the options.
@@ -183,13 +183,13 @@ class Queue(Generic[E]):
         if batching.overload == "latest":
             max_waiting = self.limit if max_waiting is None else min(max_waiting, self.limit)
         elif batching.overload == "wait" and max_waiting is not None:
-            max_waiting = max(max_waiting, self.limit)  # or what stands at the door could never fill a batch
+            max_waiting = max(max_waiting, self.limit)  # else entries that wait outside could never fill a batch
         self.max_waiting = max_waiting
-        self._bounded = 0  # how many in the queue that counts against
+        self._bounded = 0  # how many entries in the queue count against `max_waiting`
         self._delay = batching.max_delay
         self._overload = batching.overload
         self._queue: _Lines[E] = _Lines(batching.priorities, batching.patience)
-        self._door: _Lines[E] = _Lines(batching.priorities, batching.patience)
+        self._door: _Lines[E] = _Lines(batching.priorities, batching.patience)  # entries that wait for a place in the queue
         self._groups: dict[Hashable, list[OrderedDict[E, None]]] = {}
 
     def __len__(self) -> int:
@@ -200,7 +200,7 @@ class Queue(Generic[E]):
         yield from self._door
 
     def ahead(self, priority: int) -> int:
-        """How many wait that go before one of this class who comes now."""
+        """Return how many of the entries that wait go before a new one of this class."""
         return self._queue.ahead(priority) + self._door.ahead(priority)
 
     @property
@@ -209,15 +209,15 @@ class Queue(Generic[E]):
         return len(self._groups)
 
     def add(self, entry: E, *, bounded: bool = True, spare: int = 0) -> list[E]:
-        """Somebody comes.
+        """Add a new entry; if the queue is full, `overload` says what happens.
 
         Args:
-            entry: who.
-            bounded: whether `max_waiting` applies, and it counts.
-            spare: how many more may wait just now: one for each free slot, which is about to take it.
+            entry: the entry.
+            bounded: whether `max_waiting` applies to the entry, and it counts against that.
+            spare: how many more entries may wait now: one for each free slot, which is about to take it.
 
         Returns:
-            Who was dropped for it.
+            The entries that were dropped for it.
 
         Raises:
             OverflowError: there is no place for it. Nothing changed.
@@ -225,7 +225,7 @@ class Queue(Generic[E]):
         entry.is_bounded = bounded
         entry.due = entry.arrival + self._delay
         if entry.deadline is not None:
-            # Half of the time it has is for running: an item held up to its deadline would be lost on an idle device.
+            # Half of its time is left for running: an item held until its deadline would expire while the device is idle.
             entry.due = min(entry.due, entry.arrival + max(0.0, entry.deadline - entry.arrival) / 2)
         dropped: list[E] = []
         if bounded and self._is_full(spare):
@@ -244,7 +244,7 @@ class Queue(Generic[E]):
         return dropped
 
     def put_back(self, entry: E) -> None:
-        """`entry`, which was taken, waits again, as the first of its class. No bound applies."""
+        """Let an entry that was taken wait again, as the first of its class. No bound applies."""
         entry.place = "queue"
         self._bounded += entry.is_bounded
         self._queue.add(entry)
@@ -254,12 +254,12 @@ class Queue(Generic[E]):
         line.move_to_end(entry, last=False)
 
     def head(self, now: float, *, hold: bool = True) -> tuple[E, int] | None:
-        """The entry that the next batch is made for, and how many entries that batch has; None for no batch now."""
+        """Return the entry that the next batch is made for, and how many entries that batch has; None for no batch now."""
         entry = self._head(now, hold)
         return None if entry is None else (entry, min(self.limit, sum(map(len, self._groups[entry.group]))))
 
     def remove(self, entry: E) -> None:
-        """`entry` waits no longer, wherever it was; nothing happens if it does not wait."""
+        """Remove `entry`, wherever it waits; nothing happens if it does not wait."""
         if entry.place == "door":
             entry.place = None
             self._door.remove(entry)
@@ -268,7 +268,7 @@ class Queue(Generic[E]):
             self._admit()
 
     def clear(self) -> list[E]:
-        """Everybody leaves; returned in order."""
+        """Remove all entries, and return them in order."""
         everybody = list(self)
         for entry in everybody:
             entry.place = None
@@ -279,11 +279,11 @@ class Queue(Generic[E]):
         return everybody
 
     def take(self, now: float, *, is_gone: Callable[[E], bool] = lambda _: False, hold: bool = True) -> Plan[E]:
-        """A slot is free: who goes?
+        """Choose the items of the next batch, for a slot that is free.
 
         Args:
             now: the time.
-            is_gone: who no longer wants to, though nobody removed it yet. Such are dropped.
+            is_gone: whether an entry has ended although it was not removed yet. Such entries are dropped.
             hold: whether a batch that is not full may be held back for `max_delay`.
         """
         expired: list[E] = []
@@ -309,7 +309,7 @@ class Queue(Generic[E]):
     def _is_full(self, spare: int) -> bool:
         if self.max_waiting is None:
             return False
-        others = len(self._queue) - self._bounded  # they do not count, and the slots that are free are theirs too
+        others = len(self._queue) - self._bounded  # entries that do not count; they take free slots too
         return self._bounded >= self.max_waiting + max(0, spare - others)
 
     def _enter(self, entry: E) -> None:
@@ -319,7 +319,7 @@ class Queue(Generic[E]):
         self._line(entry)[entry] = None
 
     def _line(self, entry: E) -> OrderedDict[E, None]:
-        """The entries of this one's group and class."""
+        """Return the entries of the same group and class."""
         lines = self._groups.get(entry.group)
         if lines is None:
             lines = self._groups[entry.group] = [OrderedDict() for _ in range(self._queue.classes)]
@@ -331,7 +331,7 @@ class Queue(Generic[E]):
         self._queue.remove(entry)
         lines = self._groups[entry.group]
         del lines[entry.priority][entry]
-        if not any(lines):  # shapes come and go: without this each one ever seen would stay
+        if not any(lines):  # without this the groups of all shapes ever seen would stay
             del self._groups[entry.group]
 
     def _admit(self) -> None:
@@ -343,7 +343,7 @@ class Queue(Generic[E]):
             self._enter(entry)
 
     def _head(self, now: float, hold: bool) -> E | None:
-        """Whom the next batch is made for."""
+        """Return the entry that the next batch is made for."""
         held: set[Hashable] = set()
         for entry in self._queue.by_turn():
             if not hold or not self._delay or (entry.group not in held and self._is_ready(entry.group, now)):
@@ -356,7 +356,7 @@ class Queue(Generic[E]):
         return sum(map(len, lines)) >= self.limit or any(entry.due <= now for line in lines for entry in line)
 
     def _fill(self, head: E) -> Iterator[E]:
-        """The head's group, each of which must leave before the next is asked for."""
+        """Yield the head and the entries of its group. Each must leave the queue before the next one is requested."""
         lines = self._groups[head.group]
         yield head  # first, whatever its class: one that has waited too long must not be crowded out of its own batch
         for line in lines:
@@ -365,17 +365,17 @@ class Queue(Generic[E]):
 
 
 class Pace:
-    """How long batches take, from their slot to their results; and so, when one who comes now would have a result.
+    """Predicts when a new item would have its result, from how long batches take from their slot to their results.
 
-    Under overload everybody whom it lets in has just time enough, so an error is a result that comes too late, for which
-    the device has worked. Batches take longer for a while and then all of them, so how wrong an average may be cannot be
-    told from single batches: a margin is learned from whole waits, one for each class, for who is less urgent is overtaken.
-    A wait that was longer than was said widens it, one that was not narrows it, `_LATE` times less. So, whatever times are
-    like, about one of `_LATE` is longer, as long as the margin needed is within bounds (this is adaptive conformal
-    inference, Gibbs and Candes 2021).
+    Under overload each item that is admitted has just enough time, so a wrong prediction means a result that comes too late,
+    for which the device has worked. If batches take longer for a while, all of them do, so single batches do not show how
+    wrong the average may be: a margin is learned from whole waits, one for each class, because less urgent items are
+    overtaken. A wait that was longer than predicted widens the margin; any other narrows it, `_LATE` times less. So,
+    whatever the distribution of times, about one wait in `_LATE` is longer than predicted, as long as the margin needed is
+    within bounds (this is adaptive conformal inference, Gibbs and Candes 2021).
 
-    One time that is out of the way is not believed: it was a stall, or a capture. Two in a row are, and then nothing is said
-    until a third agrees; nor while a slot is free: who finds one is how it is found out that times have changed.
+    A single outlier is ignored: it was a stall, or a capture. Two in a row are believed, and then nothing is predicted until
+    a third agrees. Nothing is predicted while a slot is free either: items that find one show whether times have changed.
 
     Args:
         slots: how many batches may be under way at once.
@@ -387,20 +387,20 @@ class Pace:
         self._slots = slots
         self._limit = limit
         self._mean = 0.0
-        self._margins = [_MARGIN] * classes  # of each turn's time, in times of the average
-        self._is_known = False  # whether two times have agreed, which the average is of
-        self._strange = 0  # times in a row that were out of the way
-        self._running: dict[int, float] = {}  # since when; the oldest first
+        self._margins = [_MARGIN] * classes  # one for each class, as a share of the average
+        self._is_known = False  # whether the average is of times that agreed
+        self._strange = 0  # outliers in a row
+        self._running: dict[int, float] = {}  # when each running batch began; the oldest first
         self._begun = 0
 
     def begin(self, now: float) -> int:
-        """A batch has its slot. Returns what `end` wants to know."""
+        """Record that a batch has its slot. Returns the batch's number for `end`."""
         self._begun += 1
         self._running[self._begun] = now
         return self._begun
 
     def end(self, number: int, now: float | None) -> None:
-        """Its results are there; or for None, there will be none, and nothing was learned."""
+        """Record that a batch's results are there at `now`; None if there will be none, and nothing is learned."""
         began = self._running.pop(number)
         if now is None:
             return
@@ -415,15 +415,15 @@ class Pace:
             self._mean = seconds
 
     def seconds(self, ahead: int, free: int, now: float, priority: int = 0) -> float:
-        """In how many seconds one who comes now would have a result; 0.0 where nothing is known.
+        """Return in how many seconds a new item would have its result; 0.0 if that is unknown.
 
         Args:
-            ahead: how many go before.
-            free: how many slots are.
+            ahead: how many items go before it.
+            free: how many slots are free.
             now: the time.
-            priority: the newcomer's class.
+            priority: the new item's class.
         """
-        batches = ahead // self._limit - free  # that go before, besides those that go at once
+        batches = ahead // self._limit - free  # that go before it, without those that go at once
         if batches < 0 or not self._is_known:
             return 0.0
         began = next(iter(self._running.values()), now)
@@ -432,16 +432,16 @@ class Pace:
         return max(began + self._mean - now, 0.0) + turns * self._mean * (1 + self._margins[priority])
 
     def waited(self, priority: int, *, longer: bool) -> None:
-        """Somebody of this class, to whom `seconds` had said how long, has a result, or none in time."""
+        """Record the end of a wait of this class that `seconds` had predicted, and whether it was longer than that."""
         margin = self._margins[priority] + (_STEP if longer else -_STEP / _LATE)
         self._margins[priority] = min(max(margin, 0.0), _MOST)
 
 
-#: Of a new time in the average; and how many times longer or shorter than that it may be without being out of the way.
+#: The weight of a new time in the average; and how many times longer or shorter than the average is no outlier yet.
 _WEIGHT: Final = 0.1
 _AGREE: Final = 4.0
-#: The margin: at first, at most (with more, after a stall a few would be let in where many could be served), what one wait
-#: that was too long adds to it, and how many that were not take that away again.
+#: The margin: at first; at most (with more, after a stall a few items would be admitted where many could be served); what
+#: one wait that was longer than predicted adds to it; and how many other waits take that away again.
 _MARGIN: Final = 0.25
 _MOST: Final = 1.0
 _STEP: Final = 0.02
@@ -449,13 +449,13 @@ _LATE: Final = 256
 
 
 class _Lines(Generic[E]):
-    """One first-come-first-served line per class, and whose turn it is. Anybody may leave in constant time."""
+    """A first-come-first-served queue for each class, and the order of the classes. Entries are removed in constant time."""
 
     def __init__(self, classes: int, patience: int) -> None:
         self.classes = classes
         self._patience = patience
         self._lines: list[OrderedDict[E, None]] = [OrderedDict() for _ in range(classes)]
-        self._passed = [0] * classes  # batches since the oldest of this class became so
+        self._passed = [0] * classes  # for each class: batches made since its oldest entry became the oldest
         self.count = 0
 
     def __len__(self) -> int:
@@ -483,15 +483,15 @@ class _Lines(Generic[E]):
         self.count = 0
 
     def ahead(self, priority: int) -> int:
-        """How many there are of this class, and of more urgent ones."""
+        """Return how many entries there are of this class, and of more urgent ones."""
         return sum(map(len, self._lines[: priority + 1]))
 
     def last(self) -> E | None:
-        """The oldest of the least urgent class, of those that count: who can be missed best."""
+        """Return the entry to drop: the oldest of the least urgent class, of those that are bounded."""
         return next((entry for line in reversed(self._lines) for entry in line if entry.is_bounded), None)
 
     def by_turn(self) -> Iterator[E]:
-        """Everybody, in the order in which it is their turn to be a batch's head."""
+        """Yield all entries, in the order in which batches are made for them."""
         overdue = [c for c, passed in enumerate(self._passed) if passed >= self._patience]
         overdue.sort(key=lambda c: -self._passed[c])
         for c in overdue:
@@ -501,11 +501,11 @@ class _Lines(Generic[E]):
                 yield from line
 
     def heads(self) -> list[E | None]:
-        """The oldest of each class."""
+        """Return the oldest entry of each class."""
         return [next(iter(line), None) for line in self._lines]
 
     def served(self, heads: Iterable[E | None]) -> None:
-        """A batch was made, and these were the oldest before it."""
+        """Record that a batch was made, before which `heads` were the oldest entries."""
         for c, (line, head) in enumerate(zip(self._lines, heads, strict=True)):
             self._passed[c] = self._passed[c] + 1 if head is not None and next(iter(line), None) is head else 0
 

@@ -28,7 +28,7 @@ class Stacked(Argument):
     def __init__(self, items: Sequence[Argument], size: int) -> None:
         first = items[0]
         shape = (size, *first.shape)
-        # Never read: it says where the input is, and how much there is to copy.
+        # Its values are never read: it shows that the input is on the host, and how much there is to copy.
         host = None if first.host is None else np.broadcast_to(first.host, shape)
         super().__init__(shape, None, host, first.tensor)
         self.items = items
@@ -38,7 +38,7 @@ class Stacked(Argument):
         write_rows(view, [item.host for item in self.items])
 
     def copies(self, buffer: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """Each item goes to its row."""
+        """Return the copies of the items to their rows, and of the last one to the rows that are left."""
         tensors = [item.tensor for item in self.items if item.tensor is not None]
         tensors += tensors[-1:] * (self.shape[0] - len(tensors))
         return [(buffer[i], tensor) for i, tensor in enumerate(tensors)]
@@ -54,10 +54,10 @@ def write_rows(view: Array, items: Sequence[Any]) -> None:
 
 
 def check_stackable(items: Sequence[Argument], specs: Specs) -> None:
-    """An item's inputs can be rows of a batch's.
+    """Raise unless the inputs of an item can be rows of a batch's inputs.
 
     Raises:
-        InputError: one cannot; the message names it.
+        InputError: an input cannot; the message names it.
     """
     for item, spec in zip(items, specs, strict=True):
         try:

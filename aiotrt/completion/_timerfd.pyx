@@ -38,7 +38,7 @@ cdef class TimerFd:
             close(self._fd)
 
     def set(self, double delay):
-        """Fire in `delay` seconds, instead of whenever it was set to fire before."""
+        """Fire in `delay` seconds, and not at the time set before."""
         cdef itimerspec time
         cdef long long nanoseconds = <long long>(delay * 1e9)
         if nanoseconds < 1:
@@ -50,15 +50,15 @@ cdef class TimerFd:
             raise OSError(errno, f"timerfd_settime failed: {os.strerror(errno)}")
 
     def read(self):
-        """Reset it. Raises BlockingIOError where it has not fired, or was set again since."""
+        """Read and reset the timerfd. Raises BlockingIOError if it has not fired, or was set again since it fired."""
         cdef uint64_t fired
         if read(self._fd, &fired, sizeof(fired)) < 0:
-            raise OSError(errno, os.strerror(errno))  # of the class that belongs to the number
+            raise OSError(errno, os.strerror(errno))  # Python makes it the subclass for this errno, such as BlockingIOError
 
     def close(self):
         """Never fire again. Idempotent."""
         if self._fd >= 0:
-            # The loop must forget the descriptor before its number can be used for another file. A closed loop has.
+            # The loop must drop the descriptor before its number can be used for another file. A closed loop has dropped it.
             if not self._loop.is_closed():
                 self._loop.remove_reader(self._fd)
             close(self._fd)

@@ -1,20 +1,20 @@
-"""The hub: device events become awaitables by being looked at when they are about to be true.
+"""The hub: makes device events awaitable by polling each one when it is about to be complete.
 
 Rule 1: one hub per event loop, used only on that loop's thread, so it needs no lock.
-Rule 2: it never blocks. It sleeps on one timer, and when it is awake it makes one query for each line that is due.
+Rule 2: it never blocks. It sleeps on one timer, and when it is awake it makes one query for each lane that is due.
 
 Theory of operation. Work on one stream completes in order, so the hub keeps one `Lane` per stream, a first-in-first-out
-queue of `Pending`, and polls only heads. Each lane that has one is listed, with the time at which it is due; the timer is
-set for the first. There are as many lanes as slots, so a list is searched in less time than a heap is kept in order. When to
-poll is decided in `prediction`, which is pure; this file carries it out.
+queue of `Pending`, and polls only heads. Each lane with a head is listed, with the time at which it is due; the timer is
+set for the earliest. There are as many lanes as slots, so a list is searched in less time than a heap is kept in order. When
+to poll is decided in `prediction`, which is pure; this file carries it out.
 
 A query has three answers. True: the head is complete, its callback runs, and the next becomes the head. False: not yet,
-or "ask later". An exception: that work failed, and its callback is told why; what follows from a `DeviceError` is the
-callback's business. Callbacks run inside the poll, one after the other, and may submit more work; what they leave no
-time for is looked at when the loop has had its turn.
+or "query again later". An exception: that work failed, and its callback gets the error; a `DeviceError` is the callback's to
+handle. Callbacks run inside the poll, one after the other, and may submit more work. Lanes for which a poll has no time left
+are polled after an iteration of the loop.
 
-A device that says by itself when work is complete is not guessed at: its word, given on whichever thread, makes the lane
-due, and the look that follows is the same. Until then it is looked at now and then, and when it is overdue.
+For a device that notifies when work is complete, nothing is predicted: the notification comes on any thread and makes the
+lane due, and the poll that follows is the same. Until then the work is polled now and then, and when it is overdue.
 """
 
 from __future__ import annotations
@@ -54,34 +54,35 @@ from aiotrt.errors import DeviceHangError, ResourceError, UsageError
 __all__ = ["Hub", "check_asyncio", "check_loop", "wait"]
 
 POLLS_BEFORE_HANG: Final = 3  # overdue polls needed: one alone proves nothing
-#: A look that is later than this, in seconds, and than this share of its hang timeout, was late since the loop, the process
-#: or the machine stood still, and the work may have too. Then no time counts since the look before. If it is less late, time
-#: does count: a busy loop must find hangs as well.
+#: A poll that is later than this, in seconds, and than this share of its hang timeout, was late because the loop, the
+#: process or the machine stood still, and the work may have stood still too. Then the time since the previous poll does not
+#: count towards the hang timeout. After a smaller delay it does count, because a busy loop must find hangs as well.
 STALL: Final = 0.1
 STALL_SHARE: Final = 0.1
-#: Seconds of one poll after which the loop has its turn. What follows from a completion takes about as long, the next launch
-#: among it; without this a loop that serves many slots at once runs late by all of them, twice.
+#: Seconds after which a poll ends and leaves the rest to the next one, so that the loop can run an iteration. What follows
+#: from one completion, such as the next launch, takes about as long. Without this limit a loop that serves many slots at
+#: once runs late by the time of all of them, twice.
 TURN: Final = 50e-6
-#: Seconds of one poll after which those who await what it completed are woken by the loop's next iteration.
+#: Seconds of one poll after which the tasks that await completed work are woken by the loop's next iteration.
 WAKES: Final = 100e-6
-#: Where no more than this many seconds pass from poll to poll, the loop has nothing else to do. Then each poll of a spin
-#: makes so many queries more, since an iteration of the loop takes longer than a query.
+#: If no more than this many seconds pass from poll to poll, the loop has nothing else to do. Then each poll of a spin makes
+#: up to `REPEATS` more queries, since an iteration of the loop takes longer than a query.
 IDLE: Final = 10e-6
 REPEATS: Final = 16
-PATROL: Final = 1.0  # seconds between looks at work whose end the device will tell
+PATROL: Final = 1.0  # seconds between polls of work whose completion the device notifies
 _DUE: Final = attrgetter("due")
 
 
 class Hub:
-    """Looks at device events on behalf of one event loop.
+    """Polls device events on behalf of one event loop.
 
     Args:
         loop: the loop; the hub is used on its thread only.
         progress: how completion is found.
         clock: seconds, monotonic; replaced in tests.
         timer: opens the one timer; replaced in tests.
-        spin: for how many seconds past the predicted time to look at every iteration; None for the default, which is
-            none where there are two processors or fewer, since there spinning takes the processor from what it waits for.
+        spin: for how many seconds past the predicted time to poll in every iteration; None for the default, which is 0 with
+            two processors or fewer, since there spinning takes the processor from the work that it waits for.
     """
 
     def __init__(
@@ -102,20 +103,20 @@ class Hub:
         self._clock = clock
         self._spin = spin
         self._timer = timer(loop, self._fire)
-        #: What the timer must be read with when it has fired, if it must be.
+        #: Reads the timer after it has fired; None if it need not be read.
         self._read: Callable[[], object] | None = getattr(self._timer, "read", None)
         self._lateness = Lateness()
-        self.lanes: list[Lane] = []  # those with something pending
+        self.lanes: list[Lane] = []  # those with pending events
         self._armed = inf  # when the timer is set to fire
         self._slept = 0.0
         self._soon: asyncio.Handle | None = None
         self.is_polling = False
-        self._left = -inf  # when the last poll ended, but for its last query
-        #: The lanes of which the device has told, on whichever thread, and whether the loop is to look there.
+        self._left = -inf  # when the last poll ended, not counting its last query
+        #: The lanes for which the device has notified, on any thread; and whether the loop is scheduled to poll them.
         self._told: deque[Lane] = deque()
         self._is_told = False
-        self.finished: list[Waiter] = []  # done, and those who await them were not woken yet
-        self._waking: asyncio.Handle | None = None  # wakes those that a poll left to the loop
+        self.finished: list[Waiter] = []  # done, but the tasks that await them were not woken yet
+        self._waking: asyncio.Handle | None = None  # wakes the tasks that a poll left to the loop
         self._users = 0
         self._closed = False
 
@@ -123,7 +124,7 @@ class Hub:
 
     @classmethod
     def acquire(cls, progress: Progress = PREDICT) -> Hub:
-        """The running loop's hub for this way of finding completion, opened on first use; give it back with `release`.
+        """Return the running loop's hub for this `progress`, opened on first use; each call must be paired with `release`.
 
         Raises:
             ResourceError: there is no file descriptor for its timer.
@@ -144,13 +145,13 @@ class Hub:
 
     @classmethod
     def install(cls, hub: Hub) -> None:
-        """Make `hub` its loop's, for its way of finding completion: a test's loop has a clock and timers of its own."""
+        """Make `acquire` return `hub` for its loop and its `progress`: tests have their own clock and timers."""
         with _hubs_lock:
             hub._users += 1
             _hubs[hub._loop, hub.progress] = hub
 
     def release(self) -> None:
-        """One user less; the last one closes it. From any thread once the loop is closed, else on the loop's."""
+        """Remove one user; the last one closes the hub. On the loop's thread, or on any thread once the loop is closed."""
         with _hubs_lock:
             self._users -= 1
             if self._users > 0:
@@ -159,7 +160,7 @@ class Hub:
         self.close()
 
     def close(self) -> None:
-        """Stop looking. Whatever is still pending is dropped: its owners fail it."""
+        """Stop polling. Events that are still pending are dropped; their owners fail them."""
         self._closed = True
         self._timer.close()
         if self._soon is not None:
@@ -184,37 +185,37 @@ class Hub:
         """Call `on_done` once when `query` answers true, or with the error that it raises.
 
         Args:
-            lane: the line of the event's stream.
-            query: asks the event; must not block.
+            lane: the lane of the event's stream.
+            query: whether the event is complete; must not block.
             on_done: called on the loop's thread, from inside the poll.
-            estimate: what is known about the work's duration; learns from it.
+            estimate: what is known about the work's duration; it learns from this work.
             hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
             when_complete: as for `add`.
 
         Raises:
-            UsageError: the hub is closed: its models are, or were forgotten.
+            UsageError: the hub is closed, because its models were closed or forgotten.
         """
         self.add(lane, Pending(query, on_done, Estimate() if estimate is None else estimate, hang_timeout), when_complete)
 
     def add(self, lane: Lane, pending: Pending, when_complete: Callable[[Callable[[], None]], None] | None = None) -> None:
-        """Poll `pending` when it is about to be complete, after what is in `lane` before it.
+        """Append `pending` to `lane`, and poll it when it is the head and about to be complete.
 
         Args:
-            lane: of the event's stream.
+            lane: the lane of the event's stream.
             pending: the event; in no lane now.
-            when_complete: calls what it is given when the event is complete, on any thread; None where the event must be
+            when_complete: takes a callback, and calls it on any thread when the event is complete; None if the event must be
                 polled.
 
         Raises:
-            UsageError: the hub is closed: its models are, or were forgotten.
+            UsageError: the hub is closed, because its models were closed or forgotten.
         """
-        if self._closed:  # nothing would ever poll, and its timer's descriptor may be another's by now
+        if self._closed:  # nothing would ever poll, and the timer's descriptor may be another file's by now
             raise UsageError(
                 "nothing looks at this model's events any more: it was closed or forgotten while it was in use; keep it "
                 "until its calls and leases have ended"
             )
         pending.submitted = now = self._clock()
-        if when_complete is not None and self.progress is PREDICT:  # the others say how to poll
+        if when_complete is not None and self.progress is PREDICT:  # the other values of `progress` say when to poll
             pending.notified = inf
         queue = lane.pending
         queue.append(pending)
@@ -224,21 +225,22 @@ class Hub:
             if lane.prepare is not None:
                 due -= EARLIER_TO_PREPARE
             lane.due = due
-            if not lane.is_listed:  # it is while its last one is being completed
+            if not lane.is_listed:  # it is listed while its last event is being completed
                 lane.is_listed = True
                 self.lanes.append(lane)
             if not self.is_polling and self._soon is None:
                 self._arm(now, due)
         if pending.notified:
             assert when_complete is not None
-            # Weakly: the device's thread may be the last to drop this, and the request has its caller's inputs.
+            # A weak reference: the device's thread may be the last to drop this callback, and must not free the request and
+            # its caller's inputs.
             when_complete(partial(self._notify, lane, weakref.ref(pending)))
 
     def add_ended(
         self, lane: Lane, pending: Pending, when_complete: Callable[[Callable[[], None]], None] | None = None
     ) -> None:
-        """As `add`, for work that has probably ended: poll at once what the next iteration would. Not inside a task."""
-        is_first = self._soon is None  # else the loop is to have its turn before the next poll
+        """Like `add`, for work that has probably ended: poll now and not in the next iteration. Not inside a task."""
+        is_first = self._soon is None  # else a poll is scheduled, and the loop must run an iteration before it
         self.add(lane, pending, when_complete)
         if is_first and self._soon is not None:
             self._soon.cancel()
@@ -252,26 +254,26 @@ class Hub:
             self.lanes.remove(lane)
 
     def _notify(self, lane: Lane, reference: weakref.ref[Pending]) -> None:
-        """On whichever thread: the device says that it is complete."""
+        """Take the device's notification that an event is complete. Any thread may call this."""
         if not self._noted(reference):
             return
         self._told.append(lane)
-        if not self._is_told:  # else the loop has not looked yet, and finds this one too
+        if not self._is_told:  # else `_notified` is scheduled already, and finds this lane too
             self._is_told = True
             try:
                 self._loop.call_soon_threadsafe(self._notified)
-            except RuntimeError:  # the loop is closed: nobody waits there any more
+            except RuntimeError:  # the loop is closed: no caller waits there any more
                 pass
 
     def _noted(self, reference: weakref.ref[Pending]) -> bool:
-        # A function of its own, so that this thread does not hold the request when the loop's may drop it.
+        # A separate function, so that this thread holds no reference to the request when the loop's thread may drop it.
         pending = reference()
         if pending is not None:
             pending.notified = self._clock()
         return pending is not None
 
     def _notified(self) -> None:
-        self._is_told = False  # first: who is told of from here on calls this again
+        self._is_told = False  # first: a notification from here on schedules this again
         try:
             now = self._clock()
             told = self._told
@@ -286,7 +288,7 @@ class Hub:
     # Polling...
 
     def _fire(self) -> None:
-        """The timer has fired."""
+        """Poll, since the timer has fired."""
         try:
             if self._read is not None:
                 try:
@@ -306,7 +308,7 @@ class Hub:
             raise
 
     def _poll(self) -> None:
-        """Query the head of each lane that is due, call back for those that are complete, and wake who awaits them."""
+        """Query the head of each lane that is due, call `on_done` of completed heads, and wake the tasks that await them."""
         self._soon = None
         if self._closed:
             return
@@ -316,7 +318,8 @@ class Hub:
         self.is_polling = True
         try:
             start = now = clock()
-            # Collected first and polled after: what is due again at once is polled next time, or the loop would get no turn.
+            # All due lanes are collected before any is polled: a lane that is due again at once is polled next time, or the
+            # loop would never run an iteration.
             due = []
             for lane in lanes:
                 if lane.due <= now:
@@ -329,7 +332,7 @@ class Hub:
             for lane in due:
                 planned = lane.due
                 pending = lane.pending
-                left = len(pending)  # only what is pending now: what callbacks submit is polled next time
+                left = len(pending)  # only events pending now: work submitted by callbacks is polled next time
                 is_first = True
                 while left and pending:
                     left -= 1
@@ -339,10 +342,10 @@ class Hub:
                     try:
                         is_complete = head.query()
                     except (KeyboardInterrupt, SystemExit):
-                        raise  # the loop's business; the event is polled again
+                        raise  # for the loop to handle; the event is polled again
                     except BaseException as failure:
                         is_complete, error = self._confirmed(head, failure)
-                    if not is_complete and error is None:  # as it was at the latest time that was read before the query
+                    if not is_complete and error is None:  # so it was incomplete at `now`, which was read before the query
                         if now >= lane.spin_until:
                             error = self._incomplete(lane, head, now, planned)
                         elif repeats:  # it stays due
@@ -375,10 +378,10 @@ class Hub:
                     try:
                         head.on_done(error)
                     except Exception as failure:
-                        # One bad callback must not take the others' wake-ups with it.
+                        # One failing callback must not cost the others their wake-ups.
                         message = "aiotrt: a completion callback raised"
                         self._loop.call_exception_handler({"message": message, "exception": failure})
-                    finally:  # after an interrupt too: the next head must not inherit this one's polls
+                    finally:  # after an interrupt too: the next head must not inherit what was recorded for this one
                         if pending and lane.due == -inf:
                             lane.begin()
                 else:
@@ -391,13 +394,13 @@ class Hub:
                     if lanes:
                         now = clock()
                 if now - start > TURN:
-                    break  # the others are the first after the loop's turn
+                    break  # the other lanes are the first of the next poll, which follows an iteration of the loop
         except BaseException:  # an interrupt: without this, a task whose work is complete might wait forever
             if self.finished and self._waking is None:
                 self._waking = self._loop.call_soon(self._wake_others)
             raise
         finally:
-            # After an interrupt too, for a loop that goes on as a notebook's does: its lane is listed still, and due.
+            # After an interrupt too, since the loop may go on, as a notebook's does: the lane is still listed, and due.
             self.is_polling = False
             self._left = now
             if lanes:
@@ -425,7 +428,7 @@ class Hub:
             return False, error
 
     def _incomplete(self, lane: Lane, head: Pending, now: float, planned: float) -> DeviceHangError | None:
-        """Set when to poll a head again that is not complete; or return the error, if it hangs."""
+        """Set when to poll an incomplete head again; or return the error, if it hangs."""
         started = head.submitted
         if started < lane.last_done:
             started = lane.last_done
@@ -442,17 +445,21 @@ class Hub:
         return self._clock()
 
     def finish(self, waiter: Waiter) -> None:
-        """Wake who awaits this waiter, which is done when the caller returns: at the end of the poll, or by the loop."""
+        """Wake the tasks that await this waiter, at the end of the current poll or by the loop.
+
+        The waiter need not be done yet, but must be when the caller of this method returns.
+        """
         if self.is_polling:
             self.finished.append(waiter)
         else:
             waiter.wake_soon()
 
     def _wake(self, start: float) -> None:
-        """Wake the tasks that await what polls have completed, in that order.
+        """Wake the tasks that await what polls have completed, in the order of completion.
 
-        Directly, which saves an iteration of the loop: the first task, and others until `WAKES` has passed since `start`.
-        The others in the next iteration, and all of them inside a task, since there no other task can be resumed.
+        The first task, and others until `WAKES` has passed since `start`, are resumed directly, which saves an iteration of
+        the loop. The rest is resumed in the next iteration. So are all of them if this runs inside a task, where no other
+        task can be resumed.
         """
         finished = self.finished
         try:
@@ -466,7 +473,7 @@ class Hub:
                         del finished[0]
                     if finished and self._clock() - start > WAKES:
                         break
-        finally:  # an interrupt too: the others must not wait for ever
+        finally:  # after an interrupt too: the other tasks must not wait forever
             if finished and self._waking is None:
                 self._waking = self._loop.call_soon(self._wake_others)
 
@@ -475,7 +482,7 @@ class Hub:
         self._wake(self._clock())
 
     def _hung(self, lane: Lane, head: Pending, now: float, started: float, due: float) -> DeviceHangError | None:
-        """What to say of work that is not complete, and was to be polled when it was `due`: nothing, or that it hangs."""
+        """Return the error for incomplete work that hangs, else None. This poll of it was planned for `due`."""
         assert head.hang_timeout is not None
         late = now - due
         if late > STALL and late > STALL_SHARE * head.hang_timeout:
@@ -494,7 +501,7 @@ class Hub:
     # When to poll...
 
     def _first_poll(self, now: float, head: Pending) -> float:
-        """When to poll work that starts now: it is alone in its lane."""
+        """Return when to poll a new head for the first time. Its work starts at `now`."""
         estimate = head.estimate
         if head.notified > now:
             return _patrol(now, head, now, 0.0)
@@ -507,16 +514,17 @@ class Hub:
         return now + wait if wait > 0.0 else now
 
     def _next_poll(self, now: float, lane: Lane, head: Pending, started: float) -> float:
-        """When to poll the head of this lane again, which is not complete now."""
+        """Return when to poll the head of this lane again, which is incomplete now."""
         if self.progress is not PREDICT:
             return now if self.progress is SPIN else next_look(now, started, started, 0.0)
-        if head.notified > now:  # once it was notified, and is not complete, it was recorded again: it is polled, as others
+        # An event that is incomplete although it was notified has been recorded again: it is polled like any other.
+        if head.notified > now:
             return _patrol(now, head, started, lane.stalled)
         estimate = head.estimate
         spin = self._spin
         predicted = started
-        # Where nothing is known, a bounded spin from its start on: work that is shorter than the shortest sleep would be
-        # found late each time, and nothing would ever be learned about it.
+        # Without a trusted estimate, spin for a bounded time from the start: otherwise work that is shorter than the
+        # shortest sleep would be found late each time, and its duration would never be learned.
         if estimate.is_trusted:
             predicted += estimate.seconds
             wait = predicted - now
@@ -525,19 +533,20 @@ class Hub:
                 if wait > SHORTEST_SLEEP:
                     if estimate.first == estimate.seconds:
                         return now + wait
-                    # It was as short as this of late, but mostly it is not: no spinning yet.
+                    # Some recent work was as short as this, but most was not: no spinning yet.
                     return min(now + wait, next_look(now, started, started, 0.0))
             if not lane.is_polled and now < predicted and not spin:
-                # The first poll came early, and there is no spinning until the time comes: sleep until just then.
+                # The first poll came early, and spinning is disabled: sleep until the predicted time.
                 return max(predicted, next_look(now, now, now, 0.0))
         lane.spin_until = predicted + spin
         return next_look(now, started, predicted, spin)
 
     def _arm(self, now: float, due: float, was_long: bool = False) -> None:
-        """Poll when this is due: in the loop's next iteration, or when the timer fires."""
+        """Schedule a poll for the time `due`: in the loop's next iteration, or when the timer fires."""
         if due <= now:
-            # After a long poll, asyncio's timers: a turn begins with what was to be called soon, and ends with them. Who
-            # became ready meanwhile is called in between, and waits for this poll and the next, and not for a third.
+            # After a long poll, a timer of asyncio's that is due at once: an iteration first runs what `call_soon`
+            # scheduled, and timers last. I/O callbacks run in between, so they wait for this poll and the next, but not for
+            # a third.
             self._soon = self._loop.call_later(0.0, self._poll) if was_long else self._loop.call_soon(self._poll)
         elif due < self._armed:
             self._armed = due
@@ -546,7 +555,7 @@ class Hub:
 
 
 def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
-    """When to poll work whose end the device will notify: for a notification that was lost, and when it is overdue."""
+    """Return when to poll work whose completion the device notifies: should that be lost, and when it is overdue."""
     patrol = now + PATROL
     if head.hang_timeout is None or started + stalled + head.hang_timeout >= patrol:
         return patrol
@@ -554,11 +563,11 @@ def _patrol(now: float, head: Pending, started: float, stalled: float) -> float:
 
 
 async def wait(event: object) -> None:
-    """Wait for any device event, whoever recorded it, without blocking the loop.
+    """Wait for any device event, whichever library recorded it, without blocking the loop.
 
     Args:
-        event: a `torch.cuda.Event`, an event of cuda.core or CuPy, the event that `Lease.launch` returned, or anything
-            that carries one as `_trt_produce_event`. It must have been recorded: an unrecorded event is complete.
+        event: a `torch.cuda.Event`, an event of cuda.core or CuPy, the event that `Lease.launch` returned, or any object
+            with such an event as `_trt_produce_event`. It must have been recorded: an unrecorded event is complete.
 
     Returns when the event has completed. Cancellation stops the waiting at once and leaves the event alone. Record it
     again only after the wait has ended, or the wait is for the new record.
@@ -591,22 +600,22 @@ async def wait(event: object) -> None:
         hub.release()
 
 
-# Weakly: their users hold them, and a hub that was kept here would keep the pending calls of a loop that was closed.
+# Weak references: hubs are kept by their users. A hub kept here would keep the pending calls of a closed loop.
 _hubs: Final[weakref.WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Progress], Hub]] = weakref.WeakValueDictionary()
-# A finalizer that runs inside it, of a model whose loop is closed, takes it again to release that model's hub.
+# Re-entrant: while a thread holds it, the finalizer of a model whose loop is closed may run there and release its hub.
 _hubs_lock = threading.RLock()
 
 
 def _drop_hubs_of_closed_loops() -> None:
-    """Forget hubs whose loop was closed under them: their owners can no longer be told anything."""
+    """Close hubs whose loop was closed while they were in use: no callback can reach their owners any more."""
     with _hubs_lock:
         for key in list(_hubs):
-            if key[0].is_closed() and (hub := _hubs.pop(key, None)) is not None:  # a finalizer may have come before
+            if key[0].is_closed() and (hub := _hubs.pop(key, None)) is not None:  # a finalizer may have removed it
                 hub.close()
 
 
 def _begin_anew() -> None:
-    """In a child process: the hubs are the parent's loops', and whoever held the lock is not here to give it back."""
+    """Reset in a child process: the hubs belong to the parent's loops, and a thread that held the lock does not exist."""
     global _hubs_lock  # noqa: PLW0603  # a process has one
     _hubs.clear()
     _hubs_lock = threading.RLock()
@@ -619,7 +628,7 @@ def check_asyncio(what: str) -> None:
     """Raise unless an asyncio event loop runs on this thread.
 
     Raises:
-        UsageError: none does: there is no loop, or it is another library's, such as trio's.
+        UsageError: no asyncio loop runs here; perhaps another library's does, such as trio's.
     """
     if asyncio._get_running_loop() is None:
         raise UsageError(
@@ -632,7 +641,7 @@ def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
     """Raise unless `loop` is the one running on this thread.
 
     Raises:
-        UsageError: another loop is, or none.
+        UsageError: another loop runs there, or none.
     """
     running = asyncio._get_running_loop()
     if running is not loop:

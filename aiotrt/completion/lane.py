@@ -15,12 +15,12 @@ class Pending:
 
     Attributes:
         query: whether the event is complete; must not block.
-        confirm: what to ask where `query` raises, since its answer may be another; None where `query` is to be believed.
+        confirm: called when `query` raises, because it may answer differently; None if the error of `query` counts.
         on_done: called once, from inside the poll, with None or the error that `query` raised.
         estimate: what is known about the duration of the work before the event.
         hang_timeout: seconds as the head of its lane after which the work counts as hung; None for never.
         submitted: when it was added to its lane.
-        notified: when the device said that it is complete: infinity until it does, 0.0 if it never will.
+        notified: when the device notified that the event is complete: infinity until it does, 0.0 if it never will.
     """
 
     __slots__ = ("__weakref__", "confirm", "estimate", "hang_timeout", "notified", "on_done", "query", "submitted")
@@ -43,22 +43,23 @@ class Pending:
 class Lane:
     """The pending events of one stream, in order. Only the first one, the head, is polled.
 
-    What is known of a head stays until the next one begins, so that the estimate can learn after the callers were resumed.
+    What was recorded about a head stays until the next head begins, so that the estimate can learn after the callers were
+    resumed.
 
     Attributes:
-        pending: them.
+        pending: the pending events.
         due: when to poll.
-        is_listed: whether the hub has it among its lanes.
+        is_listed: whether the hub has this lane among its lanes.
         spin_until: until when each iteration of the loop polls; 0.0 if none does.
-        is_polled: whether the head was found not complete.
-        polled: when that was last.
-        overdue: how often that was after its hang timeout.
-        stalled: seconds of the head's time that do not count towards it: see `hub.STALL`.
-        last_done: when the last one was seen to be complete.
-        started: when that one became the head.
-        notified: its `Pending.notified`.
-        is_first: whether no other one was complete in the same poll.
-        estimate: what has yet to learn of it; None where nothing has.
+        is_polled: whether a poll found the head incomplete.
+        polled: when a poll last found it incomplete.
+        overdue: how many polls after its hang timeout found it incomplete.
+        stalled: seconds of the head's time that do not count towards its hang timeout: see `hub.STALL`.
+        last_done: when the last completed event was seen to be complete.
+        started: when that event became the head.
+        notified: that event's `Pending.notified`.
+        is_first: whether it was the first event of this lane that was complete in its poll.
+        estimate: the estimate that has yet to learn how long its work took; None if none has.
         prepare: called once, inside the first poll that finds the head incomplete; None for nothing. Set before the work is
             added, which is then polled a little earlier. It must not raise.
     """
@@ -80,16 +81,16 @@ class Lane:
 
     @property
     def ran(self) -> float:
-        """For how many seconds the last one had run when it was seen to be complete; valid while its `on_done` runs."""
+        """How many seconds the last completed work ran until it was seen to be complete; valid while its `on_done` runs."""
         return self.last_done - self.started
 
     @property
     def late(self) -> float:
-        """How many of them may have passed since it was complete: since the poll before, or what is above the estimate.
+        """How many seconds of `ran` may have passed after the work was complete; valid when `ran` is.
 
-        Valid as `ran` is.
+        These are the seconds since the previous poll, or those above the estimate.
         """
-        if self.notified:  # before the poll, unless the notification was still on its way
+        if self.notified:  # this is before the poll, unless the notification was still on its way
             return max(0.0, self.last_done - max(self.notified, self.started))
         if self.is_polled:
             return self.last_done - max(self.polled, self.started)
@@ -97,7 +98,7 @@ class Lane:
         return self.ran - expected if 0.0 < expected < self.ran else 0.0
 
     def learn(self) -> None:
-        """Teach the estimate how long the last one took, once."""
+        """Teach the estimate, once, how long the last completed work took."""
         estimate, self.estimate = self.estimate, None
         if estimate is None:
             return
@@ -111,7 +112,7 @@ class Lane:
             estimate.at_most(ran)
 
     def begin(self) -> None:
-        """There is a new head."""
+        """Reset what was recorded about the head, because there is a new one."""
         if self.estimate is not None:
             self.learn()
         self.is_polled = False
@@ -119,7 +120,7 @@ class Lane:
         self.polled = self.stalled = self.spin_until = 0.0
 
     def forget(self) -> None:
-        """Drop everything pending; its callbacks never run."""
+        """Drop all pending events; their callbacks never run."""
         self.pending.clear()
         self.prepare = None
         self.is_polled = False

@@ -1,8 +1,8 @@
 """One-shot timers with sub-millisecond resolution, for an asyncio or uvloop event loop.
 
-The loops' own timers round to a millisecond: asyncio's selector rounds up, so a shorter sleep takes one, and libuv rounds
-to the nearest, so a shorter one does not sleep at all. `TimerFd` arms a Linux timerfd that the loop watches like a socket.
-Elsewhere work of less than some milliseconds is seen late, by the resolution of the loop's own timers.
+The loops' own timers round to a millisecond: asyncio's selector rounds up, so a shorter sleep takes a millisecond, and libuv
+rounds to the nearest, so a shorter one does not sleep at all. `TimerFd` arms a Linux timerfd that the loop watches like a
+socket. Elsewhere work of less than some milliseconds is seen late, by the resolution of the loop's own timers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Timer(Protocol):
     """Calls back once on the loop's thread, after the time last set."""
 
     def set(self, delay: float) -> None:
-        """Fire in `delay` seconds, instead of whenever it was set to fire before."""
+        """Fire in `delay` seconds, and not at the time set before."""
         ...
 
     def close(self) -> None:
@@ -41,12 +41,12 @@ class TimerFd:
         OSError: the system has no timerfd, or no file descriptors left.
 
     Attributes:
-        read: reads it; raises BlockingIOError where it has not fired, or was set again since.
+        read: reads the timerfd; raises BlockingIOError if it has not fired, or was set again since it fired.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
-        self._time = (ctypes.c_long * 4)()  # a struct itimerspec: of the interval, and until it fires
+        self._time = (ctypes.c_long * 4)()  # a struct itimerspec: seconds and nanoseconds of the interval and of the delay
         self._reference = ctypes.byref(self._time)
         self._fd = _libc_timerfd_create()
         self.read: Callable[[], object] = functools.partial(os.read, self._fd, 8)
@@ -63,7 +63,7 @@ class TimerFd:
 
     def close(self) -> None:
         if self._close_fd.alive:
-            # The loop must forget the descriptor before its number can be used for another file. A closed loop has.
+            # The loop must drop the descriptor before its number can be used for another file. A closed loop has dropped it.
             if not self._loop.is_closed():
                 self._loop.remove_reader(self._fd)
             self._close_fd()
@@ -97,8 +97,8 @@ def open_timer(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) ->
     return TimerFd(loop, callback)
 
 
-# PyDLL, not CDLL: it keeps the interpreter lock, since neither call can block and giving the lock away for a microsecond
-# can cost milliseconds when another thread wants it. os.timerfd_create exists only from Python 3.13.
+# PyDLL, not CDLL: it keeps the interpreter lock, since neither call can block, and releasing the lock for a microsecond can
+# cost milliseconds when another thread wants it. os.timerfd_create exists only from Python 3.13.
 _libc: Final = ctypes.PyDLL(None, use_errno=True)
 _timerfd_settime: Final[Any] = getattr(_libc, "timerfd_settime", None)
 

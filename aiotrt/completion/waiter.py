@@ -1,7 +1,7 @@
 """A pending event that a coroutine awaits: what asyncio expects of a future, and no more.
 
 An `asyncio.Future` wakes its task through the event loop's queue, in the next iteration. A waiter that completes inside a
-poll is woken at the end of that poll instead (`Hub`), which saves the iteration. Hence a class of our own.
+poll is woken at the end of that poll instead (`Hub`), which saves the iteration. So aiotrt has its own class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Waiter(Pending):
     belongs to the thread of its loop. Unlike a future's, an exception that is never retrieved is not reported.
 
     Args:
-        loop: whose tasks may await it.
+        loop: the loop whose tasks may await this waiter.
     """
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Waiter(Pending):
     # What asyncio calls...
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """Whose tasks may await it."""
+        """Return the loop whose tasks may await this waiter."""
         return self._loop
 
     def add_done_callback(self, callback: Callback, *, context: contextvars.Context | None = None) -> None:
@@ -102,12 +102,12 @@ class Waiter(Pending):
         return self._is_cancelled
 
     def result(self) -> Any:
-        """The result.
+        """Return the result.
 
         Raises:
-            CancelledError: it was cancelled.
+            CancelledError: the waiter was cancelled.
             InvalidStateError: it is not done.
-            BaseException: the error that it has.
+            BaseException: the error that was set.
         """
         if self._error is not None:
             raise self._error.with_traceback(self._message)
@@ -118,13 +118,13 @@ class Waiter(Pending):
         return self._value
 
     def exception(self) -> BaseException | None:
-        """The error, or None. Raises as `result` does where it is cancelled or not done."""
+        """Return the error, or None. Raises as `result` does if the waiter was cancelled or is not done."""
         if self._error is None:
             self.result()
         return self._error
 
     def cancel(self, msg: Any = None) -> bool:
-        """Stop waiting; False if it was done. The task is woken by the loop, since another one may be running."""
+        """Cancel the waiter; False if it was done. The loop wakes its task, since another task may be running."""
         if self.is_done:
             return False
         self.is_done = self._is_cancelled = True
@@ -135,34 +135,34 @@ class Waiter(Pending):
     # How it ends...
 
     def set_result(self, value: Any) -> None:
-        """It is done, with a result. Wakes who awaits it through the loop."""
+        """Set the result, and wake the tasks that await it in the loop's next iteration."""
         self.resolve(value)
         self.wake_soon()
 
     def set_exception(self, error: BaseException) -> None:
-        """It is done, with an error. Wakes who awaits it through the loop."""
+        """Set the error, and wake the tasks that await it in the loop's next iteration."""
         self.reject(error)
         self.wake_soon()
 
     def resolve(self, value: Any) -> None:
-        """It is done, with a result; `wake` or `wake_soon` must follow."""
+        """Set the result; `wake` or `wake_soon` must follow."""
         if self.is_done:
             raise asyncio.InvalidStateError("Result is set already.")
         self.is_done = True
         self._value = value
 
     def reject(self, error: BaseException) -> None:
-        """It is done, with an error; `wake` or `wake_soon` must follow."""
+        """Set the error; `wake` or `wake_soon` must follow."""
         if self.is_done:
             raise asyncio.InvalidStateError("Result is set already.")
         self.is_done = True
         self._error = error
-        self._message = error.__traceback__  # raised from here each time, so that it does not grow with each waiter
+        self._message = error.__traceback__  # restored at each raise, so that the traceback does not grow with each await
 
     def wake(self) -> None:
-        """Run the callbacks now. No task may be running. What they raise goes to the loop's exception handler."""
+        """Run the callbacks now. No task may be running. Their exceptions go to the loop's exception handler."""
         callback, context = self._callback, self._context
-        if callback is None or not self.is_done:  # woken already, and perhaps used again since
+        if callback is None or not self.is_done:  # woken already, and perhaps reused since
             return
         if self._others is None:
             self._callback = self._context = None

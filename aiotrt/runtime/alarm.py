@@ -1,4 +1,4 @@
-"""`hang_timeout` for what a worker thread does: no event can be polled there."""
+"""`hang_timeout` for jobs of worker threads, which have no event that could be polled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from aiotrt.errors import DeviceHangError
 
 __all__ = ["Alarm"]
 
-#: A timer that fires later than this, in shares of its timeout, says that the loop stood still, and maybe the process.
+#: A timer that fires later than this share of its timeout shows that the loop stood still, and perhaps the whole process.
 LATE_SHARE: Final = 0.1
 
 
 class Alarm:
-    """Reports a worker thread that does not come back within `timeout`.
+    """Reports a job of a worker thread that does not end within `timeout`.
 
     Args:
-        loop: whose timer it is.
-        device: what the thread works on.
+        loop: the loop that runs the timer.
+        device: the device that the thread uses.
         timeout: in seconds; None for never.
-        late: what did not happen in time.
+        late: what did not happen in time, for the error.
         report: called with the error, on the loop's thread.
     """
 
@@ -43,7 +43,7 @@ class Alarm:
             self._set(timeout)
 
     def cancel(self) -> None:
-        """The thread came back."""
+        """Cancel the timer, because the job has ended."""
         if self._handle is not None:
             self._handle.cancel()
 
@@ -53,7 +53,7 @@ class Alarm:
         self._handle = self._loop.call_at(self._ends, self._ring, timeout)
 
     def _ring(self, timeout: float) -> None:
-        # One capture at a time: while others end, this one may be waiting for its turn.
+        # Captures run one at a time: while others end, this job may still be waiting to begin its own.
         if self._loop.time() - self._ends > LATE_SHARE * timeout or self._device.captures != self._captures:
             self._set(timeout)
         else:

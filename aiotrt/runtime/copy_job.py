@@ -17,7 +17,7 @@ class Job(Protocol):
     """Host inputs to copy, and work to submit after them; used once."""
 
     def __call__(self) -> bool:
-        """Return whether the work is complete. Where it raises, `confirm` must be asked."""
+        """Return whether the work is complete. If this raises, `confirm` must be called."""
         ...
 
     def confirm(self) -> bool:
@@ -30,19 +30,19 @@ class Job(Protocol):
         ...
 
     def start(self) -> None:
-        """Give the job to a thread. Later calls do nothing. Raises nothing: where there is no thread, it runs here."""
+        """Submit the job to a thread. Later calls do nothing. Never raises: if there is no thread, the job runs here."""
         ...
 
 
 class CopyJob:
-    """The job as plain Python, for a thread of the model's pool.
+    """A `Job` in plain Python, for a thread of the model's pool.
 
     Args:
-        workers: the threads.
-        device: the model's.
-        stream: the slot's, in whose order the work is.
-        event: the one that `submit` records last.
-        copies: to where, and from where.
+        workers: the pool of threads.
+        device: the model's device.
+        stream: the slot's stream, to which `submit` submits the work.
+        event: the event that `submit` records last.
+        copies: pairs of destination and source.
         submit: submits the work; called after the copies.
         query: whether the event is complete, at the least cost.
     """
@@ -116,11 +116,11 @@ class CopyJob:
                 destination[...] = source
             self._device.prepare_thread()
             self._error = self._submitted(submit)
-        except BaseException as error:  # nothing was submitted: the event is complete, as its last record was
+        except BaseException as error:  # nothing was submitted: the event is complete, because its previous record is
             self._error = error
         finally:
             self._copies = ()
-            self._is_submitted = True  # last: from here on the loop may read all of this
+            self._is_submitted = True  # last: from here on the loop's thread may read the other attributes
 
     def _submitted(self, submit: Callable[[], None]) -> BaseException | None:
         try:

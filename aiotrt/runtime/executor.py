@@ -1,17 +1,18 @@
-"""Carries out what the slot machine decides: admits, serves in order, moves slots, breaks and closes.
+"""Carries out what the slot machine decides: admits requests, serves them in order, moves slots, breaks and closes.
 
-Rule 1: everything here runs on the event loop's thread, synchronously, except the few functions that say they are a
-worker thread's; so no state is shared between threads, and there is no `await` between two halves of a change.
-Rule 2: a slot's memory is touched only by its owner, which is what its state says (`slots.TABLE`).
+Rule 1: everything here runs on the event loop's thread, synchronously, except the few functions whose docstrings name a
+worker thread. So no state is shared between threads, and there is no `await` between two halves of a change.
+Rule 2: only the owner of a slot touches its memory, and the slot's state determines the owner (`slots.TABLE`).
 
 The life of a request. `submit` checks the inputs and asks the machine for a slot. With the slot comes its program, built in
 a worker thread if these shapes are new there (PREPARING). Inputs are staged: host inputs into pinned memory, in a worker
 thread if they are large. Then one uninterrupted sequence goes to the slot's stream (`launch`), and the slot is IN_FLIGHT.
-The hub calls back when the produce event is complete; host results are copied into memory of the caller's own; the slot goes
-to the next in line; the request is resolved. Every step calls the next one at once, or from a worker thread's completion.
+The hub calls back when the produce event is complete; host results are copied into memory that belongs to the caller; the
+slot goes to the next request in the queue; the request is resolved. Every step calls the next one directly, or when a worker
+thread has done its job.
 
-A request that is abandoned (its await was cancelled) leaves the line at once, or leaves its slot DRAINING until the
-device is done with it: the request, and through it the caller's inputs, stay referenced by the slot until then.
+A request that is abandoned (its await was cancelled) leaves the queue at once, or leaves its slot DRAINING until the
+device is done with it. Until then the slot refers to the request, and through it to the caller's inputs.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ _log: Final = logging.getLogger("aiotrt")
 #: as much, so below it the hop would cost the caller more than the copy costs the loop.
 COPY_ON_LOOP_BYTES: Final = 1 << 20
 
-#: Requests that are kept for the next calls.
+#: How many ended requests are kept for the next calls.
 MOST_SPARES: Final = 64
 
-#: What is late in a worker thread, as `DeviceHangError` says it.
+#: What a `DeviceHangError` says about a worker thread's job that did not end in time.
 BUILD: Final = "the engine's first run for these shapes, or its capture, did not end"
 LAUNCH_LATE: Final = "a launch without a graph did not return"
 
-#: How many reasons of fall-backs are kept. They may name what differs from signature to signature.
+#: How many reasons for fall-backs are kept. A bound is needed because a reason may name what differs between signatures.
 MOST_FALLBACKS: Final = 64
 
 _COUNTERS: Final = (
@@ -92,17 +93,17 @@ class Counters:
     """What happened so far, in numbers.
 
     Attributes:
-        submitted: requests that came in.
-        completed: those that had results, and were still wanted.
-        failed: those that had an error.
-        cancelled: those whose callers left.
-        rejected: those that found the queue full.
+        submitted: requests that were admitted.
+        completed: requests whose callers got results.
+        failed: requests whose callers got an error.
+        cancelled: requests that their callers abandoned.
+        rejected: requests that found the queue full.
         replays: launches of programs that are one graph.
-        fallback_runs: launches of programs that are not.
+        fallback_runs: launches of programs that are not one graph.
         captures: programs built.
-        hits: requests whose program was there.
+        hits: requests whose program was in the cache.
         misses: requests whose program had to be built first.
-        evictions: programs freed, since others needed their place.
+        evictions: programs freed to make room for others.
     """
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class Counters:
         self.replays = self.fallback_runs = self.captures = self.hits = self.misses = self.evictions = 0
 
     def as_dict(self) -> dict[str, int]:
-        """All of them, by name."""
+        """Return all counters by name."""
         return {name: getattr(self, name) for name in _COUNTERS}
 
 
@@ -120,12 +121,12 @@ class Executor:
     Args:
         recipe: builds programs.
         specs: checks inputs.
-        hub: finds completion; acquired, and released at close.
-        slots: how many.
+        hub: finds completion. The caller has acquired it; `detach` or `discard` releases it.
+        slots: the number of slots.
         max_queue: how many callers may wait; None for no bound.
-        cache: bounds on programs.
+        cache: the bounded cache of programs.
         outputs: the kind of results, or None for the kind of the inputs.
-        hang_timeout: in seconds, or None.
+        hang_timeout: seconds after which work counts as hung; None for never.
         overlap: whether launches of several slots may run at the same time.
     """
 
@@ -158,29 +159,30 @@ class Executor:
         self.is_discarded = False
         self.hang_timeout = hang_timeout
         self.submitting: set[Replay] = set()  # launches of leases that a worker thread submits
-        self.on_failure: list[Callable[[AiotrtError], None]] = []  # told when everybody who waits is
-        #: Told of each request, and of each item of a batch, as it comes in, in its caller's context. How it ended, the
-        #: request says, and when, its `times`.
+        self.on_failure: list[Callable[[AiotrtError], None]] = []  # called with the error that every waiting caller gets
+        #: Called with each request, and with each item of a batch, when it is submitted, in its caller's context. The
+        #: request itself says how it ended, and its `times` say when.
         self.observer: Callable[[Any], None] | None = None
         self._unified = self.device.unified
-        #: From how many bytes of host inputs on a thread may copy and launch; none does where inputs are not copied.
+        #: A worker thread may copy and launch calls with at least this many bytes of host inputs; infinite where inputs are
+        #: not copied.
         self._thread_bytes: float = inf if self._unified else self.device.thread_copy_bytes
         self._overlap = overlap or slots == 1  # one slot's launches are in order anyway
-        self.latest: Slot | None = None  # without overlap: who launched last
+        self.latest: Slot | None = None  # without overlap: the slot that launched last
         self._idle: asyncio.Future[None] | None = None
         self._granted: deque[Grant] = deque()
         self._serving = False
         self._forks = _forks
-        self._route: Route | None = None  # of the call before
-        self._spares: list[Request] = []  # requests of that route which have ended
+        self._route: Route | None = None  # of the previous call
+        self._spares: list[Request] = []  # ended requests of `_route`, for the next calls
         self._nested_route: Route | None = None  # of the last call with names or with a structure
-        self._likely: tuple[Shapes, Kind, Specs] | None = None  # of the last call that had no route, and might have
-        self._origin: Stream | None = None  # the current stream of the call before
-        self.complete = self.device.event()  # never recorded, and so complete: what results carry that are
+        self._likely: tuple[Shapes, Kind, Specs] | None = None  # of the last call without a route that could have one
+        self._origin: Stream | None = None  # the current stream at the previous call
+        self.complete = self.device.event()  # never recorded, and so complete: attached to results that are complete
         self.device.prepare_thread()
         self.slots: list[Slot] = []
         try:
-            line = None if self._overlap else Lane()  # what runs one after the other is seen to end in that order
+            line = None if self._overlap else Lane()  # one lane for all slots: ordered launches are seen to end in order
             for i in range(slots):
                 self.slots.append(Slot(i, self.device, line or Lane(), overlap=self._overlap))
                 self.slots[i].on_done = partial(self._completed, self.slots[i])
@@ -188,7 +190,7 @@ class Executor:
             for slot in self.slots:
                 slot.stream.close()
             raise
-        self._workers = self.device.workers(slots + 1)  # last: shutting it down could block the loop
+        self._workers = self.device.workers(slots + 1)  # last: after a later failure its shutdown could block the loop
         self._stop_listening = self.device.on_fault(partial(_device_failed, weakref.ref(self)))
         if self.device.fault is not None:
             self.break_down(self.device.fault)
@@ -196,14 +198,14 @@ class Executor:
     # Coming in...
 
     def submit(self, values: Sequence[object], named: Mapping[str, object], *, bounded: bool = True) -> Request:
-        """Check inputs and start, or wait in the queue.
+        """Check the inputs, and start the request or queue it.
 
         Raises:
-            InputError: the inputs do not fit. Nothing was submitted; so too for all below.
-            QueueFullError: `bounded`, and the queue is at its bound.
+            InputError: the inputs do not fit. Nothing was submitted, as with all errors below.
+            QueueFullError: `bounded` is true, and the queue is at its bound.
             ModelClosedError, ModelBrokenError, UsageError: see `check_usable`.
         """
-        # After a fork no loop is running here, as asyncio sees it.
+        # This finds forks too: asyncio reports no running loop in a child process.
         if asyncio._get_running_loop() is not self.loop or self.closing or self.broken is not None:
             self.check_usable()
         route = self._route
@@ -225,7 +227,7 @@ class Executor:
         return request
 
     def _submit_new(self, values: Sequence[object], named: Mapping[str, object], bounded: bool) -> Request:
-        """The long way in: check every input, and remember the signature if the next call may have it too."""
+        """Submit by the long way: check every input, and remember the signature if the next call may have it too."""
         specs, leaves = self.specs.recognise(values, named)
         route = self._nested_route
         if route is not None and route.specs is specs and route.matches(leaves):
@@ -250,7 +252,7 @@ class Executor:
                 if wants_consumed(arguments):
                     request.marked = arguments
         holders = self.cache.holders(request.key)
-        # Not for what runs without a graph: a route would be found useless only when the slot is granted.
+        # No route for programs without a graph: it would be found useless only when the slot is granted.
         if self._overlap and specs in self.specs.accepted and all(program.captured for program in holders.values()):
             likely = shapes, kind, specs
             if likely == self._likely and not request.marked and Route.suits(leaves, arguments, self.device):
@@ -266,7 +268,10 @@ class Executor:
         return request
 
     def recycle(self, request: Request) -> None:
-        """Use a request for another call of its signature: it was awaited to its result, and nothing else refers to it."""
+        """Keep an ended request for another call of its signature.
+
+        The request was awaited to its result, and nothing else refers to it.
+        """
         spares, route = self._spares, request.route
         if route is not None and route is self._route and request.times is None and len(spares) < MOST_SPARES:
             request.values = request.results = ()
@@ -283,15 +288,15 @@ class Executor:
         arguments: Sequence[Argument] = (),
         ready: Sequence[Event] = (),
     ) -> Request:
-        """Ask for a slot to hold, prepared for these shapes; a warm-up counts for nothing. Raises as `submit` does.
+        """Request a slot to hold, prepared for these shapes. A warm-up is not counted. Raises as `submit` does.
 
         Args:
             specs: of the inputs.
             shapes: of the inputs.
             kind: where results should be.
             is_warmup: whether this only prepares the slot.
-            arguments: example inputs, where there are some.
-            ready: events of other devices, which the example inputs wait for.
+            arguments: example inputs, if any.
+            ready: events of other devices that must complete before the example inputs are read.
         """
         self.check_usable()
         request = Request(self.loop, arguments, specs, shapes, kind, is_lease=True)
@@ -307,14 +312,14 @@ class Executor:
         self._enter(request, False, prefer)
 
     def check_usable(self) -> None:
-        """Raise unless requests may come in now, here.
+        """Raise unless requests may be submitted now, on this thread.
 
         Raises:
-            UsageError: on another loop or thread, or after a fork.
-            ModelClosedError: it is closed or closing.
-            ModelBrokenError: something broke it, see its `__cause__`.
+            UsageError: this is another loop or thread, or a fork.
+            ModelClosedError: the model is closed or closing.
+            ModelBrokenError: the model broke; `__cause__` is the reason.
         """
-        if self._forks != _forks:  # first: after a fork no loop is running here, as asyncio sees it
+        if self._forks != _forks:  # first: in a child process asyncio reports no running loop, which is not the reason
             raise UsageError(
                 f"{self.recipe.engine.name} was loaded before a fork; neither CUDA nor threads survive one: "
                 "load the model in the child process, or start it with the 'spawn' method"
@@ -327,9 +332,12 @@ class Executor:
             raise ModelBrokenError(f"{self.recipe.engine.name} is broken: {self.broken}") from self.broken
 
     def abandon(self, request: Request) -> None:
-        """The caller no longer waits, and says so once. What is queued is withdrawn; what is on the device drains."""
+        """Abandon a request whose caller no longer waits; called once for a request.
+
+        A queued request is withdrawn; one on the device drains.
+        """
         if self.loop.is_closed():
-            return  # a garbage collection ended the caller: `discard` follows, and nothing is launched any more
+            return  # garbage collection ended the caller's coroutine: `discard` follows, and nothing is launched any more
         slot = request.slot
         if request.is_queued:
             request.is_queued = False
@@ -350,7 +358,7 @@ class Executor:
         if self.observer is not None and not request.is_warmup:
             try:
                 self.observe(request)
-            except BaseException:  # an interrupt: nobody will await the request
+            except BaseException:  # an interrupt: no caller will await the request
                 self.counters.cancelled += 1
                 if grant is None:
                     self.machine.withdraw(request)
@@ -363,7 +371,10 @@ class Executor:
             self._serve(grant)
 
     def observe(self, what: Any) -> None:
-        """Tell the observer of a request, or an item of a batch, that came in. What it raises costs the request nothing."""
+        """Call the observer with a request, or an item of a batch, that was submitted.
+
+        An exception of the observer goes to the loop's exception handler, and does not affect the request.
+        """
         assert self.observer is not None
         what.times = Times(time.perf_counter())
         try:
@@ -383,7 +394,7 @@ class Executor:
     # Being served...
 
     def _serve(self, grant: Grant) -> None:
-        # A loop, not a recursion: a request that fails at once frees its slot at once, and the line may be long.
+        # A loop, not a recursion: a request that fails at once frees its slot at once, and the queue may be long.
         if self._serving:
             self._granted.append(grant)
             return
@@ -410,7 +421,7 @@ class Executor:
                 except BaseException:
                     self._interrupted(slot, request)
                     self._serving = False
-                    if self._granted:  # the loop above ends here: without this they would never be served
+                    if self._granted:  # the loop above ends here: without this the other grants would never be served
                         self._serve(self._granted.popleft())
                     raise
                 if not self._granted:
@@ -420,13 +431,13 @@ class Executor:
             self._serving = False
 
     def _interrupted(self, slot: Slot, request: Request) -> None:
-        """An interrupt came in the middle, and the loop may go on, as a notebook's does: nothing is left half done."""
+        """Finish or fail a request whose launch was interrupted, because the loop may go on, as a notebook's does."""
         state = self.machine.states[slot.index]
         if slot.request is not request or state in (BROKEN, FREE, State.PREPARING):
             return
         if request in slot.lane.pending:
             start = getattr(request.query, "start", None)
-            if start is not None:  # a job that may not have been given to a thread yet
+            if start is not None:  # a job that may not have been submitted to a thread yet
                 start()
             return
         error = EngineError(f"{self.recipe.engine.name} was interrupted while this call was launched")
@@ -436,7 +447,7 @@ class Executor:
             self._launch_failed(slot, error)
 
     def _begin_failed(self, slot: Slot, request: Request, error: Exception) -> None:
-        """An error that nobody foresaw: it is this request's, and not that of whoever had the slot before, or is next."""
+        """Fail this request with an unexpected error, which must not reach the slot's previous or next request."""
         told = self.failed(error, "before it was launched")
         if slot.request is request and self.machine.states[slot.index] is State.CLAIMED:
             self.move(slot, Move.RELEASE)
@@ -444,13 +455,13 @@ class Executor:
             self.lost_track(error)
         self.reject(request, told)
 
-    # From its slot to its result, by the short path...
+    # From slot to result, by the short path...
 
     def _replay(self, slot: Slot, request: Request, was_queued: bool) -> bool:
         """Launch a request whose signature was recognised; False if it must take the long way.
 
-        Everything is there then: the program is one graph, which copies in and out by itself, and the inputs are plain.
-        If it `was_queued`, they may have been changed since.
+        On the short path nothing has to be prepared: the program is one graph, which copies in and out by itself, and the
+        inputs are plain. If the request `was_queued`, its inputs may have been changed meanwhile.
         """
         route = request.route
         assert route is not None
@@ -464,7 +475,7 @@ class Executor:
         inputs: Sequence[Any] = program.inputs
         sources: Sequence[Any] = request.values
         if route.on_host:
-            if self._unified and slot.gates:  # a consumer may still be reading what would be written
+            if self._unified and slot.gates:  # a consumer may still be reading the memory that would be written
                 return self._detour(request)
             if route.nbytes >= self._thread_bytes and self._hand_over(slot, request, program):
                 return True
@@ -483,7 +494,7 @@ class Executor:
         origin = request.origin if request.kind is DEVICE else None
         results: Any
         if self._unified:
-            inputs = sources = results = ()  # staging and device buffers are one
+            inputs = sources = results = ()  # staging and device buffers are the same memory
         elif origin is not None:
             spare, program.spare = program.spare, None
             results = spare[1] if spare is not None and spare[0] == origin.handle else self._results(program, origin)
@@ -527,16 +538,16 @@ class Executor:
         return True
 
     def _hand_over(self, slot: Slot, request: Request, program: Program) -> bool:
-        """Let a thread copy the host inputs of such a request and launch; False where the loop is to do it.
+        """Let a worker thread copy a recognised request's host inputs and launch it; False if the loop must do it.
 
-        The request is in flight from now on. It is polled as others are, and incomplete until the thread has launched it.
+        After True the request is in flight. It is polled like any other, and is incomplete until the thread has launched it.
         """
         route = request.route
         assert route is not None
         if request.origin is not None or request.batch is not None:
             return False
         if route.nbytes <= COPY_ON_LOOP_BYTES and not self.machine.count(IN_FLIGHT):
-            return False  # alone, waking a thread would cost the caller more than copying
+            return False  # nothing else is in flight: waking a thread would cost the caller more than the copy
         copies: list[Any] = []
         for view, source in zip(program.input_views, request.values):  # noqa: B905  # all of them are on the host
             if view is None:
@@ -569,17 +580,20 @@ class Executor:
         request.estimate = program.estimate
         request.hang_timeout = self.hang_timeout
         self.hub.add(slot.lane, request)
-        job.start()  # last: whatever happens before it, no thread uses the slot's memory yet
+        job.start()  # last: if anything above fails, no thread uses the slot's memory yet
         return True
 
     def _submit_copied(self, slot: Slot, program: Program, sources: Sequence[Any], results: Sequence[Any]) -> None:
-        """On a worker thread: launch what a job has copied. Its reference to the executor keeps the program's memory."""
+        """Launch on a worker thread, after a job has copied the inputs.
+
+        The job's reference to the executor keeps the program's memory alive.
+        """
         graph = program.graph
         assert graph is not None
         try:
             graph.submit(slot.stream, None, slot.mark, program.inputs, sources, program.outputs, results, slot.event)
         finally:
-            if self.is_discarded:  # perhaps before the launch, which then nothing waits for
+            if self.is_discarded:  # perhaps before the launch: then nothing else waits for this launch
                 keep(self)
                 release_when_idle(self, self.device)
 
@@ -587,25 +601,25 @@ class Executor:
         """Allocate results for the next call, which mostly comes from the same stream, and point the graph's copies at them.
 
         Args:
-            program: it is in flight.
+            program: the program in flight.
             origin: the caller's stream.
-            is_current: whether that is known to be the current one; results are allocated for no other.
+            is_current: whether `origin` is known to be the current stream; results are allocated for no other stream.
         """
         try:
             assert origin is not None
             is_current = is_current or origin.handle == self.device.current_handle()
-            if is_current and not torch.is_inference_mode_enabled():  # some other task's, maybe: then they would be its kind
+            if is_current and not torch.is_inference_mode_enabled():  # perhaps another task's: results would be of that mode
                 spares = [make() for make in program.makers]
                 assert program.graph is not None
                 program.graph.prepare(spares)
                 program.spare = origin.handle, spares
         except DeviceError as error:
             self.device.fail(error)
-        except Exception as error:  # out of memory, say: the next launch does it anew, and is told
+        except Exception as error:  # such as out of memory: the next launch allocates again, and gets the error
             _log.debug("results for the next launch could not be allocated: %r", error)
 
     def warm_up_driver(self, current: Stream) -> None:
-        """Make, and change nothing by, calls that a lease's next launch makes: after a sleep the first ones are slow.
+        """Make the queries of a lease's next launch, without effect: after a sleep the first driver calls are slow.
 
         Args:
             current: the caller's stream at the last launch.
@@ -613,37 +627,37 @@ class Executor:
         try:
             self.device.current_handle()
             current.query()
-        except Exception as error:  # the launch makes them too, and is told
+        except Exception as error:  # the launch makes the same queries, and gets the error
             _log.debug("the current stream could not be queried: %r", error)
 
     def _results(self, program: Program, origin: Stream) -> list[torch.Tensor]:
-        """Memory for results of the caller's own, in the order of its stream: see `allocate`."""
+        """Allocate results that belong to the caller, in the order of its stream: see `allocate`."""
         if origin.handle != self.device.current_handle() or torch.is_inference_mode_enabled():
             return allocate(self.device, origin, program.outputs)
         return [make() for make in program.makers]
 
     def _detour(self, request: Request) -> bool:
-        """A request that was recognised takes the long way after all; always False.
+        """Send a recognised request the long way after all; always False.
 
         Raises:
             InputError: its inputs were changed while it waited, and do not fit any more.
         """
         if not request.is_done:
             request.arguments, request.shapes, _ = self.specs.check(request.specs, request.values)
-        # What they know of the slots may be out of date.
+        # The programs that routes have for the slots may be out of date.
         request.route = self._route = self._nested_route = self._likely = None
         return False
 
-    # From its slot to its result...
+    # From slot to result, by the long way...
 
     def begin(self, slot: Slot, request: Request) -> None:
-        """A request got its slot: prepare it, and go on as soon as that is done."""
-        if request.is_done:  # cancelled while it stood in line, and its task has not run yet
+        """Prepare a request that got its slot, and go on as soon as that is done."""
+        if request.is_done:  # cancelled while it was queued, and its task has not run yet
             self.move(slot, Move.RELEASE)
             return
         if request.specs is not self.specs.specs:
             try:
-                # While this one waited, another may have fixed what the inputs are.
+                # While this request waited, another one may have fixed the specs of the inputs.
                 self.specs.confirm(request.specs)
             except InputError as error:
                 refusal = error
@@ -662,12 +676,12 @@ class Executor:
     def _build(
         self, slot: Slot, request: Request, program: Program | None, evicted: Sequence[tuple[Program, Sequence[Event]]]
     ) -> Program:
-        """On a worker thread: the program for this slot and these shapes, with the staging that the request needs."""
+        """Build, on a worker thread, the program for this slot and these shapes, and the staging memory for the request."""
         self.device.prepare_thread()
         for old, gates in evicted:
             retire(old, gates)
         if request.bound:
-            request.order(slot)  # the warm-up reads them where they are
+            request.order(slot)  # the warm-up reads bound inputs where they are
         recipe = self.recipe
         example = partial(fill, self.device, slot, request) if request.arguments else None
         built = program or recipe.build(slot.index, slot.stream, request.specs, request.key, request.bound, example)
@@ -688,9 +702,9 @@ class Executor:
         if isinstance(error, torch.OutOfMemoryError):
             evicted = self.cache.evict(self.busy(slot), None)
             self.counters.evictions += len(evicted)
-            if evicted:  # with the memory of programs that nobody uses now, it may do
+            if evicted:  # with the memory of programs that are not in use, building may succeed
                 have = self.cache.get(slot.index, request.key)
-                # The gates as they are now: their slots are free, and whoever gets one next opens them.
+                # Copies of the consumer events: these slots are free, and the next launch in a slot empties its list.
                 gated = [(old, list(self.slots[old.slot].gates)) for old in evicted]
                 self.work(slot, lambda: self._build(slot, request, have, gated), self._built, BUILD)
                 return
@@ -716,7 +730,7 @@ class Executor:
     def _prepared(self, slot: Slot, request: Request, program: Program) -> None:
         slot.program = program
         if self.device.unified and slot.gates:
-            # Where staging and device buffers are one, a consumer may still be reading what is about to be written.
+            # Staging and device buffers are the same memory: a consumer may still be reading what is about to be written.
             self.move(slot, Move.PREPARE)
             self.when_passed(slot.gates, lambda error: self._gates_passed(slot, error))
         else:
@@ -741,7 +755,7 @@ class Executor:
             return
         if program.blocking:
             self.move(slot, Move.PREPARE)
-            slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
+            slot.predecessor = None  # worker launches are not ordered: drop the previous launch's predecessor
             self.work(slot, lambda: self._stage_and_submit(slot, request, program), self._submitted, LAUNCH_LATE)
             return
         nbytes = 0  # of host inputs
@@ -755,7 +769,7 @@ class Executor:
         if nbytes:
             try:
                 copy_in(request, program)
-            except Exception as error:  # its caller reshaped an array while it stood in line, say
+            except Exception as error:  # for example, its caller reshaped an array while the request was queued
                 refusal = self.explain(error, "while its inputs were copied")
                 self.move(slot, Move.RELEASE, then=lambda: self.reject(request, refusal))
                 return
@@ -784,18 +798,18 @@ class Executor:
             self._prepare_next(request, program)
 
     def _prepare_next(self, request: Request, program: Program) -> None:
-        """Allocate results for the next call while the device is busy: mostly that is the same caller's."""
+        """Allocate results for the next call while the device is busy: it mostly comes from the same caller."""
         if not request.results or request.batch is not None or not program.captured or request.origin is None:
             return
         try:
             program.spare = request.origin.handle, allocate(self.device, request.origin, program.outputs)
         except DeviceError as error:
             self.device.fail(error)
-        except Exception as error:  # out of memory, say: whoever launches next does it anew, and is told
+        except Exception as error:  # such as out of memory: the next launch allocates again, and gets the error
             _log.debug("results for the next launch could not be allocated: %r", error)
 
     def _watch(self, slot: Slot, program: Program, *, has_ended: bool = False) -> None:
-        """Poll the produce event of this slot's request: from now on the request is what is pending.
+        """Poll the produce event of this slot's request, which is in the slot's lane from now on.
 
         With `has_ended`, the work has probably ended, and no task is running.
         """
@@ -814,7 +828,7 @@ class Executor:
             self.hub.add(slot.lane, request, slot.when_complete)
 
     def _stage_and_submit(self, slot: Slot, request: Request, program: Program) -> None:
-        """On a worker thread: all of it, for a program whose launch occupies the thread."""
+        """Copy in and submit, on a worker thread, for a program whose launch occupies the thread."""
         self.device.prepare_thread()
         copy_in(request, program)
         submit_request(self.device, slot, request, program)
@@ -840,7 +854,7 @@ class Executor:
                 self._watch(slot, slot.program, has_ended=True)  # a draining slot too is free only when the device is done
 
     def _launch_failed(self, slot: Slot, error: BaseException) -> None:
-        """Part of the work may be on the stream already: the slot is not free before that has passed."""
+        """Fail a request whose launch raised, and drain its slot, because part of the work may be on the stream already."""
         request = slot.request
         assert request is not None
         self.reject(request, self.explain(error, "while it was launched"))
@@ -864,7 +878,7 @@ class Executor:
         assert request is not None
         state = self.machine.states[slot.index]
         if request.route is not None and request.batch is None and error is None and state is IN_FLIGHT:
-            # The short path's end: the slot goes on, and then the caller is told.
+            # The end of the short path: the slot goes to the next request, and then this one is resolved.
             program = slot.program
             assert program is not None
             if request.times is not None:
@@ -898,7 +912,7 @@ class Executor:
                 if not request.is_done:
                     self.counters.completed += 1
                     request.resolve(packed)
-                    self.hub.finished.append(request)  # the hub is polling: it calls this
+                    self.hub.finished.append(request)  # not `finish`: this is a callback of the hub, which is polling
                 if self._idle is not None:
                     self._check_idle()
             return
@@ -937,7 +951,7 @@ class Executor:
         assert program is not None
         views = self._small_views(program)
         if views is None:
-            # The slot stays IN_FLIGHT, and its memory the worker's, until that is done.
+            # Until the copy is done the slot stays IN_FLIGHT, and the worker owns its memory.
             views = [program.output_view(i) for i in range(len(program.outputs))]
             self.work(slot, partial(_owned, request, program, views), self._copied)
             return
@@ -973,7 +987,7 @@ class Executor:
         self.move(slot, COPIED, then=lambda: self.reject(request, error))
 
     def _finish(self, slot: Slot, request: Request, results: Sequence[Any]) -> None:
-        """Give the caller its results, or each item of a batch its own, when the slot has gone on."""
+        """Pass the slot on, and then give the caller its results, or each item of a batch its own."""
         assert slot.program is not None
         pack, batch = slot.program.names.pack, request.batch
         packed = pack(results) if batch is None else [pack(one) if one else None for one in results]
@@ -981,17 +995,17 @@ class Executor:
         def resolve() -> None:
             if not request.is_done:
                 self.counters.completed += 1
-                self.hub.finish(request)  # first: a batch's own end comes before its items'
+                self.hub.finish(request)  # first: a batch ends before its items
                 request.resolve(packed if batch is None else None)
                 if batch is not None:
                     batch.settle(packed, None)
 
         self.move(slot, COPIED, then=resolve)
 
-    # What callers are told...
+    # Errors for callers...
 
     def reject(self, request: Request, error: BaseException) -> None:
-        """The request failed with `error`, unless whoever waited was cancelled, or told of something else, before."""
+        """Fail a request with `error`, unless it was cancelled or has ended already."""
         if not request.is_done:
             self.counters.failed += 1
             self.hub.finish(request)
@@ -1000,20 +1014,20 @@ class Executor:
                 request.batch.settle((), error)
 
     def failed(self, error: BaseException, when: str) -> AiotrtError:
-        """What a caller gets for an error of the device; a fault breaks the device first."""
+        """Return the error that a caller gets for this one. A `DeviceError` breaks the device first."""
         if isinstance(error, DeviceError):
             self.device.fail(error)
         return self.explain(error, when)
 
     def failed_on_device(self, error: DeviceError) -> None:
-        """What the hub was told when it looked: the device broke, or this model's work hangs."""
+        """Handle a `DeviceError` found while polling. A hang breaks this model only; any other fault breaks the device."""
         if isinstance(error, DeviceHangError):
             self.break_down(error)
         else:
             self.device.fail(error)
 
     def explain(self, error: BaseException, when: str) -> AiotrtError:
-        """The error that a caller gets for whatever went wrong."""
+        """Return the error that a caller gets for this exception; `when` says what was being done."""
         if isinstance(error, AiotrtError):
             return error
         if isinstance(error, torch.OutOfMemoryError):
@@ -1023,7 +1037,7 @@ class Executor:
         return explained
 
     def resume(self, slot: Slot, error: BaseException | None, when: str) -> Request | None:
-        """A worker thread is done with this slot. Returns the request, if it is still there and all went well."""
+        """Go on with a slot that a worker thread is done with. Returns the request, unless it was abandoned or failed."""
         request = slot.request
         assert request is not None
         state = self.machine.states[slot.index]
@@ -1049,16 +1063,16 @@ class Executor:
             self.counters.fallback_runs += 1
 
     def follow_latest(self, slot: Slot) -> None:
-        """Without overlap, make this slot's next launch wait, on the device, for the last launch of another."""
+        """Without overlap, make this slot's next launch wait, on the device, for the latest launch of another slot."""
         latest = self.latest
         slot.predecessor = None if latest is None or latest is slot else latest.turn
 
     def pass_turn(self, slot: Slot) -> None:
-        """Without overlap, make whoever launches next wait for what is on this slot's stream, and for the launch before it.
+        """Without overlap, make the next launch wait for the work on this slot's stream, and for the launch before it.
 
-        For a launch that may not have waited for that: it failed, or a worker thread submitted it.
+        Called after a launch that may not have waited for the one before it: it failed, or a worker thread submitted it.
 
-        Raises: what the device raises; then nobody knows who would wait for whom.
+        Raises: what the device raises. The order of the launches is unknown then.
         """
         self.follow_latest(slot)
         pass_turn(slot)
@@ -1066,7 +1080,7 @@ class Executor:
     # Leases...
 
     def lease_completed(self, slot: Slot, number: int, error: BaseException | None) -> None:
-        """A launch of the lease that has this slot has failed, or ended after the lease."""
+        """Handle a lease's launch that has failed, or that ended after its lease."""
         if isinstance(error, DeviceError):
             self.failed_on_device(error)
         elif number == slot.launches:  # else it is an earlier launch of several
@@ -1076,19 +1090,19 @@ class Executor:
                 self.move(slot, COMPLETE)
 
     def submit_in_worker(self, slot: Slot, job: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
-        """A lease's launch that occupies its thread."""
+        """Submit, on a worker thread, a lease's launch that occupies its thread."""
         self.move(slot, Move.PREPARE)
-        slot.predecessor = None  # it waits for nobody, whom this slot's last launch waited for included
+        slot.predecessor = None  # worker launches are not ordered: drop the previous launch's predecessor
         self.work(slot, job, lambda slot, _, error: then(error), LAUNCH_LATE)
 
     def end_lease(self, slot: Slot) -> None:
-        """The holder lets go of its slot. Its consumer-done events are among the slot's gates already."""
+        """Release a lease's slot. The lease's consumer events are in the slot's `gates` already."""
         self.move(slot, Move.RELEASE)
 
     def reclaim(self, slot: Slot) -> None:
-        """A lease was forgotten: its consumers are unknown, so the slot is free only when the whole device is idle."""
+        """Reclaim a forgotten lease's slot. Its consumers are unknown, so it is free only when the whole device is idle."""
         if self.is_discarded:
-            return  # the model went with the lease, and what may still be in use is kept
+            return  # the model was collected with the lease; memory that may still be in use is kept
         state = self.machine.states[slot.index]
         if state in (IN_FLIGHT, State.PREPARING):
             slot.is_forgotten = True
@@ -1108,7 +1122,7 @@ class Executor:
     # Moving slots...
 
     def move(self, slot: Slot, move: Move, *, then: Callable[[], None] | None = None) -> None:
-        """Apply a move; if that frees the slot, forget its request, do `then`, and serve the next in line.
+        """Apply a move. If it frees the slot, forget its request and serve the next one in the queue. Then call `then`.
 
         The next request is launched before this one is resolved, so that the device has work while the caller's
         coroutine runs.
@@ -1122,7 +1136,7 @@ class Executor:
         try:
             if grant is not None:
                 self._serve(grant)
-        finally:  # an interrupt of the next request must not keep this one's caller waiting for ever
+        finally:  # an interrupt while the next request is served must not leave this one's caller waiting forever
             if then is not None:
                 then()
             if self._idle is not None:
@@ -1135,9 +1149,9 @@ class Executor:
         then: Callable[[Slot, Any, BaseException | None], object],
         late: str = "a call's inputs or results were not copied",
     ) -> None:
-        """Do `job` on a worker thread and `then` on the loop's, whatever becomes of the job.
+        """Run `job` on a worker thread, and then call `then` on the loop's thread, even if the job raised.
 
-        It counts as hung after `hang_timeout`; the error says that `late`.
+        The job counts as hung after `hang_timeout`; `late` is what the error says.
         """
         alarm = Alarm(self.loop, self.device, self.hang_timeout, late, self.break_down)
 
@@ -1154,7 +1168,7 @@ class Executor:
             try:
                 self.loop.call_soon_threadsafe(done, slot, result, error)
             except RuntimeError:
-                # The loop was closed under pending work: no callback can run, and the device may still use the job's result.
+                # The loop was closed with work pending: no callback can run, and the device may still use the job's result.
                 keep(self)
                 release_when_idle(self, self.device)
 
@@ -1164,9 +1178,9 @@ class Executor:
             self.loop.call_soon(done, slot, None, error)
 
     def evict(self, newest: Program) -> None:
-        """Free what is over the cache's bounds now that `newest` is in it."""
-        # A free slot's launches are complete, so whoever may still read its outputs is among its gates. The newest
-        # program's slot has launched nothing since it was granted, so that holds for its other programs too.
+        """Free the programs that exceed the cache's bounds now that `newest` is in it."""
+        # A free slot's launches are complete, so each consumer that may still read its outputs has an event in `gates`. The
+        # newest program's slot has launched nothing since it was granted, so this holds for its other programs too.
         for program in self.cache.evict(self.busy(self.slots[newest.slot]), newest):
             self.counters.evictions += 1
             self.retire(program, list(self.slots[program.slot].gates))
@@ -1175,31 +1189,31 @@ class Executor:
         """Free a program in a worker thread, once its last readers are done."""
 
         def job() -> None:
-            self.device.prepare_thread()  # it may be this thread's first job, and destroying an event takes a context
+            self.device.prepare_thread()  # it may be this thread's first job, and destroying an event needs a context
             retire(program, gates)
 
         self._workers.submit(job)
 
     def busy(self, besides: Slot) -> list[int]:
-        """The slots that somebody has, besides this one."""
+        """Return the indices of the slots that are not free, without this one."""
         return [s.index for s in self.slots if s is not besides and self.machine.states[s.index] is not FREE]
 
     # Breaking and closing...
 
     def _device_failed(self, error: DeviceError) -> None:
-        """On whichever thread found the fault."""
+        """Break the model after a fault of its device. Called on the thread that found the fault."""
         if asyncio._get_running_loop() is self.loop:
             self.break_down(error)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits there any more
                 self.loop.call_soon_threadsafe(self.break_down, error)
 
     def break_down(self, error: DeviceError) -> None:
-        """Every slot is lost; everybody who waits is told."""
+        """Break the model: give up every slot, and fail all waiting callers with `error`."""
         if self.broken is not None:
             return
         self.broken = error
-        keep(self)  # the device may still write to any of this
+        keep(self)  # the device may still write to any of its memory
         waiting = [grant.ticket for grant in self._granted] + self.machine.withdraw_all()
         self._granted.clear()
         for slot in self.slots:
@@ -1214,7 +1228,7 @@ class Executor:
         self._check_idle()
 
     def lost_track(self, error: Exception) -> None:
-        """The end of a failed launch cannot be seen, so its slot can never be given to anybody again."""
+        """Break the device or the model: the end of a failed launch cannot be seen, so its slot can never be used again."""
         if isinstance(error, DeviceError):
             self.device.fail(error)
         else:
@@ -1231,11 +1245,11 @@ class Executor:
             told(error)
 
     def refuse(self) -> None:
-        """No more requests."""
+        """Accept no more requests."""
         self.closing = True
 
     def drop(self) -> None:
-        """Fail everybody who waits; what is on the device drains."""
+        """Fail all waiting callers; work on the device drains."""
         error = ModelClosedError(f"{self.recipe.engine.name} was closed while this call waited")
         for waiting in self.machine.withdraw_all():
             waiting.is_queued = False
@@ -1246,14 +1260,14 @@ class Executor:
                 continue
             request.is_revoked = True
             self._take_back(slot, request)
-            self.reject(request, error)  # the holder of a lease is told at its next step
+            self.reject(request, error)  # the holder of a lease gets an error from its next operation
         self._fail_others(error)
         self._check_idle()
 
     def _take_back(self, slot: Slot, request: Request) -> None:
         record_readers, request.record_readers = request.record_readers, None
         try:
-            if record_readers is not None:  # its holder will not come to say who reads
+            if record_readers is not None:  # the holder of the lease will not record its consumers itself any more
                 record_readers()
         except Exception as error:
             self.failed(error, "while a lease was taken back")
@@ -1263,13 +1277,13 @@ class Executor:
             self.move(slot, Move.RELEASE)
 
     def idle(self) -> asyncio.Future[None]:
-        """Done when nobody waits and every slot is free (or broken)."""
+        """Return a future that is done when no request waits and every slot is free (or broken)."""
         idle = self._idle = self.loop.create_future()
         self._check_idle()
         return idle
 
     def consumed(self) -> asyncio.Future[None]:
-        """Done when the last consumers of all slots are, or the device counts as hung; then it is broken."""
+        """Return a future that is done when all slots' consumers are done, or count as hung, which breaks the model."""
         passed: asyncio.Future[None] = self.loop.create_future()
         gates = [gate for slot in self.slots for gate in slot.gates]
         if self.broken is not None or not gates:
@@ -1286,7 +1300,7 @@ class Executor:
         return passed
 
     def when_passed(self, gates: Sequence[Event], then: Callable[[BaseException | None], None]) -> None:
-        """Call `then` once all consumers are done, or with the error that the device answered."""
+        """Call `then` with None when all consumers are done, or with the error of the first query that raised."""
         lane = Lane()
         left = len(gates)
 
@@ -1313,7 +1327,7 @@ class Executor:
             self._idle = None
 
     def detach(self) -> None:
-        """Leave the loop and the device: the first half of closing, on the loop's thread."""
+        """Release the hub and stop listening to the device: the first half of closing, on the loop's thread."""
         self._stop_listening()
         for slot in self.slots:
             self.hub.forget(slot.lane)
@@ -1321,17 +1335,17 @@ class Executor:
 
     @property
     def is_forked(self) -> bool:
-        """Whether this is a child process, and the model its parent's."""
+        """Whether this process was forked after the model was loaded."""
         return self._forks != _forks
 
     def discard(self) -> None:
-        """The model was garbage collected without having been closed. On any thread, so it only lets go."""
+        """Release a model that was garbage collected without being closed. Any thread may run this, so it frees nothing."""
         self.closing = self.is_discarded = True
         self._stop_listening()
         if not self._is_idle():
             keep(self)  # the device may still be using its memory
             with contextlib.suppress(ResourceError):
-                # In a pool of its own: a garbage collection has ended this one's threads.
+                # In a new pool: the garbage collection has ended the threads of `_workers`.
                 self.device.workers(1).submit(release_when_idle, self, self.device)
         self._workers.shutdown(wait=False)
         if self.loop.is_closed():
@@ -1340,10 +1354,10 @@ class Executor:
             self.loop.call_soon_threadsafe(self.hub.release)
 
     def free(self) -> None:
-        """Free everything: the second half, on a worker thread. A broken executor keeps its memory instead."""
+        """Free everything: the second half of closing, on a worker thread. A broken executor keeps its memory instead."""
         self.device.prepare_thread()
         if self.broken is not None:
-            self._workers.shutdown(wait=False)  # one of them may be waiting for a device that never answers
+            self._workers.shutdown(wait=False)  # a worker may be waiting for a device that never answers
             return
         self._workers.shutdown(wait=True)
         for program in self.cache.clear():
@@ -1354,7 +1368,7 @@ class Executor:
 
 
 def _owned(request: Request, program: Program, views: Sequence[Any]) -> Sequence[Any]:
-    """Copy these views of the outputs to memory of the callers' own. A worker may call this."""
+    """Copy these views of the outputs to memory that belongs to the callers. A worker may call this."""
     if request.batch is not None:
         return request.batch.copied(program, views)
     kind = request.kind
@@ -1362,7 +1376,7 @@ def _owned(request: Request, program: Program, views: Sequence[Any]) -> Sequence
 
 
 def _device_failed(executor: weakref.ref[Executor], error: DeviceError) -> None:
-    # Weakly: the device outlives its models, and must not keep one whose loop was closed under pending calls.
+    # A weak reference: the device outlives its models, and must not keep one whose loop was closed with calls pending.
     found = executor()
     if found is not None:
         found._device_failed(error)

@@ -1,15 +1,15 @@
-"""Roboflow's handshake: what tensors carry as attributes, understood and spoken, so that its code and this work together.
+"""Roboflow's handshake: attributes of tensors that are read and set here, so that its code and aiotrt work together.
 
-An attribute is lost with any slice or view of a tensor, and its meaning with the next replay. So nothing in aiotrt depends
-on these: they are read from what comes in and put on what goes out, and everything between is in objects.
+A slice or view of a tensor loses its attributes, and the next replay makes them meaningless. So nothing inside aiotrt
+depends on these attributes: they are read from inputs and set on inputs and results, and state in between is in objects.
 
 | attribute | on | means |
 |---|---|---|
-| ``_trt_ready_event`` | an input | it may be read after this |
+| ``_trt_ready_event`` | an input | it may be read after this event |
 | ``_trt_reuse_as_input_buffer`` | an input | capture the graph on this memory itself, instead of copying from it |
-| ``_trt_consumed_event`` | an input | set here: it has been read after this |
-| ``_trt_produce_event`` | an output | set here: it may be read after this |
-| ``_trt_graph_state`` | a leased output | set here: whoever reads it puts a ``consumer_done_event`` into that |
+| ``_trt_consumed_event`` | an input | set here: it has been read after this event |
+| ``_trt_produce_event`` | an output | set here: it may be read after this event |
+| ``_trt_graph_state`` | a leased output | set here: a consumer sets ``consumer_done_event`` on this object |
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["GraphState", "bound_inputs", "carries_anything", "carry", "mark_cons
 
 
 class GraphState:
-    """Where readers of a leased output say when they are done, the way Roboflow's do.
+    """Takes the consumer events of a leased output, in the way that Roboflow's code assigns them.
 
-    Theirs keeps the last event only, so the second of two readers hides the first; here each assignment counts.
+    Roboflow's class keeps the last event only, so a second consumer hides the first; here each assignment counts.
 
     Attributes:
-        assigned: since the last `take`.
+        assigned: the events assigned since the last `take`.
     """
 
     def __init__(self) -> None:
@@ -48,23 +48,23 @@ class GraphState:
             self.assigned.append(event)
 
     def take(self) -> list[Event]:
-        """All of them, which the next launch must wait for."""
+        """Return and remove all assigned events; the next launch must wait for them."""
         events, self.assigned = self.assigned, []
         return events
 
 
 def carries_anything(arguments: Sequence[Argument]) -> bool:
-    """Whether an input has any attributes at all; if not, the other functions here find nothing."""
+    """Return whether any input has attributes; if none has, the other functions here find nothing."""
     return bool(_owners(arguments))
 
 
 def ready_events(arguments: Sequence[Argument]) -> list[Event]:
-    """What device inputs wait for."""
+    """Return the events after which the device inputs may be read."""
     return [event for owner in _owners(arguments) if (event := getattr(owner, "_trt_ready_event", None)) is not None]
 
 
 def bound_inputs(arguments: Sequence[Argument]) -> dict[int, torch.Tensor]:
-    """Device inputs whose own memory the graph shall read; one that is not in plain order is copied all the same."""
+    """Return the device inputs whose memory the graph is to read in place; inputs that are not contiguous are copied."""
     return {
         i: argument.tensor
         for i, argument in enumerate(arguments)
@@ -76,27 +76,27 @@ def bound_inputs(arguments: Sequence[Argument]) -> dict[int, torch.Tensor]:
 
 
 def wants_consumed(arguments: Sequence[Argument]) -> bool:
-    """Whether somebody who speaks the handshake passed an input."""
+    """Return whether any input has an attribute of the handshake, so that its caller expects ``_trt_consumed_event``."""
     return any(
         hasattr(owner, "_trt_ready_event") or hasattr(owner, "_trt_reuse_as_input_buffer") for owner in _owners(arguments)
     )
 
 
 def mark_consumed(arguments: Sequence[Argument], event: Event) -> None:
-    """Say on the inputs when they have been read."""
+    """Set on the inputs the event after which they have been read."""
     for owner in _owners(arguments):
-        with contextlib.suppress(AttributeError):  # an object that takes no attributes did not ask either
+        with contextlib.suppress(AttributeError):  # an object without settable attributes does not use the handshake
             owner._trt_consumed_event = event  # type: ignore[attr-defined]
 
 
 def carry(tensor: torch.Tensor, event: Event) -> None:
-    """Say on a result when it may be read."""
+    """Set on a result the event after which it may be read."""
     tensor._trt_produce_event = event  # type: ignore[attr-defined]
 
 
 def _owners(arguments: Sequence[Argument]) -> list[object]:
-    """The device inputs as the caller gave them, of those that carry anything at all."""
-    # Asking each for an attribute that it has not costs as much as a launch; asking for its dictionary does not.
+    """Return the device inputs that have attributes, as the caller gave them."""
+    # Reading an attribute that a tensor lacks costs as much as a launch; reading its `__dict__` does not.
     return [
         argument.owner[0]
         for argument in arguments

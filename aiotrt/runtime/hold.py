@@ -28,7 +28,7 @@ __all__ = ["Hold"]
 
 
 class _Orders(NamedTuple):
-    """What one launch has to do besides: inputs written since the last one (True from the host), and who else reads."""
+    """Extra work of one launch: inputs written since the last one (True: from the host), and other streams that read."""
 
     sources: dict[int, bool]
     consumers: dict[int, Stream]
@@ -44,12 +44,13 @@ def _nothing(_: BaseException | None) -> None:
 
 
 def _nobody_knows() -> None:
-    # For a model that is closed before the loop hears that the lease is gone: without this its buffers were free at once.
+    # For a model that is closed before the loop has reclaimed a forgotten lease: without this error `close` would treat the
+    # lease's buffers as free at once.
     raise UsageError("the lease was never left, so who reads its buffers is not known")
 
 
 class Hold:
-    """What a lease and its buffers share: the slot, and what was written, launched and consumed."""
+    """State that a lease shares with its buffers: the slot, and what was written, launched and consumed."""
 
     def __init__(self, executor: Executor, slot: Slot, request: Request, program: Program) -> None:
         self.executor = executor
@@ -63,19 +64,19 @@ class Hold:
         request.record_readers = self._record_readers
         self._sources: dict[int, bool] = {}  # inputs written since the last launch: True from the host
         self._ever_written: set[int] = set()
-        self._last: Replay | None = None
-        self._unordered: Replay | None = None  # likewise, while it is not known to be complete
+        self._last: Replay | None = None  # the last launch
+        self._unordered: Replay | None = None  # the last launch, while it is not known to be complete
         self._launches: deque[Replay] = deque()  # pending, in order
-        self._spares: list[Replay] = []  # those that were awaited, and whose events nobody else has
-        self._current: Stream | None = None  # the caller's, at the last launch
-        #: What a launch without new inputs and without extra consumers is, where that is one graph without copies.
+        self._spares: list[Replay] = []  # awaited launches whose events were not handed out, for reuse
+        self._current: Stream | None = None  # the caller's current stream at the last launch
+        #: The graph of launches without new inputs and extra consumers, if such a launch is one graph without copies.
         self._graph = program.graph if slot.turn is None and not self.unified and self.kind is DEVICE else None
         self._tells = executor.device.tells
-        self._ordered: set[int] = set()  # streams that wait for it, by handle
-        self._current_mark: Event | None = None  # host: the last thing put on the current stream
-        self._marks: dict[int, Event] = {}  # likewise, of what writes each input
+        self._ordered: set[int] = set()  # handles of the streams that wait for `_unordered`
+        self._current_mark: Event | None = None  # on the host device, the event after the last write on the current stream
+        self._marks: dict[int, Event] = {}  # on the host device, the event after the last write to each input
         self._state = GraphState()
-        self._kept: torch.Tensor | None = None  # what the last complete launch handed out, of a program with one output
+        self._kept: torch.Tensor | None = None  # the tensor handed out for a complete launch of a program with one output
         self._left = False
 
     def open(self) -> None:
@@ -91,7 +92,7 @@ class Hold:
         return not self._left and self.slot.request is self._request and not self._request.is_revoked
 
     def check(self) -> None:
-        """Raise unless the lease is held, here, on a working model."""
+        """Raise unless the lease is held, the model works, and its loop runs on this thread."""
         executor = self.executor
         if (
             self._left
@@ -111,19 +112,19 @@ class Hold:
         raise ModelClosedError(f"{executor.recipe.engine.name} was closed, and this lease with it")
 
     def check_submitted(self) -> None:
-        """Raise while a worker thread submits the last launch: the slot is that thread's, and nothing is in order yet."""
+        """Raise while a worker thread submits the last launch: it owns the slot, and its work is not ordered yet."""
         if self.executor.machine.states[self.slot.index] is State.PREPARING:
             raise UsageError(
                 "the last launch is not complete: without a graph, a worker submits it; await it or take another lease"
             )
 
     def check_launched(self) -> None:
-        """Raise unless something was launched."""
+        """Raise unless there was a launch."""
         if self._last is None:
             raise UsageError("nothing was launched in this lease yet: call launch() or await replay() first")
 
     def check_settled(self, what: str) -> None:
-        """Raise unless the last launch is complete, so that the host may touch `what`."""
+        """Raise unless the last launch is complete, so that the CPU may read or write `what`."""
         if self._last is not None and not self._is_complete(self._last.event):
             raise UsageError(
                 f"{what}: the last launch is not complete, and the host must not touch this before it is: await it"
@@ -134,11 +135,11 @@ class Hold:
             return self.executor.device.query(event)
         except DeviceError:
             raise
-        except Exception:  # the work itself failed, as whoever awaits it is told; it no longer runs
+        except Exception:  # the work itself failed, and no longer runs; the caller that awaits it gets the error
             return True
 
     def wrote(self, index: int, *, host: bool) -> None:
-        """Note that an input was written, and from where."""
+        """Record that an input was written, and from where."""
         if not self.unified and self._sources.setdefault(index, host) is not host:
             name = self.specs[index].name
             raise UsageError(f"input {name!r} was written from the host and from the device; write all of it from one side")
@@ -147,18 +148,18 @@ class Hold:
     # The current stream of the host device, where copies between buffers are ordered...
 
     def on_current(self, index: int, function: Callable[[], None]) -> None:
-        """Put what writes an input on the current stream, and remember that it is there."""
+        """Submit a function that writes an input to the current stream, and record events after it."""
         stream = self.executor.device.current_stream()
         stream.run(function)
         self._current_mark = self._marks[index] = self.executor.device.event()
         stream.record(self._current_mark)
 
     def is_current_idle(self) -> bool:
-        """Whether that work is done."""
+        """Return whether all that `on_current` submitted is complete."""
         return self._current_mark is None or self._is_complete(self._current_mark)
 
     def check_arrived(self, index: int, name: str) -> None:
-        """Raise while such work is to write an input: it would overwrite what plain Python writes now."""
+        """Raise while work of `on_current` is still to write an input: it would overwrite what plain Python writes now."""
         mark = self._marks.get(index)
         if mark is not None and not self._is_complete(mark):
             raise UsageError(
@@ -169,15 +170,15 @@ class Hold:
     # Launching...
 
     def replay(self) -> Replay:
-        """Launch, for a holder that awaits the replay and then calls `awaited`."""
+        """Launch, for a holder that then awaits the replay and calls `awaited`."""
         self.check()
         return self.launch_in_worker() if self.program.blocking else self.launch(False)
 
     def launch(self, is_given: bool) -> Replay:
-        """Launch.
+        """Launch on this thread.
 
         Args:
-            is_given: whether the caller gets the event; then the current stream waits for it too.
+            is_given: whether the caller gets the event; if so, the current stream also waits for it.
         """
         executor, slot = self.executor, self.slot
         if len(self._ever_written) < len(self.program.inputs):
@@ -201,17 +202,17 @@ class Hold:
                 self._submit(event, current, orders)
             self._launched(replay)
         except Exception as error:
-            # Nothing here keeps what is raised: its traceback has the lease, which must end when its holder forgets it.
+            # No attribute keeps this error: its traceback refers to the lease, which must end when its holder forgets it.
             raise self._failed(error, replay, orders) from error
         except BaseException as error:  # an interrupt, after which the loop may go on
             self._failed(error, replay, orders)
             raise
-        if is_given:  # else it is waited for, and its completion orders all that follows
+        if is_given:  # else the holder awaits it, so that what follows comes after its completion
             self.order()
         return replay
 
     def _take(self, is_given: bool) -> Replay:
-        """Return a replay to launch: one that was awaited, unless the caller gets the event, which must be a new one."""
+        """Return a replay to launch: a spare one, unless the caller gets its event, which must be a new event."""
         if self._spares and not is_given:
             replay = self._spares.pop()
             replay.is_done = False
@@ -225,7 +226,7 @@ class Hold:
         return replay
 
     def awaited(self, replay: Replay) -> Any:
-        """Return the results of a replay that was awaited to its end. It is used again, unless its event was handed out."""
+        """Return the results of a replay that was awaited to its end, and keep it for reuse if its event was not given."""
         if not replay.is_given:
             self._spares.append(replay)
         return self.results()
@@ -257,7 +258,7 @@ class Hold:
         except Exception as error:
             raise executor.failed(error, "while it was launched") from error
         event = replay.event
-        orders = self._take_orders()  # here, on the loop's thread, which goes on naming consumers meanwhile
+        orders = self._take_orders()  # before the job starts: meanwhile the loop's thread may add consumers
         executor.submitting.add(replay)
 
         def submit() -> None:
@@ -267,7 +268,7 @@ class Hold:
 
         def submitted(error: BaseException | None) -> None:
             if error is not None:
-                replay.failure = self._failed(error, replay, orders)  # if the model broke, `replay` has failed with it
+                replay.failure = self._failed(error, replay, orders)  # if the model broke, this has failed `replay` already
             else:
                 try:
                     executor.pass_turn(slot)
@@ -275,15 +276,18 @@ class Hold:
                     executor.lost_track(failure)  # `replay` fails too
                 else:
                     self._launched(replay, ordered=current)
-            executor.submitting.discard(replay)  # last: from here on it is in its slot's lane, or has ended
+            executor.submitting.discard(replay)  # last: now it is in its slot's lane, or has ended
 
         executor.submit_in_worker(slot, submit, submitted)
         return replay
 
     def _failed(self, error: BaseException, replay: Replay | None, orders: _Orders) -> AiotrtError:
-        """Part of the work may be on the stream: the slot is in flight until that has passed. Returns what to raise."""
+        """Clean up after a failed launch, and return the error to raise.
+
+        Part of the work may be on the stream, so the slot is in flight until that has ended.
+        """
         executor = self.executor
-        # The next launch must still copy what was written and wait for who reads.
+        # The next launch must still copy the inputs that were written, and wait for the consumers.
         self._sources = orders.sources | self._sources
         self.consumers = orders.consumers | self.consumers
         explained = executor.failed(error, "while it was launched")
@@ -316,7 +320,7 @@ class Hold:
         submit_lease(self.executor.device, self.slot, self.program, event, consumers, from_host, self.kind)
 
     def _launched(self, replay: Replay, *, ordered: Stream | None = None) -> None:
-        """Work was submitted and the replay's event recorded after it: the slot is in flight until that completes."""
+        """Watch a replay whose event was recorded after its work: the slot is in flight until the event is complete."""
         executor, slot, program = self.executor, self.slot, self.program
         self._last = self._unordered = replay
         if self._ordered:
@@ -324,12 +328,12 @@ class Hold:
         if ordered is not None:
             self._ordered.add(ordered.handle)
         replay.on_done = self._completed
-        if not (self._launches and self._launches[-1] is replay):  # it is after an interrupt
+        if not (self._launches and self._launches[-1] is replay):  # after an interrupt it may have been appended already
             self._launches.append(replay)
         state = executor.machine.states[slot.index]
         if state is BROKEN:
             return
-        if state is not DRAINING:  # it is, when the lease ended while a worker thread submitted for it
+        if state is not DRAINING:  # it is DRAINING if the lease ended while a worker thread submitted this launch
             executor.machine.move(slot.index, LAUNCH)
         executor.count(program)
         slot.launches = replay.number = slot.launches + 1
@@ -343,7 +347,7 @@ class Hold:
         executor.hub.add(slot.lane, replay)
 
     def _completed(self, error: BaseException | None) -> None:
-        """The hub, which is polling, has seen the end of the first launch that is pending."""
+        """End the first pending launch, as a callback of the hub, which is polling."""
         executor, slot = self.executor, self.slot
         replay = self._launches.popleft()
         try:
@@ -355,7 +359,7 @@ class Hold:
                 elif state is not BROKEN:
                     executor.lease_completed(slot, replay.number, error)
         finally:
-            replay.on_done = _nothing  # a cycle, which would keep the buffers until the next garbage collection
+            replay.on_done = _nothing  # breaks a cycle, which would keep the buffers until the next garbage collection
             if self._unordered is replay:
                 self._unordered = None
             if not replay.is_done:
@@ -371,12 +375,12 @@ class Hold:
         raise UsageError(f"input {name!r} was never written in this lease: write it before the first launch")
 
     def results(self) -> Any:
-        """The outputs as the lease asked for them. Raises as `check` does, though not of another loop or thread."""
+        """Return the outputs in the lease's kind. Raises as `check` does, but does not check the loop and the thread."""
         if self._left or self._request.is_revoked or self.executor.broken is not None:
             self._refuse()
         kept = self._kept
         if kept is not None and self._unordered is None and len(kept.__dict__) == HANDED_OUT:
-            return kept  # as before, unless its holder has put more on it
+            return kept  # the same tensor again, unless its holder has set more attributes on it
         names, outputs = self.program.names, self.program.outputs
         if self.kind is DEVICE:
             if not names.is_bare:
@@ -392,13 +396,13 @@ class Hold:
         return names.pack(list(self.program.staged_outputs))
 
     def handed_out(self, output: torch.Tensor) -> torch.Tensor:
-        """An output as a tensor object of its own, since attributes on the slot's would be the next launch's too."""
+        """Return an output as a separate tensor object: attributes on the slot's own would be the next launch's too."""
         tensor = output.detach()
         launch = self._unordered
         if launch is None:
             tensor._trt_produce_event = self.executor.complete  # type: ignore[attr-defined]
         else:
-            launch.is_given = True  # so the event stays this launch's
+            launch.is_given = True  # so that the event is not reused for another launch
             tensor._trt_produce_event = launch.event  # type: ignore[attr-defined]
         tensor._trt_graph_state = self._state  # type: ignore[attr-defined]
         return tensor
@@ -415,8 +419,8 @@ class Hold:
         self.consumers[adopted.handle] = adopted
 
     def leave(self) -> None:
-        """See `Lease`: record who reads, and let go."""
-        self._request.record_readers = None  # a cycle, which would keep the buffers until the next garbage collection
+        """End the lease, see `Lease`: record events of its consumers, and release the slot."""
+        self._request.record_readers = None  # breaks a cycle, which would keep the buffers until the next garbage collection
         if not self._left and self.is_held and self.executor.broken is None:
             self._left = True
             try:
@@ -424,29 +428,32 @@ class Hold:
             except Exception as error:
                 failure = self.executor.failed(error, "while its consumers were recorded")
                 if self.executor.broken is None:
-                    self.executor.reclaim(self.slot)  # as if it were forgotten: who reads is not known now
+                    self.executor.reclaim(self.slot)  # as if it were forgotten: its consumers are unknown
                 raise failure from error
-            # Last: another caller may launch the slot from here on, and waits for these gates on the device.
+            # Last: from here on another caller may launch in the slot, and its launch waits for these consumer events.
             self.executor.end_lease(self.slot)
         self._left = True
 
     def _record_readers(self) -> None:
-        """Who reads the buffers gates their next use."""
+        """Record an event on each stream that reads the buffers; the slot's next launch waits for these events."""
         current = self.executor.device.current_stream()
         for stream in ({current.handle: current} | self.consumers).values():
             self.slot.gates.append(stream.record())
         self.slot.gates += self._state.take()
 
     def forget(self) -> bool:
-        """The lease is garbage. Returns whether it still held its slot. Called on any thread, so it only passes on."""
+        """Reclaim the slot of a lease that is garbage, through the loop, since any thread may call this.
+
+        Returns whether the lease still held its slot.
+        """
         if not self.is_held or self.executor.broken is not None:
             return False
         self._left = True
         self._request.record_readers = _nobody_knows
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the model is lost, and with it the slot
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the model can no longer be used, nor can the slot
             self.executor.loop.call_soon_threadsafe(self.executor.reclaim, self.slot)
         return True
 
     def describe(self) -> str:
-        """The slot's state, in a word."""
+        """Return the slot's state as one word."""
         return "ended" if not self.is_held else self.executor.machine.states[self.slot.index].value

@@ -3,9 +3,9 @@
 Rule 1: nothing here decides or waits. The executor and the lease say when, and own the slot while this runs, on the loop's
 thread or, for programs without a graph, on a worker's.
 Rule 2: the order is always the same. Wait for the consumers of what the slot held before; wait for the caller's stream;
-copy in; launch; copy out; and last of all record the produce event, so that it covers everything. Copies are given to the
-launch, which on CUDA has them in the graph. So is the turn that is waited for and passed on where launches of several slots
-go one after the other: their copies need not.
+copy in; launch; copy out; and last of all record the produce event, so that it covers everything. Copies are passed to the
+launch, which on CUDA has them in the graph. Where launches of several slots run one after the other, two events are passed
+too: the previous launch's `turn`, to wait for, and this slot's own, to record. They order the computations, not the copies.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def fill(device: Device, slot: Slot, request: Request, inputs: Sequence[torch.Te
 
 
 def submit_request(device: Device, slot: Slot, request: Request, program: Program) -> None:
-    """Everything that one request puts on its slot's stream; its host inputs are staged.
+    """Submit all work of one request to its slot's stream. Its host inputs are in staging memory already.
 
     Raises:
         DeviceError: the device broke.
@@ -118,12 +118,12 @@ def submit_lease(
     from_host: Collection[int],
     kind: Kind,
 ) -> None:
-    """Everything that one launch of a lease puts on its slot's stream.
+    """Submit all work of one launch of a lease to its slot's stream.
 
     Args:
-        device: the model's.
+        device: the model's device.
         slot: the leased slot.
-        program: what it runs.
+        program: the program to launch.
         event: recorded last.
         consumers: streams that wrote the inputs or read the outputs; the launch waits for them.
         from_host: inputs that were written to staging memory.
@@ -149,15 +149,15 @@ def submit_lease(
 
 
 def pass_turn(slot: Slot) -> None:
-    """Where launches go one after the other, let the next go when what is on the stream has ended, and the predecessor."""
+    """Where launches run one after the other, make the next wait for the work on this stream, and for the predecessor."""
     if slot.turn is not None:
-        if slot.predecessor is not None:  # what is there may not have waited for it, and who comes next waits for this alone
+        if slot.predecessor is not None:  # this stream may not have waited for it, and the next launch waits for `turn` only
             slot.stream.wait(slot.predecessor)
         slot.stream.record(slot.turn)
 
 
 def has_passed(device: Device, gate: Event) -> bool:
-    """Whether a consumer is done reading.
+    """Return whether a consumer is done reading.
 
     Raises:
         DeviceError: the device broke.
@@ -193,19 +193,22 @@ def retire(program: Program, gates: Sequence[Event]) -> None:
 
 
 def _ignore(error: Exception) -> None:
-    # The consumer's own failure, which is its own business: it reads no more, and that is all a gate is about.
+    # The consumer itself failed, which is not this model's error. It reads no more, so its event counts as complete.
     _log.debug("a consumer failed: %r", error)
 
 
 def open_gates(slot: Slot) -> None:
     """Make the slot's next launch wait, on the device, for the consumers of the last one."""
-    while slot.gates:  # not a plain loop: while a worker thread does this for a lease, the lease may end and add gates
+    while slot.gates:  # not a `for` loop: while a worker thread does this for a lease, the lease may end and add events
         slot.stream.wait(slot.gates[0])
-        del slot.gates[0]  # only now: a gate whose wait failed must still hold the next launch
+        del slot.gates[0]  # only now: if this wait failed, the next launch must still wait for the event
 
 
 def _copies_out(device: Device, request: Request, program: Program) -> Copies:
-    """Allocate the results; what to copy. On the device, `Request.order` says when the slot's stream may write them."""
+    """Allocate the results, and return the copies to make.
+
+    `Request.order` makes the slot's stream wait until it may write to device results.
+    """
     if request.kind is not DEVICE:
         return () if device.unified else _staged_out(program)
     if request.batch is not None:
@@ -223,7 +226,7 @@ def _copies_out(device: Device, request: Request, program: Program) -> Copies:
 
 def _staged_out(program: Program) -> Copies:
     if not program.captured:
-        program.stage((), outputs=True)  # on a worker thread, then; a launch without a graph may have changed a shape
+        program.stage((), outputs=True)  # this is a worker thread then; a launch without a graph may have changed a shape
     copies = []
     for staged, output in zip(program.staged_outputs, program.outputs, strict=True):
         assert staged is not None

@@ -1,4 +1,4 @@
-"""Many inputs, one after the other: bounded, in order, and without a task per item."""
+"""`Model.map`: runs many inputs in order, with a bounded number in flight and without a task per item."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ P = TypeVar("P", bound=Waiter)
 
 
 class _Taker(Protocol[P]):
-    """The executor; or with batching, who gathers items for it."""
+    """The executor; or with batching, the `Gatherer` that collects items for it."""
 
     def submit(self, values: Sequence[object], named: Mapping[str, object], *, bounded: bool = True) -> P: ...
 
@@ -28,7 +28,7 @@ class _Taker(Protocol[P]):
 async def map_in_order(
     executor: _Taker[P], frames: Iterable[object] | AsyncIterable[object], limit: int
 ) -> AsyncGenerator[Any, None]:
-    """What `Model.map` promises."""
+    """Run the frames and yield the results in order, as `Model.map` documents."""
     given: object = limit
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise InputError(f"in_flight must be an integer of at least 1, got {limit!r}")
@@ -40,7 +40,7 @@ async def map_in_order(
             while not source.is_exhausted and failure is None and len(pending) < limit:
                 try:
                     if not await source.ready(pending[0] if pending else None):
-                        break  # the oldest result came first
+                        break  # the oldest result came before the next item
                     pending.append(_submit_item(executor, source.take()))
                 except StopIteration:
                     break
@@ -66,7 +66,7 @@ class _Source:
 
     def __init__(self, frames: Iterable[object] | AsyncIterable[object]) -> None:
         self.is_exhausted = False
-        self._context = contextvars.copy_context()  # one for all items: a source resets later what it has set
+        self._context = contextvars.copy_context()  # one for all items: a source may reset later what it has set
         self._next: asyncio.Future[object] | None = None
         self._async: AsyncIterator[object] | None = None
         if isinstance(frames, AsyncIterable):
@@ -75,7 +75,7 @@ class _Source:
             self._sync = iter(frames)
 
     async def ready(self, other: Waiter | None) -> bool:
-        """Wait for the next item, or for `other` if that comes first; false then."""
+        """Wait for the next item or for `other`, whichever is first; False if there is no item yet."""
         if self._async is None:
             return True
         if self._next is None:
@@ -85,10 +85,10 @@ class _Source:
         return self._next.done()
 
     def take(self) -> object:
-        """The next item, which is ready.
+        """Return the next item, which is ready.
 
         Raises:
-            StopIteration: there is none; `is_exhausted` from now on.
+            StopIteration: there is no more item; `is_exhausted` is true from now on.
         """
         try:
             if self._async is None:
@@ -108,7 +108,7 @@ class _Source:
             self._next.cancel()
             await asyncio.wait([self._next])
             if not self._next.cancelled():
-                self._next.exception()  # seen; nobody takes this item any more
+                self._next.exception()  # retrieved, so that asyncio does not report it: nothing takes this item any more
 
 
 _END = object()

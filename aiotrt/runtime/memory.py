@@ -1,4 +1,4 @@
-"""Device memory of callers' own, and memory that must not be freed while a device may write to it."""
+"""Device memory that belongs to callers, and memory that must not be freed while a device may write to it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _kept: Final[list[object]] = []
 
 
 def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Device memory for copies of `outputs`, allocated in the order of the caller's stream.
+    """Allocate device memory for copies of `outputs`, in the order of the caller's stream.
 
-    The allocator takes memory back in the order of the stream that was current when it handed it out. So that must be the
-    caller's, who uses and drops the results: on any other one, memory could be handed out again while the caller's last
-    kernels read it.
+    The allocator reuses freed memory in the order of the stream that was current at its allocation. So this must be the
+    caller's stream, on which the results are used and dropped: with any other stream, memory could be handed out again while
+    the caller's last kernels read it.
     """
     if origin.handle == device.current_stream().handle:
         return _empty(device, outputs)
@@ -28,7 +28,7 @@ def allocate(device: Device, origin: Stream, outputs: Sequence[torch.Tensor]) ->
 
 
 def keep(what: object) -> None:
-    """Keep what a device may still write to: a leak is better than a dangling pointer."""
+    """Leak deliberately what a device may still write to: a leak is better than a dangling pointer."""
     _kept.append(what)
 
 
@@ -44,7 +44,7 @@ def release_when_idle(what: object, device: Device) -> None:
 
 
 def _empty(device: Device, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    if torch.is_inference_mode_enabled():  # some other task's, maybe: see `tensors.conversion.own`
+    if torch.is_inference_mode_enabled():  # perhaps another task's mode: see `tensors.conversion.own`
         with torch.inference_mode(False):
             return _empty(device, outputs)
     return [device.empty(output.shape, output.dtype) for output in outputs]

@@ -1,8 +1,8 @@
 """Which of several devices a request goes to: the one where it is expected to finish first.
 
-Rule 1: nothing here reads a clock or touches a device; a `Prospect` comes in for each device, and a `Choice` goes out.
+Rule 1: nothing here reads a clock or touches a device; the input is a `Prospect` for each device, the result is a `Choice`.
 Rule 2: a wrong estimate costs little. A request waits for a busy device only for a bounded time, and only while that device
-alone would serve everything that waits before another one could serve a single request. So no device idles under load.
+alone would serve all waiting requests before another device could serve a single one. So no device idles under load.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ __all__ = ["BUILD", "Choice", "Prospect", "choose", "copy_seconds"]
 
 #: Seconds that a program is expected to take to build, warm-up and capture included.
 BUILD: Final = 0.1
-#: Of a copy between two devices: seconds before its first byte, and bytes a second. PCI Express 4 with 16 lanes has 25e9.
+#: For a copy between two devices: seconds before its first byte, and bytes per second. PCI Express 4 with 16 lanes has 25e9.
 COPY_LATENCY: Final = 30e-6
 COPY_RATE: Final = 10e9
-#: A busy device must be expected to finish in this share of the time of a free one, or a request does not wait for it.
+#: A request waits for a busy device only if that is expected to finish in less than this share of a free device's time.
 WORTH: Final = 0.8
-#: Seconds; the least that a request waits for a busy device of which nothing is known, rather than have a program built.
+#: Seconds; the least time that a request waits for a busy device with unknown durations, rather than have a program built.
 SHORTEST_WAIT: Final = 1e-3
 
 
 class Prospect(NamedTuple):
-    """What one device offers a request.
+    """When one device could run a request.
 
     Attributes:
         free: how many slots are free.
-        backlog: seconds that the work in flight there will still take; infinity where no slot will be free by itself.
-        run: seconds that the request takes there; 0.0 where nothing is known.
-        extra: seconds before and after that: to build its program, to copy between devices.
+        backlog: seconds that the work in flight there will still take; infinity if no slot will become free by itself.
+        run: seconds that the request takes there; 0.0 if unknown.
+        extra: additional seconds, to build its program and to copy between devices.
     """
 
     free: int
@@ -44,8 +44,8 @@ class Choice(NamedTuple):
     """What `choose` decided.
 
     Attributes:
-        device: its index among the prospects.
-        seconds: 0.0 where the request can start there now; else how long it should wait for that device at most.
+        device: the index of the chosen device among the prospects.
+        seconds: 0.0 if the request can start there now; else how long it should wait for that device at most.
     """
 
     device: int
@@ -56,10 +56,10 @@ def choose(prospects: Sequence[Prospect], waiting: int = 1) -> Choice:
     """Choose a device for the first request in the queue.
 
     Args:
-        prospects: of the devices that work; at least one.
-        waiting: how many requests wait, this one among them.
+        prospects: those of the devices that work; at least one.
+        waiting: how many requests wait, including this one.
     """
-    unknown = max([prospect.run for prospect in prospects])  # of a device that has not run it: as the slowest that has
+    unknown = max([prospect.run for prospect in prospects])  # a device that has not run it counts as the slowest that has
     best = busy = -1
     least = least_busy = inf
     for i, (free, backlog, run, extra) in enumerate(prospects):

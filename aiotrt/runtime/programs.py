@@ -1,14 +1,14 @@
-"""Programs: what one slot replays for one set of shapes, and how many of them may be kept.
+"""Programs: what one slot replays for one set of shapes, and how many programs may be kept.
 
-A program is fixed input buffers, what runs, and fixed output buffers. What runs is one graph, where everything can be
-captured; else a sequence of steps, each a graph or plain calls, with the reason why. Copies between the caller and the
-buffers are not captured, so that one capture serves host and device callers alike; a launch is told of them, and a device
-may make them part of the graph.
+A program consists of fixed input buffers, the work, and fixed output buffers. The work is one graph if everything can be
+captured; else it is a sequence of steps, each a graph or plain calls, and the reasons are recorded. Copies between the
+caller and the buffers are not captured, so that one capture serves both host and device callers; they are passed to a
+launch, and a device may make them part of the graph.
 
-The cache is pure bookkeeping: it says what to evict, and the executor, who knows when the device is done, evicts.
-Its key is the slot, the shapes, the addresses of inputs that a caller wants read where they are, and the signature: dtypes,
-names, and the structure that the inputs come in. The engine is the model's own; all other inputs are copied into contiguous
-buffers at addresses that the slot owns, so strides and addresses are fixed.
+The cache is pure bookkeeping: it decides what to evict, and the executor, which knows when the device is done, frees it.
+Its key is the slot, the shapes, the addresses of inputs that a caller wants read in place, and the signature: dtypes, names,
+and the structure that the inputs come in. Each model has its own engine; all other inputs are copied into contiguous buffers
+at addresses that the slot owns, so strides and addresses are fixed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Recipe:
     """How to build a model's programs: everything but the slot and the shapes.
 
     Attributes:
-        device: where they run.
-        engine: what they run.
-        preprocess: from the model's inputs to the engine's.
-        postprocess: from the engine's outputs to the model's.
-        graphs: whether to capture at all.
-        ordered: whether launches of the programs will go one after the other.
+        device: the device where the programs run.
+        engine: the engine that they run.
+        preprocess: makes the engine's inputs from the model's.
+        postprocess: makes the model's outputs from the engine's.
+        graphs: whether to capture graphs at all.
+        ordered: whether launches of the programs will run one after the other.
     """
 
     device: Device
@@ -66,19 +66,19 @@ class Recipe:
         bound: Mapping[int, torch.Tensor],
         fill: Callable[[Tensors], None] | None = None,
     ) -> Program:
-        """Allocate, warm up and capture. Blocks: for worker threads.
+        """Allocate, warm up and capture a program. Blocks: for worker threads.
 
         Args:
-            slot: whose it will be.
-            stream: that slot's.
-            specs: of the inputs.
-            key: of the program.
-            bound: inputs that it shall read where they are.
-            fill: copies example inputs into its buffers, with `stream` current. They are used only where zeros do not do:
-                masks and lengths of nothing make some networks raise.
+            slot: the slot that will own it.
+            stream: that slot's stream.
+            specs: the signature of the inputs.
+            key: the program's key.
+            bound: inputs that it is to read in place.
+            fill: copies example inputs into its buffers, with `stream` current. They are used only if the engine raises for
+                zeros: some networks raise for empty masks and zero lengths.
 
         Raises:
-            EngineError: it cannot run at all, with or without a graph.
+            EngineError: the engine cannot run at all, with or without a graph.
             InputError: the engine does not allow these shapes.
             DeviceError: the device broke.
         """
@@ -94,22 +94,22 @@ class Recipe:
 
 
 class Program:
-    """Buffers, and what runs between them.
+    """Input and output buffers, and the work between them.
 
     Attributes:
-        slot: whose it is.
-        key: what tells it from the slot's others.
+        slot: the slot that owns it.
+        key: its key among the slot's programs.
         inputs: the device buffers that it reads.
         outputs: the device tensors that it writes; without a graph, a launch may replace them.
-        names: of the outputs.
-        fallbacks: why parts of it are not in a graph; empty when all of it is.
+        names: the names of the outputs.
+        fallbacks: why parts of it are not in a graph; empty if all of it is one graph.
         captured: whether all of it is one graph.
         blocking: whether a launch occupies the calling thread, and so belongs in a worker.
         estimate: what was learned about its duration.
         nbytes: bytes of device memory that it keeps, buffers included.
-        spare: results for the next caller, and the stream in whose order they were allocated.
-        graph: what is launched, where that is one graph; else None.
-        used: when it was used last, in uses of its cache's programs.
+        spare: results for the next caller, and the handle of the stream in whose order they were allocated.
+        graph: the graph, if all of it is one; else None.
+        used: when it was used last, as a count of uses of the cache's programs.
     """
 
     def __init__(
@@ -158,10 +158,10 @@ class Program:
         *,
         own: bool = True,
     ) -> None:
-        """Submit the copies `before`, itself once, and the copies `after`; its stream's order does the rest.
+        """Submit the copies `before`, the work, and the copies `after` to the stream, which runs them in this order.
 
-        What is between the copies waits for `wait`, and `record` is recorded when it has ended. Without `own`, what runs
-        without a graph leaves what it returned in `outputs` as it is: tensors that the module may keep and change.
+        The work between the copies waits for `wait`, and `record` is recorded after it. Without `own`, work without a graph
+        puts the tensors that it returned into `outputs` without a copy; the module may keep and change them.
         """
         steps = self._steps
         if not self.captured and isinstance(steps[-1], _Eager):
@@ -176,7 +176,7 @@ class Program:
         last.launch(self._stream, after=after, record=record)
 
     def is_staged(self, inputs: Collection[int], *, outputs: bool) -> bool:
-        """Whether pinned memory is there for these inputs, and for the outputs."""
+        """Return whether there is pinned memory for these inputs, and for the outputs if `outputs`."""
         for i in inputs:
             if self.staged_inputs[i] is None:
                 return False
@@ -187,7 +187,7 @@ class Program:
         return True
 
     def stage(self, inputs: Collection[int], *, outputs: bool) -> None:
-        """Make sure it is. Blocks: allocating pinned memory takes milliseconds."""
+        """Allocate the pinned memory that `is_staged` checks for. Blocks: that takes milliseconds."""
         for i in inputs:
             if self.staged_inputs[i] is None:
                 self.staged_inputs[i] = staged = self._staging(self.inputs[i])
@@ -200,13 +200,13 @@ class Program:
                     self.output_views[i] = numpy_view(staged)
 
     def staged_input(self, i: int) -> torch.Tensor:
-        """The pinned memory of input `i`, which `stage` has made."""
+        """Return the pinned memory of input `i`, which `stage` has allocated."""
         staged = self.staged_inputs[i]
         assert staged is not None
         return staged
 
     def output_view(self, i: int) -> Array:
-        """A host view of output `i`, once it is complete."""
+        """Return a host view of output `i`, whose content is valid once the launch is complete."""
         if self._device.unified:
             output = self.outputs[i]
             if output is not self.staged_outputs[i]:  # a launch has replaced the tensor
@@ -217,7 +217,7 @@ class Program:
         return view
 
     def close(self) -> None:
-        """Free it. Everything that it launched, and everybody who reads its buffers, is done. Blocks."""
+        """Free the program. All its launches and all readers of its buffers must be done. Blocks."""
         for closer in self._closers:
             closer()
         self.graph = None
@@ -232,11 +232,11 @@ class ProgramCache:
     """Programs by slot and key, least recently used first, bounded in number and bytes.
 
     Args:
-        max_entries: over all slots.
-        max_bytes: over all slots.
+        max_entries: the most programs, over all slots.
+        max_bytes: the most bytes of device memory, over all slots.
 
     Attributes:
-        uses: how often one of them was used.
+        uses: how many times programs of this cache were used.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
@@ -254,30 +254,30 @@ class ProgramCache:
         return iter(self._programs.values())
 
     def get(self, slot: int, key: Key) -> Program | None:
-        """The program, now the most recently used one."""
+        """Return the program, and make it the most recently used one; None if there is none."""
         program = self._programs.get((slot, key))
         if program is not None:
             self.uses = program.used = self.uses + 1
         return program
 
     def holders(self, key: Key) -> Mapping[int, Program]:
-        """The slots that have a program for this key."""
+        """Return the programs for this key, by slot."""
         return self._holders.get(key, {})
 
     def add(self, program: Program) -> None:
-        """Keep a new program."""
+        """Add a new program."""
         self._programs[program.slot, program.key] = program
         self.uses = program.used = self.uses + 1
         self._holders.setdefault(program.key, {})[program.slot] = program
         self.nbytes += program.nbytes
 
     def evict(self, busy: Collection[int], keep: Program | None) -> list[Program]:
-        """Take out what is over the bounds, least recently used first, and return it.
+        """Remove the programs that exceed the bounds, least recently used first, and return them.
 
         Args:
-            busy: slots whose programs may be in flight, leased or in the making: theirs stay, even if that means staying
-                over a bound for a while.
-            keep: stays too; None to take out all that may be taken, whatever the bounds.
+            busy: slots whose programs may be in flight, leased or being built: their programs stay, even if the cache then
+                exceeds a bound for a while.
+            keep: a program that stays too; None to remove all programs of other slots, regardless of the bounds.
         """
         evicted: list[Program] = []
         for program in sorted(self._programs.values(), key=lambda program: program.used):
@@ -289,7 +289,7 @@ class ProgramCache:
         return evicted
 
     def clear(self) -> list[Program]:
-        """Take out everything, and return it."""
+        """Remove all programs, and return them."""
         programs = list(self._programs.values())
         for program in programs:
             self._remove(program)
@@ -337,7 +337,8 @@ class _Builder:
             self._stream.synchronize()
             return program
         except BaseException:
-            # What runs still uses what is freed here. A broken device has told so already, and may use it for ever.
+            # Work that still runs uses what is freed here, so wait for it first. On a broken device, which has reported its
+            # fault already, the wait raises and nothing is freed, since the device may use the memory forever.
             with contextlib.suppress(Exception):
                 self._stream.synchronize()
                 for closer in self._closers:
@@ -357,7 +358,7 @@ class _Builder:
             return self._postprocessed(engine(self._preprocessed(values)))
 
         def exported(reason: str) -> ModuleExecution | None:
-            """The engine, if it is a module which runs as its export from now on: that may be capturable."""
+            """Return the engine if it is a module that now runs as its export, which may be capturable; else None."""
             if not isinstance(execution, ModuleExecution):
                 return None
             return execution if device.call(self._stream, lambda: execution.export(engine_inputs, reason)) else None
@@ -373,7 +374,7 @@ class _Builder:
 
     def _allocate(self) -> Tensors:
         device = self._recipe.device
-        # Zeros: the warm-up runs on them, and whatever the memory held before could be an index out of range.
+        # Zeros, because the warm-up reads them: what the memory held before could be an index out of range.
         inputs = [
             self._bound[i] if i in self._bound else device.empty(shape, spec.dtype).zero_()
             for i, (spec, shape) in enumerate(zip(self._specs, self._key[0], strict=True))
@@ -383,7 +384,7 @@ class _Builder:
         return inputs
 
     def _execution(self, inputs: Tensors) -> tuple[Execution, Tensors]:
-        """The engine's context, made for what `preprocess` really gives it."""
+        """Return the engine's context, made for the shapes that `preprocess` returns, and the engine's inputs."""
         recipe = self._recipe
         values = inputs
         specs: Sequence[TensorSpec] = self._specs
@@ -404,7 +405,7 @@ class _Builder:
         shapes = tuple(tuple(value.shape) for value in values)
         execution = recipe.engine.execution(recipe.device, self._stream, names, shapes)
         if structure is not None:
-            assert isinstance(execution, ModuleExecution)  # only what declares no inputs takes a structure
+            assert isinstance(execution, ModuleExecution)  # only an engine that declares no inputs takes a structure
             execution.arrange(structure, is_call=recipe.preprocess is None)
         return execution, values
 
@@ -442,7 +443,7 @@ class _Builder:
         return tensors
 
     def _returned(self, result: object) -> Tensors:
-        """The tensors of what the engine returned."""
+        """Return the tensors in what the engine returned."""
         engine = self._recipe.engine
         names, tensors = flatten(
             engine.name, result, self._recipe.device.torch_device, declared=engine.outputs is not None, known=self._engine
@@ -457,7 +458,7 @@ class _Builder:
             return values
         assert self._engine is not None
         with _blame("postprocess"):
-            # What is flat comes as so many tensors, and anything else as the engine returned it.
+            # A flat result is passed as one argument per tensor, any other as the engine returned it.
             result = function(*values) if self._engine.is_flat else function(self._engine.pack(values))
         names, tensors = flatten("postprocess", result, self._recipe.device.torch_device, known=self._post)
         if names is not self._post:
@@ -466,7 +467,7 @@ class _Builder:
 
     @staticmethod
     def _agreed(source: str, known: OutputNames | None, names: OutputNames) -> OutputNames:
-        """The names and structure of what `source` returned, which may differ from call to call where it is not captured."""
+        """Return the names and structure of what `source` returned; without a graph they may differ from call to call."""
         if known is None:
             return names
         if len(names.names) != len(known.names):
@@ -487,7 +488,7 @@ class _Builder:
         inputs: Tensors,
         exported: Callable[[str], ModuleExecution | None],
     ) -> tuple[list[Step], Tensors, list[str]]:
-        """As one graph if that can be; what runs, what it writes, and why it is not one graph."""
+        """Return the steps, the outputs that they write, and why they are not one graph; one graph if that is possible."""
         recipe = self._recipe
         reason = recipe.engine.uncapturable if recipe.graphs else "graphs=False"
         if reason is None:
@@ -500,9 +501,9 @@ class _Builder:
                         return *self._captured(whole, inputs), []
                     except CaptureError as second:
                         reason = f"{recipe.engine.name} could not be captured, nor could its export: {second}"
-                        module.restore()  # without a graph, the export is only slower
+                        module.restore()  # without a graph the export has no use, and is slower
             if recipe.preprocess is not None or recipe.postprocess is not None:
-                # Most of the gain is in the engine's graph; it must not be lost to a function beside it.
+                # Most of the gain is in the engine's graph: it must not be lost because another function is not capturable.
                 return self._piecewise(engine, inputs)
         return *self._eager(whole, inputs), [reason]
 
@@ -533,26 +534,26 @@ class _Builder:
         for name, function in pieces:
             try:
                 more, values = self._captured(function, values)
-                for step in more:  # a capture computes nothing: the next piece would be warmed up on garbage
+                for step in more:  # a capture computes nothing: without a launch the next piece would warm up on garbage
                     step.launch(self._stream)
             except CaptureError as error:
                 more, values = self._eager(function, values)
                 fallbacks.append(f"{name} could not be captured: {error}")
             steps += more
-        # Nothing failed by itself, yet the whole could not be captured: still not one graph, and the reader is told so.
+        # If each piece could be captured but the whole could not, it is still not one graph, and needs a reason.
         return steps, values, fallbacks or ["captured piece by piece; not as a whole"]
 
 
 class _Eager(BaseGraph):
-    """Work that is submitted again for each launch.
+    """Work without a graph, submitted again for each launch.
 
     Args:
-        function: submits it, and returns the results.
-        outputs: where readers look for them.
+        function: submits the work, and returns the results.
+        outputs: the list that holds the results for their readers.
 
     Attributes:
-        own: whether results are copied into memory of the program's own, which readers of a lease need. Copies of a call's
-            results are the caller's own anyway.
+        own: whether results are copied into memory that the program owns, which readers of a lease need. A call's results
+            are copied for the caller anyway.
     """
 
     def __init__(self, function: Callable[[], Tensors], outputs: Tensors) -> None:
@@ -575,7 +576,7 @@ class _Eager(BaseGraph):
 
 @contextlib.contextmanager
 def _blame(source: str) -> Iterator[None]:
-    """Say who raised, if that is the user's function and not the device."""
+    """Name the user's function in the error if that function raised, and not the device."""
     try:
         yield
     except Exception as error:
@@ -585,7 +586,7 @@ def _blame(source: str) -> Iterator[None]:
 
 
 def settled(outputs: Tensors, inputs: Tensors) -> Tensors:
-    """Return the outputs in plain row-major order, without lazy flags, in memory of their own.
+    """Return the outputs contiguous, without lazy flags, and in other memory than the inputs.
 
     A result that is a view of an input would change with it. A lazy conjugate would be wrong on the host: torch
     conjugates it there, before the copy has ended.

@@ -13,19 +13,19 @@ __all__ = ["Replay"]
 
 
 class Replay(Waiter):
-    """One launch of a lease: its produce event is polled, and awaiting it ends when that is complete.
+    """One launch of a lease. The hub polls its produce event, and awaiting the replay ends when that event is complete.
 
     Attributes:
         event: the produce event.
-        failure: what the launch failed with, if part of its work may be on the stream.
-        is_given: whether the holder of the lease has the event, and may ask it at any time.
-        number: the how manieth launch of its lease it is.
+        failure: the error of the launch, if part of its work may be on the stream.
+        is_given: whether the holder of the lease has the event, and may query it at any time.
+        number: its number among the launches of its lease, from 1.
     """
 
     __slots__ = ("event", "failure", "is_given", "number")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, event: Event, query: Callable[[], bool], *, is_given: bool) -> None:
-        # As `Waiter` and `Pending` do, without two more calls for each launch. The rest is set when it is launched.
+        # As in `Waiter` and `Pending`, without two more calls for each launch. Their other attributes are set at the launch.
         self.query = query
         self.submitted = self.notified = 0.0
         self._loop = loop

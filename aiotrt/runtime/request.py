@@ -23,14 +23,14 @@ _NONE: Final[Mapping[int, torch.Tensor]] = {}
 
 
 class Times:
-    """What happened when to a request, or to an item of a batch, that somebody observes.
+    """The times of a request, or of an item of a batch, that an observer gets.
 
     Attributes:
-        entered: when it came in; this and the next two are moments of `time.perf_counter`.
+        entered: when it was submitted; this and the next two are readings of `time.perf_counter`.
         granted: when it left the queue: it had its slot, or its place in a batch. 0.0 until then.
-        seen: when it was seen to be complete on the device. 0.0 until then, and always of an item.
-        ran: for how many seconds it had run by then, as the hub saw it.
-        late: how many of them may have passed since it was complete.
+        seen: when it was seen to be complete on the device. 0.0 until then, and always for an item.
+        ran: how many seconds it ran until then, as the hub saw it.
+        late: how many of these seconds may have passed after it was complete.
     """
 
     __slots__ = ("entered", "granted", "late", "ran", "seen")
@@ -41,56 +41,60 @@ class Times:
 
 
 class Items(Protocol):
-    """What the executor asks of the items of many callers that one request is for. It calls these on the loop's thread.
+    """The items of many callers that one request runs, as the executor sees them. It calls them on the loop's thread.
 
     Attributes:
-        left: how many of them still want their result.
+        left: how many items still wait for their results.
     """
 
     left: int
 
     def fill(self, request: Request, slot: Slot) -> bool:
-        """Decide which items go, now that the request has its slot. True: their inputs are in place for `_replay`."""
+        """Choose the items, now that the request has its slot. True if their inputs are in place for `_replay`."""
 
     def allocate(self, device: Device, program: Program) -> Copies:
-        """Allocate each item's device results, in the order of its own stream: to where, and from which part of outputs."""
+        """Allocate each item's device results in the order of its own stream; return the copies from the outputs to them."""
 
     def handed_out(self, results: Sequence[torch.Tensor]) -> Sequence[Sequence[torch.Tensor]]:
-        """Divide the device results of a request."""
+        """Divide the device results of a request among the items."""
 
     def copied(self, program: Program, views: Sequence[Array]) -> Sequence[Sequence[object]]:
-        """Copy each item's part of these host views of the outputs; nothing for one that left. A worker may call this."""
+        """Copy each item's part of these host views of the outputs; none for items that have ended.
+
+        A worker may call this.
+        """
 
     def settle(self, results: Sequence[object], error: BaseException | None) -> None:
         """Give each item its result, or the error."""
 
 
 class Request(Waiter):
-    """What one caller asked for: to run these arguments, or to lease a slot that is prepared for these shapes.
+    """A caller's request: to run these arguments, or to lease a slot that is prepared for these shapes.
 
     Awaiting it gives the packed results, or for a lease None when the slot is claimed and prepared.
 
     Attributes:
-        route: the signature that was recognised, while this takes the short path.
-        values: the inputs then, as the caller gave them.
-        arguments: else the checked inputs; they, and so the caller's memory, live until the slot is done with the request.
+        route: the recognised signature, while the request takes the short path.
+        values: on the short path, the inputs as the caller gave them.
+        arguments: on the long way, the checked inputs; they, and so the caller's memory, live until the slot is done with
+            the request.
         specs: what the inputs were checked against.
-        shapes: of the inputs.
-        bound: inputs that the graph shall read where they are.
+        shapes: the shapes of the inputs.
+        bound: inputs that the graph reads in place.
         kind: what the results should be.
         is_lease: whether the caller wants the slot itself.
-        marked: the inputs on which to say when they will have been read.
-        is_queued: whether it stands in line.
+        marked: inputs that get an event which is complete when they have been read.
+        is_queued: whether it waits in the queue.
         is_warmup: whether it only prepares slots.
-        is_revoked: whether the model was closed under a lease.
+        is_revoked: whether the model was closed while this lease was held.
         slot: the slot that it was granted, until the slot is free again.
         origin: the caller's current stream, when inputs or results are on the device.
-        origins: those of a batch's other callers.
-        batch: the items of many callers, which this request is for; None where it is one caller's.
-        ready: events that the inputs carry.
-        record_readers: makes who reads a lease's buffers gate their next use, for when it is taken from its holder.
-        results: device results of the caller's own.
-        times: what happened when; None where nobody observes.
+        origins: the current streams of a batch's other callers.
+        batch: the items of many callers that this request runs; None if it is one caller's request.
+        ready: events that the slot's stream waits for before it reads device inputs.
+        record_readers: records the consumer events of a lease, for when the model takes the slot from its holder.
+        results: device results, which belong to the caller.
+        times: when what happened to it; None without an observer.
         span: what an observer keeps with it.
     """
 
@@ -109,8 +113,8 @@ class Request(Waiter):
         *,
         is_lease: bool = False,
     ) -> None:
-        # As `Waiter` and `Pending` do, without two more calls for each request. What they say of the event (`query`,
-        # `confirm`, `on_done`, `estimate`, `hang_timeout`) is the slot's and its program's, and set when it is launched.
+        # As in `Waiter` and `Pending`, without two more calls for each request. Their other attributes (`query`, `confirm`,
+        # `on_done`, `estimate`, `hang_timeout`) come from the slot and its program, and are set at the launch.
         self.submitted = self.notified = 0.0
         self._loop = loop
         self.is_done = self._is_cancelled = self._asyncio_future_blocking = False
@@ -139,12 +143,12 @@ class Request(Waiter):
 
     @property
     def key(self) -> Key:
-        """What tells the program that it needs from a slot's others."""
+        """The key of the program that it needs, among those of a slot."""
         bound = tuple([(i, tensor.data_ptr()) for i, tensor in self.bound.items()]) if self.bound else ()
         return self.shapes, bound, self.specs
 
     def order(self, slot: Slot) -> None:
-        """Make the slot's stream wait for what the device inputs depend on, and for who had the results' memory before."""
+        """Make the slot's stream wait for what the device inputs depend on, and for the last use of the results' memory."""
         if self.origin is not None:
             slot.follow(self.origin)
             for origin in self.origins:
@@ -153,36 +157,38 @@ class Request(Waiter):
                 slot.stream.wait(event)
 
     def host_inputs(self) -> Sequence[int]:
-        """The inputs that need staging memory; for a lease any may."""
+        """Return the indices of the inputs that need staging memory; for a lease all, since any may."""
         if self.is_lease:
             return range(len(self.shapes))
-        for argument in self.arguments:  # asking costs less than listing does, and of a device caller's there are none
+        for argument in self.arguments:  # a check costs less than a list, and a caller with device inputs needs no list
             if argument.host is not None:
                 return [i for i, argument in enumerate(self.arguments) if argument.host is not None]
         return ()
 
 
 class Slot:
-    """What one slot consists of; its state is in the machine.
+    """The parts of one slot; its state is in the machine.
 
     Attributes:
-        index: its number.
-        stream: its own, on which all its work runs in order.
-        event: the produce event of requests: one request at a time, and never recorded before its last wait ended. Leases
-            hand their events out, so each of their launches has a new one.
-        query: whether the last record of that event is complete, at the least cost; see `Device.probe`.
-        confirm: likewise, and what an error of `query` means.
-        when_complete: calls what it is given when it is, on any thread; None where the device must be polled.
+        index: its index.
+        stream: its own stream, on which all its work runs in order.
+        event: the produce event of requests: for one request at a time, and never recorded before its last wait ended.
+            Leases hand their events out, so each of their launches has a new one.
+        query: whether the last record of `event` is complete, at the least cost; see `Device.probe`.
+        confirm: whether it is complete, called when `query` raises; it raises what that error means.
+        when_complete: takes a callback, and calls it on any thread when `event` is complete; None if the device must be
+            polled.
         mark: recorded on a caller's stream and waited for at once.
-        lane: its stream's line at the hub; one for all slots whose launches run one after the other.
+        lane: the hub's lane for its stream; one for all slots whose launches run one after the other.
         on_done: what the hub calls when a request's produce event is complete.
-        gates: events of consumers, which the next launch waits for, on the device.
-        turn: recorded when a launch has ended but for its copies, where launches of several slots go one after the other.
-        predecessor: the turn that the next launch waits for.
-        request: who has it now.
+        gates: consumer events that the next launch waits for, on the device.
+        turn: an event that is recorded when a launch has ended except for its copies, where launches of several slots run
+            one after the other; None where they may overlap.
+        predecessor: the `turn` of another slot that the next launch waits for.
+        request: the request that has the slot now.
         program: what it runs for that request.
-        launches: of the present lease; tells its last launch from earlier ones.
-        is_forgotten: the present lease was garbage collected without having been left.
+        launches: how many launches the present lease made; its last launch has this number.
+        is_forgotten: whether the present lease was garbage collected without having been left.
     """
 
     __slots__ = (
@@ -199,7 +205,7 @@ class Slot:
         self.mark = device.event()
         self.turn = None if overlap else device.event()
         self.predecessor: Event | None = None
-        self.stream = device.stream()  # last: what is not made need not be closed
+        self.stream = device.stream()  # after the events: if one of them fails, there is no stream to close
         self.query = device.probe(self.event)
         self.confirm: Callable[[], bool] = partial(device.query, self.event)
         self.when_complete = partial(device.when_complete, self.event) if device.tells else None
@@ -211,7 +217,7 @@ class Slot:
         self.is_forgotten = False
 
     def follow(self, stream: Stream) -> None:
-        """Make the slot's stream wait, on the device, for what `stream` was given so far."""
-        if not stream.query():  # asking costs less than ordering does, and mostly it is
+        """Make the slot's stream wait, on the device, for the work submitted to `stream` so far."""
+        if not stream.query():  # a query costs less than recording and waiting, and mostly the stream is idle
             stream.record(self.mark)
             self.stream.wait(self.mark)

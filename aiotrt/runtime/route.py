@@ -1,4 +1,4 @@
-"""The short path's memory: how the calls of one signature are recognised, and which slots have the program for them."""
+"""Routes: how the short path recognises calls of one signature, and which slots have the program for them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ __all__ = ["IN_PLACE_BYTES", "Route"]
 
 _TENSOR: Final = torch.Tensor
 _STRIDED: Final = torch.strided
-#: Host inputs of this size are read in place where they are page-locked. To ask takes about 2 us of the loop's thread, and
-#: to copy as much 5 to 10 (H200's host).
+#: Page-locked host inputs of at least this size are read in place. To query whether memory is page-locked takes about 2 us
+#: of the loop's thread, and to copy that many bytes takes 5 to 10 us (H200's host).
 IN_PLACE_BYTES: Final = 128 << 10
-#: Attributes of an input that the long way must see to; see `handshake`.
+#: Attributes of an input that only the long way handles; see `handshake`.
 _HANDSHAKE: Final = frozenset({"_trt_ready_event", "_trt_reuse_as_input_buffer"})
 
 
 class Route:
     """One signature: the type, dtype, shape and place of each input, all of them plain.
 
-    Plain means contiguous in the case of tensors, without attributes of the handshake, gradient or lazy flag, so
-    that such a call needs no arguments of its own. What does not match takes the long way, which explains what is wrong.
+    A plain tensor is contiguous and has no attributes of the handshake, no gradient and no lazy flag, so that a call needs
+    no `Argument` objects. A call that does not match takes the long way, which explains what is wrong with it.
 
     Args:
         values: the inputs that were accepted.
-        arguments: what the long way made of them.
+        arguments: the arguments that the long way made of them.
         specs: what they were checked against.
-        shapes: theirs.
+        shapes: the shapes of the inputs.
         kind: what the results should be.
         holders: the programs for these shapes, by slot, kept up to date by the cache.
-        device: whose the device inputs are.
-        holds: whether a tensor is on any of the model's devices; None where this is the only one.
+        device: the device where device inputs are.
+        holds: whether a tensor is on any of the model's devices; None if `device` is the only one.
 
     Attributes:
         on_host: the indices of the inputs on the host.
-        nbytes: how many bytes they have.
+        nbytes: how many bytes the inputs on the host have.
     """
 
     __slots__ = (
@@ -96,15 +96,15 @@ class Route:
 
     @property
     def key(self) -> Key:
-        """What tells the program from the slot's others."""
+        """The key of its program, among those of a slot."""
         return self.shapes, (), self.specs
 
     @staticmethod
     def suits(values: Sequence[object], arguments: Sequence[Argument], device: Device) -> bool:
-        """Whether calls like this one can have a route."""
+        """Return whether calls like this one can have a route."""
         for value, argument in zip(values, arguments, strict=True):
             if argument.host is None:
-                # What the device reads in place in host memory is none of its own.
+                # A host input that the device reads in place is not in the device's own memory.
                 if type(value) is not _TENSOR or not device.holds(value):
                     return False
             elif type(value) is not np.ndarray and (type(value) is not _TENSOR or value.dtype not in NUMPY_DTYPES):
@@ -112,7 +112,7 @@ class Route:
         return True
 
     def matches(self, values: Sequence[object]) -> bool:
-        """Whether these inputs are of this signature."""
+        """Return whether these inputs have this signature."""
         if len(values) != len(self._signature):
             return False
         index = self._index
@@ -141,16 +141,16 @@ class Route:
                         return False
                 elif one.get_device() != index:
                     return False
-        except RuntimeError:  # a nested tensor has no shape, and one that is sparse by rows no order
+        except RuntimeError:  # a nested tensor has no shape, and a row-sparse tensor no memory order
             return False
         return not self._large or not self._has_pinned(values)
 
     def _has_pinned(self, values: Sequence[Any]) -> bool:
-        """Whether a large input is in page-locked memory, from which the long way needs no copy to staging memory."""
+        """Return whether a large input is page-locked, so that the long way reads it without a copy to staging memory."""
         for i in self._large:
             value = values[i]
             if type(value) is np.ndarray:
-                if not (value.flags.writeable and value.flags.c_contiguous):  # the long way copies it too
+                if not (value.flags.writeable and value.flags.c_contiguous):  # the long way would copy it too
                     continue
                 try:
                     value = torch.from_numpy(value)
@@ -161,7 +161,7 @@ class Route:
         return False
 
     def still_matches(self, values: Sequence[object]) -> bool:
-        """Whether these inputs, which matched before, still do: the caller may have changed one in place meanwhile."""
+        """Return whether inputs that matched still match: the caller may have changed one in place meanwhile."""
         index = self._index
         one: Any
         for one, (kind, dtype, size, on_host) in zip(values, self._signature, strict=True):

@@ -1,4 +1,4 @@
-"""The slot machine: which slot may do what, and who gets the next one.
+"""The slot machine: which slot may do what, and which caller gets the next one.
 
 Rule 1: every decision about who owns a slot is made in this file.
 Rule 2: this file touches no device, no tensor and no event loop, so that all of it can be tested by enumeration.
@@ -44,15 +44,15 @@ class _Named(enum.Enum):
 
 
 class State(_Named):
-    """Where a slot is; the comment says who owns it there."""
+    """The state of a slot. The comments name its owner."""
 
-    FREE = "free"  # the pool; consumer-done events may still gate its next launch, on the device
+    FREE = "free"  # the pool; the next launch may still have to wait, on the device, for consumer events
     CLAIMED = "claimed"  # one caller, who writes inputs
     PREPARING = "preparing"  # a worker thread, on behalf of one caller: capturing a graph, or copying something large
     IN_FLIGHT = "in_flight"  # the device; one caller waits
     READABLE = "readable"  # the holder of a lease, who reads outputs
-    DRAINING = "draining"  # the device or a worker thread; nobody waits
-    BROKEN = "broken"  # nobody, for ever
+    DRAINING = "draining"  # the device or a worker thread; no caller waits
+    BROKEN = "broken"  # no owner, permanently
 
 
 class Event(_Named):
@@ -64,11 +64,11 @@ class Event(_Named):
     LAUNCH = "launch"  # work was submitted and its produce event recorded
     COPIED = "copied"  # the produce event passed and the results were copied out
     COMPLETE = "complete"  # the produce event passed (or the abandoned worker thread ended); results are still in the slot
-    RELEASE = "release"  # the caller lets go: the lease ends, or the wait is abandoned
+    RELEASE = "release"  # the caller releases it: the lease ends, or the wait is abandoned
     FAULT = "fault"  # the device failed
 
 
-# The members that each call asks for, by a name of their own: before Python 3.12 `State.FREE` is found by way of the
+# Global names for the members that every call uses: before Python 3.12 the lookup of `State.FREE` goes through the
 # enumeration's metaclass, which costs as much as two function calls.
 FREE: Final = State.FREE
 CLAIMED: Final = State.CLAIMED
@@ -136,14 +136,14 @@ class Slots:
 
     Args:
         count: how many slots; at least 1.
-        max_waiting: how many may wait, of those that it applies to; None for no bound.
+        max_waiting: how many bounded requests may wait; None for no bound.
     """
 
     def __init__(self, count: int, max_waiting: int | None = None) -> None:
         self.states: list[State] = [State.FREE] * count
         self.max_waiting = max_waiting
         self._free: list[int] = list(range(count - 1, -1, -1))
-        self._queue: OrderedDict[Any, bool] = OrderedDict()  # who waits, in order, and whether they count
+        self._queue: OrderedDict[Any, bool] = OrderedDict()  # tickets that wait, in order, and whether each is bounded
         self._counted = 0
 
     @property
@@ -156,16 +156,15 @@ class Slots:
         return self.states.count(state)
 
     def request(self, ticket: Any, prefer: Container[int] = (), bounded: bool = True) -> Grant | None:
-        """Ask for a slot.
+        """Request a slot.
 
         Args:
-            ticket: who asks; hashable, and in the queue once at most.
+            ticket: stands for the caller; hashable, and in the queue once at most.
             prefer: slots that suit the ticket better than others, if one of them is free.
-            bounded: whether `max_waiting` applies, and the ticket counts in the queue.
+            bounded: whether `max_waiting` applies to the ticket, and the ticket counts against it.
 
         Returns:
-            A grant, when a slot is free (then nobody waits, since `move` serves the queue first); None when the ticket now
-            waits.
+            A grant if a slot is free (then the queue is empty, since `move` serves it first); None if the ticket now waits.
 
         Raises:
             OverflowError: the queue is at its bound. Nothing changed.
@@ -189,11 +188,11 @@ class Slots:
         return None
 
     def withdraw(self, ticket: Any) -> None:
-        """`ticket` leaves the queue, in which it must be."""
+        """Remove `ticket` from the queue, in which it must be."""
         self._counted -= self._queue.pop(ticket)
 
     def withdraw_all(self) -> list[Any]:
-        """Everybody leaves the queue; returned in order."""
+        """Empty the queue, and return its tickets in order."""
         left = list(self._queue)
         self._queue.clear()
         self._counted = 0
@@ -203,8 +202,8 @@ class Slots:
         """Apply `event` to `slot`.
 
         Returns:
-            The grant that follows, when the move freed the slot and somebody waits: a freed slot goes to the queue before
-            it goes to the pool. Without this, a slot could be free while somebody waits, and the wake-up would be lost.
+            The grant that follows, if the move freed the slot and a caller waits: a freed slot goes to the queue before
+            it goes to the pool. Without this, a slot could be free while a caller waits, and the wake-up would be lost.
 
         Raises:
             IllegalTransitionError: `TABLE` has no such move. Nothing changed.
