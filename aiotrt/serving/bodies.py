@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.serving.errors import FROM_CLIENT, BodyError, BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
 from aiotrt.serving.images import FORMATS, Pixels, decode_off_loop
 from aiotrt.serving.json_body import from_base64, loads, numbers, said
-from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = [
     "array_body",

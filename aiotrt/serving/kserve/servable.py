@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, NoReturn
 import torch
 from prometheus_client import CollectorRegistry
 
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.engines.tensorrt_plan import read_plan
 from aiotrt.errors import EngineError
 from aiotrt.model import Model
@@ -27,7 +28,6 @@ from aiotrt.serving.kserve.classes import classified
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.image_input import ImageInput, image_inputs
 from aiotrt.serving.kserve.settings import ModelSettings, read_text
-from aiotrt.serving.threads import COPIED, off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["VERSION", "Servable"]
