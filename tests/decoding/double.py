@@ -107,7 +107,7 @@ class Module:
         self.in_use = threading.Lock()
 
     def Decoder(  # noqa: N802  # the library's name
-        self, *, device_id: int, max_num_cpu_threads: int, backends: Sequence[Backend], options: str
+        self, *, device_id: int, max_num_cpu_threads: int, backends: Sequence[object], options: str
     ) -> Decoder:
         assert isinstance(device_id, int)
         assert max_num_cpu_threads >= 1
