@@ -18,8 +18,8 @@ from aiotrt.serving.kserve import ModelSettings, read_config
 from tests.decoding import double
 from tests.decoding.corpus import encoded, on_cpu, photograph, turned
 from tests.serving.test_extensions import files, same
-from tests.serving.tools import served
 from tests.serving.test_kserve import serving as protocol
+from tests.serving.tools import served
 
 pytestmark = pytest.mark.asyncio
 
