@@ -169,7 +169,8 @@ def open_library(device: Device, *, hardware: bool) -> tuple[Library | None, str
     else:
         kinds = (["HW_GPU_ONLY"] if hardware else []) + ["GPU_ONLY", "HYBRID_CPU_GPU"]
         try:
-            return Library(device, nvimgcodec, kinds, device.torch_device.index), ""
+            with device.exclusive():  # it allocates pinned memory, which a capture may not survive
+                return Library(device, nvimgcodec, kinds, device.torch_device.index), ""
         except DeviceError:
             raise
         except Exception as error:
