@@ -7,6 +7,8 @@ until no thread and no device works on the image any more.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable
@@ -24,7 +26,7 @@ from aiotrt.decoding.library import Jpeg, Library, open_library, out_of_memory
 from aiotrt.decoding.pillow import Data, needed, opened, pixels
 from aiotrt.decoding.threads import memory, off_loop
 from aiotrt.devices import Device, Event, open_device
-from aiotrt.errors import DeviceError, ResourceError, UsageError
+from aiotrt.errors import DeviceError, InputError, ResourceError, UsageError
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Decoder", "decode_image"]
 
@@ -93,6 +95,10 @@ class Decoder:
         counts: images by what decoded them ("device" or "cpu"), "errors", "cancelled", and "batches" of the library.
         reasons: images that the CPU decoded although the device is a GPU, by reason: "format", "damaged" (the structure),
             "failed" (the library) or "no library".
+
+    Raises:
+        InputError: a limit is less than 1.
+        UsageError, MissingDependencyError: there is no such device, or it needs a package that is not installed.
     """
 
     def __init__(
@@ -104,6 +110,9 @@ class Decoder:
         max_batch: int = 64,
         hardware: bool = False,
     ) -> None:
+        for name, value in (("max_bytes", max_bytes), ("max_pixels", max_pixels), ("max_batch", max_batch)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         self.device = open_device(device)
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -202,6 +211,7 @@ class Decoder:
 
         Raises:
             ImageError: the data is not an image, or damaged, or has 32 bits for each value.
+            InputError: this is no buffer of bytes.
             ImageTooLargeError: it has more than `max_bytes` or `max_pixels`, or a side of more than 65,535.
             ResourceError: the device has no memory for the pixels; the decoder is usable.
             DeviceError: the device broke.
@@ -212,7 +222,10 @@ class Decoder:
     async def decode(self, data: Data, max_bytes: int, max_pixels: int) -> torch.Tensor:
         """Decode one image, with limits of its own. See `__call__`."""
         self._check()
-        size = memoryview(data).nbytes
+        try:
+            size = memoryview(data).nbytes
+        except TypeError:
+            raise InputError(f"expected the bytes of an image file, got an object of type {type(data).__name__}") from None
         if size > max_bytes:
             self.counts["errors"] += 1
             raise ImageTooLargeError(f"the image has {size:,} bytes; at most {max_bytes:,} are taken")
@@ -368,6 +381,14 @@ def _inspected(data: Data, max_pixels: int, *, is_gpu: bool) -> tuple[Image.Imag
 
 
 _decoders: Final[dict[tuple[asyncio.AbstractEventLoop, Device], Decoder]] = {}
+
+
+@atexit.register
+def _end() -> None:
+    """Close the library before the driver shuts down. The threads' own exit handler waits for that."""
+    while _decoders:
+        with contextlib.suppress(Exception):
+            _decoders.popitem()[1]._stop()
 
 
 async def decode_image(

@@ -288,6 +288,58 @@ async def test_memory_of_the_library_is_freed_when_the_device_is_done(module: do
         await until(lambda: not used)
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_callers_come_and_go(seed: int, module: double.Module) -> None:
+    """Each caller gets its own image or its own error, whatever becomes of the others, and no memory stays taken."""
+    random = np.random.default_rng(seed)
+    files = [encoded(SMALL.resize((10 + i, 9))) for i in range(8)] + [FILES["baseline"][:-30], OTHERS["PNG"]]
+    module.refuses.add(files[3])
+    decode = Decoder("host", max_batch=3)
+
+    async def caller() -> None:
+        data = files[int(random.integers(len(files)))]
+        try:
+            same(await decode(data), data)
+        except ImageError as error:
+            assert f"ImageError: {error}" == on_cpu(data)  # noqa: PT017  # either may come
+        except aiotrt.UsageError:
+            assert decode._is_closed
+
+    async with decode:
+        callers: list[asyncio.Task[None]] = []
+        for _ in range(300):
+            callers.append(asyncio.create_task(caller()))
+            match int(random.integers(6)):
+                case 0:
+                    callers[int(random.integers(len(callers)))].cancel()
+                case 1:
+                    module.gate.clear()
+                case 2 | 3:
+                    module.gate.set()
+                case 4:
+                    module.error = RuntimeError("Internal error") if random.random() < 0.2 else None
+                case _:
+                    await asyncio.sleep(random.random() * 0.004)
+        asyncio.get_running_loop().call_later(0.05, module.gate.set)
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert {type(result) for result in results} <= {type(None), asyncio.CancelledError}, results
+    assert not decode._calls
+    assert not decode._batches
+    assert module.closed == 1
+    async with asyncio.timeout(5), threads.memory(1 << 30):
+        pass
+
+
+async def test_wrong_arguments() -> None:
+    for name in ("max_bytes", "max_pixels", "max_batch"):
+        limits: dict[str, Any] = {name: 0}
+        with pytest.raises(aiotrt.InputError, match=f"{name} must be at least 1, got 0"):
+            Decoder("host", **limits)
+    text: Any = "photo.jpg"
+    with pytest.raises(aiotrt.InputError, match="expected the bytes of an image file, got an object of type str"):
+        await decode_image(text, "host")
+
+
 async def test_decode_image_shares_a_decoder(module: double.Module) -> None:
     module.gate.clear()
     calls = [asyncio.create_task(decode_image(FILES["baseline"], "host")) for _ in range(4)]
