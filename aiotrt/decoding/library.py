@@ -20,6 +20,8 @@ from aiotrt.runtime.memory import keep
 __all__ = ["Jpeg", "Library", "open_library", "out_of_memory", "turned"]
 
 _log: Final = logging.getLogger("aiotrt")
+#: Threads of the library that decode what the GPU cannot, such as the entropy coding of small images.
+_MAX_THREADS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Library:
         )
         self._decoder = module.Decoder(
             device_id=device_id,
-            max_num_cpu_threads=max(processors() - 1, 1),  # the library warns of more
+            max_num_cpu_threads=min(max(processors() - 1, 1), _MAX_THREADS),  # the library warns of one for each processor
             backends=[module.Backend(getattr(module.BackendKind, kind)) for kind in kinds],
             options=":fancy_upsampling=1",  # interpolate chroma, as libjpeg does
         )
@@ -134,8 +136,9 @@ class Library:
         except DeviceError:
             keep(self)  # the device may still write to its memory
             return
-        self._used.clear()
-        self._decoder.__exit__(None, None, None)
+        with self._device.exclusive():  # freeing memory may wait for the device
+            self._used.clear()
+            self._decoder.__exit__(None, None, None)
         self._stream.close()
 
 

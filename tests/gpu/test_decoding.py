@@ -224,6 +224,26 @@ async def test_preprocessing_in_the_graph(make: Any) -> None:
         assert statistics.captures == 1, statistics.fallbacks
 
 
+async def test_captures_beside_decoding() -> None:
+    """Neither spoils the other, though the library allocates memory for images that are larger than all before."""
+    files = [encoded(photograph("coffee", (200 + 60 * i, 150 + 40 * i))) for i in range(30)]
+    network = torch.nn.Conv2d(3, 8, 3).cuda().eval()
+    async with Decoder("cuda") as decode, aiotrt.load(network, device="cuda", slots=1) as model:
+
+        async def captures() -> None:
+            for i in range(30):
+                await model(torch.rand(1, 3, 20 + i, 20, device="cuda"))
+
+        async def images() -> None:
+            for data in files:
+                await asyncio.gather(*(decode(data) for _ in range(4)))
+
+        await asyncio.gather(captures(), images())
+        assert decode.counts["device"] == 120, decode.reasons
+        statistics = model.statistics()
+        assert (statistics.captures, statistics.fallbacks) == (30, ())
+
+
 async def test_an_endpoint() -> None:
     app = FastAPI(lifespan=serving.lifespan())
     serving.install(app)
