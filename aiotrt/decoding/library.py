@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections import deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from PIL import Image
 
 from aiotrt._install import install_hint
 from aiotrt._workers import processors
@@ -22,6 +24,7 @@ __all__ = ["Jpeg", "Library", "open_library", "out_of_memory", "turned"]
 _log: Final = logging.getLogger("aiotrt")
 #: Threads of the library that decode what the GPU cannot, such as the entropy coding of small images.
 _MAX_THREADS: Final = 16
+_COLOUR: Final = (200, 60, 30)  # of the image that tells whether the library works
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,25 @@ class Library:
         except torch.OutOfMemoryError as error:
             return out_of_memory(image.width, image.height, error)
 
+    def defect(self) -> str:
+        """Decode a small image, and return what is wrong, if anything. A missing part of the library shows only then. Blocks.
+
+        Raises:
+            DeviceError: the device broke.
+        """
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64), _COLOUR).save(file, "JPEG")
+        try:
+            (tensor,), event = self.decode([Jpeg(file.getvalue(), 64, 64, 1)])
+            event.synchronize()
+            if isinstance(tensor, torch.Tensor) and ((tensor.cpu().int() - torch.tensor(_COLOUR)).abs() < 8).all():
+                return ""
+        except DeviceError:
+            raise
+        except Exception as error:
+            return f"nvidia.nvimgcodec fails for a small JPEG file: {error}"
+        return "nvidia.nvimgcodec fails for a small JPEG file; is nvJPEG installed (nvidia-nvjpeg), for the same CUDA?"
+
     def release(self) -> None:
         """Free the library's memory that the device no longer uses."""
         while self._used and self._device.query(self._used[0][0]):
@@ -173,7 +195,11 @@ def open_library(device: Device, *, hardware: bool) -> tuple[Library | None, str
         kinds = (["HW_GPU_ONLY"] if hardware else []) + ["GPU_ONLY", "HYBRID_CPU_GPU"]
         try:
             with device.exclusive():  # it allocates pinned memory, which a capture may not survive
-                return Library(device, nvimgcodec, kinds, device.torch_device.index), ""
+                library = Library(device, nvimgcodec, kinds, device.torch_device.index)
+                reason = library.defect()
+                if not reason:
+                    return library, ""
+                library.close()
         except DeviceError:
             raise
         except Exception as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -355,8 +356,34 @@ async def test_decode_image_shares_a_decoder(module: double.Module) -> None:
         await decode_image(FILES["baseline"], "host", max_pixels=10)
 
 
+@pytest.mark.parametrize("fault", ["", "None", "grey", "error"])
+async def test_a_library_that_does_not_work_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nvJPEG is missing, or is for another version of CUDA."""
+    module = double.Module()
+    parent: Any = ModuleType("nvidia")
+    parent.nvimgcodec = module
+    monkeypatch.setitem(sys.modules, "nvidia", parent)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", parent)
+    monkeypatch.setattr(library, "_warned", set())
+    if fault == "None":
+        monkeypatch.setattr(double.Decoder, "_decoded", lambda *_: None)
+    elif fault == "grey":
+        monkeypatch.setattr(double.Decoder, "_decoded", lambda *_: double.Image(np.full((64, 64, 3), 128, np.uint8)))
+    elif fault == "error":
+        module.error = RuntimeError("Internal error")
+    device: Any = aiotrt.devices.host.HostDevice("GPU of this test")
+    device.torch_device = torch.device("cuda", 0)
+    found, reason = await asyncio.to_thread(library.open_library, device, hardware=True)
+    if fault:
+        assert found is None
+        assert ("Internal error" if fault == "error" else "is nvJPEG installed") in reason
+        assert module.closed == 1
+    else:
+        assert (found is not None, reason) == (True, "")
+
+
 async def test_a_missing_library_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.nvimgcodec", None)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     monkeypatch.setattr(library, "_warned", set())
     device: Any = SimpleNamespace(torch_device=torch.device("cuda", 0), name="cuda:0")
     for _ in range(2):
