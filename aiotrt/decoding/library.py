@@ -128,7 +128,7 @@ class Library:
             return out_of_memory(image.width, image.height, error)
 
     def defect(self) -> str:
-        """Decode a small image, and return what is wrong, if anything. A missing part of the library shows only then. Blocks.
+        """Decode a small image, and return the defect, or "". A missing part of the library shows only then. Blocks.
 
         Raises:
             DeviceError: the device broke.
