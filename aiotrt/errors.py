@@ -18,8 +18,8 @@
     │   │                           are broken, except those with other devices; `.code` and `.name` are the driver's own
     │   └── DeviceHangError         work is overdue past `hang_timeout`; the model is broken; its memory is never freed,
     │                               because the device may still be using it
-    ├── ResourceError               the process has no thread or file descriptor left; at load: no model exists; in a call:
-    │                               only that call failed, the model is usable
+    ├── ResourceError               the process has no thread or file descriptor left, or the device no memory for an image;
+    │                               at load: no model exists; in a call: only that call failed, the model is usable
     └── MissingDependencyError (ImportError)   a package is not installed; the message says which, and how to install it
 
 A message names the object at fault, what was expected, what was given, and what to do next.
@@ -138,10 +138,11 @@ class DeviceHangError(DeviceError):
 
 
 class ResourceError(AiotrtError):
-    """The process has no thread or no file descriptor left.
+    """The process has no thread or no file descriptor left, or the device has no memory for an image that was decoded.
 
     Raised by `load`: no model exists and nothing is left behind. Raised by a call: only that call failed, and the model
-    is usable. Close files and connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``).
+    is usable. Close files and connections, end threads, or raise the limits (``ulimit -n``, ``ulimit -u``). For an image,
+    decode fewer at once, or free memory of the device.
     """
 
 

@@ -54,7 +54,7 @@ LAYERS = [
     {"model"},
 ]
 #: Rooms above the model, which may use all of it; nothing below may import them.
-UPPER = {"testing", "selftest", "cli", "serving", "video", "__main__"}
+UPPER = {"testing", "selftest", "cli", "serving", "video", "decoding", "preprocess", "__main__"}
 #: Third-party packages that only these modules may import.
 RESERVED = {
     "cuda": {"devices.cuda", "devices.cuda_graphs", "devices.cuda_ipc", "selftest.instruments"},

@@ -11,19 +11,23 @@ import contextlib
 import io
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from aiotrt.decoding.decoder import decode_image
+from aiotrt.decoding.threads import COPIED, off_loop
+from aiotrt.devices import Device
+from aiotrt.errors import InputError
 from aiotrt.serving.errors import FROM_CLIENT, BodyError, BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
-from aiotrt.serving.images import FORMATS, Pixels, decode_off_loop
+from aiotrt.serving.images import FORMATS, Pixels, body_errors, decode_off_loop
 from aiotrt.serving.json_body import from_base64, loads, numbers, said
-from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = [
     "array_body",
@@ -43,6 +47,7 @@ _NPY_HEAD: Final = 4096
 _MAX_JSON: Final = 4 << 20
 
 
+@overload
 def image_body(
     *,
     max_bytes: int = 20 << 20,
@@ -50,7 +55,27 @@ def image_body(
     mode: Literal["RGB", "L", "RGBA"] = "RGB",
     field: str = "file",
     timeout: float = 30.0,
-) -> Callable[[Request], Coroutine[Any, Any, Pixels]]:
+    device: Literal[False] = False,
+) -> Callable[[Request], Coroutine[Any, Any, Pixels]]: ...
+@overload
+def image_body(
+    *,
+    max_bytes: int = 20 << 20,
+    max_pixels: int = 50_000_000,
+    mode: Literal["RGB", "L", "RGBA"] = "RGB",
+    field: str = "file",
+    timeout: float = 30.0,
+    device: Literal[True] | str | torch.device | Device,
+) -> Callable[[Request], Coroutine[Any, Any, torch.Tensor]]: ...
+def image_body(
+    *,
+    max_bytes: int = 20 << 20,
+    max_pixels: int = 50_000_000,
+    mode: Literal["RGB", "L", "RGBA"] = "RGB",
+    field: str = "file",
+    timeout: float = 30.0,
+    device: bool | str | torch.device | Device = False,
+) -> Callable[[Request], Coroutine[Any, Any, Pixels | torch.Tensor]]:
     """A dependency: the image in the body, as pixels (height, width, channels), turned as the camera was held.
 
     The body is the image file itself (``image/*`` or ``application/octet-stream``), a form with the file in `field`
@@ -64,9 +89,16 @@ def image_body(
         mode: Pillow's name for what the pixels should be. Of 16 bits the upper 8 are taken.
         field: the form's field.
         timeout: seconds that sending the body may take; more is 408.
-    """
+        device: decode to a torch tensor on this device: True for the current GPU, or the CPU where there is none. JPEG files
+            are decoded on the GPU, as `aiotrt.decoding.Decoder` does. False for an array in host memory.
 
-    async def dependency(request: Request) -> Pixels:
+    Raises:
+        InputError: `device` is given with another mode than "RGB".
+    """
+    if device is not False and mode != "RGB":
+        raise InputError(f"image_body(device=...) gives RGB; got mode={mode!r}")
+
+    async def dependency(request: Request) -> Pixels | torch.Tensor:
         kind = _media_type(request)
         if kind == "multipart/form-data":
             data = await _uploaded(request, field, max_bytes, timeout)
@@ -79,7 +111,11 @@ def image_body(
             )
         if kind == "application/json":
             data = await off_loop(lambda: _image_in_json(data), len(data), json=len(data))
-        return await decode_off_loop(data, max_pixels, mode)
+        if device is False:
+            return await decode_off_loop(data, max_pixels, mode)
+        with body_errors():
+            place = "auto" if device is True else device
+            return await decode_image(data, place, max_bytes=max_bytes, max_pixels=max_pixels)
 
     return dependency
 

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 
+from aiotrt.decoding.errors import ImageError, ImageTooLargeError
 from aiotrt.errors import (
     AiotrtError,
     DeadlineError,
@@ -67,9 +68,11 @@ class BusyError(AiotrtError):
 #: The first that fits, in this order. A `TimeoutError` is a deadline of the application's own, as `asyncio.timeout` sets.
 _STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (BodyTooLargeError, 413, "too_large"),
+    (ImageTooLargeError, 413, "too_large"),
     (UnsupportedMediaTypeError, 415, "unsupported_media_type"),
     (BodyTimeoutError, 408, "request_timeout"),
     (BodyError, 422, "invalid_input"),
+    (ImageError, 422, "invalid_input"),
     (QueueFullError, 503, "queue_full"),
     (BusyError, 503, "busy"),
     (OverloadedError, 503, "overloaded"),

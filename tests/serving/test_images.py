@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from aiotrt.decoding import pillow
+from aiotrt.decoding.threads import memory
 from aiotrt.errors import InputError
-from aiotrt.serving import BodyTooLargeError, decode_image, images
+from aiotrt.serving import BodyTooLargeError, decode_image
 from aiotrt.serving.images import decode_off_loop
-from aiotrt.serving.threads import memory
 from tests.serving.test_fastapi import png, vast
 
 GIB = 1 << 30
@@ -36,7 +37,7 @@ def test_the_longest_side() -> None:
 @pytest.mark.parametrize("stored", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_pieces_make_the_whole(stored: str, mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_PIECE", 40)
+    monkeypatch.setattr(pillow, "_PIECE", 40)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (11, 13, 3), np.uint8)).convert(stored)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -74,9 +75,9 @@ def test_an_error_names_no_object() -> None:
 async def test_images_that_are_decoded_at_once_have_a_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, lock = threading.Event(), threading.Lock()
     running = most = 0
-    decode = images._pixels
+    decode = pillow.pixels
 
-    def held(*arguments: Any) -> images.Pixels:
+    def held(*arguments: Any) -> pillow.Pixels:
         nonlocal running, most
         with lock:
             running += 1
@@ -86,8 +87,8 @@ async def test_images_that_are_decoded_at_once_have_a_gibibyte(monkeypatch: pyte
             running -= 1
         return decode(*arguments)
 
-    monkeypatch.setattr(images, "_needed", lambda *_: 400 << 20)
-    monkeypatch.setattr(images, "_pixels", held)
+    monkeypatch.setattr(pillow, "needed", lambda *_: 400 << 20)
+    monkeypatch.setattr(pillow, "pixels", held)
     calls = [asyncio.create_task(decode_off_loop(png(), 1000, "RGB")) for _ in range(5)]
     while running < 2:
         await asyncio.sleep(0)
@@ -132,7 +133,7 @@ async def test_memory_goes_to_one_after_the_other_and_comes_back() -> None:
 
 @pytest.mark.parametrize(("form", "most"), [("PNG", 12), ("JPEG", 12), ("BMP", 12), ("WEBP", 20), ("AVIF", 20)])
 def test_what_an_image_takes_is_not_underestimated(form: str, most: int) -> None:
-    if form not in images.FORMATS:
+    if form not in pillow.FORMATS:
         pytest.skip("Pillow was built without it")
-    with images._opened(png(100, 100, form), 10_000) as image:
-        assert 7 * 10_000 <= images._needed(image, "RGB") <= most * 10_000
+    with pillow.opened(png(100, 100, form), 10_000) as image:
+        assert 7 * 10_000 <= pillow.needed(image, "RGB") <= most * 10_000

@@ -16,10 +16,10 @@ import pytest
 from fastapi import Depends, FastAPI
 
 from aiotrt import serving
+from aiotrt.decoding.threads import off_loop
 from aiotrt.errors import InputError
 from aiotrt.serving import BodyTooLargeError, json_body
 from aiotrt.serving.json_body import dumped, from_base64, loads, numbers
-from aiotrt.serving.threads import off_loop
 from tests.serving.test_kserve import serving as kserve
 from tests.serving.tools import served
 

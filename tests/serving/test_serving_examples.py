@@ -25,7 +25,7 @@ from websockets.sync.client import connect
 from tests.serving.test_processes import ROOT, process, until_ready
 from tests.test_documentation import BLOCK
 
-EXAMPLES = ("fastapi_ocr", "fastapi_read", "websocket_frames", "ray_serve")
+EXAMPLES = ("fastapi_detect_gpu", "fastapi_ocr", "fastapi_read", "websocket_frames", "ray_serve")
 CELL = 16
 
 
@@ -62,6 +62,31 @@ def test_two_models_read_a_page() -> None:
         assert names == ["detector", "recogniser"]
         server.send_signal(signal.SIGTERM)
         server.wait(20)
+
+
+def test_photographs_of_any_size_share_a_graph() -> None:
+    pixels = np.zeros((1080, 1920, 3), np.uint8)
+    pixels[480:576, 960:1056] = 250  # as large as a cell of the letterbox, which has a third of the size
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    with example("fastapi_detect_gpu") as (_, url), httpx.Client(base_url=url, trust_env=False, timeout=40) as client:
+        captured = captures(client)  # a canvas of 1080p, which these sizes have too
+        answer = client.post("/detect", content=file.getvalue())
+        assert answer.status_code == 200, answer.text
+        boxes = answer.json()
+        left, upper, right, lower = boxes[0]["edges"]
+        assert (right - left, lower - upper) == (96, 96)
+        assert abs(left - 960) < 96
+        assert abs(upper - 480) < 96
+        assert client.post("/detect", content=png(np.full((1100, 1800, 3), 9, np.uint8))).status_code == 200
+        assert client.post("/detect", content=file.getvalue()[:-500]).status_code == 422
+        assert captures(client) == captured
+
+
+def captures(client: httpx.Client) -> str:
+    found = re.search(r'aiotrt_graph_captures_total{model="detector"} (.*)', client.get("/metrics").text)
+    assert found is not None
+    return found[1]
 
 
 def spot(i: int) -> tuple[list[int], bytes]:

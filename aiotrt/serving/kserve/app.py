@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import aiotrt
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.errors import AiotrtError
 from aiotrt.model import Model
 from aiotrt.serving.bodies import read_body
@@ -32,7 +33,6 @@ from aiotrt.serving.kserve.servable import Servable
 from aiotrt.serving.kserve.service import Service
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.status import status_page
-from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["create_app"]
 

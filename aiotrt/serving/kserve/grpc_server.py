@@ -26,13 +26,13 @@ except ImportError as error:
 
 from starlette.exceptions import HTTPException
 
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.serving.errors import BodyTimeoutError, BodyTooLargeError, Problem
 from aiotrt.serving.kserve.contents import Parts, decode, encode, parsed, split, streamed
 from aiotrt.serving.kserve.guards import Body, has_token
 from aiotrt.serving.kserve.messages import messages
 from aiotrt.serving.kserve.regions import Kind
 from aiotrt.serving.kserve.service import Service
-from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["GrpcServer"]
 

@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aiotrt.decoding.threads import off_loop
 from aiotrt.serving.bodies import read_body
 from aiotrt.serving.errors import BodyTooLargeError, BusyError
 from aiotrt.serving.kserve.compression import coding_of, decompressed
 from aiotrt.serving.models import Models
-from aiotrt.serving.threads import off_loop
 
 __all__ = ["BearerToken", "Body", "Budget", "Draining", "has_token"]
 

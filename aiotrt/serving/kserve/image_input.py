@@ -8,9 +8,10 @@ from typing import Final
 
 import torch
 
+from aiotrt.decoding.decoder import decode_image
 from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyError, BodyTooLargeError
-from aiotrt.serving.images import decode_off_loop
+from aiotrt.serving.images import body_errors, decode_off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["ImageInput", "image_inputs"]
@@ -30,12 +31,14 @@ class ImageInput:
         mode: Pillow's mode of its pixels: "L", "RGB" or "RGBA".
         is_planar: whether its dimensions are (channels, height, width), and not (height, width, channels).
         is_many: whether a dimension for several images precedes these.
+        device: the device to decode RGB images for; None to decode them in host memory.
     """
 
     name: str
     mode: str
     is_planar: bool
     is_many: bool
+    device: str | None = None
 
     async def decoded(self, files: Sequence[bytes | bytearray | memoryview], *, has_axis: bool) -> torch.Tensor:
         """Return the pixels of image files. Several images must have the same size.
@@ -55,7 +58,7 @@ class ImageInput:
         for file in files:
             if left <= 0:
                 raise BodyTooLargeError(f"the images have too many pixels; at most {_MAX_PIXELS:,} are taken together")
-            pixels = torch.from_numpy(await decode_off_loop(file, left, self.mode))
+            pixels = await self._pixels(file, left)
             left -= pixels.shape[0] * pixels.shape[1]
             images.append(pixels.permute(2, 0, 1).contiguous() if self.is_planar else pixels)
             if images[0].shape != images[-1].shape:
@@ -64,9 +67,20 @@ class ImageInput:
             return images[0]
         return images[0][None] if len(images) == 1 else torch.stack(images)
 
+    async def _pixels(self, file: bytes | bytearray | memoryview, most: int) -> torch.Tensor:
+        if self.device is None or self.mode != "RGB":
+            return torch.from_numpy(await decode_off_loop(file, most, self.mode))
+        with body_errors():
+            return await decode_image(file, self.device, max_bytes=memoryview(file).nbytes, max_pixels=most)
 
-def image_inputs(model: str, specs: Sequence[TensorSpec]) -> Mapping[str, ImageInput]:
+
+def image_inputs(model: str, specs: Sequence[TensorSpec], device: str | None = None) -> Mapping[str, ImageInput]:
     """Return the inputs of UINT8 with 1, 3 or 4 channels, by name.
+
+    Args:
+        model: its name.
+        specs: its inputs.
+        device: where to decode images; None for host memory.
 
     Raises:
         InputError: the model has no such input.
@@ -78,7 +92,7 @@ def image_inputs(model: str, specs: Sequence[TensorSpec]) -> Mapping[str, ImageI
             is_planar = shape[-1] not in _MODES
             mode = _MODES.get(shape[-3 if is_planar else -1] or 0)
             if mode is not None:
-                found[spec.name] = ImageInput(spec.name, mode, is_planar, len(shape) == 4)
+                found[spec.name] = ImageInput(spec.name, mode, is_planar, len(shape) == 4, device)
     if not found:
         raise InputError(
             f"model {model!r}: images = true is for models with an input of UINT8 of shape (height, width, channels), "

@@ -20,10 +20,10 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 import numpy as np
 import torch
 
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.errors import InputError
 from aiotrt.serving.errors import BodyError
 from aiotrt.serving.kserve.binary import InferRequest, Input, Placed, bytes_of, from_bytes
-from aiotrt.serving.threads import COPIED, off_loop
 
 __all__ = ["CudaRegion", "Kind", "Regions", "SystemRegion"]
 

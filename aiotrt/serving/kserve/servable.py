@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, Final, NoReturn
 import torch
 from prometheus_client import CollectorRegistry
 
+from aiotrt.decoding.threads import COPIED, off_loop
 from aiotrt.engines.tensorrt_plan import read_plan
-from aiotrt.errors import EngineError
+from aiotrt.errors import EngineError, InputError
 from aiotrt.model import Model
 from aiotrt.serving.errors import BodyError
 from aiotrt.serving.kserve.binary import InferRequest, Input, Result, raw, result_tensor
@@ -27,7 +28,6 @@ from aiotrt.serving.kserve.classes import classified
 from aiotrt.serving.kserve.datatypes import of_torch
 from aiotrt.serving.kserve.image_input import ImageInput, image_inputs
 from aiotrt.serving.kserve.settings import ModelSettings, read_text
-from aiotrt.serving.threads import COPIED, off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["VERSION", "Servable"]
@@ -80,6 +80,7 @@ class Servable:
         self._labels_path = settings.labels
         self._labels: Sequence[str] = ()
         self._takes_images = settings.takes_images
+        self._decodes_on_device = settings.decodes_on_device
         self._done, self._read, self._ran, self._wrote, self._failed = (Duration() for _ in range(5))
         self._last = 0.0
         self._parameters: dict[str, str] = {}
@@ -100,7 +101,10 @@ class Servable:
         ]
         self._taken = set()
         if self._takes_images:
-            self.images = image_inputs(self.name, model.inputs or ())
+            now = model.statistics()
+            if self._decodes_on_device and now.devices:
+                raise InputError(f"model {self.name!r}: decode_on_device = true is for models on one device")
+            self.images = image_inputs(self.name, model.inputs or (), now.device if self._decodes_on_device else None)
         if (file := self._labels_path) is not None:
             self._labels = (await off_loop(lambda: read_text(file))).splitlines()
         try:

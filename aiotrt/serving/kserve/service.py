@@ -12,6 +12,7 @@ import torch
 from starlette.exceptions import HTTPException
 
 import aiotrt
+from aiotrt.decoding.threads import off_loop
 from aiotrt.errors import AiotrtError, ModelBrokenError, UsageError
 from aiotrt.model import Model
 from aiotrt.serving.errors import BodyError, Problem, problem
@@ -21,7 +22,6 @@ from aiotrt.serving.kserve.regions import Kind, Region, Regions
 from aiotrt.serving.kserve.servable import VERSION, Servable
 from aiotrt.serving.kserve.settings import ServerSettings
 from aiotrt.serving.models import Models, Standing, running
-from aiotrt.serving.threads import off_loop
 from aiotrt.tensors import TensorSpec
 
 __all__ = ["Service"]

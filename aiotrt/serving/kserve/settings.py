@@ -39,7 +39,7 @@ _TYPES: Final[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "batching": ("true, false or a table", (bool, Mapping)),
 }
 #: The flags of a model in a file, with their defaults.
-_FLAGS: Final = {"load": True, "heed_timeout": False, "images": False}
+_FLAGS: Final = {"load": True, "heed_timeout": False, "images": False, "decode_on_device": False}
 Count: TypeAlias = Annotated[int, Field(gt=0)]
 Duration: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pause: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,6 +64,7 @@ class ModelSettings:
             Triton, because clients send values such as 30 that are no real deadlines.
         labels: a text file with the name of a class in each line, for the classification extension.
         takes_images: whether strings sent for inputs of UINT8 with 1, 3 or 4 channels are image files, which are decoded.
+        decodes_on_device: whether images for inputs of 3 channels are decoded to the model's device, JPEG files by its GPU.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelSettings:
     heeds_timeout: bool = False
     labels: Path | None = None
     takes_images: bool = False
+    decodes_on_device: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -92,6 +94,8 @@ class ModelSettings:
             said, types = _TYPES.get(option, ("", (object,)))
             if not isinstance(value, types):
                 raise InputError(f"model {self.name!r}: {option} must be {said}, got {value!r}")
+        if self.decodes_on_device and not self.takes_images:
+            raise InputError(f"model {self.name!r}: decode_on_device = true needs images = true")
         self.maker()  # raises for wrong options now, and not only when a client loads the model
 
     @property
@@ -233,9 +237,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[ModelSettings]]:
                 raise InputError(f"model {name!r}: {option} must be true or false, got {value!r}")
         if not isinstance(labels, str | None):
             raise InputError(f"model {name!r}: labels must be the name of a file, got {labels!r}")
-        is_loaded, heeds, images = flags
+        is_loaded, heeds, images, on_device = flags
         labels = None if labels is None else path.parent / labels
-        settings.append(ModelSettings(name, path.parent / file, warmup, options, is_loaded, heeds, labels, images))
+        settings.append(
+            ModelSettings(name, path.parent / file, warmup, options, is_loaded, heeds, labels, images, on_device)
+        )
     return server, settings
 
 

@@ -1,4 +1,4 @@
-"""Worker threads for what would hold up the event loop, and how much they may take at once."""
+"""Worker threads for work that would block the event loop, and a limit on the memory of all decoders together."""
 
 from __future__ import annotations
 
