@@ -279,7 +279,6 @@ class Decoder:
             self._fail(error)
         if packet is None:
             return False
-        is_corrupt = packet.is_corrupt
         try:
             self._ready.extend(self._pictures(packet))
         except av.error.EOFError:  # the decoder has reached its end already
@@ -287,7 +286,7 @@ class Decoder:
         except av.FFmpegError as error:
             self._damaged(self._message(error))
         else:
-            if is_corrupt:  # the pictures that could be decoded are used
+            if packet.is_corrupt:  # the pictures that could be decoded are used
                 self.notes.append((Kind.CORRUPT, "a packet arrived damaged"))
         return True
 

@@ -1,8 +1,8 @@
 """Decode into device memory with NVDEC, through PyNvVideoCodec. Every function here blocks: `feeds` runs them in a thread.
 
-FFmpeg opens the source and reads its packets, as for the CPU. Its filter makes Annex B data of a packet, NVDEC decodes that to
-NV12, and torch converts that to RGB on the decoder's stream. Each packet has a number, which comes back as the timestamp of
-its picture, so that a picture gets exactly the time of its packet.
+FFmpeg opens the source and reads its packets, as for the CPU. Its filter makes Annex B data of a packet, NVDEC decodes that
+to NV12, and torch converts that to RGB on the decoder's stream. Each packet has a number, which comes back as the timestamp
+of its picture, so that a picture gets exactly the time of its packet.
 
 NVDEC conceals damage without a report. So the packets since the last keyframe are kept, and if one of them is damaged as far
 as can be seen, FFmpeg decodes all of them and those up to the next keyframe: the pictures and reports are the CPU's.
@@ -237,6 +237,7 @@ class GpuDecoder(Decoder):
         self._sequence: tuple[bytes, ...] = ()
         self._is_software = False  # FFmpeg decodes up to the next keyframe
         self._group: list[Any] = []  # the packets since the last keyframe
+        self._key = 0  # the number of the last keyframe
         self._given: set[int] = set()  # the numbers of those whose pictures were given
         self._pending: set[int] = set()  # the numbers of the session's packets that have no picture yet
         self._times: dict[int, float | None] = {}  # by the number of the packet
@@ -265,6 +266,8 @@ class GpuDecoder(Decoder):
         library = self._library = load_library()
         self._surfaces = Surfaces(self._opening.device)
         context = self._stream.codec_context
+        if context is None:
+            raise UnsupportedError(f"{self._opening.title}: its codec is unknown")
         codec = self._codec = str(context.codec.canonical_name)
         if codec not in SETS:
             raise UnsupportedError(f"{self._opening.title}: the GPU path decodes H.264 and HEVC, not {codec}")
@@ -280,7 +283,11 @@ class GpuDecoder(Decoder):
             self._check(context.pix_fmt, context.height, context.width, False)
 
     def _make_filter(self) -> None:
-        self._filter = self._av.bitstream.BitStreamFilterContext(f"{self._codec}_mp4toannexb", self._stream)
+        self._filter: Any = None
+        try:
+            self._filter = self._av.bitstream.BitStreamFilterContext(f"{self._codec}_mp4toannexb", self._stream)
+        except self._av.FFmpegError:  # the container's header is damaged, so FFmpeg decodes everything
+            pass
 
     def _check(self, pixel_format: str, height: int, width: int, is_interlaced: bool) -> None:
         reason, limits = None, self._limits
@@ -318,6 +325,7 @@ class GpuDecoder(Decoder):
                     self._is_software = False
                 self._group.clear()
                 self._given.clear()
+                self._key = number
             elif len(self._group) >= GROUP or self._stays:  # too many to keep: after damage FFmpeg begins in the middle
                 self._group.clear()
             self._group.append(packet)
@@ -350,8 +358,9 @@ class GpuDecoder(Decoder):
             shown += self._finish(is_final=False)
             self._is_software = True
             self._stays = isinstance(reason, UnsupportedError)
-            until = "" if self._stays else " up to the next keyframe"
-            self.notes.append((Kind.DECODER, f"the CPU decodes{until}: {reason}"))
+            if str(reason):
+                until = "" if self._stays else " up to the next keyframe"
+                self.notes.append((Kind.DECODER, f"the CPU decodes{until}: {reason}"))
             self._stream.codec_context.flush_buffers()
             for kept in self._group:
                 shown += self._software(kept)
@@ -359,6 +368,8 @@ class GpuDecoder(Decoder):
     def _annex_b(self, packet: Any) -> bytes:
         if packet.is_corrupt:
             raise _Damage("a packet arrived damaged")
+        if self._filter is None:
+            raise _Damage("the container's header is damaged")
         try:
             # The filter empties its packet, and this one is kept.
             data = b"".join(bytes(part) for part in self._filter.filter(self._av.Packet(bytes(packet))))
@@ -382,14 +393,21 @@ class GpuDecoder(Decoder):
             raise _Damage("a keyframe is damaged")
         height, width, most = frame.height, frame.width, self._opening.max_pixels
         if most is not None and height * width > most:
-            raise _Damage(f"pictures of {width} by {height} are over max_pixels={most:,}")
+            raise _Damage  # the source leaves the pictures out, and reports each
         self._check(frame.format.name, height, width, bool(frame.interlaced_frame))
         # The library crops at the right and at the bottom only.
         whole = self._av.CodecContext.create(self._codec, "r")
         whole.options = {"apply_cropping": "0"}
         uncropped = _first(whole, self._av.Packet(self._headers.sets + data))
-        if uncropped is None or not np.array_equal(_luma(uncropped)[:height, :width], _luma(frame)):
-            raise UnsupportedError(f"{self._opening.title}: its pictures are cropped at the left or at the top")
+        if uncropped is None:
+            raise _Damage("a keyframe is damaged")
+        match _offset(_luma(uncropped), _luma(frame)):
+            case None:
+                raise _Damage("a keyframe is damaged")
+            case (0, 0):
+                pass
+            case _:
+                raise UnsupportedError(f"{self._opening.title}: its pictures are cropped at the left or at the top")
         is_full = frame.color_range == 2 or frame.format.name == "yuvj420p"
         conversion = Conversion(int(frame.colorspace), is_full, self._surfaces.device)
         form = _Format(height, width, Orientation.of(frame), conversion, self._aspect)
@@ -410,15 +428,18 @@ class GpuDecoder(Decoder):
                 shown.append(_Shown(time, None, is_corrupt=True))
 
     def _finish(self, *, is_final: bool = True) -> list[_Shown]:
-        """End the session. Returns its last pictures. If `is_final`, pictures that are missing count as damaged."""
+        """End the session. Returns its last pictures. Missing ones that FFmpeg will not decode again count as damaged."""
         session, self._session = self._session, None
         shown: list[_Shown] = []
         if session is not None:
             try:
-                self._give(session.decode(b"", 0), shown)
+                last = session.decode(b"", 0)
+                # FFmpeg decodes the last group again, in order.
+                self._give([found for found in last if is_final or found[0] < self._key], shown)
             except (_Damage, SourceError) as reason:
                 self.notes.append((Kind.DECODER, f"the last pictures before a change of decoder are lost: {reason}"))
-            missing = [self._times.pop(number) for number in sorted(self._pending)] if is_final else []
+            lost = sorted(number for number in self._pending if is_final or number < self._key)
+            missing = [self._times.pop(number) for number in lost]
             # Before the first keyframe in time FFmpeg gives no pictures either.
             shown += [
                 _Shown(time, None, is_corrupt=True)
@@ -504,6 +525,16 @@ def _first(context: Any, packet: Any) -> Any:
 def _luma(frame: Any) -> Array:
     plane = frame.planes[0]
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+
+
+def _offset(whole: Array, part: Array) -> tuple[int, int] | None:
+    """Return where a part of a picture begins in the whole; None if it is no part of it."""
+    height, width = part.shape
+    for top in range(whole.shape[0] - height + 1):
+        for left in range(whole.shape[1] - width + 1):
+            if np.array_equal(whole[top : top + height, left : left + width], part):
+                return top, left
+    return None
 
 
 def _first_line(error: BaseException) -> str:
