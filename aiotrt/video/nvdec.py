@@ -409,7 +409,8 @@ class GpuDecoder(Decoder):
             case _:
                 raise UnsupportedError(f"{self._opening.title}: its pictures are cropped at the left or at the top")
         is_full = frame.color_range == 2 or frame.format.name == "yuvj420p"
-        conversion = Conversion(int(frame.colorspace), is_full, self._surfaces.device)
+        with _failures(self._surfaces), self._surfaces.use():
+            conversion = Conversion(int(frame.colorspace), is_full, self._surfaces.device)
         form = _Format(height, width, Orientation.of(frame), conversion, self._aspect)
         self._session = _Session(self._library, self._codec, self._surfaces, form, self._opening.low_delay)
         self._sequence = self._headers.sequence

@@ -145,7 +145,7 @@ async def test_frames_are_tensors_and_arrays(tmp_path: Path) -> None:
     assert frame.dtype == np.uint8
     assert frame.is_converted
     assert np.array_equal(np.asarray(frame), tensor.numpy())
-    assert torch.equal(torch.from_dlpack(frame), tensor)
+    assert torch.equal(torch.utils.dlpack.from_dlpack(frame), tensor)
     with pytest.raises(ValueError, match="read-only"):
         frame.image[0] = 0
     assert (await read(open_on_cpu(tmp_path / "a.mp4")))[0].device_image is None
