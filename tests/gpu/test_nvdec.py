@@ -71,7 +71,7 @@ async def test_sizes_that_are_no_multiple_of_a_block(codec: str, size: tuple[int
 @pytest.mark.parametrize("color_range", [1, 2])
 @pytest.mark.parametrize("colorspace", [1, 2, 5, 6, 9])
 async def test_the_streams_own_colours(codec: str, colorspace: int, color_range: int, tmp_path: Path) -> None:
-    options = {"colorspace": colorspace, "color_range": color_range, "encoder": QUIET}
+    options: dict[str, Any] = {"colorspace": colorspace, "color_range": color_range, "encoder": QUIET}
     await compare(moving(tmp_path / "a.mp4", codec=codec, count=6, **options))
 
 
