@@ -113,7 +113,7 @@ class Headers:
         if self._codec == "h264":
             type_ = unit[0] & 0x1F
             if type_ not in (1, 5):
-                return "a unit has a type that no encoder writes" if type_ == 0 or type_ > 23 else None
+                return None
             bits = _Bits(unit[1:32])
             address, kind, set_ = bits.golomb(), bits.golomb(), bits.golomb()
             if kind > 9:
@@ -122,9 +122,7 @@ class Headers:
             type_ = unit[0] >> 1 & 0x3F
             if len(unit) < 3 or not unit[1] & 7:
                 return "the header of a unit is damaged"
-            if type_ > 31:
-                return "a unit has a type that no encoder writes" if type_ > 47 else None
-            if unit[0] & 1 or unit[1] >> 3:  # a further layer, which decoders of the base layer ignore
+            if type_ > 31 or unit[0] & 1 or unit[1] >> 3:  # decoders ignore further layers, such as alpha
                 return None
             bits = _Bits(unit[2:32])
             address = 0 if bits.take(1) else -1

@@ -48,6 +48,5 @@ class Conversion:
         uv = surface[height : height + half].reshape(half, -1, 2).float()
         colour = torch.addmm(self._shift, uv.reshape(-1, 2), self._matrix).reshape(half, 1, -1, 1, 3)
         colour = colour.expand(half, 2, -1, 2, 3).reshape(2 * half, -1, 3)[:height, :width]
-        luma = surface[:height, :width, None].float()
-        rgb: torch.Tensor = torch.add(colour, luma, alpha=self._luma).clamp_(0, 255.5).to(torch.uint8)
-        return rgb
+        # In place: `expand` and `reshape` made a copy.
+        return colour.add_(surface[:height, :width, None], alpha=self._luma).clamp_(0, 255.5).to(torch.uint8)
