@@ -326,12 +326,14 @@ class GpuDecoder(Decoder):
                 self._group.clear()
                 self._given.clear()
                 self._key = number
-            elif len(self._group) >= GROUP or self._stays:  # too many to keep: after damage FFmpeg begins in the middle
+            if len(self._group) >= GROUP:  # too many to keep: after damage FFmpeg begins in the middle
                 self._group.clear()
-            self._group.append(packet)
+            if len(self._given) > TIMES:
+                self._given = {given for given in self._given if given > number - GROUP}
             if self._is_software:
                 shown += self._software(packet)
             else:
+                self._group.append(packet)
                 self._on_gpu(packet, number, shown)
         except BaseException:
             self._ready.extend(shown)
@@ -346,7 +348,8 @@ class GpuDecoder(Decoder):
                 shown += self._finish()
                 self._begin(packet, data)
                 self._key_time = self._times[number]
-                data = self._headers.sets + data
+                if not all(unit in data for unit in self._sequence):
+                    data = self._headers.sets + data
             self._pending.add(number)
             assert self._session is not None
             self._give(self._session.decode(data, number), shown)
@@ -362,7 +365,8 @@ class GpuDecoder(Decoder):
                 until = "" if self._stays else " up to the next keyframe"
                 self.notes.append((Kind.DECODER, f"the CPU decodes{until}: {reason}"))
             self._stream.codec_context.flush_buffers()
-            for kept in self._group:
+            group, self._group = self._group, []
+            for kept in group:
                 shown += self._software(kept)
 
     def _annex_b(self, packet: Any) -> bytes:
