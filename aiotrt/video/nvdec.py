@@ -245,6 +245,7 @@ class GpuDecoder(Decoder):
         self._key_time: float | None = None  # of the session's first picture
         self._is_first = True  # no session has begun yet
         self._is_refused = False  # FFmpeg decodes everything, into host memory
+        self._failure: SourceError | None = None
         self._stays = False  # FFmpeg decodes from here to the end
         try:
             self._prepare()
@@ -309,6 +310,8 @@ class GpuDecoder(Decoder):
     def _pictures(self, packet: Any) -> list[Any]:
         if self._is_refused:
             return super()._pictures(packet)
+        if self._failure is not None:
+            raise self._failure
         if not packet.size:  # the end
             return [*self._finish(), *(self._software(None) if self._is_software else ())]
         number, self._number = self._number, self._number + 1
@@ -335,9 +338,10 @@ class GpuDecoder(Decoder):
             else:
                 self._group.append(packet)
                 self._on_gpu(packet, number, shown)
-        except BaseException:
-            self._ready.extend(shown)
-            raise
+        except SourceError as error:
+            if not shown:
+                raise
+            self._failure = error  # raised after these pictures
         return shown
 
     def _on_gpu(self, packet: Any, number: int, shown: list[_Shown]) -> None:

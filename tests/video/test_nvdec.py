@@ -17,7 +17,7 @@ import aiotrt
 from aiotrt import video
 from aiotrt.errors import InputError
 from aiotrt.video import Frame, Kind, SourceError, UnsupportedError, nvdec
-from tests.video import test_decoding, test_sources
+from tests.video import nvdec_double, test_decoding, test_sources
 from tests.video.nvdec_double import HostSurfaces, Library
 from tests.video.tools import Remember, number_of, write_video
 
@@ -329,3 +329,67 @@ async def test_a_slice_that_is_missing_or_has_a_damaged_header(codec: str, tmp_p
     assert source.counts[Kind.DECODER] == 1
     assert library.sessions == 2
     assert found[-1].is_on_device
+
+
+site = test_sources.site
+
+
+async def test_a_stream_at_a_url_that_ends_is_opened_again(tmp_path: Path, site: str) -> None:
+    await test_sources.test_a_stream_at_a_url_that_ends_is_tried_again(tmp_path, site)
+
+
+async def test_a_format_that_becomes_unsupported(tmp_path: Path) -> None:
+    parts = [
+        moving(tmp_path / f"{i}.h264", size=(96, 64), count=12, format=name) for i, name in enumerate(("yuv420p", "yuv444p"))
+    ]
+    path = tmp_path / "all.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    given = []
+    with pytest.raises(SourceError, match="not yuv444p"):
+        async with video.open(path) as frames:
+            async for frame in frames:
+                given.append(frame)
+    assert len(given) == 12
+    source = open_on_cpu(path, decode="auto")
+    found, expected = await read(source), await read(open_on_cpu(path))
+    assert len(found) == len(expected) == 24
+    assert min(psnr(a.image, b.image) for a, b in zip(found, expected, strict=True)) >= 40
+    assert source.counts == {Kind.DECODER: 2}
+
+
+async def test_pictures_cropped_at_the_left(tmp_path: Path) -> None:
+    whole, path = moving(tmp_path / "whole.h264", size=(96, 64), count=5), tmp_path / "cropped.h264"
+    with av.open(str(whole)) as file:
+        crop = av.bitstream.BitStreamFilterContext("h264_metadata=crop_left=8:crop_top=4", file.streams.video[0])
+        parts = [part for packet in file.demux(video=0) if packet.size for part in crop.filter(packet)]
+        path.write_bytes(b"".join(map(bytes, parts)))
+    with pytest.raises(SourceError, match="cropped at the left or at the top"):
+        await read(video.open(path))
+    found, expected = await read(open_on_cpu(path, decode="auto")), await read(open_on_cpu(path))
+    assert [frame.shape for frame in found] == [frame.shape for frame in expected]
+    assert min(psnr(a.image, b.image) for a, b in zip(found, expected, strict=True)) >= 40
+
+
+async def test_a_decoder_that_gives_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvdec, "PENDING", 4)
+    monkeypatch.setattr(nvdec_double.Decoder, "Decode", lambda decoder, packet: [])
+    source = video.open(moving(tmp_path / "a.mp4"))
+    assert len(await read(source)) == 30
+    assert source.counts == {Kind.DECODER: 3}  # one for each keyframe
+
+
+async def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="device='cuda:7' cannot decode"):
+        await read(video.open(write_video(tmp_path / "a.mp4", range(3)), device="cuda:7"))
+
+
+async def test_a_long_stretch_without_a_keyframe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    monkeypatch.setattr(nvdec, "GROUP", 8)
+    monkeypatch.setattr(nvdec, "TIMES", 16)
+    path = moving(tmp_path / "a.mp4", count=60, encoder={"g": "50", "bf": "0"})
+    await compare(path)
+    library.calls, library.fails_at = 0, 30
+    source = video.open(path)
+    found = await read(source)
+    assert [frame.time for frame in found[-10:]] == [(50 + i) / 25 for i in range(10)]
+    assert source.counts[Kind.DECODER] == 1
