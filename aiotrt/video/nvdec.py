@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
@@ -26,6 +27,8 @@ from aiotrt.video.frames import Array, Picture
 from aiotrt.video.reports import Kind, SourceError, UnsupportedError
 
 __all__ = ["DevicePicture", "GpuDecoder", "Surfaces", "load_library"]
+
+log = logging.getLogger("aiotrt.video")
 
 FORMATS: Final = ("yuv420p", "yuvj420p")
 PENDING: Final = 64  # packets without a picture, after which the decoder counts as stuck; no stream reorders as many
@@ -60,13 +63,20 @@ class Surfaces:
         UnsupportedError: there is no such GPU.
     """
 
+    #: The streams of closed decoders, by device. Torch caches memory for each stream, so sources that reconnect reuse them.
+    _idle: Final[dict[int, list[torch.cuda.Stream]]] = {}
+
     def __init__(self, device: str | int | None) -> None:
         if not torch.cuda.is_available():
             raise UnsupportedError("decoding on the GPU needs one, and torch finds none")
         try:
             self.index = int(torch.cuda._utils._get_device_index(device, optional=True))
             self.device = torch.device("cuda", self.index)
-            self._stream = torch.cuda.Stream(self.device)
+            idle = self._idle.setdefault(self.index, [])
+            try:
+                self._stream = idle.pop()
+            except IndexError:
+                self._stream = torch.cuda.Stream(self.device)
         except Exception as error:
             raise UnsupportedError(f"device={device!r} cannot decode: {_first_line(error)}") from error
 
@@ -74,6 +84,14 @@ class Surfaces:
     def handle(self) -> int:
         """The stream's handle, on which NVDEC copies its pictures."""
         return int(self._stream.cuda_stream)
+
+    def release(self) -> None:
+        """Leave the stream to another decoder. Pictures remain usable."""
+        self._idle[self.index].append(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for the stream's work, which may read the decoder's memory."""
+        self._stream.synchronize()
 
     def use(self) -> AbstractContextManager[Any]:
         """Make the stream the current one."""
@@ -169,7 +187,7 @@ class _Session:
         self._form = form
         latency = library.DisplayDecodeLatencyType
         with _failures(surfaces), surfaces.use():
-            self._decoder = library.CreateDecoder(
+            self._decoder: Any = library.CreateDecoder(
                 gpuid=surfaces.index,
                 codec=getattr(library.cudaVideoCodec, codec.upper()),
                 cudastream=surfaces.handle,
@@ -188,6 +206,14 @@ class _Session:
             packet.decode_flag = self._library.VideoPacketFlag.ENDOFPICTURE
         with _failures(self._surfaces), self._surfaces.use():
             return [(int(frame.getPTS()), self._picture(frame)) for frame in self._decoder.Decode(packet)]
+
+    def close(self) -> None:
+        """Free the decoder."""
+        try:
+            self._surfaces.synchronize()
+        except Exception as error:  # the device is lost, and its memory with it
+            log.warning("a decoder cannot be closed: %s", _first_line(error))
+        self._decoder = None
 
     def _picture(self, frame: Any) -> DevicePicture:
         """Convert a frame at once, because the next call of the decoder writes to its memory."""
@@ -234,6 +260,7 @@ class GpuDecoder(Decoder):
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
         self._session: _Session | None = None
+        self._surfaces: Any = None
         self._sequence: tuple[bytes, ...] = ()
         self._is_software = False  # FFmpeg decodes up to the next keyframe
         self._group: list[Any] = []  # the packets since the last keyframe
@@ -457,6 +484,7 @@ class GpuDecoder(Decoder):
             ]
             self._pending.clear()
             self._is_first = False
+            session.close()
         return shown
 
     def _software(self, packet: Any) -> list[_Shown]:
@@ -499,6 +527,8 @@ class GpuDecoder(Decoder):
         if not super()._rewind():
             return False
         if not self._is_refused:
+            if self._session is not None:
+                self._session.close()
             self._session, self._is_software, self._is_first = None, False, True
             for kept in (self._group, self._given, self._pending, self._times):
                 kept.clear()
@@ -507,7 +537,11 @@ class GpuDecoder(Decoder):
 
     def close(self) -> None:
         """Close the decoder and the container."""
-        self._session = None
+        if self._session is not None:
+            self._session.close()
+        surfaces, self._surfaces = self._surfaces, None
+        if surfaces is not None:
+            surfaces.release()
         super().close()
 
 

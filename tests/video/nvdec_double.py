@@ -31,7 +31,14 @@ class HostSurfaces:
         if device not in (None, 0, "cuda:0"):
             raise UnsupportedError(f"device={device!r} cannot decode: there is one")
         self._is_current = False
-        self.orders = 0
+        self.is_released = False
+
+    def release(self) -> None:
+        assert not self.is_released
+        self.is_released = True
+
+    def synchronize(self) -> None:
+        pass
 
     @contextlib.contextmanager
     def use(self) -> Any:
@@ -53,7 +60,6 @@ class HostSurfaces:
 
     def order(self, tensor: torch.Tensor, event: object) -> None:
         assert event == "complete"
-        self.orders += 1
 
 
 class _Codecs:
