@@ -85,6 +85,13 @@ class Surfaces:
         """The stream's handle, on which NVDEC copies its pictures."""
         return int(self._stream.cuda_stream)
 
+    @property
+    def context(self) -> int:
+        """The calling thread's CUDA context, which is torch's; 0 if the thread has not used the device yet."""
+        context = ctypes.c_void_p()
+        ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+        return context.value or 0
+
     def release(self) -> None:
         """Leave the stream to another decoder. Pictures remain usable."""
         self._idle[self.index].append(self._stream)
@@ -190,6 +197,8 @@ class _Session:
             self._decoder: Any = library.CreateDecoder(
                 gpuid=surfaces.index,
                 codec=getattr(library.cudaVideoCodec, codec.upper()),
+                # Without a context the library retains one, and ends the process if it cannot release that after a fault.
+                cudacontext=surfaces.context,
                 cudastream=surfaces.handle,
                 usedevicememory=True,
                 outputColorType=library.OutputColorType.NATIVE,
@@ -537,8 +546,9 @@ class GpuDecoder(Decoder):
 
     def close(self) -> None:
         """Close the decoder and the container."""
-        if self._session is not None:
-            self._session.close()
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
         surfaces, self._surfaces = self._surfaces, None
         if surfaces is not None:
             surfaces.release()

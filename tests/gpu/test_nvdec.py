@@ -254,3 +254,18 @@ async def test_sources_that_come_and_go_share_streams(tmp_path: Path) -> None:
     for _ in range(10):
         await asyncio.gather(read(path), read(path))
     assert len(nvdec.Surfaces._idle[torch.cuda.current_device()]) == max(before, 2)
+
+
+async def test_a_decoder_uses_the_context_of_torch(tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    create = library.CreateDecoder
+
+    def spy(**arguments: Any) -> Any:
+        given.append(arguments["cudacontext"])
+        return create(**arguments)
+
+    monkeypatch.setattr(library, "CreateDecoder", spy)
+    torch.zeros(1, device="cuda")
+    await read(moving(tmp_path / "a.mp4", count=3))
+    assert given == [nvdec.Surfaces(None).context]
+    assert given[0] != 0

@@ -25,6 +25,7 @@ class HostSurfaces:
 
     index = 0
     handle = 4711
+    context = 815
     device = torch.device("cpu")
 
     def __init__(self, device: object) -> None:
@@ -187,11 +188,14 @@ class Library:
         *,
         gpuid: int,
         codec: str,
+        cudacontext: int,
         cudastream: int,
         usedevicememory: bool,
         outputColorType: int,  # noqa: N803
         latency: int,
     ) -> Decoder:
-        assert (gpuid, cudastream, usedevicememory, outputColorType) == (0, HostSurfaces.handle, True, _Colours.NATIVE)
+        assert (gpuid, usedevicememory, outputColorType) == (0, True, _Colours.NATIVE)
+        assert (cudacontext, cudastream) == (HostSurfaces.context, HostSurfaces.handle)
+        assert latency in (_Latencies.NATIVE, _Latencies.LOW)
         self.sessions += 1
         return Decoder(self, codec)
