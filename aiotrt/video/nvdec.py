@@ -355,6 +355,7 @@ class GpuDecoder(Decoder):
         self._times[number] = None if packet.pts is None else float(packet.pts) * base.numerator / base.denominator
         if len(self._times) > TIMES:
             self._times = dict(list(self._times.items())[GROUP:])
+            self._pending &= self._times.keys()  # pictures that NVDEC left out because they precede the first keyframe
         packet.pts = packet.dts = number
         shown: list[_Shown] = []
         try:
@@ -385,6 +386,8 @@ class GpuDecoder(Decoder):
         try:
             data = self._annex_b(packet)
             if self._session is None or self._headers.sequence != self._sequence:
+                if not packet.is_keyframe:
+                    raise _Damage("no keyframe has arrived yet" if self._is_first else "the format changes at no keyframe")
                 shown += self._finish()
                 self._begin(packet, data)
                 self._key_time = self._times[number]
@@ -430,8 +433,6 @@ class GpuDecoder(Decoder):
         Raises:
             UnsupportedError: the GPU cannot decode the format.
         """
-        if not packet.is_keyframe:
-            raise _Damage("no keyframe has arrived yet")
         frame = _first(self._stream.codec_context, packet)
         if frame is None:
             raise _Damage("a keyframe is damaged")
@@ -459,18 +460,29 @@ class GpuDecoder(Decoder):
         self._session = _Session(self._library, self._codec, self._surfaces, form, self._opening.low_delay)
         self._sequence = self._headers.sequence
 
-    def _give(self, found: list[tuple[int, DevicePicture]], shown: list[_Shown]) -> None:
+    def _give(self, found: list[tuple[int, DevicePicture]], shown: list[_Shown], *, is_last: bool = False) -> None:
         for number, picture in found:
             if number not in self._pending:
                 raise _Damage("the GPU gave a picture that belongs to no packet")
+            time = self._times[number]
+            for missing in [] if time is None else sorted(n for n in self._pending if self._is_due(n, time)):
+                if missing >= self._key and not is_last:
+                    raise _Damage("a picture is missing")
+                self._pending.discard(missing)  # its packet is not kept any more
+                shown.append(_Shown(self._times.pop(missing), None, is_corrupt=True))
             self._pending.discard(number)
-            time = self._times.pop(number)
             self._given.add(number)
+            del self._times[number]
             # Pictures before the first keyframe in time refer to pictures that this session has not decoded.
             if time is None or self._key_time is None or time >= self._key_time:
                 shown.append(_Shown(time, picture))
             elif not self._is_first:
                 shown.append(_Shown(time, None, is_corrupt=True))
+
+    def _is_due(self, number: int, time: float) -> bool:
+        """Return whether a packet's picture comes before this time, and not before the session's first keyframe."""
+        found = self._times[number]
+        return found is not None and (self._key_time is None or self._key_time <= found) and found < time
 
     def _finish(self, *, is_final: bool = True) -> list[_Shown]:
         """End the session. Returns its last pictures. Missing ones that FFmpeg will not decode again count as damaged."""
@@ -480,7 +492,7 @@ class GpuDecoder(Decoder):
             try:
                 last = session.decode(b"", 0)
                 # FFmpeg decodes the last group again, in order.
-                self._give([found for found in last if is_final or found[0] < self._key], shown)
+                self._give([found for found in last if is_final or found[0] < self._key], shown, is_last=True)
             except (_Damage, SourceError) as reason:
                 self.notes.append((Kind.DECODER, f"the last pictures before a change of decoder are lost: {reason}"))
             lost = sorted(number for number in self._pending if is_final or number < self._key)
@@ -512,7 +524,8 @@ class GpuDecoder(Decoder):
         for frame in frames:
             if frame.pts in self._given:
                 continue
-            self._given.add(frame.pts)
+            if frame.pts is not None:
+                self._given.add(frame.pts)
             time = self._times.pop(frame.pts, None)
             shown.append(_Shown(time, None, is_corrupt=True) if frame.is_corrupt else _Shown(time, self._uploaded(frame)))
         return shown

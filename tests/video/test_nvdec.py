@@ -378,6 +378,25 @@ async def test_a_decoder_that_gives_no_pictures(tmp_path: Path, monkeypatch: pyt
     assert source.counts == {Kind.DECODER: 3}  # one for each keyframe
 
 
+@pytest.mark.parametrize("missing", [0, 8, 29])
+async def test_a_picture_that_the_gpu_leaves_out(missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = nvdec_double.Decoder.Decode
+
+    def skipping(decoder: nvdec_double.Decoder, packet: nvdec_double.PacketData) -> list[nvdec_double.Frame]:
+        return [frame for frame in decode(decoder, packet) if frame.getPTS() != missing]
+
+    monkeypatch.setattr(nvdec_double.Decoder, "Decode", skipping)
+    path = moving(tmp_path / "a.mp4", encoder={"g": "10", "bf": "2"})
+    source = video.open(path)
+    found, expected = await read(source), await read(open_on_cpu(path))
+    if missing == 0:  # seen at once, so FFmpeg decodes it
+        assert [frame.time for frame in found] == [frame.time for frame in expected]
+        assert source.counts == {Kind.DECODER: 1}
+    else:  # seen after the next keyframe or at the end
+        assert len(found) == 29
+        assert source.counts == {Kind.CORRUPT: 1, Kind.TRUNCATED: 1}
+
+
 async def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="device='cuda:7' cannot decode"):
         await read(video.open(write_video(tmp_path / "a.mp4", range(3)), device="cuda:7"))
