@@ -357,7 +357,7 @@ def open(  # noqa: A001  # as in `video.open`
 
     NVDEC decodes H.264 and HEVC with 8 bits, 4:2:0 and progressive pictures. Opening, reading, times and reconnection are
     FFmpeg's for every `decode`. If a packet is damaged as far as its flags, units and slice headers show, or NVDEC leaves a
-    picture out, FFmpeg decodes from the last keyframe to the next one, and reports as for "cpu". NVDEC conceals damage inside
+    picture out, FFmpeg decodes from the last keyframe to the next one, and reports as for "cpu". NVDEC conceals damage in
     the coded data of a slice and reports nothing: such a picture is given as a good one.
 
     Pictures are rotated and mirrored as the file's display matrix says, which phones write.
