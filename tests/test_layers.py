@@ -63,6 +63,7 @@ RESERVED = {
     "tensorrt_lean": {"engines.tensorrt_runtime"},
     "onnxruntime": {"engines.onnx", "building.source"},
     "uvloop": {"run"},
+    "PyNvVideoCodec": {"video.nvdec"},
     "asyncio": {"completion.hub", "completion.timers", "completion.waiter", "run", "lease", "model"}
     | {f"runtime.{name}" for name in ("alarm", "request", "replay", "executor", "hold", "mapping")}
     | {"batching.item", "batching.batcher", "batching.dispatcher"},

@@ -22,7 +22,7 @@ from aiotrt.video.encoding import VideoFile
 from aiotrt.video.frames import Frame
 from aiotrt.video.pipeline import Pipeline
 from aiotrt.video.policies import Policy
-from aiotrt.video.reports import Kind, Report, SourceError
+from aiotrt.video.reports import Kind, Report, SourceError, UnsupportedError
 from aiotrt.video.sinks import Callback, JsonLines, Progress, Result, Sink, SinkLike, Threaded, jsonable
 from aiotrt.video.sources import Backoff, Source, SourceLike, SourceState, open  # noqa: A004
 from aiotrt.video.status import Latency, PipelineStatus, SinkStatus, SourceStatus
@@ -55,6 +55,7 @@ __all__ = [
     "SourceState",
     "SourceStatus",
     "Threaded",
+    "UnsupportedError",
     "VideoFile",
     "ViewerStatus",
     "WebSockets",

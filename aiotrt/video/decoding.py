@@ -14,7 +14,7 @@ import numpy as np
 
 from aiotrt._install import install_hint
 from aiotrt.errors import MissingDependencyError
-from aiotrt.video.frames import Array
+from aiotrt.video.frames import Array, Picture
 from aiotrt.video.reports import Kind, SourceError
 
 __all__ = ["Decoded", "Decoder", "Opening", "camera", "import_av"]
@@ -53,6 +53,8 @@ class Opening:
         low_delay: whether the codec must not delay frames in order to decode several in parallel.
         stream: the index among its video streams; None for FFmpeg's choice, which is never cover art.
         max_pixels: the largest picture for which FFmpeg may allocate memory.
+        decode: "cpu", "gpu" or "auto"; see `aiotrt.video.open`.
+        device: of the decoder, such as "cuda:1"; None for the current one.
     """
 
     location: str
@@ -66,6 +68,8 @@ class Opening:
     low_delay: bool = False
     stream: int | None = None
     max_pixels: int | None = None
+    decode: str = "cpu"
+    device: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class Decoded:
         aspect: the ratio of a stored pixel's width to its height.
     """
 
+    is_on_device = False
+    tensor = None
     _local: Final = threading.local()  # one reformatter per thread, since creating it takes longer than using it
 
     def __init__(self, frame: Any, aspect: float = 1.0) -> None:
@@ -234,7 +240,7 @@ class Decoder:
         context = self._stream.codec_context
         return context.height, context.width
 
-    def read(self) -> tuple[Decoded, float | None] | None:
+    def read(self) -> tuple[Picture, float | None] | None:
         """Return the next picture and its time in seconds, or None at the end. A file's time starts at its beginning.
 
         Raises:
@@ -255,7 +261,7 @@ class Decoder:
                     self._count += 1
                     self._damaged_in_a_row = 0
                     self._last = max(self._last, time or 0.0)
-                    return Decoded(frame, self._aspect), time
+                    return self._picture(frame), time
             if not self._decode():
                 self._ended()
                 return None
@@ -274,7 +280,7 @@ class Decoder:
         if packet is None:
             return False
         try:
-            self._ready.extend(packet.decode())
+            self._ready.extend(self._pictures(packet))
         except av.error.EOFError:  # the decoder has reached its end already
             return False
         except av.FFmpegError as error:
@@ -283,6 +289,14 @@ class Decoder:
             if packet.is_corrupt:  # the pictures that could be decoded are used
                 self.notes.append((Kind.CORRUPT, "a packet arrived damaged"))
         return True
+
+    def _pictures(self, packet: Any) -> list[Any]:
+        """Decode a packet. Returns frames of PyAV, or objects with their `time` and `is_corrupt`."""
+        frames: list[Any] = packet.decode()
+        return frames
+
+    def _picture(self, frame: Any) -> Picture:
+        return Decoded(frame, self._aspect)
 
     def _damaged(self, what: str) -> None:
         self.notes.append((Kind.CORRUPT, what))

@@ -17,6 +17,7 @@ import numpy as np
 from aiotrt._workers import LoopWorkers
 from aiotrt.video.decoding import Decoder, Opening
 from aiotrt.video.frames import Frame, Held, Picture
+from aiotrt.video.nvdec import GpuDecoder
 from aiotrt.video.reports import Kind
 
 __all__ = ["AsyncFeed", "DecoderFeed", "Feed", "Item", "IteratorFeed", "SequenceFeed"]
@@ -104,7 +105,7 @@ class DecoderFeed:
                 decoder.close()
 
         def make() -> Decoder:
-            opened.append(Decoder(opening))
+            opened.append(Decoder(opening) if opening.decode == "cpu" else GpuDecoder(opening))
             return opened[0]
 
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 
 __all__ = ["Array", "Frame", "Held", "Picture"]
 
@@ -24,6 +25,16 @@ class Picture(Protocol):
         """The ratio of a displayed pixel's width to its height."""
         ...
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the pixels are in device memory."""
+        ...
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The pixels in device memory, RGB, ordered for the current stream; None if they are in host memory."""
+        ...
+
     def array(self) -> Array:
         """Return the pixels, RGB. May convert, which takes some milliseconds for a large picture."""
         ...
@@ -33,6 +44,8 @@ class Held:
     """A picture from an array, with square pixels."""
 
     pixel_aspect = 1.0
+    is_on_device = False
+    tensor = None
 
     def __init__(self, array: Array) -> None:
         self._array = array
@@ -92,7 +105,7 @@ class Frame:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of `image`; uint8 for decoded pictures. Reading it converts nothing."""
-        return self.image.dtype if self.is_converted else np.dtype(np.uint8)
+        return np.dtype(np.uint8) if self.is_on_device or not self.is_converted else self.image.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """Return `image`, for NumPy, torch.as_tensor and models; a copy for another dtype or ``copy=True``.
@@ -108,19 +121,32 @@ class Frame:
         return image.copy() if copy else image
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        """Export `image`, for torch.from_dlpack and others; see `numpy.ndarray.__dlpack__`."""
-        return self.image.__dlpack__(**arguments)
+        """Export `device_image` or `image`, for torch.from_dlpack and others; see `numpy.ndarray.__dlpack__`."""
+        tensor = self.device_image
+        return self.image.__dlpack__(**arguments) if tensor is None else tensor.__dlpack__(**arguments)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Return DLPack's device: host memory."""
-        return self.image.__dlpack_device__()
+        """Return DLPack's device: of `device_image`, else host memory."""
+        tensor = self.device_image
+        found: Any = self.image.__dlpack_device__() if tensor is None else tensor.__dlpack_device__()
+        return int(found[0]), int(found[1])
+
+    @property
+    def device_image(self) -> torch.Tensor | None:
+        """(height, width, 3) bytes in device memory, RGB, of a frame that the GPU decoded; else None.
+
+        The device's current stream waits for the decoder, so work that is submitted to it later reads complete pixels. All
+        readers share the tensor, so do not write to it.
+        """
+        return self._picture.tensor
 
     @property
     def image(self) -> Array:
         """(height, width, 3) bytes, RGB. All readers share it, so do not write to it.
 
         The first access converts a decoded picture, which takes some milliseconds for a large one: do not do it on the event
-        loop's thread, except for frames from ``async for``, which are converted already.
+        loop's thread, except for frames from ``async for``, which are converted already. For a frame in device memory it
+        waits for the device and copies the pixels to the host.
         """
         if self._image is None:
             self._image = self._picture.array()
@@ -128,8 +154,13 @@ class Frame:
 
     @property
     def is_converted(self) -> bool:
-        """Whether `image` is available without conversion."""
-        return self._image is not None or isinstance(self._picture, Held)
+        """Whether `image` or `device_image` is available without conversion."""
+        return self._image is not None or isinstance(self._picture, Held) or self.is_on_device
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the pixels are in device memory."""
+        return self._picture.is_on_device
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from aiotrt.errors import AiotrtError
 
-__all__ = ["Kind", "Listener", "Report", "SourceError"]
+__all__ = ["Kind", "Listener", "Report", "SourceError", "UnsupportedError"]
 
 
 class SourceError(AiotrtError):
@@ -19,6 +19,10 @@ class SourceError(AiotrtError):
     """
 
 
+class UnsupportedError(SourceError):
+    """The GPU cannot decode a source. Opening it again does not help."""
+
+
 class Kind(Enum):
     """The kind of problem that a report describes."""
 
@@ -26,6 +30,7 @@ class Kind(Enum):
     TRUNCATED = "truncated"  #: a file ended before its declared number of frames or duration
     SEEK = "seek"  #: a file cannot be read from `start`; it is read from the beginning
     HARDWARE = "hardware"  #: a hardware decoder cannot be used; software decodes
+    DECODER = "decoder"  #: which decoder is used from here, with ``decode="auto"`` or after damage, and why
     HUGE = "huge"  #: a picture has more than max_pixels, and was skipped
     RESOLUTION = "resolution"  #: the size of the pictures changed
     LOST = "lost"  #: a live source was lost; it will be opened again

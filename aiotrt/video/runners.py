@@ -90,7 +90,7 @@ class _OneModel:
     async def __call__(self, frame: Frame) -> Outcome:
         converting = await _convert(frame, self._pool, self._clock)
         started = self._clock()
-        return Outcome(await self._model(frame.image), converting, self._clock() - started)
+        return Outcome(await self._model(_pixels(frame)), converting, self._clock() - started)
 
 
 class _Several:
@@ -117,6 +117,12 @@ class _Function:
     async def __call__(self, frame: Frame) -> Outcome:
         started = self._clock()
         return Outcome(await self._function(frame), None, self._clock() - started)
+
+
+def _pixels(frame: Frame) -> Any:
+    """Return a frame's pixels, in device memory if they are there already."""
+    tensor = frame.device_image
+    return frame.image if tensor is None else tensor
 
 
 async def _convert(frame: Frame, pool: Executor, clock: Callable[[], float]) -> float | None:

@@ -491,6 +491,8 @@ class Latched:
     """A picture whose conversion waits for permission."""
 
     shape, pixel_aspect = (4, 4, 3), 1.0
+    is_on_device = False
+    tensor = None
 
     def __init__(self) -> None:
         self.begun, self.permitted = threading.Event(), threading.Event()
