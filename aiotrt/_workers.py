@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import contextlib
 import os
 import queue
 import threading
@@ -17,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from aiotrt.errors import ResourceError
 
-__all__ = ["LoopWorkers", "Workers", "processors"]
+__all__ = ["Workers", "processors"]
 
 T = TypeVar("T")
 Job: TypeAlias = Callable[[], None]
@@ -81,7 +79,7 @@ class Workers(Executor):
             else:
                 future.set_result(result)
 
-        self._give(job)
+        self.give(job)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -91,7 +89,7 @@ class Workers(Executor):
             for thread in self._threads:
                 thread.join()
 
-    def _give(self, job: Job) -> None:
+    def give(self, job: Job) -> None:
         """Call `job` on a thread. It must not raise. Raises as `submit` does."""
         shared = self._shared
         with shared.lock:
@@ -119,44 +117,6 @@ class Workers(Executor):
             return False
         self._threads.append(thread)
         return True
-
-
-class LoopWorkers(Workers):
-    """A pool for callers on event loops: `submit` returns a future of the running loop.
-
-    `loop.run_in_executor` returns such a future as it is. For a `concurrent.futures.Future` it creates and chains a second
-    one, which doubles what a call costs the loop's thread: 30 us instead of 15 on a small machine.
-    """
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> asyncio.Future[T]:  # type: ignore[override]
-        """Call `fn` on a thread of this pool, from an event loop's thread.
-
-        Cancelling the future prevents a queued call; a running call is not interrupted. If the loop is closed before the
-        call has ended, its result is dropped.
-
-        Raises as `Workers.submit` does.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def job() -> None:
-            if future.cancelled():
-                return
-            settle: Callable[[Any], None] = future.set_result
-            try:
-                result: object = fn(*args, **kwargs)
-            except BaseException as error:  # the future raises it
-                settle, result = future.set_exception, error
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_settle, future, settle, result)
-
-        self._give(job)
-        return future
-
-
-def _settle(future: asyncio.Future[Any], settle: Callable[[Any], None], result: object) -> None:
-    if not future.done():  # else cancelled meanwhile
-        settle(result)
 
 
 class _Shared:

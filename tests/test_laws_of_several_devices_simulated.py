@@ -459,6 +459,16 @@ def test_a_device_that_is_broken_already_is_refused_by_name_and_nothing_is_left(
     under_schedules(0, program)
 
 
+def test_a_preprocess_that_uses_a_tensor_of_another_device_is_refused_by_name() -> None:
+    other = torch.empty(2, device="meta")
+
+    async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
+        with pytest.raises(aiotrt.EngineError, match="preprocess uses other, which is on meta"):
+            await load(devices, preprocess=lambda x: x + other, warmup=frame(0))
+
+    under_schedules(0, program)
+
+
 def test_if_the_second_device_cannot_be_opened_the_first_is_given_back() -> None:
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         striker = Striker(devices[1])

@@ -418,7 +418,6 @@ class Gatherer:
         self._executor.abandon(request)
 
     def _expire(self, item: Item) -> None:
-        _stop(item)
         self.counters.expired += 1
         if not item.is_done:
             if item.expected is not None:

@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from aiotrt._workers import LoopWorkers
 from aiotrt.video.decoding import Decoder, Opening
 from aiotrt.video.frames import Frame, Held, Picture
+from aiotrt.video.loop_workers import LoopWorkers
 from aiotrt.video.nvdec import GpuDecoder
 from aiotrt.video.reports import Kind
 

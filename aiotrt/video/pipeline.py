@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from aiotrt._workers import LoopWorkers
 from aiotrt.completion.hub import check_asyncio
 from aiotrt.errors import DeviceError, InputError, ModelBrokenError, ModelClosedError, UsageError
 from aiotrt.video.cancellation import own_cancellation_only, wait_until_done
 from aiotrt.video.frames import Frame
 from aiotrt.video.lanes import Lane
+from aiotrt.video.loop_workers import LoopWorkers
 from aiotrt.video.policies import Keep, Policy
 from aiotrt.video.reports import Kind, Listener, Report
 from aiotrt.video.runners import ModelLike, Runner, check_models, runner_of

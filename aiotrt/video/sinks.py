@@ -21,10 +21,10 @@ from typing import IO, Any, TypeAlias, TypeVar
 import numpy as np
 
 from aiotrt._install import install_hint
-from aiotrt._workers import LoopWorkers
 from aiotrt.errors import InputError, MissingDependencyError
 from aiotrt.video.detection import Detections
 from aiotrt.video.frames import Array, Frame
+from aiotrt.video.loop_workers import LoopWorkers
 
 __all__ = [
     "Callback",

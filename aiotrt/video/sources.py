@@ -364,11 +364,9 @@ def open(  # noqa: A001  # as in `video.open`
 
     Raises:
         InputError: an option is out of range.
-
-    Entering raises:
-        SourceError: the source is missing, is not a video, or contains no video stream; with ``decode="gpu"`` also if
-            PyNvVideoCodec is not installed or the GPU cannot decode the source.
-        MissingDependencyError: PyAV is not installed.
+        SourceError: on entering: the source is missing, is not a video, or contains no video stream; with
+            ``decode="gpu"`` also if PyNvVideoCodec is not installed or the GPU cannot decode the source.
+        MissingDependencyError: on entering: PyAV is not installed.
     """
     if isinstance(source, Source):
         return source

@@ -20,7 +20,7 @@ PAGE: Final = REPORTS / "seeded-defects.md"
 #: The parts of the report, in order, with their headings.
 PARTS: Final = {"statements": "Statements taken out", "mutants": "Mutants", "tables": "The statements, one by one"}
 #: Seconds of processor time to search for a law that finds a change.
-PATIENCE: Final = 20.0
+PATIENCE: Final = 45.0
 #: The same for a change that is explained, except with `--afresh`.
 EXPLAINED_PATIENCE: Final = 6.0
 

@@ -101,5 +101,4 @@ EXPLAINED: Final[dict[tuple[str, str, str, int], str]] = {
     ("batcher.py", "Gatherer._fail", "self.close()", 0): (
         "not needed: nobody waits any more, so what rings finds nothing to do, and `Model.aclose` closes as well"
     ),
-    ("batcher.py", "Gatherer.close", "self._soon = self._held = None", 0): "lets go of timers that were cancelled",
 }
