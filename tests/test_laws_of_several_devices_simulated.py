@@ -464,7 +464,7 @@ def test_a_preprocess_that_uses_a_tensor_of_another_device_is_refused_by_name() 
 
     async def program(devices: list[SimulatedDevice], choose: random.Random) -> None:
         with pytest.raises(aiotrt.EngineError, match="preprocess uses other, which is on meta"):
-            await load(devices, preprocess=lambda x: x + other, warmup=frame(0))
+            _ = await load(devices, preprocess=lambda x: x + other, warmup=frame(0))
 
     under_schedules(0, program)
 
