@@ -17,7 +17,8 @@ and masks at the video's size. Ways, in order:
 - whole graph: preprocessing, engine and postprocessing in one graph, blocking; no overlap
 - aiotrt: `video.Pipeline` with 1, 2 and 3 slots; `model.map`; four sources at once; and with frames decoded meanwhile
 
-One run over all frames warms up, and four are measured, of as many frames as take long enough. The bars:
+One run over all frames warms up, and five are measured, of as many frames as take long enough, without keeping results. A
+last one at the same speed keeps them, and they are compared. The bars:
 
 - every frame that was sent has come back, with the same bits as by the first way of its engine: boxes, confidences, classes
   and the MD5 of every mask
@@ -114,6 +115,8 @@ class Bed:
         engine: as the blocking ways use it; None on the host.
         source: as `aiotrt.load` takes it.
         expected: each frame's digest, by the first way that was measured.
+        keeps_results: whether a pass keeps what the frames gave. Not while it is measured: several GB of new memory a second
+            would slow it down, and make the loop late.
     """
 
     def __init__(self, name: str, source: Any, engine: Engine, dtype: torch.dtype, film: Clip, device: Device) -> None:
@@ -128,6 +131,11 @@ class Bed:
         self.expected: list[Digest] = []
         self.gpu_seconds: float | None = None
         self.fallbacks: set[str] = set()
+        self.keeps_results = True
+
+    def kept(self, result: Any) -> Any:
+        """The result, or None where results are not kept."""
+        return result if self.keeps_results else None
 
     def agrees(self, results: Sequence[tuple[int, Any]]) -> bool:
         """Whether they are what the first way gave. The first way's are kept: they must be of every frame."""
@@ -262,7 +270,7 @@ async def _blocking(bed: Bed, way: str) -> AsyncIterator[Pass]:
             started = time.perf_counter()
             found = call(bed.film.frames[index])
             seconds.append(time.perf_counter() - started)
-            results.append((index, found))
+            results.append((index, bed.kept(found)))
             await asyncio.sleep(0)
         return Passed(results, seconds)
 
@@ -278,7 +286,7 @@ async def _map(bed: Bed) -> AsyncIterator[Pass]:
 
         async def once(count: int) -> Passed:
             frames = itertools.islice(itertools.cycle(bed.film.frames), count)
-            found = [result async for result in model.map(frames)]
+            found = [bed.kept(result) async for result in model.map(frames)]
             return Passed([(i % len(bed.film.frames), result) for i, result in enumerate(found)])
 
         yield once
@@ -293,7 +301,7 @@ async def _pipeline(bed: Bed, slots: int, sources: int, *, decode: bool) -> Asyn
             results: list[tuple[int, Any]] = []
 
             def take(result: video.Result) -> None:
-                results.append((result.frame.index % len(bed.film.frames), result.output))
+                results.append((result.frame.index % len(bed.film.frames), bed.kept(result.output)))
 
             def source() -> video.SourceLike:
                 if decode:
@@ -361,9 +369,10 @@ async def _measured(
             count = min(count, length)  # there is nothing to compare the film's other frames with
         runs, on_loop = [], []
         lags: list[float] = []
+        del passed
+        bed.keeps_results = False
         with GpuShare(wanted=not bed.device.unified) as gpu:
             for _ in range(plan.runs):
-                del passed
                 busy = time.thread_time()
                 async with Heartbeat() as heartbeat:
                     with Usage() as usage:
@@ -374,8 +383,11 @@ async def _measured(
                 each = passed.seconds or [usage.seconds / frames]
                 runs.append(Run(Spread.of(each), frames / usage.seconds, usage.cpu, usage.others))
                 is_complete = is_complete and bed.is_complete(passed.results, count, sources)
-        is_right = is_right and bed.agrees(passed.results)  # at full speed, where races would be
-        compared += len(passed.results)
+        bed.keeps_results = True
+        again = await once(count)  # at full speed, where races would be
+        is_right = is_right and bed.agrees(again.results)
+        compared += len(again.results)
+        del again
     fallbacks, bed.fallbacks = sorted(bed.fallbacks), set()
     row = Row.measured(
         "rfdetr_video", loop, way, {"engine": bed.name, "sources": sources}, None, runs, lags=[Spread.of(lags)],
