@@ -105,7 +105,7 @@ class Audit:
             assert hub._users == 1, f"a hub has {hub._users - 1} users left"  # the loop's own aside
             left = [lane.pending for lane in hub.lanes]
             assert not left, f"a hub still looks at {left}"
-        assert not any(device._callbacks for device in self.device.peers), "somebody still listens for faults"
+        assert not any(device._callbacks for device in self.device.peers), "a callback for faults is still registered"
         kept = False
         for executor in self.executors:
             if executor.broken is None and executor.is_discarded:

@@ -11,7 +11,7 @@ What is counted, each by itself and never summed up:
   schedule if the same things happened in the same order, on the device and as the host saw it; what is counted is different
   ones, by a hash of that. Runs in which the host saw the same are of one class: what else differs between them is the order
   of things on the device that no one looked at in between, which the detector's clocks judge whatever it was.
-- ``several``: likewise, of programs with three calls of one model on two devices with a slot each, from the host and from
+- ``several``: schedules of programs with three calls of one model on two devices with a slot each, from the host and from
   either device, in any order; one may be cancelled.
 - ``exhaustive``: all runs that there are of smaller programs, loading included, where work takes equal times.
 - ``laws``: the long laws of the portfolio, each under many seeds.
