@@ -108,7 +108,8 @@ async def compare(device: str, width: int, height: int, seconds: float, *, quick
     files = photographs(width, height, 4 if quick else 32)
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     results: dict[str, Any] = {
-        "device": device, "size": [width, height], "bytes": sum(map(len, files)) / len(files), "idle_lag": await idle_lag(),
+        "device": device, "quick": quick, "size": [width, height], "bytes": sum(map(len, files)) / len(files),
+        "idle_lag": await idle_lag(),
     }  # fmt: skip
     async with ways(device) as found:
         for number in range(1 if quick else ROUNDS):

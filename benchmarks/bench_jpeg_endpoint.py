@@ -195,6 +195,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": arguments.device,
         "model": arguments.model,
+        "quick": quick,
         "size": [arguments.width, arguments.height],
         "bytes": statistics.fmean(map(len, known.bodies)),
         "connections": arguments.connections,
